@@ -1,0 +1,65 @@
+"""Everything that can be the user's fault, in four parts: what, the values, why it matters, what to do."""
+
+from collections.abc import Mapping
+
+
+class StillroomError(Exception):
+    """An error that the user can mend. The command line prints it without a traceback and exits with 2.
+
+    Args:
+        what: one line, no full stop: what is wrong.
+        values: the things that disagree, by name (usually two).
+        why: why it matters, as sentences.
+        fix: what to do about it, as sentences.
+    """
+
+    def __init__(self, what: str, values: Mapping[str, object] | None = None, *, why: str, fix: str) -> None:
+        super().__init__(what)
+        self.what, self.values, self.why, self.fix = what, dict(values or {}), why, fix
+
+    def __str__(self) -> str:
+        pairs = [f"{name}: {value}" for name, value in self.values.items()]
+        fits_one_line = sum(map(len, pairs)) + 5 * len(pairs) <= 110
+        lines = ["     ".join(pairs)] if fits_one_line else pairs
+        return "\n  ".join([self.what, *filter(None, lines), self.why, self.fix])
+
+
+class ConfigError(StillroomError, ValueError):
+    """A recipe or a ``key=value`` that cannot be meant."""
+
+
+class DataError(StillroomError, ValueError):
+    """Data, weights or a checkpoint that cannot be read as what they claim to be."""
+
+
+class MismatchError(StillroomError, ValueError):
+    """Two things that do not fit together."""
+
+
+class MissingError(StillroomError, FileNotFoundError):
+    """A file, a package or a device that is not there."""
+
+
+class StorageError(StillroomError, OSError):
+    """A file that could not be written: no room, no permission, or in use by another run."""
+
+
+class NonFiniteError(StillroomError, ArithmeticError):
+    """A loss or a gradient that is infinite or not a number."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped a run, and what it had done is saved; the message says how to go on."""
+
+
+def require(package: str, extra: str, purpose: str) -> None:
+    """Raises MissingError unless the optional ``package`` can be imported; ``extra`` is the extra that brings it."""
+    import importlib.util
+
+    if importlib.util.find_spec(package) is None:
+        raise MissingError(
+            f"the package `{package}` is not installed",
+            {"needed for": purpose},
+            why="It is optional, so that those who do not use it need not install it.",
+            fix=f'Install it with `pip install "stillroom[{extra}]"`.',
+        )

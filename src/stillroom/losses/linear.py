@@ -1,0 +1,201 @@
+"""The fused head and divergence: losses of a hidden state, with no ``[tokens, vocabulary]`` tensor ever held.
+
+Rows are taken in chunks that a byte budget allows. For each chunk the student's and the teacher's logits are multiplied
+out into two buffers that are used again; then, in blocks small enough to stay in the processor's cache, each loss gives
+its value and its gradient, which takes the place of the student's logits; two more products turn that into the
+gradients of the hidden state and of the head. So the whole costs four matrix products, and backward only scales.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from stillroom.errors import MismatchError
+from stillroom.head import Head, accumulator, add_product, logits_into
+from stillroom.losses.block import Block, Loss
+from stillroom.signals import Signal
+
+CHUNK_BYTES = 256 * 2**20
+"""The default budget for the two buffers of logits."""
+BLOCK_BYTES = 2 * 2**20
+"""The budget for one tensor of the element-wise part, on a CPU: it should stay in the cache between two operations."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss with its weight in the sum, and the loss's keyword arguments."""
+
+    name: str
+    loss: Loss
+    weight: float = 1.0
+    arguments: dict[str, float] = field(default_factory=dict)
+
+
+Measure = Callable[[Block], Tensor]
+"""A number for each position that is only reported, such as agreement."""
+
+
+class LinearLosses(NamedTuple):
+    total: Float[Tensor, ""]
+    """Σ over objectives of weight · Σ over positions of position weight · nats. The only one with a gradient."""
+    nats: Float[Tensor, "objectives n"]
+    """Every objective's value at every position, unweighted."""
+    measures: Float[Tensor, "measures n"]
+
+
+def linear_losses(
+    hidden: Float[Tensor, "n d"],
+    head: Head,
+    objectives: Sequence[Objective],
+    next_tokens: Int[Tensor, " n"],
+    weights: Float[Tensor, " n"],
+    signal: Signal | None = None,
+    *,
+    num_columns: int | None = None,
+    measures: Sequence[Measure] = (),
+    chunk_bytes: int = CHUNK_BYTES,
+) -> LinearLosses:
+    """Objectives (and measures) of ``n`` positions, differentiable in ``hidden`` and in the head's weight and bias.
+
+    Args:
+        weights: what each position counts in ``total``; no gradient flows to it.
+        signal: the teacher's, for the same positions; None where no objective needs it.
+        num_columns: only the first so many columns of both heads exist for softmax and loss; all by default.
+        chunk_bytes: budget for the buffers of logits; the result does not depend on it but for rounding.
+    """
+    columns = head.columns(num_columns)
+    if signal is not None:
+        signal.head.columns(columns)
+    _check_positions(len(hidden), next_tokens, weights, signal)
+    work = _Work(head, objectives, measures, next_tokens, weights, signal, columns, chunk_bytes)
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    work.differentiate = torch.is_grad_enabled()
+    total, nats, measured = _LinearLosses.apply(hidden, head.weight, head.bias, work)  # pyright: ignore[reportGeneralTypeIssues]
+    return LinearLosses(total, nats, measured)
+
+
+def _check_positions(n: int, next_tokens: Tensor, weights: Tensor, signal: Signal | None) -> None:
+    found = {"next_tokens": len(next_tokens), "weights": len(weights), "hidden": n}
+    if signal is not None:
+        found["signal"] = len(signal.hidden)
+    for name, number in found.items():
+        if number != n:
+            raise MismatchError(
+                f"`{name}` and `hidden` speak of different positions",
+                {name: f"{number} positions", "hidden": f"{n} positions"},
+                why="Each position's loss would be taken with the target of another.",
+                fix="Take both at the same positions; `Signal.at(batch.kept)` does so for a signal.",
+            )
+
+
+@dataclass
+class _Work:
+    """What the fused operation is told besides its differentiable inputs."""
+
+    head: Head
+    objectives: Sequence[Objective]
+    measures: Sequence[Measure]
+    next_tokens: Tensor
+    weights: Tensor
+    signal: Signal | None
+    columns: int
+    chunk_bytes: int
+    differentiate: bool = False
+
+    def rows_of_chunk(self, itemsize: int) -> int:
+        num_buffers = 1 if self.signal is None else 2
+        return max(1, self.chunk_bytes // (self.columns * itemsize * num_buffers))
+
+    def rows_of_block(self, itemsize: int, on_cpu: bool) -> int:
+        return max(1, BLOCK_BYTES // (self.columns * itemsize)) if on_cpu else self.rows_of_chunk(itemsize)
+
+
+class _LinearLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work):
+        with torch.autocast(hidden.device.type, enabled=False):
+            total, nats, measured, gradients = _chunks(hidden, weight, bias, work, ctx.needs_input_grad)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(nats, measured)
+        return total, nats, measured
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return (*(None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors), None)
+
+
+def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, needs: Sequence[bool]):
+    """All chunks, one after another: the total, the values, and the gradients that are needed (None elsewhere)."""
+    dtype, n = accumulator(hidden.dtype), len(hidden)
+    head = Head(weight.to(hidden.dtype), bias, work.head.scale, work.head.softcap)
+    wanted = [need and work.differentiate for need in needs[:3]]
+    hidden_grad = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if wanted[0] else None
+    weight_grad = torch.zeros(weight.shape, dtype=dtype, device=hidden.device) if wanted[1] else None
+    bias_grad = torch.zeros(len(weight), dtype=dtype, device=hidden.device) if wanted[2] else None
+    nats = torch.empty(len(work.objectives), n, dtype=dtype, device=hidden.device)
+    measured = torch.empty(len(work.measures), n, dtype=dtype, device=hidden.device)
+
+    size = work.rows_of_chunk(nats.itemsize)
+    buffers = [
+        torch.empty(min(size, n), work.columns, dtype=dtype, device=hidden.device)
+        for _ in range(1 if work.signal is None else 2)
+    ]
+    for start in range(0, n, size):
+        rows = slice(start, min(start + size, n))
+        student, *teacher = (buffer[: rows.stop - start] for buffer in buffers)
+        logits_into(student, hidden[rows], head)
+        if work.signal is not None:
+            logits_into(teacher[0], work.signal.hidden[rows], work.signal.head)
+        _blocks(student, teacher[0] if teacher else None, rows, work, nats, measured, any(wanted))
+        if hidden_grad is not None:
+            add_product(hidden_grad[rows], student, head.weight[: work.columns])
+        if weight_grad is not None:
+            add_product(weight_grad[: work.columns], student.T, hidden[rows])
+        if bias_grad is not None:
+            bias_grad[: work.columns] += student.sum(0)
+
+    factors = torch.tensor([o.weight for o in work.objectives], dtype=dtype, device=hidden.device)
+    total = factors @ (nats @ work.weights.to(dtype))
+    gradients = zip((hidden_grad, weight_grad, bias_grad), (hidden, weight, bias), strict=True)
+    return total, nats, measured, [None if g is None or x is None else g.to(x.dtype) for g, x in gradients]
+
+
+def _blocks(
+    student: Tensor, teacher: Tensor | None, rows: slice, work: _Work, nats: Tensor, measured: Tensor, gradient: bool
+) -> None:
+    """The element-wise part of a chunk: fills in the values, and puts the gradient in the place of the logits."""
+    size = work.rows_of_block(student.itemsize, student.device.type == "cpu")
+    for start in range(0, len(student), size):
+        here = slice(start, start + size)
+        there = slice(rows.start + start, min(rows.start + start + size, rows.stop))
+        logits = student[here]
+        slope = None
+        if gradient and work.head.softcap is not None:
+            slope = 1 - (logits / work.head.softcap).square()
+        block = Block(logits, None if teacher is None else teacher[here], work.next_tokens[there])
+        gradients = []
+        for i, objective in enumerate(work.objectives):
+            nats[i, there], g = objective.loss(block, **objective.arguments)
+            gradients.append((objective.weight, g))
+        for i, measure in enumerate(work.measures):
+            measured[i, there] = measure(block)
+        if gradient:
+            _weigh(logits, gradients, work.weights[there] * work.head.scale, slope)
+
+
+def _weigh(out: Tensor, gradients: list[tuple[float, Tensor]], weights: Tensor, slope: Tensor | None) -> None:
+    """``out = Σ weight · gradient``, times each row's weight and the slope of the head's own transformation."""
+    rows = weights.to(out.dtype).unsqueeze(-1)
+    (first_weight, first), *rest = gradients
+    torch.mul(first, rows * first_weight, out=out)
+    for weight, gradient in rest:
+        out.addcmul_(gradient, rows * weight)
+    if slope is not None:
+        out *= slope

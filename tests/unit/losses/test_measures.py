@@ -1,0 +1,43 @@
+"""Measures: numbers that are only reported."""
+
+import pytest
+import torch
+from reference import naive_logits, objective, problem
+
+from stillroom.losses import Block, linear_losses
+from stillroom.losses.measures import top1_agreement
+
+
+def test_top1_agreement_of_a_few_rows():
+    student = torch.tensor([[1.0, 3.0, 2.0], [5.0, 0.0, 1.0], [-1.0, -2.0, -0.5]])
+    teacher = torch.tensor([[0.0, 9.0, 8.0], [0.0, 0.0, 1.0], [-9.0, -8.0, -0.1]])
+    agreement = top1_agreement(Block(student, teacher, torch.tensor([0, 0, 0])))
+    assert agreement.tolist() == [1.0, 0.0, 1.0]
+    assert agreement.dtype == torch.float32
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 500, 2**20])
+def test_top1_agreement_through_the_fused_path(chunk_bytes):
+    p = problem(n=40, columns=5, teacher_columns=7)
+    student, teacher = naive_logits(p.hidden, p.head(), 4), naive_logits(p.signal.hidden, p.signal.head, 4)
+    wanted = [
+        float(s.index(max(s)) == t.index(max(t))) for s, t in zip(student.tolist(), teacher.tolist(), strict=True)
+    ]
+    tokens = p.next_tokens.clamp(max=3)
+    found = linear_losses(
+        p.hidden, p.head(), [objective("forward_kl")], tokens, p.weights, p.signal,
+        num_columns=4, measures=[top1_agreement, lambda block: block.next_tokens.double()], chunk_bytes=chunk_bytes,
+    )  # fmt: skip
+    assert found.measures[0].tolist() == wanted
+    assert 0 < sum(wanted) < 40
+    assert found.measures[1].tolist() == tokens.tolist()
+    assert not found.measures.requires_grad
+
+
+def test_a_measure_changes_neither_loss_nor_gradient():
+    p = problem()
+    arguments = (p.hidden, p.head(), [objective("reverse_kl", temperature=2.0)], p.next_tokens, p.weights, p.signal)
+    plain, measured = linear_losses(*arguments), linear_losses(*arguments, measures=[top1_agreement])
+    assert torch.equal(plain.total, measured.total)
+    for a, b in zip(p.gradients(plain.total), p.gradients(measured.total), strict=True):
+        assert torch.equal(a, b)
