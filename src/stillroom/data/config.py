@@ -1,0 +1,77 @@
+"""The settings of a data set: where it lies, how a row becomes tokens, and how tokens become rows of a batch."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from stillroom.config import Config, PathText
+
+
+class _Data(Config):
+    path: PathText
+    """A .jsonl, .json, .parquet or .txt file (.gz too), a folder of such files, a folder written by `datasets`, or the
+    name of a data set on the hub."""
+    split: str = "train"
+    """The split, where the data set has several."""
+    subset: str | None = None
+    """The configuration of a data set on the hub."""
+    revision: str | None = None
+    """The commit or tag of a data set on the hub."""
+    max_documents: Annotated[int, Field(gt=0)] | None = None
+    """Read only the first so many documents."""
+    length: Annotated[int, Field(ge=2)] = 1024
+    """Tokens in a row: the longest context that the student is trained on."""
+    pack: bool = True
+    """Put several documents into a row. They never attend to each other."""
+    shuffle: bool = True
+    """Take the documents in a new order each epoch, which follows from the run's seed."""
+    empty: Literal["refuse", "drop"] = "refuse"
+    """A document with nothing to learn in it is an error, or is left out and counted."""
+    cache: PathText | Literal["auto"] = "auto"
+    """The folder for tokenised data; auto is $STILLROOM_CACHE or else ~/.cache/stillroom."""
+
+
+class TextData(_Data):
+    """Plain text: every token is learnt."""
+
+    format: Literal["text"]
+    column: str = "text"
+    """The column that holds the text."""
+    overlong: Literal["split", "cut", "drop"] = "split"
+    """A document longer than `length`: split into several, cut after `length` tokens, or left out. All are counted."""
+
+
+class ChatData(_Data):
+    """Conversations, through the tokenizer's own chat template."""
+
+    format: Literal["chat"]
+    column: str | Literal["auto"] = "auto"
+    """The column that holds the conversation; auto takes `messages` or else `conversations` (ShareGPT)."""
+    keep: Literal["assistant", "all"] = "assistant"
+    """Which tokens are learnt: those that the assistant said, with its end of turn, or all."""
+    template: Literal["auto", "student", "teacher"] = "auto"
+    """Whose chat template: auto demands that both have the same one."""
+    overlong: Literal["cut", "drop"] = "cut"
+    """A conversation longer than `length`: cut after `length` tokens, or left out. Both are counted."""
+
+
+class PromptCompletionData(_Data):
+    """Pairs of a prompt and its completion."""
+
+    format: Literal["prompt_completion"]
+    prompt: str = "prompt"
+    """The column that holds the prompt, or a text with columns in braces: "Question: {question}\\nAnswer: "."""
+    completion: str = "completion"
+    """The column that holds the completion, or a text with columns in braces."""
+    keep: Literal["completion", "all"] = "completion"
+    """Which tokens are learnt: the completion with its end of sequence, or all."""
+    chat: bool = False
+    """Put the pair through the chat template, as a user's and an assistant's message."""
+    template: Literal["auto", "student", "teacher"] = "auto"
+    """Whose chat template, where `chat` is on: auto demands that both have the same one."""
+    overlong: Literal["cut", "drop"] = "cut"
+    """A pair longer than `length`: cut after `length` tokens, or left out. Both are counted."""
+
+
+DataConfig = Annotated[TextData | ChatData | PromptCompletionData, Field(discriminator="format")]
+AnyData = TextData | ChatData | PromptCompletionData

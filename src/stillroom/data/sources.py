@@ -1,0 +1,331 @@
+"""Sources: rows of text as they lie on disk or on the hub, streamed in order, each with a name for messages."""
+
+import difflib
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from stillroom.data.config import AnyData
+from stillroom.errors import DataError, MissingError, require
+from stillroom.tokenizers import is_lfs_pointer, is_local
+
+Row = dict[str, Any]
+
+
+class Source(Protocol):
+    """Rows in a fixed order, numbered from 0."""
+
+    files: list[Path]
+    """The files that are read; empty for a data set of the hub."""
+
+    def fingerprint(self) -> str:
+        """A hex digest that changes when the rows do."""
+        ...
+
+    def rows(self) -> Iterator[Row]:
+        """Every row, streamed. Raises DataError where one cannot be read, or where there is none."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Row ``index`` as a message calls it, such as "train.jsonl line 12"."""
+        ...
+
+
+def open_source(config: AnyData) -> Source:
+    """Finds what ``config.path`` means: a file, a folder of files, a folder written by `datasets`, or a hub name.
+
+    Raises:
+        MissingError: nothing is there.
+        DataError: it is there, and is not data that can be read.
+    """
+    path = Path(config.path)
+    if path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
+        return _open_saved(path, config)
+    if path.is_dir():
+        return FileSource(_files_in(path))
+    if path.is_file():
+        return FileSource([path])
+    if is_local(config.path) or _kind(path) is not None:
+        raise _missing(path)
+    return _open_hub(config)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+class FileSource:
+    """Rows from files of one kind, in the order of the files."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+        for path in files:
+            if _kind(path) is None:
+                raise DataError(
+                    f"{path} is of a kind that is not read",
+                    {
+                        "found": path.suffix or "no ending",
+                        "read": ", ".join(sorted(_KINDS)) + ", and .gz of the text kinds",
+                    },
+                    why="The ending of a file's name says how it is read.",
+                    fix="Convert it to one of these, or rename it if it is one.",
+                )
+            if is_lfs_pointer(path):
+                raise DataError(
+                    f"{path} is a git-lfs pointer, not the data",
+                    why="The clone holds only the address of the file.",
+                    fix="Run `git lfs pull` in that folder.",
+                )
+
+    def fingerprint(self) -> str:
+        return _hash_files({path.name: path for path in self.files})
+
+    def rows(self) -> Iterator[Row]:
+        return _not_empty((row for _, _, row in self._places()), ", ".join(str(path) for path in self.files[:3]))
+
+    def name(self, index: int) -> str:
+        found = next(islice(self._places(), index, None), None)
+        return f"{found[0].name} {found[1]}" if found else f"row {index + 1} of {self.files[0].name}"
+
+    def _places(self) -> Iterator[tuple[Path, str, Row]]:
+        for path in self.files:
+            kind = _KINDS[_kind(path) or ""]
+            try:
+                for number, row in kind.read(path):
+                    yield path, f"{kind.noun} {number}", row
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise _unreadable(path, f"not a whole gzip file ({error})") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
+    with _open(path) as file:
+        for number, raw in enumerate(file, start=1):
+            text = _decode(raw, path, number)
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise _broken_json(path, number, error) from None
+            yield number, _object(row, f"{path} line {number}")
+
+
+def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
+    with _open(path) as file:
+        text = _decode(file.read(), path)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _broken_json(path, error.lineno, error) from None
+    if isinstance(value, dict):
+        lists = [item for item in value.values() if isinstance(item, list)]
+        value = lists[0] if len(lists) == 1 else value
+    if not isinstance(value, list):
+        raise DataError(
+            f"{path} is not a list of rows",
+            {"expected": "a list of objects, or an object with one such list", "found": type(value).__name__},
+            why="Each object of the list is a row.",
+            fix="Write it as [{…}, {…}], or as .jsonl with one object a line.",
+        )
+    for number, row in enumerate(value, start=1):
+        yield number, _object(row, f"{path} item {number}")
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _unreadable(path, f"not whole parquet ({str(error).splitlines()[0]})") from None
+
+
+def _read_txt(path: Path) -> Iterator[tuple[int, Row]]:
+    with _open(path) as file:
+        yield 1, {"text": _decode(file.read(), path)}
+
+
+class _Kind(NamedTuple):
+    noun: str
+    read: Callable[[Path], Iterator[tuple[int, Row]]]
+
+
+_KINDS = {
+    ".jsonl": _Kind("line", _read_jsonl),
+    ".json": _Kind("item", _read_json),
+    ".parquet": _Kind("row", _read_parquet),
+    ".txt": _Kind("document", _read_txt),
+}
+
+
+def _kind(path: Path) -> str | None:
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    return suffix if suffix in _KINDS and (suffix, path.suffix) != (".parquet", ".gz") else None
+
+
+def _files_in(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.iterdir() if path.is_file() and _kind(path) and path.name[0] != ".")
+    kinds = sorted({str(_kind(path)) for path in files})
+    if len(kinds) != 1:
+        raise DataError(
+            f"the folder {folder} does not hold data files of one kind",
+            {"found": ", ".join(kinds) or "none", "read": ", ".join(_KINDS)},
+            why="All data files of a folder are read as one data set.",
+            fix="Name one file, or a folder that holds files of one kind.",
+        )
+    return files
+
+
+def _open(path: Path) -> Any:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+
+
+def _decode(raw: bytes, path: Path, number: int | None = None) -> str:
+    try:
+        return raw.decode("utf-8-sig" if number in (None, 1) else "utf-8")
+    except UnicodeDecodeError as error:
+        line = number or raw[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"{path} is not UTF-8",
+            {f"line {line}": f"byte 0x{raw[error.start]:02x}"},
+            why="Text of an unknown encoding would become wrong tokens.",
+            fix="Convert it, for instance with `iconv -f latin1 -t utf-8`.",
+        ) from None
+
+
+def _object(row: object, name: str) -> Row:
+    if isinstance(row, dict):
+        return row
+    raise DataError(
+        f"{name} is not a JSON object",
+        {"expected": '{"column": …}', "found": type(row).__name__},
+        why="A row is read by the names of its columns.",
+        fix='Write it as an object, such as {"text": "…"}.',
+    )
+
+
+def _broken_json(path: Path, number: int, error: json.JSONDecodeError) -> DataError:
+    return DataError(
+        f"broken JSON in {path} line {number}",
+        {f"column {error.colno}": error.msg},
+        why="A row that cannot be read is not skipped, since nobody would know that it is missing.",
+        fix="Mend or delete that line; a file that ends in the middle of one was not copied whole.",
+    )
+
+
+def _unreadable(path: Path, reason: str) -> DataError:
+    return DataError(
+        f"{path} cannot be read",
+        {"reason": reason},
+        why="The file is damaged, or was not copied whole.",
+        fix="Copy or download it again.",
+    )
+
+
+def _missing(path: Path) -> MissingError:
+    around = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, around, n=1, cutoff=0.6)
+    return MissingError(
+        f"the data {path} is not there",
+        {"did you mean": str(path.parent / near[0])} if near else {"looked in": str(path.parent.absolute())},
+        why="The path is one on this machine, so the hub was not asked.",
+        fix="Check data.path; a hub name is written as owner/name.",
+    )
+
+
+def _hash_files(files: dict[str, Path]) -> str:
+    digest = hashlib.sha256()
+    for name, path in sorted(files.items()):
+        with path.open("rb") as file:
+            digest.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _not_empty(rows: Iterator[Row], name: str) -> Iterator[Row]:
+    first = next(rows, None)
+    if first is None:
+        raise DataError(
+            f"there are no rows in {name}",
+            why="There is nothing to learn from.",
+            fix="Check data.path and data.split.",
+        )
+    yield first
+    yield from rows
+
+
+# --- the `datasets` library ------------------------------------------------------------------------------------------
+
+
+class DatasetSource:
+    """Rows of a `datasets.Dataset`. A saved one is known by its files' bytes, one of the hub by its own fingerprint."""
+
+    def __init__(self, dataset: Any, label: str, folder: Path | None = None) -> None:
+        self.dataset, self.label, self.folder = dataset, label, folder
+        self.files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder else []
+
+    def fingerprint(self) -> str:
+        if self.folder:
+            return _hash_files({str(path.relative_to(self.folder)): path for path in self.files})
+        return hashlib.sha256(f"{self.label} {self.dataset._fingerprint}".encode()).hexdigest()
+
+    def rows(self) -> Iterator[Row]:
+        return _not_empty(iter(self.dataset), self.label)
+
+    def name(self, index: int) -> str:
+        return f"row {index + 1} of {self.label}"
+
+
+def _open_saved(path: Path, config: AnyData) -> DatasetSource:
+    require("datasets", "hub", f"reading {path}")
+    import datasets
+
+    folder = path
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(p.name for p in path.iterdir() if p.is_dir())
+        if config.split not in splits:
+            raise _no_split(config, splits)
+        folder = path / config.split
+    try:
+        return DatasetSource(datasets.load_from_disk(str(folder)), str(folder), folder)
+    except Exception as error:
+        raise _unreadable(folder, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+
+
+def _open_hub(config: AnyData) -> DatasetSource:
+    require("datasets", "hub", f"reading {config.path} from the hub")
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(config.path, config.subset, split=config.split, revision=config.revision)
+    except Exception as error:
+        raise MissingError(
+            f"the data set {config.path} cannot be loaded",
+            {
+                "file or folder": "does not exist",
+                "hub": str(error).splitlines()[0] if str(error) else type(error).__name__,
+            },
+            why="The name is not a place on this machine, and the hub does not give it as asked for.",
+            fix="Check data.path, data.subset, data.split and the connection; a private one needs `hf auth login`.",
+        ) from None
+    label = " ".join(filter(None, (config.path, config.subset, config.split, config.revision)))
+    return DatasetSource(dataset, label)
+
+
+def _no_split(config: AnyData, splits: list[str]) -> DataError:
+    near = difflib.get_close_matches(config.split, splits, n=1)
+    return DataError(
+        f"{config.path} has no split `{config.split}`",
+        {"splits": ", ".join(splits), **({"did you mean": near[0]} if near else {})},
+        why="A data set with several splits is read one split at a time.",
+        fix="Set data.split to one of them.",
+    )

@@ -1,0 +1,162 @@
+"""BatchStream: documents to the batches of each optimizer step, from a state that can be saved and resumed."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from stillroom.batch import Batch
+from stillroom.data.documents import Documents
+from stillroom.data.rows import Rows, epoch_order, plan_rows
+from stillroom.errors import DataError, MismatchError
+
+
+class BatchStream(Iterator[list[Batch]]):
+    """Gives, for each optimizer step, its micro-batches.
+
+    A step takes consecutive rows as long as their input positions, padding not counted, come to at most ``tokens``,
+    and at least one row; it may reach over the end of an epoch. Which rows a step takes does not depend on
+    ``micro_tokens``. The rows of a step, longest first, are grouped into micro-batches of at most ``micro_tokens``
+    positions, padding counted, and at least one row.
+
+    Args:
+        documents: what to read, none longer than ``length`` + 1 tokens.
+        length: the most input positions of a row.
+        pack: put several documents into a row.
+        shuffle: take the documents in a new order each epoch, by ``seed``.
+        tokens: the most input positions of a step.
+        micro_tokens: the most positions of a micro-batch.
+        epochs: how often to read all documents; None is without end. The last step may be short.
+        pad_token: what the model reads on padding.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        *,
+        length: int,
+        pack: bool,
+        shuffle: bool,
+        tokens: int,
+        micro_tokens: int,
+        seed: int,
+        epochs: int | None,
+        pad_token: int = 0,
+    ) -> None:
+        if not len(documents):
+            raise ValueError("a stream needs at least one document")
+        self.documents, self.epochs, self.micro_tokens, self.pad_token = documents, epochs, micro_tokens, pad_token
+        self.length, self.pack, self.shuffle, self.tokens, self.seed = length, pack, shuffle, tokens, seed
+        self.epoch, self.row, self.step = 0, 0, 0
+        self._planned: tuple[int, Rows] | None = None
+
+    def __next__(self) -> list[Batch]:
+        self.epoch, self.row, rows = self._take(self.epoch, self.row)
+        if not rows:
+            raise StopIteration
+        self.step += 1
+        return [self._collate(group) for group in self._group(rows)]
+
+    def num_steps(self) -> int | None:
+        """The steps from the first to the end of the last epoch; None without end."""
+        if self.epochs is None:
+            return None
+        epoch, row, steps = 0, 0, 0
+        while True:
+            epoch, row, rows = self._take(epoch, row)
+            if not rows:
+                return steps
+            steps += 1
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream stands, as JSON values: after the last step that it gave."""
+        return {"epoch": self.epoch, "row": self.row, "step": self.step, **self._identity()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes to where ``state`` was taken, so that the next step is the one that would have come then.
+
+        Raises:
+            DataError: the state lacks something.
+            MismatchError: it was taken over other documents, or with other settings that choose the rows of a step.
+        """
+        for key, value in self._identity().items():
+            if key in state and state[key] != value:
+                raise MismatchError(
+                    f"the saved data stream differs in its {key}",
+                    {"saved": state[key], "now": value},
+                    why="The steps to come would not hold the documents that an uninterrupted run would have seen.",
+                    fix="Resume with the data and the settings that the run was begun with, or begin a new run.",
+                )
+        missing = [key for key in self.state() if key not in state]
+        places = [state.get(key) for key in ("epoch", "row", "step")]
+        if missing or not all(isinstance(place, int) and place >= 0 for place in places):
+            raise DataError(
+                "the saved state of the data stream is not whole",
+                {"missing": ", ".join(missing) or "nothing", "epoch, row, step": places},
+                why="Without it, nobody knows which documents come next.",
+                fix="Resume from an earlier checkpoint.",
+            )
+        self.epoch, self.row, self.step = state["epoch"], state["row"], state["step"]
+
+    def _identity(self) -> dict[str, Any]:
+        """All that decides which documents a step holds."""
+        names = ("length", "pack", "shuffle", "tokens", "seed")
+        return {"documents": self.documents.fingerprint, **{name: getattr(self, name) for name in names}}
+
+    def _rows(self, epoch: int) -> Rows:
+        key = epoch if self.shuffle else 0
+        if self._planned is None or self._planned[0] != key:
+            order = epoch_order(len(self.documents), self.shuffle, self.seed, epoch)
+            self._planned = key, plan_rows(self.documents.lengths, self.length, self.pack, order)
+        return self._planned[1]
+
+    def _take(self, epoch: int, row: int) -> tuple[int, int, list[np.ndarray]]:
+        """The next step's rows, each as its documents, and the epoch and row after them."""
+        taken: list[np.ndarray] = []
+        total = 0
+        while self.epochs is None or epoch < self.epochs:
+            rows = self._rows(epoch)
+            if row >= len(rows):
+                epoch, row = epoch + 1, 0
+                continue
+            total += int(rows.num_positions[row])
+            if taken and total > self.tokens:
+                break
+            taken.append(rows[row])
+            row += 1
+        return epoch, row, taken
+
+    def _group(self, rows: list[np.ndarray]) -> list[list[np.ndarray]]:
+        """The rows of a step, longest first, in micro-batches."""
+        groups: list[list[np.ndarray]] = []
+        widest = 0
+        for row in sorted(rows, key=self._num_positions, reverse=True):
+            if groups and (len(groups[-1]) + 1) * widest <= self.micro_tokens:
+                groups[-1].append(row)
+            else:
+                groups.append([row])
+                widest = self._num_positions(row)
+        return groups
+
+    def _num_positions(self, row: np.ndarray) -> int:
+        return int((self.documents.lengths[row] - 1).sum())
+
+    def _collate(self, rows: list[np.ndarray]) -> Batch:
+        """Rows to a batch. The shift is made here and nowhere else: n tokens are n - 1 inputs and next tokens."""
+        shape = len(rows), max(map(self._num_positions, rows))
+        tokens, next_tokens = np.full(shape, self.pad_token, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        keep, positions = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=np.int64)
+        documents = np.full(shape, -1, dtype=np.int64)
+        for r, row in enumerate(rows):
+            start = 0
+            for document in row.tolist():
+                ids = self.documents.tokens(document)
+                end = start + len(ids) - 1
+                tokens[r, start:end], next_tokens[r, start:end] = ids[:-1], ids[1:]
+                keep[r, start:end] = self.documents.learn(document)[1:]
+                positions[r, start:end] = np.arange(end - start)
+                documents[r, start:end] = document
+                start = end
+            positions[r, start:] = np.arange(shape[1] - start)
+        return Batch(*(torch.from_numpy(array) for array in (tokens, next_tokens, keep, positions, documents)))

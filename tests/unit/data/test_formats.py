@@ -1,0 +1,319 @@
+"""Formats: which tokens a row becomes, and exactly which of them are learnt."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from tokenizers import pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from conftest import CHATML, build_tokenizer
+from stillroom.data.config import AnyData, ChatData, PromptCompletionData, TextData
+from stillroom.data.formats import encoder
+from stillroom.errors import ConfigError, DataError, MissingError
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "How many drops?"},
+    {"role": "assistant", "content": "12 drops."},
+    {"role": "user", "content": "Sure?"},
+    {"role": "assistant", "content": "Yes.\n"},
+]
+MARKED = CHATML.replace(
+    "{{ message['content'] }}<|im_end|>\n",
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}\n",
+)
+
+
+def text_data(**settings) -> TextData:
+    return TextData(format="text", path="x.jsonl", **settings)
+
+
+def chat_data(**settings) -> ChatData:
+    return ChatData(format="chat", path="x.jsonl", **settings)
+
+
+def pair_data(**settings) -> PromptCompletionData:
+    return PromptCompletionData(format="prompt_completion", path="x.jsonl", **settings)
+
+
+def encode(config: AnyData, tokenizer: Any, rows: Sequence[dict], template: str | None = None):
+    return encoder(config, tokenizer, template)(rows, lambda index: f"x.jsonl line {index + 1}")
+
+
+def learnt(tokenizer: Any, document) -> list[str]:
+    """The text of each run of learnt tokens."""
+    runs, previous = [], False
+    for token, learn in zip(document.tokens.tolist(), document.learn.tolist(), strict=True):
+        if learn:
+            runs.append([*runs.pop(), token] if previous else [token])
+        previous = learn
+    return [tokenizer.decode(run) for run in runs]
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def test_text_gets_one_beginning_and_one_end(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"text": "The still."}, {"text": "<s>The still."}, {"text": "The still.</s>"}]
+    documents = encode(text_data(), tiny_tokenizer, rows)
+    expected = [0, *tiny_tokenizer.encode("The still.", add_special_tokens=False), 1]
+    for document in documents:
+        assert document.tokens.tolist() == expected
+        assert document.learn.all()
+
+
+def test_long_text_gives_no_warning(recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.model_max_length = 4
+    [document] = encode(text_data(), tokenizer, [{"text": "drops " * 99}])
+    assert len(document.tokens) > 100
+    assert not recwarn.list
+    assert not caplog.records
+
+
+def test_another_column(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    [document] = encode(text_data(column="story"), tiny_tokenizer, [{"story": "drops", "text": "no"}])
+    assert tiny_tokenizer.decode(document.tokens) == "<s>drops</s>"
+
+
+def test_empty_text_has_nothing_to_learn(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    [document] = encode(text_data(), tiny_tokenizer, [{"text": ""}])
+    assert not document.learn.any()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"txet": "x", "id": "1"},
+            r"x\.jsonl line 2 has no column `text`\n  columns there: txet, id +did you mean: txet",
+        ),
+        ({"text": None}, r"x\.jsonl line 2: the column `text` does not hold a text\n  expected: a text +found: null"),
+        ({"text": 42}, r"found: 42 \(int\)"),
+    ],
+)
+def test_rows_that_are_no_text(tiny_tokenizer: PreTrainedTokenizerFast, row: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        encode(text_data(), tiny_tokenizer, [{"text": "fine"}, row])
+
+
+# --- chat ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_only_the_assistant_is_learnt_with_its_first_token_and_its_end_of_turn(
+    chat_tokenizer: PreTrainedTokenizerFast, template: str
+) -> None:
+    [document] = encode(chat_data(), chat_tokenizer, [{"messages": TURNS}], template)
+    assert learnt(chat_tokenizer, document) == ["12 drops.<|im_end|>", "Yes.\n<|im_end|>"]
+    whole = chat_tokenizer.apply_chat_template(TURNS, chat_template=template, tokenize=False)
+    assert chat_tokenizer.decode(document.tokens) == whole
+    first = document.learn.tolist().index(True)
+    assert str(chat_tokenizer.decode(document.tokens[:first])).endswith("<|im_start|>assistant\n")
+
+
+def test_marks_agree_with_transformers(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    [document] = encode(chat_data(), chat_tokenizer, [{"messages": TURNS}], MARKED)
+    reference: Any = chat_tokenizer.apply_chat_template(
+        TURNS, chat_template=MARKED, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert document.tokens.tolist() == reference["input_ids"]
+    assert document.learn.tolist() == [bool(mask) for mask in reference["assistant_masks"]]
+
+
+def test_marks_hold_where_offsets_leave_out_white_space() -> None:
+    """With trimmed offsets the answer's first character belongs to no token, and a lookup by character finds none."""
+    tokenizer = build_tokenizer(extra=("<|im_start|>", "<|im_end|>"))
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    turns = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": " slowly, and"}]
+    for template in (CHATML, MARKED):
+        [document] = encode(chat_data(), tokenizer, [{"messages": turns}], template)
+        assert learnt(tokenizer, document) == [" slowly, and<|im_end|>"]
+
+
+def test_all_of_a_chat_is_learnt_when_asked(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    [document] = encode(chat_data(keep="all"), chat_tokenizer, [{"messages": TURNS}], CHATML)
+    assert document.learn.all()
+
+
+def test_sharegpt_is_the_same_as_messages(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    shared = [{"from": names[turn["role"]], "value": turn["content"]} for turn in TURNS]
+    a, b = encode(chat_data(), chat_tokenizer, [{"messages": TURNS}, {"conversations": shared}], CHATML)
+    assert a.tokens.tolist() == b.tokens.tolist()
+    assert a.learn.tolist() == b.learn.tolist()
+
+
+def test_function_is_a_tool_and_is_not_learnt(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = [*TURNS[:3], {"from": "function", "value": "34"}, {"from": "gpt", "value": "34."}]
+    [document] = encode(chat_data(), chat_tokenizer, [{"conversations": turns}], CHATML)
+    assert "<|im_start|>tool\n34<|im_end|>" in chat_tokenizer.decode(document.tokens)
+    assert learnt(chat_tokenizer, document) == ["12 drops.<|im_end|>", "34.<|im_end|>"]
+
+
+def test_template_and_tokenizer_do_not_both_add_a_beginning(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    [document] = encode(chat_data(), chat_tokenizer, [{"messages": TURNS}], "{{ bos_token }}" + CHATML)
+    assert document.tokens.tolist().count(0) == 1
+    assert document.tokens[0] == 0
+    assert document.tokens[-1] != 1, "no end of sequence that the template does not write"
+
+
+def test_a_chat_without_an_assistant_or_with_a_silent_one(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"messages": TURNS[:2]}, {"messages": [TURNS[1], {"role": "assistant", "content": ""}]}]
+    for document in encode(chat_data(), chat_tokenizer, rows, CHATML):
+        assert len(document.tokens)
+        assert not document.learn.any()
+
+
+def test_the_assistant_may_begin(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = [{"from": "gpt", "value": "Hello."}, {"from": "human", "value": "Hi."}, {"from": "gpt", "value": "12?"}]
+    [document] = encode(chat_data(), chat_tokenizer, [{"conversations": turns}], CHATML)
+    assert learnt(chat_tokenizer, document) == ["Hello.<|im_end|>", "12?<|im_end|>"]
+    with pytest.raises(DataError, match="begins with the assistant"):
+        encode(chat_data(), chat_tokenizer, [{"conversations": turns}], "{{ messages[-1]['content'] }}")
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    rewriting = CHATML.replace("{{ message['content'] }}", "{{ message['content'] if loop.last else '…' }}")
+    with pytest.raises(DataError, match=r"(?s)line 1: the chat template rewrites earlier turns.*generation"):
+        encode(chat_data(), chat_tokenizer, [{"messages": TURNS}], rewriting)
+    [document] = encode(chat_data(keep="all"), chat_tokenizer, [{"messages": TURNS}], rewriting)
+    assert document.learn.all()
+
+
+def test_a_template_that_refuses_is_quoted(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    refusing = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match="roles must alternate"):
+        encode(chat_data(), chat_tokenizer, [{"messages": TURNS}], refusing)
+
+
+def test_no_template_is_said_at_once(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(MissingError, match="no chat template"):
+        encoder(chat_data(), tiny_tokenizer, None)
+    with pytest.raises(MissingError, match="no chat template"):
+        encoder(pair_data(chat=True), tiny_tokenizer, None)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "x"}, "has no column `messages`"),
+        ({"messages": "x"}, r"expected: a list of messages +found: str"),
+        ({"messages": []}, "found: an empty list"),
+        ({"messages": ["x"]}, "message 1 is not an object"),
+        ({"messages": [{"content": "x"}]}, "message 1 has no role"),
+        (
+            {"messages": [TURNS[1], {"role": "narrator", "content": "x"}]},
+            "message 2 has an unknown role\n  found: 'narr",
+        ),
+        ({"messages": [{"role": "user"}]}, r"message 1 has no text\n  expected `content`: a text +found: NoneType"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "found: list"),
+    ],
+)
+def test_misshapen_chats(chat_tokenizer: PreTrainedTokenizerFast, row: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        encode(chat_data(), chat_tokenizer, [row], CHATML)
+    assert "x.jsonl line 1" in str(caught.value)
+
+
+# --- prompt and completion -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [("How many drops?", " 12 drops."), ("a", "b"), ("drops\n", "drops"), ("x", "\n\n"), ("", "é🙂")],
+)
+def test_only_the_completion_and_the_end_are_learnt(
+    tiny_tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str
+) -> None:
+    [document] = encode(pair_data(), tiny_tokenizer, [{"prompt": prompt, "completion": completion}])
+    whole = [0, *tiny_tokenizer.encode(prompt + completion, add_special_tokens=False), 1]
+    assert document.tokens.tolist() == whole
+    assert "".join(learnt(tiny_tokenizer, document)) == completion + "</s>"
+    assert not document.learn[0]
+
+
+def test_a_token_over_the_border_is_learnt(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    merged = tiny_tokenizer.encode(" t", add_special_tokens=False)
+    assert len(merged) == 1
+    [document] = encode(pair_data(), tiny_tokenizer, [{"prompt": " ", "completion": "t"}])
+    assert document.tokens.tolist() == [0, *merged, 1]
+    assert document.learn.tolist() == [False, True, True]
+
+
+def test_an_end_of_sequence_that_the_tokenizer_adds_is_learnt_once() -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    [document] = encode(pair_data(), tokenizer, [{"prompt": "How?\n", "completion": "12"}])
+    assert learnt(tokenizer, document) == ["12</s>"]
+    assert document.tokens.tolist().count(1) == 1
+
+
+def test_an_empty_completion_has_nothing_to_learn(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    [document] = encode(pair_data(), tiny_tokenizer, [{"prompt": "How?", "completion": ""}])
+    assert not document.learn.any()
+
+
+def test_all_of_a_pair_is_learnt_when_asked(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    [document] = encode(pair_data(keep="all"), tiny_tokenizer, [{"prompt": "How?", "completion": " 12"}])
+    assert document.learn.all()
+
+
+def test_columns_in_braces(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    config = pair_data(prompt="Q {{1}}: {question}\nA:", completion=" {the answer}!")
+    [document] = encode(config, tiny_tokenizer, [{"question": "drops?", "the answer": "12 {x}"}])
+    assert tiny_tokenizer.decode(document.tokens) == "<s>Q {1}: drops?\nA: 12 {x}!</s>"
+    assert learnt(tiny_tokenizer, document) == [" 12 {x}!</s>"]
+
+
+@pytest.mark.parametrize("text", ["{}", "{a!r}", "{a:>9}", "{a", "a}", "{{a}}"])
+def test_braces_that_cannot_be_meant(tiny_tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.prompt"):
+        encoder(pair_data(prompt=text), tiny_tokenizer, None)
+
+
+def test_braces_reach_into_nothing(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match=r"no column `a\.__class__`"):
+        encode(pair_data(prompt="{a.__class__}"), tiny_tokenizer, [{"a": "x", "completion": "y"}])
+
+
+def test_question_and_answer_are_suggested(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match=r"Set data\.prompt=question data\.completion=answer"):
+        encode(pair_data(), tiny_tokenizer, [{"question": "x", "answer": "y"}])
+
+
+def test_a_pair_as_a_chat(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    [pair] = encode(pair_data(chat=True), chat_tokenizer, [{"prompt": "How?", "completion": "12"}], CHATML)
+    assert chat_tokenizer.decode(pair.tokens) == (
+        "<|im_start|>user\nHow?<|im_end|>\n<|im_start|>assistant\n12<|im_end|>\n"
+    )
+    assert learnt(chat_tokenizer, pair) == ["12<|im_end|>"]
+
+
+def test_a_tokenizer_that_drops_characters_is_refused_where_it_matters() -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("§", "removed")
+    rows = [{"prompt": "How 🙂🙂🙂?", "completion": " 12"}]
+    with pytest.raises(DataError, match="does not say where its tokens lie"):
+        encode(pair_data(), tokenizer, rows)
+    assert encode(pair_data(keep="all"), tokenizer, rows)[0].learn.all()
+
+
+# --- real tokenizers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama2"])
+def test_real_tokenizers_learn_exactly_the_completion(shared_data, name: str) -> None:
+    from stillroom.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer(str(shared_data / "tokenizers" / name))
+    [document] = encode(pair_data(), tokenizer, [{"prompt": "2 + 2 =", "completion": " 4, naïve 🙂."}])
+    first = document.learn.tolist().index(True)
+    assert str(tokenizer.decode(document.tokens[:first])).endswith("2 + 2 =")
+    assert document.learn[first:].all()
+    assert document.tokens[-1] == tokenizer.eos_token_id
+    assert document.tokens.tolist().count(tokenizer.bos_token_id) == 1

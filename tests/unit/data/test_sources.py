@@ -1,0 +1,180 @@
+"""Sources: every kind of file gives its rows, and every kind of damage is named with its place."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stillroom.data.config import TextData
+from stillroom.data.sources import open_source
+from stillroom.errors import DataError, MissingError
+
+ROWS = [{"text": "one"}, {"text": "zwei – 二"}, {"text": "three\nlines"}]
+JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+
+
+def source_of(path: Path | str, **settings):
+    return open_source(TextData(format="text", path=str(path), **settings))
+
+
+def write_parquet(path: Path, rows: list[dict] = ROWS) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", JSONL),
+        ("a.jsonl", JSONL.rstrip(b"\n")),
+        ("a.jsonl", JSONL.replace(b"\n{", b"\r\n\r\n{") + b"\n"),
+        ("a.jsonl", b"\xef\xbb\xbf" + JSONL),
+        ("a.jsonl.gz", gzip.compress(JSONL)),
+        ("a.json", json.dumps(ROWS).encode()),
+        ("a.json", json.dumps({"about": "x", "data": ROWS}).encode()),
+        ("a.json.gz", gzip.compress(json.dumps(ROWS).encode())),
+    ],
+)
+def test_json_files_give_their_rows(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    source = source_of(tmp_path / name)
+    assert list(source.rows()) == ROWS
+    assert list(source.rows()) == ROWS
+    assert source.files == [tmp_path / name]
+
+
+def test_parquet_and_text_files(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet")
+    assert list(source_of(tmp_path / "a.parquet").rows()) == ROWS
+    (tmp_path / "b.txt").write_text("all\nof\nit\n", encoding="utf-8")
+    assert list(source_of(tmp_path / "b.txt").rows()) == [{"text": "all\nof\nit\n"}]
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"small"))
+    assert list(source_of(tmp_path / "b.txt.gz").rows()) == [{"text": "small"}]
+
+
+def test_names_of_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n\n{"text": "y"}\n')
+    write_parquet(tmp_path / "b.parquet")
+    assert [source_of(tmp_path / "a.jsonl").name(i) for i in (0, 1)] == ["a.jsonl line 1", "a.jsonl line 3"]
+    assert source_of(tmp_path / "b.parquet").name(2) == "b.parquet row 3"
+
+
+def test_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
+    for name, text in (("b.jsonl", "second"), ("a.jsonl.gz", "first"), ("c.jsonl", "third")):
+        content = json.dumps({"text": text}).encode()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    (tmp_path / "README.md").write_text("about")
+    source = source_of(tmp_path)
+    assert [row["text"] for row in source.rows()] == ["first", "second", "third"]
+    assert source.name(1) == "b.jsonl line 1"
+    assert [path.name for path in source.files] == ["a.jsonl.gz", "b.jsonl", "c.jsonl"]
+
+
+def test_folder_of_two_kinds_or_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="one kind"):
+        source_of(tmp_path)
+    (tmp_path / "a.jsonl").write_bytes(JSONL)
+    (tmp_path / "b.txt").write_text("x")
+    with pytest.raises(DataError, match=r"found: \.jsonl, \.txt"):
+        source_of(tmp_path)
+
+
+def test_fingerprint_follows_bytes_and_names(tmp_path: Path) -> None:
+    def fingerprint(folder: str, files: dict[str, bytes]) -> str:
+        (tmp_path / folder).mkdir()
+        for name, content in files.items():
+            (tmp_path / folder / name).write_bytes(content)
+        return source_of(tmp_path / folder).fingerprint()
+
+    first = fingerprint("1", {"a.jsonl": JSONL, "b.jsonl": b"{}"})
+    assert first == fingerprint("2", {"b.jsonl": b"{}", "a.jsonl": JSONL})
+    others = [
+        fingerprint("3", {"a.jsonl": JSONL + b"\n", "b.jsonl": b"{}"}),
+        fingerprint("4", {"a.jsonl": b"{}", "b.jsonl": JSONL}),
+        fingerprint("5", {"a.jsonl": JSONL, "c.jsonl": b"{}"}),
+        fingerprint("6", {"a.jsonl": JSONL}),
+    ]
+    assert len({first, *others}) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": }\n', r"broken JSON in .*a\.jsonl line 2\n  column 10: Expecting value"),
+        ("a.jsonl", JSONL[:-9], r"broken JSON in .*a\.jsonl line 3"),
+        ("a.jsonl", b'{"text": "x"}\n["x"]\n', r"a\.jsonl line 2 is not a JSON object"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"not UTF-8\n  line 2: byte 0xff"),
+        ("a.json", b'[{"text": "x"},\n {"text" "y"}]', r"broken JSON in .*a\.json line 2"),
+        ("a.json", b'[{"text": "x"}, 3]', r"a\.json item 2 is not a JSON object"),
+        ("a.json", b'{"a": [], "b": []}', r"not a list of rows"),
+        ("a.txt", b"x\ny\n\xc3(", r"not UTF-8\n  line 3"),
+        ("a.txt.gz", gzip.compress(b"x" * 999)[:-9], r"not a whole gzip file"),
+        ("a.jsonl.gz", JSONL, r"not a whole gzip file"),
+        ("a.parquet", b"PAR1 nothing PAR1", r"not whole parquet"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", r"git-lfs pointer"),
+        ("a.jsonl", b"\n\n", r"there are no rows"),
+        ("a.json", b"[]", r"there are no rows"),
+        ("a.csv", b"text\nx\n", r"a kind that is not read"),
+        ("a.parquet.gz", b"", r"a kind that is not read"),
+    ],
+)
+def test_damage_is_named_with_its_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(source_of(tmp_path / name).rows())
+
+
+def test_rows_before_the_damage_are_streamed(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(JSONL + b"{")
+    rows = source_of(tmp_path / "a.jsonl").rows()
+    assert [next(rows) for _ in ROWS] == ROWS
+    with pytest.raises(DataError, match="line 4"):
+        next(rows)
+
+
+def test_truncated_parquet(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", [{"text": "x" * 99 + str(i)} for i in range(50)])
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="not whole parquet"):
+        list(source_of(tmp_path / "a.parquet").rows())
+
+
+def test_missing_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "train.jsonl").write_bytes(JSONL)
+    with pytest.raises(MissingError, match=r"did you mean: .*train\.jsonl"):
+        source_of(tmp_path / "trian.jsonl")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MissingError, match="the hub was not asked"):
+        source_of("no-such-file.jsonl")
+    pytest.importorskip("datasets")
+    with pytest.raises(MissingError, match="cannot be loaded"):
+        source_of("stillroom-nobody/no-such-data")
+
+
+def test_folders_written_by_datasets(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    one = datasets.Dataset.from_list(ROWS)
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": one, "valid": one.select([1])}).save_to_disk(tmp_path / "two")
+    assert list(source_of(tmp_path / "one").rows()) == ROWS
+    assert list(source_of(tmp_path / "two").rows()) == ROWS
+    valid = source_of(tmp_path / "two", split="valid")
+    assert list(valid.rows()) == ROWS[1:2]
+    assert valid.name(0).startswith("row 1 of ")
+    assert valid.files
+    assert valid.fingerprint() != source_of(tmp_path / "two").fingerprint()
+    assert valid.fingerprint() == source_of(tmp_path / "two", split="valid").fingerprint()
+    with pytest.raises(DataError, match="did you mean: valid"):
+        source_of(tmp_path / "two", split="valdi")
+
+
+def test_real_files(shared_data: Path) -> None:
+    first = next(source_of(shared_data / "text" / "gsm8k_train.jsonl").rows())
+    assert first.keys() == {"question", "answer"}
+    rows = list(source_of(shared_data / "text" / "dpo_en_demo.json").rows())
+    assert {"conversations", "chosen", "rejected"} <= rows[0].keys()
+    [whole] = source_of(shared_data / "text" / "tinyshakespeare.txt").rows()
+    assert len(whole["text"].encode()) == 1115394
