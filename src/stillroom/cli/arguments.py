@@ -1,0 +1,72 @@
+"""The command line's own grammar: VERB [RECIPE.yaml] [key=value …] and six flags."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from stillroom.errors import ConfigError
+
+FLAGS = ("dry-run", "resume", "overwrite", "quiet", "debug", "help")
+
+
+@dataclass
+class Arguments:
+    verb: str | None = None
+    recipe: str | None = None
+    overrides: list[str] = field(default_factory=list)
+    flags: set[str] = field(default_factory=set)
+
+
+def parse(words: Sequence[str], verbs: Sequence[str]) -> Arguments:
+    """Flags stand anywhere; the first other word is the verb, ``key=value`` sets, and one more word is the recipe."""
+    arguments = Arguments()
+    for word in words:
+        if word in ("-h", "--help"):
+            arguments.flags.add("help")
+        elif word.startswith("-"):
+            arguments.flags.add(_known(word.lstrip("-"), FLAGS, "flag", word))
+        elif arguments.verb is None:
+            arguments.verb = _known(word, verbs, "verb", word)
+        elif re.match(r"[A-Za-z_][\w.]*=", word):
+            arguments.overrides.append(word)
+        elif arguments.recipe is None:
+            arguments.recipe = word
+        else:
+            raise ConfigError(
+                f"`{word}` is neither a setting nor the recipe",
+                {"recipe": arguments.recipe, "then": word},
+                why="A run has one recipe, and every other word after the verb sets one value.",
+                fix="Write settings as key=value, with no spaces around the sign.",
+            )
+    if arguments.verb is None and arguments.flags - {"help"}:
+        raise ConfigError(
+            "there is no verb",
+            {"flags": ", ".join(f"--{flag}" for flag in sorted(arguments.flags)), "verbs": ", ".join(verbs)},
+            why="The first word says what to do.",
+            fix="Write `stillroom VERB [RECIPE.yaml] [key=value …]`; see `stillroom --help`.",
+        )
+    if {"resume", "overwrite"} <= arguments.flags:
+        raise ConfigError(
+            "--resume and --overwrite contradict each other",
+            {"--resume": "goes on with the run that is there", "--overwrite": "deletes it"},
+            why="Only one of them can be meant.",
+            fix="Leave one of them out.",
+        )
+    return arguments
+
+
+def _known(name: str, names: Sequence[str], kind: str, word: str) -> str:
+    if name in names:
+        return name
+    dashes = "--" if kind == "flag" else ""
+    near = difflib.get_close_matches(name, names, n=1)
+    raise ConfigError(
+        f"`{word}` is not a {kind}",
+        {
+            **({"did you mean": dashes + near[0]} if near else {}),
+            f"{kind}s": ", ".join(dashes + name for name in names),
+        },
+        why="Nothing would be done for it." if kind == "flag" else "The first word says what to do.",
+        fix="See `stillroom --help`; settings are written as key=value.",
+    )

@@ -1,0 +1,81 @@
+"""``stillroom``: find the verb, run it, and turn what it raises into a message and an exit code."""
+
+import errno
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from stillroom import __version__
+from stillroom.cli.arguments import Arguments, parse
+from stillroom.errors import StillroomError
+
+VERBS = {"distill": "train a student to predict as its teacher does"}
+
+HELP = f"""stillroom {__version__}: distil large language models into small ones
+
+usage: stillroom VERB [RECIPE.yaml] [key=value …] [flags]
+
+verbs
+{chr(10).join(f"  {verb:12}{meaning}" for verb, meaning in VERBS.items())}
+
+Any setting can come from the recipe or from key=value, with dots into the tree:
+  stillroom distill recipes/qwen2-7b-to-1.5b-logits.yaml steps=100 objectives.0.weight=0.9 out=runs/x
+
+flags
+  --dry-run     print the resolved settings and what would be read and written; write nothing
+  --resume      go on with the run in `out` from its last checkpoint
+  --overwrite   delete the run in `out` first
+  --quiet       results and errors only
+  --debug       show where an error was raised
+  --help        this text; `stillroom VERB --help` explains every setting of a verb
+
+exit codes: 0 done, 1 a bug, 2 something to mend, 130 interrupted (and resumable)
+"""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if words is None else words
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a sign still gets the text
+    try:
+        if list(words) == ["--version"]:
+            return _say(f"stillroom {__version__}")
+        arguments = parse(words, tuple(VERBS))
+        if arguments.verb is None:
+            return _say(HELP.rstrip())
+        verb: Callable[[Arguments], int] = import_module(f"stillroom.cli.{arguments.verb}").main
+        return verb(arguments)
+    except StillroomError as error:
+        return _failed(f"error: {error}", "--debug" in words)
+    except KeyboardInterrupt as error:
+        instead = " in the place of --overwrite" if "--overwrite" in words else ""
+        print(f"\n{str(error) or 'interrupted'}. Go on with the same command and --resume{instead}.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        return _failed(f"error: {error.strerror}: {error.filename or 'while writing'}", "--debug" in words)
+
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO}
+"""What a full, broken or locked disk says, wherever it is met."""
+
+
+def _say(text: str) -> int:
+    print(text)
+    return 0
+
+
+def _failed(text: str, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    else:
+        print(text, file=sys.stderr)
+    return 2

@@ -1,0 +1,85 @@
+"""What a running verb says on stderr: one live line on a terminal, plain lines now and then in a log file."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+LOG_EVERY_S = 10.0
+
+
+class Progress:
+    """Takes a verb's events and shows them; a context manager, so that the live line ends as it should."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet, self.live = quiet, sys.stderr.isatty()
+        self._bar: tqdm[Any] | None = None
+        self._last = 0.0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, event: str, values: Mapping[str, Any]) -> None:
+        if self.quiet:
+            return
+        if event == "step":
+            self._step(values)
+        elif event == "tokenise":
+            self._periodic(f"tokenising {values['path']}: {values['rows']:,} rows")
+        elif event == "held_out":
+            self._write(f"held out after step {values['step']}: {_numbers(values, skip=('step', 'num_tokens'))}")
+        else:
+            self._write(values["text"])
+
+    def _step(self, values: Mapping[str, Any]) -> None:
+        terms = {k: v for k, v in values.items() if k.endswith("_nats")}
+        if len(terms) == 2:  # one objective: its value is the loss
+            terms = {"loss_nats": terms["loss_nats"]}
+        text = f"{_numbers(terms)}, {_short(values['tokens_per_s'])} tokens/s"
+        if self.live:
+            if self._bar is None:
+                self._bar = tqdm(
+                    total=values["num_steps"],
+                    initial=values["step"] - 1,
+                    unit="step",
+                    dynamic_ncols=True,
+                    bar_format="{n_fmt}/{total_fmt} |{bar:20}| {elapsed}<{remaining} {postfix}",
+                )
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(values["step"] - self._bar.n)
+        else:
+            left = (values["num_steps"] - values["step"]) * values["total_time_s"] / values["step"]
+            line = f"step {values['step']}/{values['num_steps']}: {text}, {_duration(left)} left"
+            self._periodic(line, now=values["step"] in (1, values["num_steps"]))
+
+    def _periodic(self, line: str, now: bool = False) -> None:
+        if now or time.monotonic() - self._last >= LOG_EVERY_S:
+            self._last = time.monotonic()
+            self._write(line)
+
+    def _write(self, line: str) -> None:
+        tqdm.write(line, file=sys.stderr)
+
+
+def _numbers(values: Mapping[str, float], skip: tuple[str, ...] = ()) -> str:
+    return ", ".join(
+        f"{name.removesuffix('_nats').replace('_', ' ')} {value:.4f}"
+        for name, value in values.items()
+        if name not in skip
+    )
+
+
+def _short(number: float) -> str:
+    return f"{number:.0f}" if number < 1000 else f"{number / 1000:.1f}k"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,239 @@
+"""The settings of `stillroom distill`: student + (live teacher or none) + data -> model."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from stillroom.config import Config, PathText
+from stillroom.data.config import DataConfig
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
+
+
+class FromConfig(Config):
+    """A new student with random weights."""
+
+    kind: Literal["config"]
+    like: PathText | None = None
+    """The model whose config is the pattern; null is the teacher."""
+    family: str | None = None
+    """Instead of a pattern: a family's name in `transformers`, such as llama or qwen3, with its default settings."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """What differs, by the names of the family's config.json: hidden_size, num_hidden_layers, …"""
+
+
+class Lora(Config):
+    """Train low-rank adapters and leave the student's own weights as they are (arXiv 2106.09685)."""
+
+    rank: Positive = 16
+    """Rank of each adapter."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The adapter's output is multiplied by alpha / rank."""
+    dropout: Share = 0.0
+    """Share of an adapter's inputs set to zero in training."""
+    targets: Annotated[tuple[str, ...], Field(strict=False)] | Literal["all-linear"] = "all-linear"
+    """Names of the layers that get an adapter; all-linear is every linear layer but the head."""
+    export: Literal["merged", "adapter"] = "merged"
+    """Write an ordinary model with the adapters merged in, or the adapters alone."""
+
+
+class StudentConfig(Config):
+    """The model that is trained: an existing one, or a new one."""
+
+    model: PathText | None = None
+    """Hub name or folder."""
+    init: FromConfig | None = None
+    """Build a new student instead."""
+    tokenizer: PathText | None = None
+    """Hub name or folder of the tokenizer, where it is not the student's own (a new student: the teacher's)."""
+    lora: Lora | None = None
+    """Low-rank adapters instead of all parameters."""
+    freeze: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Parameters that are not trained, as patterns over their names: ["*embed_tokens*", "model.layers.0.*"]."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    attention: Attention = "auto"
+    """The attention kernel; auto is what `transformers` takes."""
+    revision: str | None = None
+    """Commit or tag on the hub."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "StudentConfig":
+        if (self.model is None) == (self.init is None):
+            raise ValueError("the student needs either `model` (an existing one) or `init` (a new one), and not both")
+        return self
+
+
+class LiveTeacher(Config):
+    """A teacher that runs beside the student ("online")."""
+
+    kind: Literal["model"]
+    model: PathText
+    """Hub name or folder."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """The type of its weights and arithmetic; auto is bfloat16 on a GPU and float32 on a CPU."""
+    columns: Positive | Literal["auto"] = "auto"
+    """How many columns of both heads are compared; auto is all of them where the heads are equally wide, and else those
+    that the tokenizer has tokens for."""
+    attention: Attention = "auto"
+    """The attention kernel; auto is what `transformers` takes."""
+    revision: str | None = None
+    """Commit or tag on the hub."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+
+class ForwardKL(Config):
+    """KL(teacher ‖ student): cover all that the teacher may say."""
+
+    kind: Literal["forward_kl"]
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """Its share in the sum of objectives."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Both sides' logits are divided by it, and the loss multiplied by its square."""
+
+
+class ReverseKL(Config):
+    """KL(student ‖ teacher): seek what the teacher is likely to say."""
+
+    kind: Literal["reverse_kl"]
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """Its share in the sum of objectives."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Both sides' logits are divided by it, and the loss multiplied by its square."""
+
+
+class CrossEntropy(Config):
+    """Cross-entropy with the data's own next tokens ("hard labels")."""
+
+    kind: Literal["cross_entropy"]
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """Its share in the sum of objectives."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """The student's logits are divided by it, and the loss multiplied by its square."""
+
+
+ObjectiveConfig = Annotated[ForwardKL | ReverseKL | CrossEntropy, Field(discriminator="kind")]
+
+
+class HeldOut(Config):
+    """Text that is never trained on, read as `data` is read."""
+
+    path: PathText
+    """A file, folder or data set like data.path."""
+    split: str = "train"
+    """The split, where the data set has several."""
+    max_documents: Positive | None = None
+    """Read only the first so many documents."""
+    every: Positive | None = None
+    """Measure after every so many steps; always at the end."""
+
+
+class BatchConfig(Config):
+    """How many tokens go into a step."""
+
+    tokens: Positive
+    """Tokens (positions that the student reads) in an optimizer step, at the most."""
+    micro_tokens: Positive | Literal["auto"] = "auto"
+    """Tokens that go through the student at once, with padding; it changes memory and speed and never the result. auto
+    is the length of a row or 16384, whichever is more."""
+
+
+class AdamW(Config):
+    """Adam with decoupled weight decay (arXiv 1711.05101)."""
+
+    kind: Literal["adamw"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)]
+    """The highest learning rate, reached after the warm-up."""
+    warmup: Share = 0.0
+    """Share of all steps over which the learning rate rises from 0."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up, to 0 at the last step."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Of matrices and embeddings; norms and biases have none."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the second moment."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second moment."""
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """The longest that the gradient of all parameters together may be; null is no limit."""
+
+
+class Checkpoints(Config):
+    """What can be resumed from."""
+
+    every: Positive | None = 500
+    """Steps between checkpoints. One is also written when a run is interrupted, and at its end."""
+    keep: Positive = 2
+    """How many of the latest stay on disk."""
+    best: bool = False
+    """Keep the one with the lowest held-out objective too, and export that model."""
+
+
+class DistillConfig(Config):
+    """`stillroom distill`: train a student to predict as its teacher does."""
+
+    student: StudentConfig
+    """The model that is trained."""
+    teacher: LiveTeacher | None = None
+    """The model that is learnt from; null trains on the data's own labels alone."""
+    data: DataConfig
+    """What they read."""
+    held_out: HeldOut | None = None
+    """What the student is measured on."""
+    objectives: Annotated[tuple[ObjectiveConfig, ...], Field(strict=False, min_length=1)]
+    """What is minimised: the weighted sum of these."""
+    steps: Positive | None = None
+    """Optimizer steps; or else:"""
+    epochs: Positive | None = None
+    """passes over the data."""
+    batch: BatchConfig
+    """How many tokens go into a step."""
+    optimizer: AdamW
+    """AdamW and its schedule."""
+    checkpoints: Checkpoints = Checkpoints()
+    """What can be resumed from."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """The student's arithmetic; its weights stay float32. auto is bfloat16 on a GPU that has it, else float32."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
+    logits_bytes: Positive | Literal["auto"] = "auto"
+    """Budget for the logits that are held at a time; auto is 256 MiB."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of new weights, the order of documents, and dropout."""
+    tracking: Annotated[tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...], Field(strict=False)] = ()
+    """Where the metrics go besides metrics.jsonl; each needs its package."""
+    out: PathText
+    """The run's folder, which must not exist yet."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "DistillConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either `steps` or `epochs`, and not both")
+        if not any(objective.weight for objective in self.objectives):
+            raise ValueError("every objective has weight 0, so there is nothing to learn")
+        for i, objective in enumerate(self.objectives):
+            if self.teacher is None and objective.kind != "cross_entropy":
+                raise ValueError(f"objectives.{i} ({objective.kind}) needs a `teacher`")
+        if self.batch.tokens < self.data.length:
+            raise ValueError(f"batch.tokens ({self.batch.tokens}) is less than a row, data.length ({self.data.length})")
+        if self.batch.micro_tokens != "auto" and self.batch.micro_tokens < self.data.length:
+            raise ValueError(
+                f"batch.micro_tokens ({self.batch.micro_tokens}) is less than a row, data.length ({self.data.length})"
+            )
+        if self.checkpoints.best and (self.held_out is None or self.held_out.every is None):
+            raise ValueError("checkpoints.best needs `held_out` with `every`, by which the best is known")
+        if self.student.init is not None:
+            if self.student.init.like is not None and self.student.init.family is not None:
+                raise ValueError("student.init takes `like` or `family`, and not both")
+            if self.teacher is None and self.student.init.like is None and self.student.init.family is None:
+                raise ValueError("student.init needs `like` or `family` where there is no teacher to be like")
+            if self.teacher is None and self.student.tokenizer is None:
+                raise ValueError("a new student without a teacher needs student.tokenizer")
+        return self

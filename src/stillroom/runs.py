@@ -1,0 +1,275 @@
+"""A run's folder: refused, resumed or overwritten; run.json and metrics.jsonl."""
+
+import fcntl
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Collection, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from stillroom.errors import ConfigError, DataError, StorageError
+from stillroom.recipe import differences
+
+
+class RunFolder:
+    """The folder of one run, locked while it is open.
+
+    Args:
+        path: where; it must not exist, unless ``resume`` or ``overwrite`` is set.
+        config: the resolved settings as plain values; on ``resume`` they must be those of the run that is there.
+        free: settings that may differ from those of the run that is resumed.
+
+    Raises:
+        StorageError: the folder exists, or another process is at work in it.
+        ConfigError: a resumed run has other settings; the message names them.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        config: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        free: Collection[str] = (),
+    ) -> None:
+        self.path = Path(path)
+        self._check_place(resume or overwrite)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise StorageError(
+                f"another run is at work in {self.path}",
+                {"out": self.path},
+                why="Two runs would write over each other's checkpoints.",
+                fix="Wait for it or stop it; or choose another `out`.",
+            ) from None
+        try:
+            self._enter(config, overwrite, free)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _check_place(self, may_exist: bool) -> None:
+        """The path is free, or the folder of a run that may be used."""
+        way = next((p for p in (self.path, *self.path.parents) if p.exists()), self.path)
+        if way.exists() and not way.is_dir():
+            raise StorageError(
+                f"the output folder {self.path} cannot be made",
+                {"out": self.path, "in the way": f"the file {way}"},
+                why="A run's output is a folder.",
+                fix="Choose another `out`.",
+            )
+        if self.path.exists() and not may_exist:
+            raise StorageError(
+                f"the output folder {self.path} exists",
+                {"out": self.path, "holds": _contents(self.path)},
+                why="Nothing that an earlier run wrote is lost unless you say so.",
+                fix="Use --resume to go on with that run, --overwrite to delete it first, or another `out`.",
+            )
+        if self.path.exists() and _visible(self.path) and not (self.path / "run.json").is_file():
+            raise StorageError(
+                f"{self.path} is not the folder of a run",
+                {"expected": "run.json", "holds": _contents(self.path)},
+                why="It may hold something else, which a run would mix with its own or --overwrite would delete.",
+                fix="Choose another `out`, or empty the folder yourself.",
+            )
+
+    def _enter(self, config: Mapping[str, Any], overwrite: bool, free: Collection[str]) -> None:
+        if overwrite:
+            for entry in sorted(self.path.iterdir(), key=lambda p: p.name == "run.json"):  # the mark of a run goes last
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                elif entry.name != ".lock":
+                    entry.unlink()
+        record = self.path / "run.json"
+        self.record: dict[str, Any] = _read_record(record) if record.exists() else {}
+        self.resumed = bool(self.record)
+        config = scrub(json.loads(json.dumps(config)))
+        if self.resumed:
+            changed = differences(self.record["config"], config)
+            refused = {k: v for k, v in changed.items() if not any(k == f or k.startswith(f"{f}.") for f in free)}
+            if refused:
+                raise ConfigError(
+                    f"the run in {self.path} has other settings",
+                    {key: f"{old} there, {new} now" for key, (old, new) in refused.items()},
+                    why="Going on with them would give a result that neither set of settings describes.",
+                    fix="Resume with the settings of its run.json, or choose another `out`.",
+                )
+            self.record["config"] = config
+            return
+        self.record = {
+            "status": "started",
+            "config": config,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "git_commit": _git_commit(),
+            "machine": {"platform": platform.platform(), "num_cores": os.cpu_count()},
+        }
+        self.update()
+
+    @property
+    def done(self) -> bool:
+        return self.record.get("status") == "done"
+
+    def update(self, **values: Any) -> None:
+        """Sets values of run.json and writes it; a reader sees the old file or the new one, never half of one."""
+        self.record |= scrub(values)
+        self.record["peak_memory_bytes"] = max(peak_memory_bytes(), self.record.get("peak_memory_bytes", 0))
+        write_json(self.path / "run.json", self.record)
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Metrics:
+    """metrics.jsonl: one object a line, written as it comes. Opening it drops what lies after step ``after``.
+
+    A line that a killed run left half-written is dropped with it.
+    """
+
+    def __init__(self, path: Path, after: int) -> None:
+        kept = [line for line in read_metrics(path) if line["step"] <= after] if path.exists() else []
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)
+        self._file = path.open("a", buffering=1, encoding="utf-8")
+
+    def append(self, values: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(values) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl; a last line that was never finished is left out.
+
+    Raises:
+        DataError: another line is broken.
+    """
+    lines = path.read_bytes().splitlines(keepends=True)
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if number == len(lines) and not line.endswith(b"\n"):
+                break
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise DataError(
+                f"{path} is damaged",
+                {"line": number, "text": line[:60].decode(errors="replace").strip()},
+                why="What a run measured cannot be told from what it did not.",
+                fix="Mend or delete that line.",
+            )
+        rows.append(row)
+    return rows
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    record = read_json(path)
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+        raise DataError(
+            f"{path} does not describe a run",
+            {"expected": "an object with `config`", "found": json.dumps(record)[:60]},
+            why="Nobody can tell which settings the run had.",
+            fix="Restore the file, or start again with --overwrite.",
+        )
+    return record
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(
+            f"{path} is not JSON",
+            {"problem": error},
+            why="It says what the run is, so nothing can go on without it.",
+            fix="Restore the file, or start again with --overwrite.",
+        ) from None
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes a JSON file under a temporary name, syncs it and renames it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(values, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def scrub(value: Any) -> Any:
+    """The same values without secrets: passwords in addresses, and tokens, keys and signatures in their queries."""
+    if isinstance(value, dict):
+        return {key: scrub(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [scrub(item) for item in value]
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    value = re.sub(r"(\w+://)[^/\s]*@", r"\1***@", value)
+    return re.sub(r"(?i)([?&][\w.-]*(?:token|key|secret|password|signature|credential|sig)=)[^&\s]*", r"\1***", value)
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in ("stillroom", "torch", "transformers", "tokenizers", "datasets", "peft", "numpy", "pyarrow"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held at a time (resident, on the CPU)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _visible(path: Path) -> list[str]:
+    """The names in a folder, without what a run that was killed at its very start leaves."""
+    return sorted(p.name for p in path.iterdir() if p.name not in (".lock", ".run.json.tmp"))
+
+
+def _contents(path: Path) -> str:
+    return ", ".join(_visible(path)[:4]) or "nothing"
+
+
+def _git_commit() -> str | None:
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None if answer.returncode == 0 else None
