@@ -1,4 +1,4 @@
-"""Fixtures that several tests share: tiny tokenizers and models, a recipe, the real data where it is, a private cache."""
+"""Fixtures that several tests share: tiny tokenizers and models, a recipe, the real data, a private cache."""
 
 import os
 
@@ -8,14 +8,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from stillroom.batch import Batch
+from stillroom.data.documents import SCHEMA, Counts, Documents, _record_batch
+from stillroom.data.formats import Encoded
+from stillroom.data.stream import BatchStream
 
 torch.set_num_threads(1)
 
@@ -53,6 +62,7 @@ def build_tokenizer(extra: tuple[str, ...] = (), vocabulary: int = 300) -> PreTr
         clean_up_tokenization_spaces=False,
     )
 
+
 SHAPE = {
     "vocab_size": 304,
     "hidden_size": 16,
@@ -75,8 +85,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "phi": {},
 }
-"""What is particular to each family: gemma2 caps its logits, cohere and granite scale them, gpt2 has absolute positions,
-phi has a head with a bias; qwen2, gemma2, cohere and gpt2 have tied weights."""
+"""What is particular to each family: gemma2 caps its logits, cohere and granite scale them, gpt2 has absolute
+positions, phi has a head with a bias; qwen2, gemma2, cohere and gpt2 have tied weights."""
 OTHER_NAMES = {
     name: {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
     for name in ("gpt2", "bloom")
@@ -103,6 +113,32 @@ def build_model(family: str = "llama", *, seed: int = 0, **settings: Any) -> Pre
             else:
                 parameter.normal_(0, 0.3)
     return model.eval()
+
+
+def build_documents(lengths: list[int], *, seed: int = 0, vocabulary: int = 300) -> Documents:
+    """Documents of random tokens; the first fifth of each, rounded down, is not learnt."""
+    generator = np.random.default_rng(seed)
+    encoded = []
+    for document, length in enumerate(lengths):
+        tokens = generator.integers(0, vocabulary, length, dtype=np.int32)
+        encoded.append((document, Encoded(tokens, np.arange(length) >= length // 5)))
+    table = pa.Table.from_batches([_record_batch(encoded)], SCHEMA)
+    return Documents(table, Counts(), f"{seed} {lengths}", lambda row: f"text.jsonl line {row + 1}")
+
+
+def build_stream(documents: Documents, **settings: Any) -> BatchStream:
+    """Packed rows of 32 positions, up to eight in a step."""
+    values = {"length": 32, "pack": True, "shuffle": True, "tokens": 256, "micro_tokens": 64, "seed": 0, "epochs": None}
+    return BatchStream(documents, **{**values, **settings})
+
+
+def build_batch(*lengths: int, seed: int = 0, **settings: Any) -> Batch:
+    """One packed batch of documents of the given lengths."""
+    stream = build_stream(
+        build_documents(list(lengths), seed=seed), micro_tokens=256, shuffle=False, epochs=1, **settings
+    )
+    (batch,) = next(stream)
+    return batch
 
 
 @pytest.fixture(autouse=True)
@@ -140,11 +176,12 @@ def chat_tokenizer(chat_tokenizer_folder: Path) -> PreTrainedTokenizerFast:
 
 
 SaveModel = Callable[..., Path]
+"""The type of the fixture ``saved_model``."""
 
 
 @pytest.fixture(scope="session")
 def saved_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> SaveModel:
-    """Gives the folder of a tiny model with its tokenizer: ``saved_model(family, seed=0, tokenizer=FOLDER, **settings)``.
+    """The folder of a tiny model with its tokenizer: ``saved_model(family, seed=0, tokenizer=FOLDER, **settings)``.
 
     Equal arguments give the same folder, so nothing may be written into it.
     """
@@ -180,7 +217,7 @@ def text_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory: pytest.TempPathFactory, saved_model: SaveModel, text_files: Path) -> Path:
-    """A recipe of a tiny run that lacks only ``out``: six steps, of two or three micro-batches each."""
+    """A recipe of a tiny run that lacks only ``out``: six steps, of two micro-batches or more."""
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
     path.write_text(
         f"""\
@@ -192,11 +229,39 @@ objectives:
   - {{kind: forward_kl, weight: 0.75}}
   - {{kind: cross_entropy, weight: 0.25}}
 steps: 6
-batch: {{tokens: 96, micro_tokens: 32}}
+batch: {{tokens: 64, micro_tokens: 32}}
 optimizer: {{learning_rate: 1e-2, warmup: 0.2}}
 """
     )
     return path
+
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+"""The type of the fixture ``command``."""
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a process of its own, with a cache of its own."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "STILLROOM_CACHE": str(tmp_path_factory.mktemp("cache"))}
+
+
+@pytest.fixture(scope="session")
+def command(environment: dict[str, str]) -> Command:
+    """Runs the real command line in a process of its own: ``command("distill", "r.yaml", "steps=2", code=0)``.
+
+    It fails where the exit code is another; other keyword arguments go to ``subprocess.run``.
+    """
+
+    def run(*words: str, code: int = 0, **settings: Any) -> subprocess.CompletedProcess[str]:
+        words_of_all = [sys.executable, "-m", "stillroom", *words]
+        done = subprocess.run(
+            words_of_all, check=False, capture_output=True, text=True, env=environment, timeout=300, **settings
+        )
+        assert done.returncode == code, f"exit code {done.returncode}, not {code}:\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from stillroom.recipe import line_of, override, read_recipe
 from stillroom.schema import explain, explain_error
@@ -35,7 +35,11 @@ def _expand(text: str) -> str:
     return os.path.expanduser(re.sub(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", value, text))
 
 
-PathText = Annotated[str, AfterValidator(_expand)]
+def _text(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value
+
+
+PathText = Annotated[str, BeforeValidator(_text), AfterValidator(_expand)]
 """A path or a hub name; ``~`` and ``$VARIABLES`` are expanded, and an unset variable is an error."""
 
 

@@ -48,6 +48,10 @@ class NonFiniteError(StillroomError, ArithmeticError):
     """A loss or a gradient that is infinite or not a number."""
 
 
+class OutOfMemoryError(StillroomError, MemoryError):
+    """A device that has too little memory for what was asked."""
+
+
 class Interrupted(KeyboardInterrupt):
     """The user stopped a run, and what it had done is saved; the message says how to go on."""
 

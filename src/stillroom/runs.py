@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from stillroom.errors import ConfigError, DataError, StorageError
+from stillroom.files import read_json, write_json, writing
 from stillroom.recipe import differences
 
 
@@ -43,7 +44,7 @@ class RunFolder:
         free: Collection[str] = (),
     ) -> None:
         self.path = Path(path)
-        self._check_place(resume or overwrite)
+        check_place(self.path, may_exist=resume or overwrite)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / ".lock").open("w")
         try:
@@ -61,31 +62,6 @@ class RunFolder:
         except BaseException:
             self._lock.close()
             raise
-
-    def _check_place(self, may_exist: bool) -> None:
-        """The path is free, or the folder of a run that may be used."""
-        way = next((p for p in (self.path, *self.path.parents) if p.exists()), self.path)
-        if way.exists() and not way.is_dir():
-            raise StorageError(
-                f"the output folder {self.path} cannot be made",
-                {"out": self.path, "in the way": f"the file {way}"},
-                why="A run's output is a folder.",
-                fix="Choose another `out`.",
-            )
-        if self.path.exists() and not may_exist:
-            raise StorageError(
-                f"the output folder {self.path} exists",
-                {"out": self.path, "holds": _contents(self.path)},
-                why="Nothing that an earlier run wrote is lost unless you say so.",
-                fix="Use --resume to go on with that run, --overwrite to delete it first, or another `out`.",
-            )
-        if self.path.exists() and _visible(self.path) and not (self.path / "run.json").is_file():
-            raise StorageError(
-                f"{self.path} is not the folder of a run",
-                {"expected": "run.json", "holds": _contents(self.path)},
-                why="It may hold something else, which a run would mix with its own or --overwrite would delete.",
-                fix="Choose another `out`, or empty the folder yourself.",
-            )
 
     def _enter(self, config: Mapping[str, Any], overwrite: bool, free: Collection[str]) -> None:
         if overwrite:
@@ -142,6 +118,37 @@ class RunFolder:
         self.close()
 
 
+def check_place(place: str | Path, *, may_exist: bool) -> None:
+    """Returns where a run may use the folder: it is not there, or it may be and is a run's.
+
+    Raises:
+        StorageError: something is there.
+    """
+    path = Path(place)
+    way = next((p for p in (path, *path.parents) if p.exists()), path)
+    if way.exists() and not way.is_dir():
+        raise StorageError(
+            f"the output folder {path} cannot be made",
+            {"out": path, "in the way": f"the file {way}"},
+            why="A run's output is a folder.",
+            fix="Choose another `out`.",
+        )
+    if path.exists() and not may_exist:
+        raise StorageError(
+            f"the output folder {path} exists",
+            {"out": path, "holds": _contents(path)},
+            why="Nothing that an earlier run wrote is lost unless you say so.",
+            fix="Use --resume to go on with that run, --overwrite to delete it first, or another `out`.",
+        )
+    if path.exists() and _visible(path) and not (path / "run.json").is_file():
+        raise StorageError(
+            f"{path} is not the folder of a run",
+            {"expected": "run.json", "holds": _contents(path)},
+            why="It may hold something else, which a run would mix with its own or --overwrite would delete.",
+            fix="Choose another `out`, or empty the folder yourself.",
+        )
+
+
 class Metrics:
     """metrics.jsonl: one object a line, written as it comes. Opening it drops what lies after step ``after``.
 
@@ -150,13 +157,15 @@ class Metrics:
 
     def __init__(self, path: Path, after: int) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= after] if path.exists() else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
-        self._file = path.open("a", buffering=1, encoding="utf-8")
+        self._path, temporary = path, path.with_suffix(".tmp")
+        with writing(path):
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            temporary.replace(path)
+            self._file = path.open("a", buffering=1, encoding="utf-8")
 
     def append(self, values: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(values) + "\n")
+        with writing(self._path):
+            self._file.write(json.dumps(values) + "\n")
 
     def close(self) -> None:
         self._file.close()
@@ -198,29 +207,6 @@ def _read_record(path: Path) -> dict[str, Any]:
             fix="Restore the file, or start again with --overwrite.",
         )
     return record
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(
-            f"{path} is not JSON",
-            {"problem": error},
-            why="It says what the run is, so nothing can go on without it.",
-            fix="Restore the file, or start again with --overwrite.",
-        ) from None
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Writes a JSON file under a temporary name, syncs it and renames it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(values, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def scrub(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from itertools import islice
 from pathlib import Path
@@ -25,9 +26,10 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 
 
 def is_local(path: str) -> bool:
-    """Whether ``path`` means a place on this machine: it exists, or it cannot be a name on the hub."""
+    """Whether ``path`` means a place on this machine: it, or the folder it begins with, is there; or it cannot be a
+    name on the hub."""
     hub_form = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", path)
-    return Path(path).exists() or hub_form is None
+    return Path(path).exists() or hub_form is None or ("/" in path and Path(path).parts[0] in os.listdir())
 
 
 def is_lfs_pointer(path: Path) -> bool:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from stillroom.errors import ConfigError, DataError, StorageError
-from stillroom.runs import Metrics, RunFolder, read_json, read_metrics, scrub, write_json
+from stillroom.files import read_json, write_json
+from stillroom.runs import Metrics, RunFolder, read_metrics, scrub
 
 
 def entries(folder: Path) -> list[str]:
@@ -299,7 +300,7 @@ def test_json_round_trip(tmp_path):
 
 
 def test_json_is_utf_8_whatever_the_locale(tmp_path):
-    write = "import sys; from pathlib import Path; from stillroom.runs import write_json\n" + (
+    write = "import sys; from pathlib import Path; from stillroom.files import write_json\n" + (
         "write_json(Path(sys.argv[1]), {'a': '\\xe9\\u2192'})"
     )
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -337,7 +338,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_failed_update_keeps_the_run_resumable(earlier, monkeypatch):
     config = {"steps": 3, "optimizer": {"rate": 0.5}}
     with RunFolder(earlier, config, resume=True) as folder:
-        monkeypatch.setattr("stillroom.runs.json.dump", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
+        monkeypatch.setattr("stillroom.files.json.dump", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
         with pytest.raises(OSError, match="full"):
             folder.update(status="done")
         monkeypatch.undo()

@@ -41,7 +41,7 @@ class Progress:
         terms = {k: v for k, v in values.items() if k.endswith("_nats")}
         if len(terms) == 2:  # one objective: its value is the loss
             terms = {"loss_nats": terms["loss_nats"]}
-        text = f"{_numbers(terms)}, {_short(values['tokens_per_s'])} tokens/s"
+        text = f"{_short(values['tokens_per_s'])} tokens/s, {_numbers(terms)}"
         if self.live:
             if self._bar is None:
                 self._bar = tqdm(
@@ -49,7 +49,7 @@ class Progress:
                     initial=values["step"] - 1,
                     unit="step",
                     dynamic_ncols=True,
-                    bar_format="{n_fmt}/{total_fmt} |{bar:20}| {elapsed}<{remaining} {postfix}",
+                    bar_format="{n_fmt}/{total_fmt} |{bar:20}| {elapsed}<{remaining}{postfix}",
                 )
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(values["step"] - self._bar.n)

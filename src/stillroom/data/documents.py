@@ -9,7 +9,6 @@ import json
 import os
 import secrets
 import shutil
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from stillroom.data.config import AnyData
 from stillroom.data.formats import Encoded, Encoder, encoder, needs_template
 from stillroom.data.sources import Source, open_source
 from stillroom.errors import DataError, StillroomError, StorageError
+from stillroom.files import crc32
 from stillroom.tokenizers import fingerprint, template_fingerprint, template_of
 
 FORMAT = 1
@@ -194,7 +194,7 @@ def _build(plan: _Plan, config: AnyData, encode: Encoder, report: Callable[[int]
                 "parts": plan.parts,
                 "counts": asdict(counts),
                 "size_bytes": path.stat().st_size,
-                "crc32": _crc32(path),
+                "crc32": crc32(path),
                 "versions": {name: version(name) for name in ("stillroom", "tokenizers", "transformers", "pyarrow")},
             }
             (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -310,14 +310,6 @@ def _check_not_nothing(counts: Counts, config: AnyData) -> None:
 # --- opening them ----------------------------------------------------------------------------------------------------
 
 
-def _crc32(path: Path) -> int:
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
-
-
 def _open(plan: _Plan) -> Documents:
     path = plan.folder / "documents.arrow"
     try:
@@ -326,8 +318,8 @@ def _open(plan: _Plan) -> Documents:
             raise _damaged(plan.folder, "fingerprint", manifest["fingerprint"], plan.fingerprint)
         if path.stat().st_size != manifest["size_bytes"]:
             raise _damaged(plan.folder, "size in bytes", path.stat().st_size, manifest["size_bytes"])
-        if _crc32(path) != manifest["crc32"]:
-            raise _damaged(plan.folder, "checksum", _crc32(path), manifest["crc32"])
+        if crc32(path) != manifest["crc32"]:
+            raise _damaged(plan.folder, "checksum", crc32(path), manifest["crc32"])
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         counts = Counts(**manifest["counts"])
     except StillroomError:

@@ -105,7 +105,7 @@ class _PairReader:
     def __call__(self, row: Row, name: Name) -> tuple[str, str]:
         hint = ""
         if self.defaults and "prompt" not in row and {"question", "answer"} <= row.keys():
-            hint = "data.prompt=question data.completion=answer"
+            hint = "data.prompt='{question}\\n' data.completion=answer"
         return self._fill(self.prompt, row, name, hint), self._fill(self.completion, row, name, hint)
 
     @staticmethod

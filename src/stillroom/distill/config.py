@@ -65,6 +65,8 @@ class StudentConfig(Config):
     def _one_origin(self) -> "StudentConfig":
         if (self.model is None) == (self.init is None):
             raise ValueError("the student needs either `model` (an existing one) or `init` (a new one), and not both")
+        if self.init is not None and self.lora is not None and self.lora.export == "adapter":
+            raise ValueError("the adapters of a new student cannot be written alone: nothing holds the rest of it")
         return self
 
 
@@ -127,6 +129,10 @@ class HeldOut(Config):
     """A file, folder or data set like data.path."""
     split: str = "train"
     """The split, where the data set has several."""
+    subset: str | None = None
+    """The configuration on the hub; null is data.subset where the path is the same."""
+    revision: str | None = None
+    """The commit or tag on the hub; null is data.revision where the path is the same."""
     max_documents: Positive | None = None
     """Read only the first so many documents."""
     every: Positive | None = None
@@ -202,7 +208,7 @@ class DistillConfig(Config):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """The student's arithmetic; its weights stay float32. auto is bfloat16 on a GPU that has it, else float32."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
+    """cpu, cuda, cuda:1, mps; auto takes a CUDA device where there is one, and else the CPU."""
     logits_bytes: Positive | Literal["auto"] = "auto"
     """Budget for the logits that are held at a time; auto is 256 MiB."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -227,6 +233,8 @@ class DistillConfig(Config):
             raise ValueError(
                 f"batch.micro_tokens ({self.batch.micro_tokens}) is less than a row, data.length ({self.data.length})"
             )
+        if self.held_out is not None and (self.held_out.path, self.held_out.split) == (self.data.path, self.data.split):
+            raise ValueError("held_out is the same as data: what is measured must not be trained on")
         if self.checkpoints.best and (self.held_out is None or self.held_out.every is None):
             raise ValueError("checkpoints.best needs `held_out` with `every`, by which the best is known")
         if self.student.init is not None:

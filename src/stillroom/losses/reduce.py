@@ -13,4 +13,10 @@ def position_weights(batch: Batch, num_kept_of_step: int) -> Float[Tensor, " kep
     ``num_kept_of_step`` counts all micro-batches (and all ranks), so the sum over them is the step's mean, however the
     step was split.
     """
-    return torch.full(batch.kept.shape, 1 / num_kept_of_step, dtype=torch.float64, device=batch.tokens.device)
+    device = batch.tokens.device
+    return torch.full(batch.kept.shape, 1 / num_kept_of_step, dtype=widest_float(device), device=device)
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """The type that sums over a step are held in: float64, but for Apple's devices, which have none."""
+    return torch.float32 if device.type == "mps" else torch.float64

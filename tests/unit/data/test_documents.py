@@ -257,7 +257,7 @@ def test_a_full_disk(texts: str, tiny_tokenizer, own_cache: Path, monkeypatch: p
     def full(*_) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(module, "_crc32", full)
+    monkeypatch.setattr(module, "crc32", full)
     with pytest.raises(StorageError, match="No space left"):
         prepare(text_data(texts), tiny_tokenizer)
     assert list((own_cache / "data").iterdir()) == []

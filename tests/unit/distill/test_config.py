@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from stillroom.config import load
-from stillroom.recipe import to_yaml
 from stillroom.distill.config import AdamW, DistillConfig
 from stillroom.errors import ConfigError
+from stillroom.recipe import to_yaml
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
 

@@ -1,0 +1,47 @@
+# Stillroom's verbs. Each sets up .venv by itself from constraints.txt; nothing else is needed but Python 3.11 to 3.13.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: demo test check e2e gpu bench docs clean
+
+demo: .venv/.stillroom  ## a teacher and two students on this machine's own Python source, in about five minutes
+	$(OFFLINE) $(BIN)/python examples/demo.py
+
+test: .venv/.tools  ## unit tests with coverage: no GPU, no network
+	$(OFFLINE) $(BIN)/python -m pytest tests/unit --cov --cov-report=term
+
+check: .venv/.tools  ## style, types, and which module may import which
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+e2e: .venv/.tools  ## whole runs by the real command line
+	$(OFFLINE) $(BIN)/python -m pytest tests/e2e
+
+gpu: .venv/.tools  ## what needs a CUDA device, against the CPU
+	$(OFFLINE) $(BIN)/python -m pytest tests/gpu
+
+bench: .venv/.tools  ## every measurement of LOG.md again; results in benchmarks/*.json
+	$(OFFLINE) $(BIN)/python benchmarks/throughput.py
+	$(OFFLINE) $(BIN)/python benchmarks/quality.py
+
+docs: .venv/.stillroom  ## the reference of settings, from the code
+	$(BIN)/stillroom distill --help > docs/guide/distill-settings.txt
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v <= (3, 13) and "stillroom needs Python 3.11 to 3.13, this is %d.%d; set PYTHON=…" % v)'
+	$(PYTHON) -m venv .venv
+
+.venv/.stillroom: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) -e .
+	touch $@
+
+.venv/.tools: .venv/.stillroom
+	$(PIP) -e '.[hub,lora,tensorboard,wandb,trackio,mlflow,test,dev]'
+	touch $@

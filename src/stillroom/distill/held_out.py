@@ -1,0 +1,55 @@
+"""Held-out measurement: what the student makes of text that it never trains on, and how near it is to the teacher."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from stillroom.batch import Batch
+from stillroom.distill.step import StudentStep
+from stillroom.distill.teacher import LiveTeacher
+from stillroom.losses import Objective, cross_entropy, forward_kl
+from stillroom.losses.measures import teacher_cross_entropy, top1_agreement
+
+
+@torch.no_grad()
+def measure_held_out(
+    module: StudentStep,
+    teacher: LiveTeacher | None,
+    steps: Iterable[list[Batch]],
+    device: torch.device | str,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Means over the kept positions, all at temperature 1 but for the objectives' own.
+
+    ``loss_nats`` is the weighted sum of the run's objectives; ``cross_entropy_nats`` is with the data; and with a
+    teacher there are ``forward_kl_nats`` (teacher ‖ student), ``top1_agreement`` and the teacher's own cross-entropy.
+    None where ``stop`` came to say so before the end.
+    """
+    watched = [Objective("cross_entropy_nats", cross_entropy, 0.0)]
+    measures = []
+    if teacher is not None:
+        watched.append(Objective("forward_kl_nats", forward_kl, 0.0))
+        measures = [top1_agreement, teacher_cross_entropy]
+    probe = StudentStep(
+        module.model,
+        (*module.objectives, *watched),
+        num_columns=module.num_columns,
+        logits_bytes=module.logits_bytes,
+        precision=module.precision,
+        measures=measures,
+    )
+    probe.eval()
+    loss, sums, num_kept = 0.0, torch.zeros(len(probe.objectives) + len(measures), dtype=torch.float64), 0
+    for micro in (micro for step in steps for micro in step):
+        if stop():
+            return None
+        batch = micro.to(device)
+        result = probe(batch, None if teacher is None else teacher.signal(batch), 1)
+        loss, sums, num_kept = loss + result.loss.item(), sums + result.sums.cpu(), num_kept + micro.num_kept
+    names = [objective.name for objective in watched] + [measure.__name__ for measure in measures]
+    values = (sums / num_kept).tolist()[len(module.objectives) :]
+    named = {
+        name.replace("teacher_cross_entropy", "teacher_cross_entropy_nats"): v
+        for name, v in zip(names, values, strict=True)
+    }
+    return {"loss_nats": loss / num_kept, **named, "num_tokens": num_kept}

@@ -1,0 +1,156 @@
+"""The training loop."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from stillroom.batch import Batch
+from stillroom.distill.checkpoint import Checkpoints, TrainState
+from stillroom.distill.interrupt import deferred_interrupts
+from stillroom.distill.teacher import LiveTeacher
+from stillroom.errors import Interrupted, NonFiniteError, OutOfMemoryError
+from stillroom.losses.reduce import widest_float
+
+Measure = Callable[[Callable[[], bool]], dict[str, float] | None]
+"""Makes the held-out measurement, or gives None where the function that it is given says to stop."""
+Report = Callable[[str, Mapping[str, Any]], None]
+"""Is told what happens: the name of the event ("tokenise", "step", "held_out", "note") and its values."""
+
+
+def train(
+    state: TrainState,
+    teacher: LiveTeacher | None,
+    *,
+    num_steps: int,
+    clip: float | None,
+    checkpoints: Checkpoints,
+    checkpoint_every: int | None,
+    measure: Measure | None,
+    measure_every: int | None,
+    keep_best: bool,
+    record: Callable[[dict[str, Any]], None],
+    report: Report,
+) -> None:
+    """Goes on from ``state`` to ``num_steps`` optimizer steps and the measurement of the last, and saves.
+
+    Args:
+        teacher: None where no objective needs one.
+        clip: the longest gradient, over all parameters.
+        measure: the held-out measurement, made every ``measure_every`` steps and at the end.
+        record: takes each line of metrics.jsonl.
+
+    Raises:
+        NonFiniteError: a loss or a gradient is not finite. The step is not taken.
+        Interrupted: Ctrl-C was pressed; the state is saved.
+    """
+
+    def measurement_is_due() -> bool:
+        due = state.step == num_steps or (bool(measure_every) and state.step % measure_every == 0)
+        return measure is not None and due and state.step > state.measured_at
+
+    asked = "finishing this step, then saving; press Ctrl-C again to stop at once, without saving"
+    with deferred_interrupts(lambda: report("note", {"text": asked})) as interrupted:
+        while state.step < num_steps or measurement_is_due():
+            if not measurement_is_due():
+                state.module.train()
+                values = _step(state, teacher, clip, checkpoints)
+                record(values)
+                report("step", {**values, "num_steps": num_steps, "total_time_s": state.time_s})
+            if measure is not None and measurement_is_due() and (measured := measure(interrupted)) is not None:
+                state.held_out, state.measured_at = measured, state.step
+                record({"step": state.step, "held_out": measured})
+                report("held_out", {"step": state.step, **measured})
+                if keep_best and measured["loss_nats"] < state.best.get("loss_nats", math.inf):
+                    state.best = {"step": state.step, "loss_nats": measured["loss_nats"]}
+
+            last, is_best = state.step == num_steps, state.best.get("step") == state.step
+            due = bool(checkpoint_every) and state.step % checkpoint_every == 0
+            if last or due or is_best or interrupted():
+                path = checkpoints.save(state)
+                if interrupted():
+                    raise Interrupted(f"interrupted after step {state.step} of {num_steps}; saved as {path}")
+
+
+def _step(
+    state: TrainState, teacher: LiveTeacher | None, clip: float | None, checkpoints: Checkpoints
+) -> dict[str, Any]:
+    """One optimizer step: all its micro-batches, then the update. Returns its line of metrics."""
+    start = time.perf_counter()
+    parameters = [p for p in state.module.parameters() if p.requires_grad]
+    device = state.device
+    micros = next(state.stream)
+    num_kept = sum(micro.num_kept for micro in micros)
+
+    dtype = widest_float(device)
+    total = torch.zeros((), dtype=dtype, device=device)
+    sums = torch.zeros(len(state.module.objectives), dtype=dtype, device=device)
+    for micro in micros:
+        with _enough_memory(micro):
+            batch = micro.to(device)
+            result = state.module(batch, None if teacher is None else teacher.signal(batch), num_kept)
+            result.loss.backward()
+        total += result.loss.detach()
+        sums += result.sums
+    norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
+
+    loss, grad_norm, *terms = torch.cat([torch.stack([total, norm.to(dtype)]), sums / num_kept]).tolist()
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise _not_finite(state, loss, grad_norm, micros, checkpoints)
+    learning_rate = state.schedule.get_last_lr()[0]
+    state.optimizer.step()
+    state.schedule.step()
+    state.optimizer.zero_grad(set_to_none=True)
+
+    num_positions = sum(int((micro.documents >= 0).sum()) for micro in micros)
+    seconds = time.perf_counter() - start
+    state.step += 1
+    state.num_tokens += num_kept
+    state.time_s += seconds
+    return {
+        "step": state.step,
+        "epoch": state.stream.epoch,
+        "loss_nats": loss,
+        **{f"{o.name}_nats": v for o, v in zip(state.module.objectives, terms, strict=True)},
+        "grad_norm": grad_norm,
+        "learning_rate": learning_rate,
+        "num_tokens": num_positions,
+        "num_kept": num_kept,
+        "time_s": round(seconds, 4),
+        "tokens_per_s": round(num_positions / seconds, 1),
+    }
+
+
+@contextmanager
+def _enough_memory(micro: Batch) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        rows, length = micro.tokens.shape
+        raise OutOfMemoryError(
+            "the device has too little memory for a micro-batch",
+            {"micro-batch": f"{rows} rows of {length} tokens", "device": str(error).split(". ")[0][:160]},
+            why="The step was not made; what earlier checkpoints hold is whole.",
+            fix="Lower batch.micro_tokens, which does not change the result, or logits_bytes, and go on with --resume; "
+            "or use student.gradient_checkpointing=true in a new run.",
+        ) from error
+
+
+def _not_finite(
+    state: TrainState, loss: float, grad_norm: float, micros: Sequence[Batch], checkpoints: Checkpoints
+) -> NonFiniteError:
+    found = sorted({int(d) for micro in micros for d in micro.documents.unique() if d >= 0})
+    names = list(dict.fromkeys(state.stream.documents.name(d) for d in found))
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return NonFiniteError(
+        f"step {state.step + 1} is not finite",
+        {"loss": loss, "gradient norm": grad_norm, "documents": ", ".join(names[:8]) + more},
+        why="The update was not made: it would have spoilt every parameter. The last good checkpoint is "
+        f"{checkpoints.latest() or 'none: no checkpoint was due before this step'}.",
+        fix="Look at those documents. A run that is resumed meets them again with the same settings; to train with a "
+        "lower optimizer.learning_rate, with optimizer.clip or in precision=float32, start again with --overwrite.",
+    )

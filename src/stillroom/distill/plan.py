@@ -1,0 +1,292 @@
+"""The plan of a distillation: every "auto" resolved, everything checked that headers tell. Writes nothing."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from stillroom import models
+from stillroom.config import replace
+from stillroom.data.config import AnyData
+from stillroom.data.documents import cache_folder, cache_path
+from stillroom.data.formats import needs_template
+from stillroom.data.sources import open_source
+from stillroom.distill.config import DistillConfig
+from stillroom.distill.student import new_config
+from stillroom.errors import ConfigError, MismatchError, MissingError
+from stillroom.losses.linear import CHUNK_BYTES
+from stillroom.recipe import to_yaml
+from stillroom.tokenizers import compare, is_local, load_tokenizer, num_columns, template_fingerprint, template_of
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: DistillConfig
+    """With every "auto" resolved."""
+    tokenizer: PreTrainedTokenizerBase
+    """The student's."""
+    template: str | None
+    """The chat template that rows go through, where they do."""
+    fresh: PretrainedConfig | None
+    """The config of a new student."""
+    teacher_config: PretrainedConfig | None
+    held_out: AnyData | None
+    """The settings of the held-out data: those of the training data, at another path and in its own order."""
+
+    def __str__(self) -> str:
+        """The resolved settings, and what a run reads and writes, as YAML."""
+        return to_yaml({"config": self.config.model_dump(mode="json"), "reads": self.reads(), "writes": self.writes()})
+
+    def reads(self) -> dict[str, str]:
+        """The models and files that a run reads, by what they are for."""
+        config, found = self.config, {}
+        if config.teacher is not None:
+            found["teacher"] = _model_text(config.teacher.model)
+        if config.student.model is not None:
+            found["student"] = _model_text(config.student.model)
+        if config.student.tokenizer is not None:
+            found["tokenizer"] = config.student.tokenizer
+        for name, data in self._data():
+            files = open_source(data).files if is_local(data.path) else []
+            found[name] = ", ".join(map(str, files)) or f"{data.path} on the hub"
+        return found
+
+    def writes(self) -> dict[str, str]:
+        """The files that a run writes, by what they are."""
+        found = {}
+        for name, data in self._data():
+            found[f"tokenised {name}"] = f"in {cache_folder(data)}"
+            if is_local(data.path):
+                path = cache_path(data, self.tokenizer, self.template)
+                found[f"tokenised {name}"] = f"{path} ({'there already' if path.exists() else 'new'})"
+        out = Path(self.config.out)
+        found |= {
+            "run": f"{out / 'run.json'}, {out / 'metrics.jsonl'}",
+            "checkpoints": str(out / "checkpoints"),
+            "model": str(out / "model"),
+        }
+        if out.exists():
+            found["note"] = f"{out} exists: it needs --resume or --overwrite"
+        return found
+
+    def _data(self) -> list[tuple[str, AnyData]]:
+        held_out = [] if self.held_out is None else [("held_out", self.held_out)]
+        return [("data", self.config.data), *held_out]
+
+
+def make_plan(config: DistillConfig) -> Plan:
+    """Resolves and checks a config from headers alone.
+
+    Raises:
+        MissingError: a model, a tokenizer, a data file or a device is not there.
+        MismatchError: the tokenizers, the chat templates or the heads of teacher and student do not fit.
+    """
+    config = _resolve_device(config)
+    _check_outside(config)
+    tokenizer, teacher_tokenizer = _tokenizers(config)
+    teacher_config = None
+    if (teacher := config.teacher) is not None:
+        teacher_config = models.read_config(
+            teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
+        )
+    fresh, student_config = _student_config(config, teacher_config, tokenizer)
+    _check_vocabulary(student_config, tokenizer, "student")
+    if teacher_config is not None:
+        _check_vocabulary(teacher_config, tokenizer, "teacher")
+        config = _resolve_columns(config, student_config, teacher_config, tokenizer)
+    _check_length(config, student_config, teacher_config)
+    template = _template(config.data, tokenizer, teacher_tokenizer)
+    if template is not None:
+        tokenizer.chat_template = template  # the student is served with what it was trained on
+    plan = Plan(config, tokenizer, template, fresh, teacher_config, _held_out(config))
+    for data in (config.data, plan.held_out):
+        if data is not None and is_local(data.path):
+            open_source(data)  # which says where it is not there
+    return plan
+
+
+def _check_outside(config: DistillConfig) -> None:
+    """Nothing that is read lies in the folder that is written, where --overwrite would delete it."""
+    student, init = config.student, config.student.init
+    paths = {
+        "teacher.model": config.teacher.model if config.teacher else None,
+        "student.model": student.model,
+        "student.tokenizer": student.tokenizer,
+        "student.init.like": init.like if init else None,
+        "data.path": config.data.path,
+        "data.cache": str(cache_folder(config.data)),
+        "held_out.path": config.held_out.path if config.held_out else None,
+    }
+    out = Path(config.out).resolve()
+    for key, path in paths.items():
+        if path is not None and Path(path).resolve().is_relative_to(out):
+            raise ConfigError(
+                f"{key} lies inside the output folder",
+                {key: path, "out": config.out},
+                why="A run never reads what it writes, and --overwrite would delete it.",
+                fix="Choose another `out`.",
+            )
+
+
+def _resolve_device(config: DistillConfig) -> DistillConfig:
+    import torch
+
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise MissingError(
+            f"the device `{device}` is not there",
+            {"asked for": device, "CUDA devices": torch.cuda.device_count()},
+            why=" ".join(str(error).split())[:200],
+            fix="Set device=cpu, or device=auto to take what is there.",
+        ) from None
+    half = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+    values: dict[str, Any] = {"device": device}
+    if config.precision == "auto":
+        values["precision"] = "bfloat16" if half else "float32"
+    if config.teacher is not None and config.teacher.dtype == "auto":
+        values["teacher.dtype"] = "bfloat16" if half else "float32"
+    if config.batch.micro_tokens == "auto":
+        values["batch.micro_tokens"] = min(config.batch.tokens, max(config.data.length, 16384))
+    if config.logits_bytes == "auto":
+        values["logits_bytes"] = CHUNK_BYTES
+    return replace(config, values)
+
+
+def _tokenizers(config: DistillConfig) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]:
+    """The student's tokenizer, and the teacher's; they turn every text into the same ids."""
+    teacher, student = config.teacher, config.student
+    of_teacher = None
+    if teacher is not None:
+        of_teacher = load_tokenizer(
+            teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
+        )
+    own = None
+    if student.model is not None:
+        own = load_tokenizer(student.model, revision=student.revision, trust_remote_code=student.trust_remote_code)
+    chosen = (
+        load_tokenizer(student.tokenizer, trust_remote_code=student.trust_remote_code)
+        if student.tokenizer is not None
+        else own or of_teacher
+    )
+    assert chosen is not None  # the config demands a tokenizer where there is neither
+    if own is not None and student.tokenizer is not None:
+        compare(chosen, own, ("student.tokenizer", "student's own"), roles=False)
+    if of_teacher is not None and chosen is not of_teacher:
+        compare(of_teacher, chosen)
+    return chosen, of_teacher
+
+
+def _student_config(
+    config: DistillConfig, teacher_config: PretrainedConfig | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PretrainedConfig | None, PretrainedConfig]:
+    """The config of a new student (None for an existing one), and the student's config."""
+    student = config.student
+    if student.init is None:
+        assert student.model is not None
+        return None, models.read_config(
+            student.model, revision=student.revision, trust_remote_code=student.trust_remote_code
+        )
+    pattern = teacher_config
+    if student.init.like is not None:
+        pattern = models.read_config(
+            student.init.like, revision=student.revision, trust_remote_code=student.trust_remote_code
+        )
+    fresh = new_config(student.init, None if student.init.family is not None else pattern, tokenizer)
+    return fresh, fresh
+
+
+def _width(config: PretrainedConfig) -> int:
+    return config.get_text_config().vocab_size
+
+
+def _check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, who: str) -> None:
+    if num_columns(tokenizer) > _width(config):
+        raise MismatchError(
+            f"the tokenizer has tokens that the {who} has no column for",
+            {"tokenizer": f"{num_columns(tokenizer)} tokens", f"{who}'s head": f"{_width(config)} columns"},
+            why="The model would read and predict ids that it does not have; it is never resized behind your back.",
+            fix="Use the tokenizer that the model was trained with, or set vocab_size in student.init.settings.",
+        )
+
+
+def _resolve_columns(
+    config: DistillConfig, student: PretrainedConfig, teacher: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> DistillConfig:
+    assert config.teacher is not None
+    widths, needed = (_width(student), _width(teacher)), num_columns(tokenizer)
+    columns = config.teacher.columns
+    if columns == "auto":
+        columns = widths[0] if widths[0] == widths[1] else needed
+    if not needed <= columns <= min(widths):
+        raise ConfigError(
+            f"teacher.columns={columns} cannot be compared",
+            {
+                "possible": f"{needed} (all tokens of the tokenizer) to {min(widths)} (the narrower head)",
+                "student": f"{widths[0]} columns",
+                "teacher": f"{widths[1]} columns",
+            },
+            why="Each compared column must be in both heads, and each token must have one.",
+            fix="Set teacher.columns=auto.",
+        )
+    return replace(config, {"teacher.columns": columns})
+
+
+def _check_length(config: DistillConfig, student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
+    for who, model in (("student", student), ("teacher", teacher)):
+        limit = None if model is None else getattr(model.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and config.data.length > limit:
+            raise ConfigError(
+                f"data.length is longer than the {who} can read",
+                {"data.length": config.data.length, f"the {who}'s max_position_embeddings": limit},
+                why="Positions beyond that have no embedding, or one that the model never saw.",
+                fix=f"Set data.length to at most {limit}.",
+            )
+
+
+def _template(data: AnyData, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None) -> str | None:
+    """The text of the chat template that rows go through, or None where they go through none."""
+    if not needs_template(data):
+        return None
+    ours, theirs = template_of(student), None if teacher is None else template_of(teacher)
+    choice = data.template  # pyright: ignore[reportAttributeAccessIssue]
+    if choice == "auto" and ours and theirs and ours != theirs:
+        raise MismatchError(
+            "teacher and student have different chat templates",
+            {"teacher": template_fingerprint(theirs)[:16], "student": template_fingerprint(ours)[:16]},
+            why="The same conversation would become other tokens for each, and one would read what it never saw.",
+            fix="Say whose counts: data.template=teacher or data.template=student.",
+        )
+    template = {"student": ours, "teacher": theirs, "auto": ours or theirs}[choice]
+    if template is None:
+        raise MissingError(
+            "the tokenizer has no chat template",
+            {
+                "data.template": choice,
+                "teacher": "has one" if theirs else "none",
+                "student": "has one" if ours else "none",
+            },
+            why="Without one nobody knows how a conversation becomes text for these models.",
+            fix="Give the tokenizer a chat_template.jinja, or use data.format=prompt_completion or text.",
+        )
+    return template
+
+
+def _held_out(config: DistillConfig) -> AnyData | None:
+    if config.held_out is None:
+        return None
+    own = config.held_out.model_dump(include={"path", "split", "subset", "revision", "max_documents"})
+    if config.held_out.path == config.data.path:
+        own |= {name: own[name] or getattr(config.data, name) for name in ("subset", "revision")}
+    return replace(config.data, {**own, "shuffle": False})
+
+
+def _model_text(name: str) -> str:
+    if not is_local(name):
+        return f"{name} on the hub"
+    size = sum(path.stat().st_size for path in models.check_folder(Path(name)))
+    return f"{name} ({size / 2**20:.1f} MiB)"

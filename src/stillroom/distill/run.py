@@ -1,0 +1,277 @@
+"""`stillroom distill`: student + (live teacher or none) + data -> model."""
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from stillroom import models
+from stillroom.data.config import AnyData
+from stillroom.data.documents import Documents, prepare
+from stillroom.data.stream import BatchStream
+from stillroom.distill.checkpoint import Checkpoints, TrainState
+from stillroom.distill.config import DistillConfig
+from stillroom.distill.held_out import measure_held_out
+from stillroom.distill.loop import Report, train
+from stillroom.distill.objectives import build_objectives, needs_teacher
+from stillroom.distill.optimizer import build_optimizer, build_schedule
+from stillroom.distill.plan import Plan, make_plan
+from stillroom.distill.step import StudentStep
+from stillroom.distill.student import Student, build_student
+from stillroom.distill.teacher import LiveTeacher
+from stillroom.errors import MismatchError
+from stillroom.runs import Metrics, RunFolder, check_place
+from stillroom.tokenizers import fingerprint, template_fingerprint
+from stillroom.tracking import check, track
+
+FREE_TO_CHANGE = (
+    "tracking", "checkpoints.every", "checkpoints.keep", "out", "batch.micro_tokens", "logits_bytes", "device",
+)  # fmt: skip
+"""Settings that change nothing of what is learnt, but for rounding, so a resumed run may have others."""
+
+
+def run(
+    config: DistillConfig, *, resume: bool = False, overwrite: bool = False, report: Report = lambda *_: None
+) -> dict[str, Any]:
+    """Trains the student and writes ``out/model``; returns what run.json says.
+
+    Args:
+        resume: go on with the run in ``out``, from its last checkpoint; begin it where there is none.
+        overwrite: delete what is in ``out`` first.
+        report: is told of each step, for a progress line.
+
+    Raises:
+        StillroomError: something that the user can mend; what was written before is whole.
+        KeyboardInterrupt: Ctrl-C; while training, the state was saved first.
+    """
+    check(config.tracking)
+    check_place(config.out, may_exist=resume or overwrite)
+    plan = make_plan(config)
+    config = plan.config
+    folder = RunFolder(
+        config.out, config.model_dump(mode="json"), resume=resume, overwrite=overwrite, free=FREE_TO_CHANGE
+    )
+    with folder:
+        if folder.done:
+            report("note", {"text": f"the run in {folder.path} is done already"})
+            return folder.record
+        data = _prepare(config.data, plan, report)
+        held_out = None if plan.held_out is None else _prepare(plan.held_out, plan, report)
+        teacher = _teacher(plan)
+        student = build_student(config, plan.fresh)
+        models.verify(student.model, "the student", pack=config.data.pack)
+        facts = _facts(plan, student, teacher, data, held_out)
+        _check_same_things(folder, facts)
+        folder.update(status="started", **facts)
+
+        stream = _stream(plan, data, config.data, tokens=config.batch.tokens, epochs=config.epochs)
+        num_steps = config.steps or stream.num_steps()
+        assert num_steps is not None  # a config has either steps or epochs
+        state = _state(plan, student, stream, num_steps)
+        checkpoints = Checkpoints(folder.path / "checkpoints", keep=config.checkpoints.keep)
+        if (latest := checkpoints.latest()) is not None:
+            checkpoints.load(state, latest)
+            report("note", {"text": f"resumed after step {state.step} of {num_steps}, from {latest}"})
+        _train(plan, state, num_steps, teacher, held_out, checkpoints, folder, report)
+
+        results = _results(state)
+        if config.checkpoints.best and state.best:
+            checkpoints.load(state, checkpoints.at(int(state.best["step"])))
+            report("note", {"text": f"exporting the best step, {state.step}"})
+            results |= {"exported_step": state.step, "held_out": state.held_out}
+        report("note", {"text": f"writing {folder.path / 'model'}"})
+        student.save(folder.path / "model", plan.tokenizer)
+        folder.update(status="done", **results)
+        return folder.record
+
+
+def _check_same_things(folder: RunFolder, facts: Mapping[str, dict[str, Any]]) -> None:
+    """A resumed run goes on with the models, the tokenizer and the data that it began with."""
+    for name, fact in facts.items():
+        before, now = folder.record.get(name, {}).get("fingerprint"), fact.get("fingerprint")
+        if before is not None and before != now:
+            raise MismatchError(
+                f"the run in {folder.path} began with another {name.replace('_', ' ')}",
+                {"then": before, "now": now},
+                why="What lies there has changed, so the run would be half of one thing and half of another.",
+                fix="Put back what was there, or choose another `out`.",
+            )
+
+
+def _prepare(data: AnyData, plan: Plan, report: Report) -> Documents:
+    documents = prepare(
+        data,
+        plan.tokenizer,
+        template=plan.template,
+        report=lambda rows: report("tokenise", {"rows": rows, "path": data.path}),
+    )
+    dropped = {k: v for k, v in documents.counts.items() if v and k.startswith(("cut", "split", "dropped"))}
+    told = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in dropped.items())
+    report("note", {"text": f"{data.path}: {len(documents)} documents, {documents.counts['tokens_learnt']} tokens to "
+                            f"learn{'; ' + told if told else ''}"})  # fmt: skip
+    return documents
+
+
+def _teacher(plan: Plan) -> LiveTeacher | None:
+    """The live teacher, where training or measuring needs one."""
+    teacher = plan.config.teacher
+    if teacher is None or not (needs_teacher(plan.config.objectives) or plan.held_out is not None):
+        return None
+    model: PreTrainedModel = models.load_model(
+        teacher.model,
+        dtype=getattr(torch, teacher.dtype),
+        device=plan.config.device,
+        attention=None if teacher.attention == "auto" else teacher.attention,
+        revision=teacher.revision,
+        trust_remote_code=teacher.trust_remote_code,
+    )
+    models.verify(model, "the teacher", pack=plan.config.data.pack)
+    return LiveTeacher(model)
+
+
+def _stream(plan: Plan, documents: Documents, data: AnyData, *, tokens: int, epochs: int | None) -> BatchStream:
+    micro_tokens = plan.config.batch.micro_tokens
+    assert micro_tokens != "auto"
+    return BatchStream(
+        documents,
+        length=data.length,
+        pack=data.pack,
+        shuffle=data.shuffle,
+        tokens=tokens,
+        micro_tokens=micro_tokens,
+        seed=plan.config.seed,
+        epochs=epochs,
+        pad_token=_id(plan.tokenizer.pad_token_id),
+    )
+
+
+def _id(token: Any) -> int:
+    """A special token's id, or 0 where the tokenizer has none; what stands on padding does not matter."""
+    return token if isinstance(token, int) else 0
+
+
+def _state(plan: Plan, student: Student, stream: BatchStream, num_steps: int) -> TrainState:
+    config = plan.config
+    columns = None if config.teacher is None else config.teacher.columns
+    assert columns != "auto"
+    assert config.logits_bytes != "auto"
+    module = StudentStep(
+        student.model,
+        build_objectives(config.objectives),
+        num_columns=columns,
+        logits_bytes=config.logits_bytes,
+        precision=getattr(torch, config.precision),
+    )
+    optimizer = build_optimizer(module, config.optimizer)
+    torch.manual_seed(config.seed)
+    return TrainState(
+        module=module,
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer, config.optimizer, num_steps),
+        stream=stream,
+        frozen_saved=student.adapters is None,
+    )
+
+
+def _train(
+    plan: Plan,
+    state: TrainState,
+    num_steps: int,
+    teacher: LiveTeacher | None,
+    held_out: Documents | None,
+    checkpoints: Checkpoints,
+    folder: RunFolder,
+    report: Report,
+) -> None:
+    """The loop, with its metrics written to metrics.jsonl and to the trackers."""
+    config = plan.config
+    measure = None
+    if held_out is not None and plan.held_out is not None:
+        measure = partial(_measure, plan, state, teacher, held_out, plan.held_out)
+    metrics = Metrics(folder.path / "metrics.jsonl", after=state.step)
+    tracker = track(config.tracking, folder.path, folder.record["config"], after=state.step)
+
+    def record(values: dict[str, Any]) -> None:
+        metrics.append(values)
+        flat = {"train": values} if "held_out" not in values else {"held_out": values["held_out"]}
+        tracker.log({f"{kind}/{k}": v for kind, pairs in flat.items() for k, v in pairs.items()}, values["step"])
+
+    try:
+        train(
+            state,
+            teacher if needs_teacher(config.objectives) else None,
+            num_steps=num_steps,
+            clip=config.optimizer.clip,
+            checkpoints=checkpoints,
+            checkpoint_every=config.checkpoints.every,
+            measure=measure,
+            measure_every=None if config.held_out is None else config.held_out.every,
+            keep_best=config.checkpoints.best,
+            record=record,
+            report=report,
+        )
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        with suppress(OSError):  # what went wrong is told by the error that is under way
+            folder.update(status=status, **_results(state))
+        raise
+    finally:
+        metrics.close()
+        tracker.close()
+
+
+def _measure(
+    plan: Plan,
+    state: TrainState,
+    teacher: LiveTeacher | None,
+    documents: Documents,
+    data: AnyData,
+    stop: Callable[[], bool],
+) -> dict[str, float] | None:
+    assert plan.config.batch.micro_tokens != "auto"
+    steps = _stream(plan, documents, data, tokens=plan.config.batch.micro_tokens, epochs=1)
+    return measure_held_out(state.module, teacher, steps, plan.config.device, stop)
+
+
+def _facts(
+    plan: Plan, student: Student, teacher: LiveTeacher | None, data: Documents, held_out: Documents | None
+) -> dict[str, Any]:
+    """What run.json says of the things that went in."""
+    config = plan.config
+    facts: dict[str, dict[str, Any]] = {
+        "tokenizer": {"fingerprint": fingerprint(plan.tokenizer)},
+        "student": {
+            "num_parameters": models.num_parameters(student.model),
+            "num_trained": models.num_parameters(student.model, trained_only=True),
+        },
+        "data": {"fingerprint": data.fingerprint, **data.counts},
+    }
+    if config.student.model is not None:
+        facts["student"]["fingerprint"] = models.fingerprint(config.student.model, student.model.config)
+    if plan.template is not None:
+        facts["template"] = {"fingerprint": template_fingerprint(plan.template)}
+    if held_out is not None:
+        facts["held_out_data"] = {"fingerprint": held_out.fingerprint, **held_out.counts}
+    if config.teacher is not None and plan.teacher_config is not None:
+        facts["teacher"] = {"fingerprint": models.fingerprint(config.teacher.model, plan.teacher_config)}
+        if teacher is not None:
+            facts["teacher"]["num_parameters"] = models.num_parameters(teacher.model)
+    return facts
+
+
+def _results(state: TrainState) -> dict[str, Any]:
+    results: dict[str, Any] = {
+        "steps": state.step,
+        "num_kept": state.num_tokens,
+        "time_s": round(state.time_s, 3),
+    }
+    if state.held_out:
+        results["held_out"] = state.held_out
+    if state.best:
+        results["best"] = state.best
+    if torch.cuda.is_available():
+        results["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
+    return results

@@ -1,0 +1,197 @@
+"""The student: an existing model or a new one, with adapters, frozen parameters and checkpointing as asked."""
+
+import shutil
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from stillroom import models
+from stillroom.distill.config import DistillConfig, FromConfig, Lora
+from stillroom.errors import ConfigError, MismatchError, require
+from stillroom.files import writing
+from stillroom.tokenizers import num_columns
+
+
+def new_config(
+    init: FromConfig, pattern: PretrainedConfig | None, tokenizer: PreTrainedTokenizerBase
+) -> PretrainedConfig:
+    """The config of a new student: the pattern's (or the family's own) with ``init.settings``, for ``tokenizer``."""
+    if pattern is None:
+        if init.family is None or init.family not in CONFIG_MAPPING:
+            raise ConfigError(
+                f"`{init.family}` is not a family that `transformers` knows",
+                {"student.init.family": init.family},
+                why="The family decides which layers a new model has.",
+                fix="Use the model_type of a config.json, such as llama, qwen2, qwen3, mistral or gemma2.",
+            )
+        pattern = AutoConfig.for_model(init.family, vocab_size=num_columns(tokenizer))
+    config = models.configure(pattern, init.settings)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    return config
+
+
+class Student(NamedTuple):
+    model: PreTrainedModel
+    """The model itself, with its adapters inside it where it has any."""
+    adapters: Any = None
+    """The `peft.PeftModel` around it, or None."""
+    export: Literal["merged", "adapter"] = "merged"
+
+    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Writes model and tokenizer under a temporary name and renames it to ``folder``, replacing an older one.
+
+        Adapters are merged into the model, which ends its training, or written alone, as the config says.
+        """
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        with writing(folder):
+            shutil.rmtree(temporary, ignore_errors=True)
+            self._write(temporary, tokenizer)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+
+    def _write(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        _end_as(self.model, tokenizer)
+        model = self.model if self.adapters is None else self.adapters
+        if self.adapters is not None and self.export == "merged":
+            model = self.adapters.merge_and_unload()
+        options: dict[str, Any] = (
+            {"save_embedding_layers": False} if self.adapters is not None and self.export == "adapter" else {}
+        )
+        try:
+            model.save_pretrained(folder, **options)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error  # what it says of a disk
+        tokenizer.save_pretrained(folder)
+
+
+def _end_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The model stops where the tokenizer's sequences end, besides where it stopped before."""
+    settings: list[Any] = [model.config.get_text_config()]
+    if model.generation_config is not None:
+        settings.append(model.generation_config)
+    for config in settings:
+        if tokenizer.bos_token_id is not None:
+            config.bos_token_id = tokenizer.bos_token_id
+        before = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        ends = list(dict.fromkeys(t for t in (tokenizer.eos_token_id, *before) if t is not None))
+        config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+
+
+def build_student(config: DistillConfig, fresh: PretrainedConfig | None) -> Student:
+    """The student on the run's device, in float32; ``fresh`` is the config of a new one."""
+    student = config.student
+    attention = None if student.attention == "auto" else student.attention
+    if fresh is not None:
+        model = models.build_model(fresh, seed=config.seed, device=config.device, attention=attention)
+    else:
+        assert student.model is not None
+        model = models.load_model(
+            student.model,
+            dtype=torch.float32,
+            device=config.device,
+            attention=attention,
+            revision=student.revision,
+            trust_remote_code=student.trust_remote_code,
+        )
+    model.requires_grad_(True)
+    adapters = None if student.lora is None else _with_adapters(model, student.lora, config.seed)
+    _freeze(model, student.freeze)
+    if student.gradient_checkpointing:
+        models.checkpoint_activations(model)
+    return Student(model, adapters, "merged" if student.lora is None else student.lora.export)
+
+
+def _with_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> Any:
+    """Puts adapters into the model's layers, and gives the `peft.PeftModel` around it."""
+    require("peft", "lora", "student.lora")
+    import peft
+
+    targets: Any = lora.targets if lora.targets == "all-linear" else list(lora.targets)
+    if targets != "all-linear":
+        _check_tied(model, targets)
+    if lora.export == "merged" and targets != "all-linear":
+        _untie_head(model, targets)
+    settings = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            adapters = peft.get_peft_model(model, settings)
+        except ValueError as error:
+            raise MismatchError(
+                "the student has no layers of the names in student.lora.targets",
+                {"targets": targets, "reason": " ".join(str(error).split())[:200]},
+                why="Adapters sit beside layers of the student.",
+                fix="Use names such as q_proj and down_proj, or all-linear.",
+            ) from None
+    if lora.dropout and hasattr(model.get_output_embeddings(), "lora_A"):
+        raise MismatchError(
+            "an adapter on the head cannot have dropout",
+            {"student.lora.dropout": lora.dropout, "targets": targets},
+            why="The head and the loss are one operation, which takes the head's weight with its adapter in it.",
+            fix="Set student.lora.dropout=0, or leave the head out of student.lora.targets.",
+        )
+    return adapters
+
+
+def _is_target(model: PreTrainedModel, layer: nn.Module | None, targets: Sequence[str]) -> bool:
+    """Whether ``layer`` is tied to another and gets an adapter."""
+    names = [name for name, module in model.named_modules() if module is layer and layer is not None]
+    tied = model.config.get_text_config().tie_word_embeddings
+    return tied and any(f".{name}".endswith(f".{target}") for name in names for target in targets)
+
+
+def _check_tied(model: PreTrainedModel, targets: Sequence[str]) -> None:
+    if _is_target(model, model.get_input_embeddings(), targets):
+        raise MismatchError(
+            "an adapter cannot sit on embeddings that the head shares",
+            {"student.lora.targets": list(targets), "tie_word_embeddings": True},
+            why="The head would not get it while training, and would once it is merged.",
+            fix="Leave the embeddings out of student.lora.targets.",
+        )
+
+
+def _untie_head(model: PreTrainedModel, targets: Sequence[str]) -> None:
+    """Gives the head a weight of its own, where it shares the embeddings' and an adapter is to be merged into it.
+
+    Merged into a shared weight, the adapter would change the embeddings too.
+    """
+    head = model.get_output_embeddings()
+    if head is not None and _is_target(model, head, targets):
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+
+
+def _freeze(model: PreTrainedModel, patterns: Sequence[str]) -> None:
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
+            raise ConfigError(
+                f"student.freeze has a pattern that matches nothing: `{pattern}`",
+                {"pattern": pattern, "the student has, for example": ", ".join(names[:3])},
+                why="The parameters that were meant would be trained all the same.",
+                fix='Write patterns over whole names, such as "*embed_tokens*" or "model.layers.0.*".',
+            )
+        for name in matching:
+            model.get_parameter(name).requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(
+            "nothing of the student is left to train",
+            {"student.freeze": list(patterns), "parameters": len(names)},
+            why="Every parameter is frozen.",
+            fix="Take some patterns out of student.freeze.",
+        )

@@ -1,0 +1,399 @@
+"""Models: load and save them, and tell which part is which: the backbone, the head."""
+
+import hashlib
+import inspect
+import json
+import struct
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from stillroom.batch import Batch
+from stillroom.errors import DataError, MismatchError, MissingError
+from stillroom.head import Head
+from stillroom.tokenizers import is_lfs_pointer, is_local
+
+MOST_HEADER_BYTES = 100_000_000
+"""The longest header that safetensors itself accepts."""
+
+# --- on disk ---------------------------------------------------------------------------------------------------------
+
+
+def check_folder(folder: Path) -> list[Path]:
+    """The files of a local model that will be read, after a look at their headers.
+
+    Raises:
+        MissingError: the folder, its config.json or one of its weight files is not there.
+        DataError: a weight file is truncated, a git-lfs pointer, or not safetensors.
+    """
+    if not (folder / "config.json").is_file():
+        raise MissingError(
+            f"{folder} is not a model folder",
+            {"expected": "config.json", "found": _listing(folder)},
+            why="A model is an ordinary Hugging Face folder with config.json and *.safetensors.",
+            fix="Check the path; the name of a model on the hub has the form owner/name.",
+        )
+    weights = sorted(folder.glob("*.safetensors"))
+    for index in folder.glob("*.safetensors.index.json"):
+        named = _named_by(index)
+        if outside := [name for name in named if Path(name).name != name]:
+            raise DataError(
+                f"{index} names a file outside its folder",
+                {"named": outside[0], "folder": folder},
+                why="A model's files never leave its folder.",
+                fix="Do not use this model; its index was tampered with.",
+            )
+        if missing := [name for name in named if not (folder / name).is_file()]:
+            raise MissingError(
+                f"{folder} lacks some of its weights",
+                {"named by the index": f"{len(named)} files", "missing": ", ".join(missing[:3])},
+                why="The model cannot be whole without them.",
+                fix="Copy or download the missing files.",
+            )
+    if not weights:
+        raise MissingError(
+            f"{folder} holds no safetensors weights",
+            {"expected": "*.safetensors", "found": _listing(folder)},
+            why="Only safetensors are read: other formats can run code when they are opened.",
+            fix="Convert the weights to safetensors, or check that the download was complete.",
+        )
+    for path in weights:
+        _check_safetensors(path)
+    return [folder / "config.json", *weights]
+
+
+def _named_by(index: Path) -> list[str]:
+    """The weight files that an index names."""
+    try:
+        places = json.loads(index.read_bytes())["weight_map"].values()
+        if all(isinstance(place, str) for place in places):
+            return sorted(set(places))
+        problem = "its weight_map does not name files"
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    raise DataError(
+        f"the index {index} is damaged",
+        {"expected": "weight_map with the file of each tensor", "found": problem},
+        why="Nobody can tell which files belong to the model.",
+        fix="Copy or download the index again.",
+    )
+
+
+def _listing(folder: Path) -> str:
+    if not folder.is_dir():
+        return "no such folder"
+    return ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "an empty folder"
+
+
+def _check_safetensors(path: Path) -> None:
+    size = path.stat().st_size
+    if is_lfs_pointer(path):
+        raise DataError(
+            f"{path} is a git-lfs pointer, not weights",
+            {"size": f"{size} bytes", "expected": "a safetensors file"},
+            why="The repository was cloned without its large files.",
+            fix="Run `git lfs pull` in the model's folder.",
+        )
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        header = file.read(length) if 8 + length <= size and length <= MOST_HEADER_BYTES else b""
+    data_bytes = _data_bytes(header)
+    expected = None if data_bytes is None else 8 + length + data_bytes
+    if expected != size:
+        raise DataError(
+            f"{path} is truncated or damaged",
+            {
+                "bytes there": size,
+                "bytes expected": expected if header is not None else "unknown: the header is broken",
+            },
+            why="Some of the weights are missing or cannot be trusted.",
+            fix="Copy or download the file again.",
+        )
+
+
+def _data_bytes(header: bytes) -> int | None:
+    """How many bytes of tensors a safetensors header promises; None where it is broken."""
+    try:
+        tensors = json.loads(header)
+        ends = [tensors[name]["data_offsets"][1] for name in tensors if name != "__metadata__"]
+    except (ValueError, TypeError, KeyError, IndexError):
+        return None
+    whole = isinstance(tensors, dict) and all(isinstance(end, int) for end in ends)
+    return max(ends, default=0) if whole else None
+
+
+def read_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's config.json, from a folder (whose weight files are looked at too) or from the hub."""
+    if is_local(name):
+        check_folder(Path(name).expanduser())
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loaded(name, error) from error
+
+
+def _not_loaded(name: str, error: Exception) -> MissingError | DataError:
+    reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason:
+        return DataError(
+            f"the model {name} brings its own code",
+            {"trust_remote_code": "false"},
+            why="Its code would run on this machine with your rights.",
+            fix="Read the code first, then set trust_remote_code=true beside the model's name if you trust it.",
+        )
+    if is_local(name):
+        return DataError(
+            f"the model in {name} could not be loaded",
+            {"reason": reason[:300]},
+            why="Without it there is nothing to train or to learn from.",
+            fix="Check that the folder is whole, and that it holds a causal language model that `transformers` knows.",
+        )
+    return MissingError(
+        f"the model {name} could not be loaded",
+        {"reason": reason[:300]},
+        why="Without it there is nothing to train or to learn from.",
+        fix="Check the name, the network and the access rights (`hf auth login`); or give a local folder.",
+    )
+
+
+def fingerprint(name: str, config: PretrainedConfig) -> str:
+    """What tells one model from another: the commit on the hub; for a folder a hash of its config, its tensors' names,
+    shapes and places, and samples of each weight file (hashing all of 800 GB would take an hour)."""
+    if not is_local(name):
+        return f"commit {getattr(config, '_commit_hash', None)}"
+    digest = hashlib.sha256()
+    for path in check_folder(Path(name).expanduser()):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for place in sorted({0, *(size * i // 64 for i in range(64)), max(0, size - 2**16)}):
+                file.seek(place)
+                digest.update(file.read(2**16))
+    return f"sha256 {digest.hexdigest()[:16]}"
+
+
+# --- loading, building, saving ---------------------------------------------------------------------------------------
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    attention: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal language model from a folder or the hub, in evaluation mode. Every weight must be there."""
+    if is_local(name):
+        check_folder(Path(name).expanduser())
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(Path(name).expanduser()) if is_local(name) else name,
+            dtype=dtype,
+            attn_implementation=attention,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise _not_loaded(name, error) from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise DataError(
+            f"the weights of {name} are not complete",
+            {"missing": f"{len(missing)} tensors: {', '.join(missing[:3])}"},
+            why="They would be left at random values, and the model would look trained.",
+            fix="Use a complete copy of the model, or start a new student with init={kind: config}.",
+        )
+    inside = f"{model.base_model_prefix}."
+    if surplus := sorted(name for name in info["unexpected_keys"] if name.startswith(inside)):
+        raise DataError(
+            f"{name} holds more than its config.json says",
+            {"left over": f"{len(surplus)} tensors: {', '.join(surplus[:3])}"},
+            why="A part of the model, layers perhaps, would be left out without a word.",
+            fix="Mend config.json (num_hidden_layers is the usual fault), or use a complete copy of the model.",
+        )
+    return model.to(device).eval()
+
+
+def configure(base: PretrainedConfig, settings: Mapping[str, Any]) -> PretrainedConfig:
+    """A model's config with some of its settings changed, each of which must be known to the model's family."""
+    import difflib
+
+    values = base.to_dict()
+    for key in settings:
+        if key not in values:
+            near = difflib.get_close_matches(key, values, n=1)
+            raise MismatchError(
+                f"the family {base.model_type} has no setting `{key}`",
+                {"asked for": key, "did you mean": near[0] if near else "see the model's config.json"},
+                why="It would be stored with the model and do nothing.",
+                fix="Use the names of the family's config.json in init.settings.",
+            )
+    if "num_hidden_layers" in settings and "layer_types" not in settings:
+        values.pop("layer_types", None)
+    if {"hidden_size", "num_attention_heads"} & set(settings) and "head_dim" not in settings:
+        values.pop("head_dim", None)
+    with _possible(base.model_type, settings):
+        return type(base)(**{**values, **settings})
+
+
+@contextmanager
+def _possible(family: str, settings: object) -> Iterator[None]:
+    """Turns what a family's own code raises about its settings into an error of the user's."""
+    try:
+        yield
+    except Exception as error:
+        raise MismatchError(
+            f"the family {family} cannot be built with these settings",
+            {"settings": settings, "reason": " ".join(str(error).split())[:300]},
+            why="They contradict each other or are not of the family's kind.",
+            fix="Change init.settings; the family's documentation says which go together.",
+        ) from error
+
+
+def build_model(
+    config: PretrainedConfig, *, seed: int, device: torch.device | str = "cpu", attention: str | None = None
+) -> PreTrainedModel:
+    """A new model with random weights in float32, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]), _possible(config.model_type, "those of its config.json"):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    return model.to(device).eval()
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Activations are computed again in the backward pass instead of being kept ("gradient checkpointing")."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
+def num_parameters(model: nn.Module, *, trained_only: bool = False) -> int:
+    """Parameters, tied ones counted once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained_only)
+
+
+def quiet() -> None:
+    """Keeps `transformers` from writing progress bars and advice between a command's own lines."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\.")
+
+
+# --- which part is which ---------------------------------------------------------------------------------------------
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """All of the model below its head: tokens to the last hidden state."""
+    body = getattr(model, model.base_model_prefix, None)
+    if body is None:
+        body = model.get_decoder()
+    if body is model:
+        raise MismatchError(
+            f"the backbone of {type(model).__name__} is not found",
+            {"family": model.config.model_type, "looked for": f"`{model.base_model_prefix}`"},
+            why="Backbone and head have to be run apart, so that no logits tensor is ever held.",
+            fix="Use a model whose class is a causal language model around a backbone, as almost all are.",
+        )
+    return body
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch) -> Float[Tensor, "b t d"]:
+    """The last hidden states, from which the head makes logits. Documents in one row do not see each other."""
+    body = backbone(model)
+    return body(**_inputs(body, batch))[0]
+
+
+def _inputs(module: nn.Module, batch: Batch) -> dict[str, Any]:
+    """No attention mask is given: `transformers` builds it from positions that restart, unless it fills a cache."""
+    takes_positions = "position_ids" in inspect.signature(module.forward).parameters
+    positions = {"position_ids": batch.positions} if takes_positions else {}
+    return {"input_ids": batch.tokens, "use_cache": False, **positions}
+
+
+def head(model: PreTrainedModel) -> Head:
+    """The model's head, with what its family does to logits. An adapter on the head is part of its weight."""
+    layer = model.get_output_embeddings()
+    if layer is None:
+        raise MismatchError(
+            f"{type(model).__name__} has no output head",
+            {"expected": "a causal language model", "found": type(model).__name__},
+            why="Distillation compares next-token distributions, which the head makes.",
+            fix="Use a model with a language-modelling head.",
+        )
+    config = model.config.get_text_config()
+    factor, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+    scale = (factor if isinstance(factor, int | float) else 1.0) / (divisor or 1.0)
+    weight, bias = _weight_and_bias(layer)
+    return Head(weight, bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def _weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    if hasattr(layer, "lora_A"):  # peft's wrapper around a linear layer
+        weight, bias = _weight_and_bias(layer.base_layer)  # pyright: ignore[reportArgumentType]
+        for name in layer.active_adapters:  # pyright: ignore[reportGeneralTypeIssues]
+            weight = weight + layer.get_delta_weight(name)  # pyright: ignore[reportCallIssue]
+        return weight, bias
+    return layer.weight, getattr(layer, "bias", None)  # pyright: ignore[reportReturnType]
+
+
+@torch.no_grad()
+def verify(model: PreTrainedModel, name: str, *, pack: bool) -> None:
+    """Tries the model on a few tokens, so that no wrong assumption about its architecture goes unnoticed.
+
+    Raises:
+        MismatchError: backbone and head do not give the model's own logits; or a position sees what comes after it; or,
+            with ``pack``, a document that shares a row with another is read differently for it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    device = next(model.parameters()).device
+    tokens = torch.randint(0, head(model).num_columns, (3, 16), generator=generator)
+    tokens[1, 8:] = tokens[0, 8:]
+    tokens[2, :15] = tokens[0, :15]
+    positions = torch.arange(8).repeat(3, 2)
+    ones = torch.ones_like(tokens)
+    batch = Batch(tokens, tokens, ones.bool(), positions, ones).to(device)
+    was_training = model.training
+    model.eval()
+    try:
+        hidden = hidden_states(model, batch)
+        own = model(**_inputs(model, batch)).logits
+    finally:
+        model.train(was_training)
+    tolerance = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 1e-2
+    ours = head(model).logits(hidden.flatten(0, 1)).view(own.shape)
+    error = ((ours - own).abs().max() / own.abs().max().clamp_min(1e-6)).item()
+    if error > tolerance:
+        raise MismatchError(
+            f"the head of {name} is not understood",
+            {"family": model.config.model_type, "logits differ by": f"{error:.1%} of the largest"},
+            why="Its family changes the logits in a way that would be left out of every loss.",
+            fix="Please report the family; until it is described it cannot be distilled.",
+        )
+    largest = hidden.abs().max().clamp_min(1e-6)
+    if ((hidden[0, :15] - hidden[2, :15]).abs().max() / largest).item() > tolerance:
+        raise MismatchError(
+            f"{name} sees the tokens that it is to predict",
+            {"family": model.config.model_type, "expected": "a causal language model"},
+            why="Its hidden states depend on what comes later, so every loss would be meaningless.",
+            fix="Use a decoder; for some families that is a setting, such as is_decoder.",
+        )
+    leak = ((hidden[0, 8:] - hidden[1, 8:]).abs().max() / largest).item()
+    if pack and leak > tolerance / 10:  # the same arithmetic on the same numbers differs by nothing, or nearly so
+        raise MismatchError(
+            f"{name} lets documents that share a row see each other",
+            {"family": model.config.model_type, "hidden states differ by": f"{leak:.1%} of the largest"},
+            why="The model would be trained on contexts that never occur.",
+            fix="Set data.pack=false.",
+        )
