@@ -67,7 +67,7 @@ def test_kept_positions_travel_with_the_batch():
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_run_on_the_device_trains_and_resumes(precision, tmp_path, saved_model, tokenizer_folder):
+def test_a_run_on_the_device_trains(precision, tmp_path, saved_model):
     import json
 
     from stillroom.config import load
