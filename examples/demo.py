@@ -18,19 +18,17 @@ RUNS = {"teacher": "demo-teacher", "hard labels": "demo-hard-labels", "distilled
 
 def table(folder: Path) -> str:
     """What the runs measured on the held-out modules."""
-    lines = [
-        f"{'':12} {'cross-entropy':>14} {'KL to teacher':>14} {'top-1 agreement':>16} {'parameters':>11} "
-        f"{'tokens/s':>9}",
-        f"{'':12} {'nats/token':>14} {'nats/token':>14} {'with teacher':>16} {'':>11} {'training':>9}",
-    ]
+    columns = ("", "cross-entropy", "KL to teacher", "same top token", "parameters", "tokens/s")
+    units = ("held out", "nats/token", "nats/token", "as teacher", "", "training")
+    lines = ["{:12} {:>13} {:>13} {:>14} {:>11} {:>8}".format(*row) for row in (columns, units)]
     for name, recipe in RUNS.items():
         run = json.loads((folder / recipe / "run.json").read_text())
         held_out = run["held_out"]
         kl, agreement = held_out.get("forward_kl_nats"), held_out.get("top1_agreement")
         lines.append(
-            f"{name:12} {held_out['cross_entropy_nats']:14.4f} {'-' if kl is None else format(kl, '.4f'):>14} "
-            f"{'-' if agreement is None else format(agreement, '.1%'):>16} {run['student']['num_parameters']:11,} "
-            f"{run['num_kept'] / run['time_s']:9,.0f}"
+            f"{name:12} {held_out['cross_entropy_nats']:13.4f} {'-' if kl is None else format(kl, '.4f'):>13} "
+            f"{'-' if agreement is None else format(agreement, '.1%'):>14} {run['student']['num_parameters']:11,} "
+            f"{run['num_kept'] / run['time_s']:8,.0f}"
         )
     return "\n".join(lines)
 
@@ -58,4 +56,10 @@ def demo(folder: Path, settings: list[str]) -> int:
 
 if __name__ == "__main__":
     folder, settings = [w for w in sys.argv[1:] if "=" not in w], [w for w in sys.argv[1:] if "=" in w]
-    sys.exit(demo(Path(*(folder or ["runs/demo"])), settings))
+    try:
+        code = demo(Path(*(folder or ["runs/demo"])), settings)
+    except KeyboardInterrupt:
+        code = 130
+    if code == 130:
+        print("The demo goes on where it stopped when you start it again.", file=sys.stderr)
+    sys.exit(code)

@@ -411,3 +411,33 @@ def test_a_fingerprint_changes_with_the_config(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
     assert fingerprint(folder) != before
+
+
+# --- more that must not go unnoticed ---------------------------------------------------------------------------------
+
+
+def test_layers_that_the_config_does_not_know_are_not_dropped(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with pytest.raises(DataError, match="holds more than its config") as raised:
+        load(folder)
+    assert "model.layers.1." in str(raised.value)
+
+
+def test_a_model_that_sees_what_comes_later_is_refused():
+    model = build_model("llama")
+    embed = model.model.embed_tokens.register_forward_hook(lambda _, __, out: out + 0.5 * out.roll(-1, dims=1))
+    with pytest.raises(MismatchError, match="sees the tokens that it is to predict"):
+        models.verify(model, "peeking", pack=False)
+    embed.remove()
+    models.verify(model, "honest", pack=True)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_path_that_begins_in_a_folder_here_is_never_asked_of_the_hub(tmp_path, monkeypatch, there):
+    from stillroom.tokenizers import is_local
+
+    monkeypatch.chdir(tmp_path)
+    if there:
+        (tmp_path / "runs").mkdir()
+    assert is_local("runs/teacher") is there

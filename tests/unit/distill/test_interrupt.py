@@ -1,4 +1,4 @@
-"""Ctrl-C: remembered the first time, obeyed at once the second time, and as before afterwards."""
+"""Ctrl-C and SIGTERM: remembered the first time, obeyed at once the second time, and as before afterwards."""
 
 import signal
 import threading
@@ -7,26 +7,27 @@ import pytest
 
 from stillroom.distill.interrupt import deferred_interrupts
 
-
-def press() -> None:
-    signal.raise_signal(signal.SIGINT)
+BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 
 
-def test_the_first_is_remembered():
-    before = signal.getsignal(signal.SIGINT)
-    with deferred_interrupts() as interrupted:
+@BOTH
+def test_the_first_is_remembered_and_told(number):
+    before, told = signal.getsignal(number), []
+    with deferred_interrupts(lambda: told.append("asked")) as interrupted:
         assert not interrupted()
-        press()
+        signal.raise_signal(number)
         assert interrupted()
-    assert signal.getsignal(signal.SIGINT) is before
+    assert told == ["asked"]
+    assert signal.getsignal(number) is before
 
 
-def test_the_second_is_obeyed_at_once():
+@BOTH
+def test_the_second_is_obeyed_at_once(number):
     with deferred_interrupts() as interrupted:
-        press()
+        signal.raise_signal(number)
         assert interrupted()
         with pytest.raises(KeyboardInterrupt):
-            press()
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_none_is_none():
@@ -35,13 +36,12 @@ def test_none_is_none():
     assert not interrupted()
 
 
-def test_what_was_there_before_comes_back_after_an_error():
-    before = signal.getsignal(signal.SIGINT)
+@BOTH
+def test_what_was_there_before_comes_back_after_an_error(number):
+    before = signal.getsignal(number)
     with pytest.raises(ZeroDivisionError), deferred_interrupts():
         raise ZeroDivisionError
-    assert signal.getsignal(signal.SIGINT) is before
-    with pytest.raises(KeyboardInterrupt):
-        press()
+    assert signal.getsignal(number) is before
 
 
 def test_another_thread_leaves_ctrl_c_alone():

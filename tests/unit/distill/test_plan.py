@@ -313,3 +313,31 @@ def test_text_goes_through_no_template(plan, with_tokenizer, chat_tokenizer_fold
     made = plan(*two(with_tokenizer, OTHER, CHATML, chat_tokenizer_folder))
     assert made.template is None
     assert made.tokenizer.chat_template == CHATML
+
+
+# --- what is read and what is written --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("teacher.model={out}/model",),
+        ("student.model={out}/model",),
+        ("student.tokenizer={out}/model",),
+        ("data.path={out}/text.jsonl",),
+        ("held_out.path={out}",),
+        ("data.cache={out}/cache",),
+    ],
+)
+def test_nothing_that_is_read_lies_where_the_run_writes(plan, tmp_path, settings):
+    """--overwrite would delete it."""
+    with pytest.raises(ConfigError, match="lies inside the output folder"):
+        plan(*(word.format(out=tmp_path / "run") for word in settings))
+
+
+def test_held_out_data_of_another_place_do_not_inherit_what_belongs_to_a_place(plan, tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"text": "another"}\n')
+    made = plan("data.subset=a", "data.revision=b", f"held_out.path={tmp_path}/other.jsonl", "held_out.revision=c")
+    assert (made.held_out.subset, made.held_out.revision, made.held_out.shuffle) == (None, "c", False)
+    same = plan("data.subset=a", f"held_out={{path: {made.config.data.path}, split: test}}")
+    assert (same.held_out.subset, same.held_out.split) == ("a", "test")

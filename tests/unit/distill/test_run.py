@@ -18,7 +18,15 @@ from conftest import build_model
 from stillroom.config import load
 from stillroom.distill.config import DistillConfig
 from stillroom.distill.run import run
-from stillroom.errors import ConfigError, DataError, Interrupted, NonFiniteError, StillroomError, StorageError
+from stillroom.errors import (
+    ConfigError,
+    DataError,
+    Interrupted,
+    MissingError,
+    NonFiniteError,
+    StillroomError,
+    StorageError,
+)
 from stillroom.runs import read_json, read_metrics
 
 # peft itself still asks for the old name
@@ -401,6 +409,23 @@ def test_a_damaged_checkpoint_stops_the_run_and_the_earlier_one_goes_on(distil, 
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["data.path", "held_out.path", "teacher.model", "student.model"])
+def test_a_run_that_lacks_something_leaves_nothing(key, distil, tmp_path):
+    """And so the same command works once it is there."""
+    with pytest.raises(MissingError):
+        distil("run", f"{key}={tmp_path}/nowhere.jsonl")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_row_does_not_stand_in_the_way_of_the_mended_one(distil, tmp_path, text_files):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "one"}\n{"text": \n')
+    with pytest.raises(DataError, match="line 2"):
+        distil("run", f"data.path={data}")
+    data.write_text((text_files / "train.jsonl").read_text())
+    assert distil("run", f"data.path={data}", resume=True)["status"] == "done"
 
 
 def poisoned(saved_model, tmp_path: Path, value: float) -> Path:

@@ -279,3 +279,30 @@ def test_adapters_alone_of_a_new_student_are_refused(recipe, tmp_path):
     values = ["student={init: {kind: config}, lora: {rank: 2, export: adapter}}", f"out={tmp_path}/run"]
     with pytest.raises(ConfigError, match="adapter"):
         load(DistillConfig, recipe, values)
+
+
+# --- what an export says of itself -----------------------------------------------------------------------------------
+
+
+def test_the_export_stops_where_its_tokenizer_ends_a_sequence(student, tmp_path, tiny_tokenizer):
+    """A base model that is served with a chat tokenizer must stop at the end of a turn."""
+    built = student()
+    built.model.generation_config.eos_token_id = [7, 1]
+    built.model.config.eos_token_id = 7
+    tiny_tokenizer = AutoTokenizer.from_pretrained(built.model.name_or_path)
+    tiny_tokenizer.eos_token = "e"
+    wanted = tiny_tokenizer.convert_tokens_to_ids("e")
+    built.save(tmp_path / "model", tiny_tokenizer)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert again.generation_config.eos_token_id == [wanted, 7, 1]
+    assert again.config.eos_token_id == [wanted, 7]
+
+
+def test_an_adapter_on_embeddings_that_the_head_shares_is_refused(student, saved_model):
+    with pytest.raises(MismatchError, match="embeddings that the head shares"):
+        student("student.lora={rank: 2, targets: [embed_tokens]}", model=saved_model("llama", tie_word_embeddings=True))
+    student("student.lora={rank: 2, targets: [embed_tokens]}", model=saved_model("llama", tie_word_embeddings=False))
+
+
+def test_a_new_student_gets_the_attention_that_was_asked_for():
+    assert models.build_model(build_config("llama"), seed=0, attention="eager").config._attn_implementation == "eager"

@@ -10,7 +10,7 @@ from reference import Problem, objective, problem, properties
 
 from stillroom.batch import Batch
 from stillroom.losses import linear_losses
-from stillroom.losses.reduce import position_weights
+from stillroom.losses.reduce import position_weights, widest_float
 from stillroom.signals import Dense
 
 OBJECTIVES = [
@@ -113,3 +113,9 @@ def test_positions_that_are_not_kept_have_exactly_no_part(name):
     other.backward()
     assert torch.equal(other, plain)
     assert torch.equal(spoilt.grad, clean.grad)
+
+
+def test_sums_are_wide_but_where_the_device_has_no_such_type():
+    assert widest_float(torch.device("cpu")) == torch.float64
+    assert widest_float(torch.device("cuda")) == torch.float64
+    assert widest_float(torch.device("mps")) == torch.float32
