@@ -24,7 +24,8 @@ e2e: .venv/.tools  ## whole runs by the real command line
 gpu: .venv/.tools  ## what needs a CUDA device, against the CPU
 	$(OFFLINE) $(BIN)/python -m pytest tests/gpu
 
-bench: .venv/.tools  ## every measurement of LOG.md again; results in benchmarks/*.json
+bench: .venv/.tools  ## start-up, throughput and quality, as told in LOG.md; results in benchmarks/*.json
+	$(OFFLINE) $(BIN)/python benchmarks/startup.py
 	$(OFFLINE) $(BIN)/python benchmarks/throughput.py
 	$(OFFLINE) $(BIN)/python benchmarks/quality.py
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from results import data_folder, machine, save
 
+from stillroom.runs import git_commit
+
 ARMS = {
     "hard labels": "[{kind: cross_entropy}]",
     "forward KL": "[{kind: forward_kl}]",
@@ -68,7 +70,10 @@ def train(arm: str, seed: int, options: argparse.Namespace) -> dict:
     )  # fmt: skip
     if code:
         raise SystemExit(code)
-    return json.loads((out / "run.json").read_text())
+    run = json.loads((out / "run.json").read_text())
+    if run["git_commit"] != (commit := git_commit()):
+        raise SystemExit(f"{out} is of commit {run['git_commit']}, and this is {commit}: delete it, or give another --out")
+    return run
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -5,32 +5,13 @@
 Interrupt it whenever you like: the same command goes on where it stopped.
 """
 
-import json
 import sys
 from pathlib import Path
 
+from demo_table import RUNS, table
 from demo_text import write_text, write_tokenizer
 
 from stillroom.cli.main import main as stillroom
-
-RUNS = {"teacher": "demo-teacher", "hard labels": "demo-hard-labels", "distilled": "demo-distilled"}
-
-
-def table(folder: Path) -> str:
-    """What the runs measured on the held-out modules."""
-    columns = ("", "cross-entropy", "KL to teacher", "same top token", "parameters", "tokens/s")
-    units = ("held out", "nats/token", "nats/token", "as teacher", "", "training")
-    lines = ["{:12} {:>13} {:>13} {:>14} {:>11} {:>8}".format(*row) for row in (columns, units)]
-    for name, recipe in RUNS.items():
-        run = json.loads((folder / recipe / "run.json").read_text())
-        held_out = run["held_out"]
-        kl, agreement = held_out.get("forward_kl_nats"), held_out.get("top1_agreement")
-        lines.append(
-            f"{name:12} {held_out['cross_entropy_nats']:13.4f} {'-' if kl is None else format(kl, '.4f'):>13} "
-            f"{'-' if agreement is None else format(agreement, '.1%'):>14} {run['student']['num_parameters']:11,} "
-            f"{run['num_kept'] / run['time_s']:8,.0f}"
-        )
-    return "\n".join(lines)
 
 
 def demo(folder: Path, settings: list[str]) -> int:

@@ -91,7 +91,7 @@ class RunFolder:
             "config": config,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(),
-            "git_commit": _git_commit(),
+            "git_commit": git_commit(),
             "machine": {"platform": platform.platform(), "num_cores": os.cpu_count()},
         }
         self.update()
@@ -246,7 +246,8 @@ def _contents(path: Path) -> str:
     return ", ".join(_visible(path)[:4]) or "nothing"
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """The commit of the checkout that the working folder is in, if it is in one."""
     try:
         answer = subprocess.run(
             ["git", "rev-parse", "HEAD"],

@@ -96,9 +96,10 @@ def make_plan(config: DistillConfig) -> Plan:
         _check_vocabulary(teacher_config, tokenizer, "teacher")
         config = _resolve_columns(config, student_config, teacher_config, tokenizer)
     _check_length(config, student_config, teacher_config)
-    template = _template(config.data, tokenizer, teacher_tokenizer)
+    whose, template = _template(config.data, tokenizer, teacher_tokenizer)
     if template is not None:
         tokenizer.chat_template = template  # the student is served with what it was trained on
+        config = replace(config, {"data.template": whose})
     plan = Plan(config, tokenizer, template, fresh, teacher_config, _held_out(config))
     for data in (config.data, plan.held_out):
         if data is not None and is_local(data.path):
@@ -145,7 +146,7 @@ def _resolve_device(config: DistillConfig) -> DistillConfig:
             fix="Set device=cpu, or device=auto to take what is there.",
         ) from None
     half = device.startswith("cuda") and torch.cuda.is_bf16_supported()
-    values: dict[str, Any] = {"device": device}
+    values: dict[str, Any] = {"device": device, "data.cache": str(cache_folder(config.data))}
     if config.precision == "auto":
         values["precision"] = "bfloat16" if half else "float32"
     if config.teacher is not None and config.teacher.dtype == "auto":
@@ -248,10 +249,12 @@ def _check_length(config: DistillConfig, student: PretrainedConfig, teacher: Pre
             )
 
 
-def _template(data: AnyData, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None) -> str | None:
-    """The text of the chat template that rows go through, or None where they go through none."""
+def _template(
+    data: AnyData, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None
+) -> tuple[str | None, str | None]:
+    """Whose chat template rows go through, and its text; None where they go through none."""
     if not needs_template(data):
-        return None
+        return None, None
     ours, theirs = template_of(student), None if teacher is None else template_of(teacher)
     choice = data.template  # pyright: ignore[reportAttributeAccessIssue]
     if choice == "auto" and ours and theirs and ours != theirs:
@@ -261,7 +264,8 @@ def _template(data: AnyData, student: PreTrainedTokenizerBase, teacher: PreTrain
             why="The same conversation would become other tokens for each, and one would read what it never saw.",
             fix="Say whose counts: data.template=teacher or data.template=student.",
         )
-    template = {"student": ours, "teacher": theirs, "auto": ours or theirs}[choice]
+    whose = choice if choice != "auto" else "student" if ours else "teacher"
+    template = ours if whose == "student" else theirs
     if template is None:
         raise MissingError(
             "the tokenizer has no chat template",
@@ -273,7 +277,7 @@ def _template(data: AnyData, student: PreTrainedTokenizerBase, teacher: PreTrain
             why="Without one nobody knows how a conversation becomes text for these models.",
             fix="Give the tokenizer a chat_template.jinja, or use data.format=prompt_completion or text.",
         )
-    return template
+    return whose, template
 
 
 def _held_out(config: DistillConfig) -> AnyData | None:
