@@ -144,11 +144,11 @@ def _not_finite(
     state: TrainState, loss: float, grad_norm: float, micros: Sequence[Batch], checkpoints: Checkpoints
 ) -> NonFiniteError:
     found = sorted({int(d) for micro in micros for d in micro.documents.unique() if d >= 0})
-    names = list(dict.fromkeys(state.stream.documents.name(d) for d in found))
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    names = list(dict.fromkeys(state.stream.documents.name(d) for d in found[:8]))
+    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
     return NonFiniteError(
         f"step {state.step + 1} is not finite",
-        {"loss": loss, "gradient norm": grad_norm, "documents": ", ".join(names[:8]) + more},
+        {"loss": loss, "gradient norm": grad_norm, "documents": ", ".join(names) + more},
         why="The update was not made: it would have spoilt every parameter. The last good checkpoint is "
         f"{checkpoints.latest() or 'none: no checkpoint was due before this step'}.",
         fix="Look at those documents. A run that is resumed meets them again with the same settings; to train with a "
