@@ -45,6 +45,7 @@ def test_values_are_a_copy():
         ("MissingError", FileNotFoundError),
         ("StorageError", OSError),
         ("NonFiniteError", ArithmeticError),
+        ("OutOfMemoryError", MemoryError),
     ],
 )
 def test_each_error_is_the_standard_type_too_and_says_all_four_parts(name, standard):
@@ -64,6 +65,7 @@ def test_every_error_class_of_the_module_is_covered_above():
         "MissingError",
         "StorageError",
         "NonFiniteError",
+        "OutOfMemoryError",
     }
 
 

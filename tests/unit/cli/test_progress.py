@@ -49,7 +49,7 @@ def test_a_log_gets_the_first_step_the_last_and_one_now_and_then(capsys, clock):
             report("step", step(number))
     lines = said(capsys)
     assert [line.partition(":")[0] for line in lines] == ["step 1/100", "step 41/100", "step 81/100", "step 100/100"]
-    assert lines[0] == "step 1/100: loss 2.5000, 12.3k tokens/s, 3:18 left"
+    assert lines[0] == "step 1/100: 12.3k tokens/s, loss 2.5000, 3:18 left"
     assert lines[1].endswith(", 1:58 left")
     assert lines[-1].endswith(", 0:00 left")
 
@@ -66,7 +66,7 @@ def test_a_log_gets_the_first_step_the_last_and_one_now_and_then(capsys, clock):
 def test_one_objective_is_not_said_twice_and_several_are_all_said(capsys, terms, text):
     with Progress() as report:
         report("step", step(1, **terms))
-    assert said(capsys) == [f"step 1/100: {text}, 12.3k tokens/s, 3:18 left"]
+    assert said(capsys) == [f"step 1/100: 12.3k tokens/s, {text}, 3:18 left"]
 
 
 @pytest.mark.parametrize(("rate", "text"), [(7.4, "7"), (999.0, "999"), (1000.0, "1.0k"), (123456.0, "123.5k")])
@@ -74,7 +74,7 @@ def test_one_objective_is_not_said_twice_and_several_are_all_said(capsys, terms,
 def test_rates_are_short(capsys, rate, text):
     with Progress() as report:
         report("step", step(1, tokens_per_s=rate))
-    assert f", {text} tokens/s," in said(capsys)[0]
+    assert f": {text} tokens/s," in said(capsys)[0]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_terminal_gets_one_live_line():
         text = shown()
     last = text.rstrip().split("\r")[-1]
     assert last.startswith("100/100 |████████████████████|")
-    assert last.endswith("loss 2.5000, 12.3k tokens/s")
+    assert last.endswith("12.3k tokens/s, loss 2.5000")
     assert text.count("\r") > 1
     assert text.count("\n") == 1
     assert text.endswith("\n")

@@ -282,7 +282,7 @@ def test_braces_reach_into_nothing(tiny_tokenizer: PreTrainedTokenizerFast) -> N
 
 
 def test_question_and_answer_are_suggested(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(DataError, match=r"Set data\.prompt=question data\.completion=answer"):
+    with pytest.raises(DataError, match=r"Set data\.prompt='\{question\}\\n' data\.completion=answer"):
         encode(pair_data(), tiny_tokenizer, [{"question": "x", "answer": "y"}])
 
 

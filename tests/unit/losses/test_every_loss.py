@@ -120,7 +120,8 @@ def test_zero_only_where_equal(name, pair, temperature):
     apart = (softmax(student[0], temperature) - softmax(teacher[0], temperature)).abs().max().item()
     if apart > 1e-6:
         assert nats.item() > 0
-        assert gradient.abs().max().item() > 0
+        if softmax(student[0], temperature).min() > 0:  # a student that is certain beyond float64 has no gradient left
+            assert gradient.abs().max().item() > 0
 
 
 @every_divergence
