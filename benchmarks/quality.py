@@ -3,7 +3,7 @@
 Teacher stories3M (6 layers x 192), student 3 layers x 128 from random weights with the same tokenizer, about a million
 tokens of TinyStories; measured on the held-out stories. Both arms see the same tokens in the same order, by seed.
 
-    python benchmarks/quality.py [--seeds 3] [--steps 1000] [--out runs/quality]
+    python benchmarks/quality.py [--seeds 3] [--steps 1100] [--out runs/quality]
 """
 
 import argparse
@@ -25,7 +25,7 @@ MEASURED = ("cross_entropy_nats", "forward_kl_nats", "top1_agreement")
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
     options = parser.parse_args()
     runs = {arm: [train(arm, seed, options) for seed in range(options.seeds)] for arm in ARMS}
