@@ -1,11 +1,14 @@
 """Signals: what the teacher said about each position."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stillroom.head import Head
+from stillroom.errors import MismatchError
+from stillroom.head import Head, logits_into
 
 
 @dataclass(frozen=True)
@@ -15,9 +18,130 @@ class Dense:
     hidden: Float[Tensor, "n d"]
     head: Head
 
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    @property
+    def num_columns(self) -> int:
+        return self.head.num_columns
+
     def at(self, positions: Int[Tensor, " k"]) -> "Dense":
         """The signal of some of the positions only."""
         return Dense(self.hidden[positions], self.head)
 
+    def to(self, device: torch.device | str) -> "Dense":
+        """The same signal, its hidden states on a device."""
+        return Dense(self.hidden.to(device, non_blocking=True), self.head)
 
-Signal = Dense
+    def logits_into(self, out: Float[Tensor, "r v"], rows: slice) -> None:
+        """Writes the first ``v`` logits of some positions into ``out``."""
+        logits_into(out, self.hidden[rows], self.head)
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Everything, multiplied out: only for tests and tiny vocabularies."""
+
+    logits: Float[Tensor, "n v"]
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    @property
+    def num_columns(self) -> int:
+        return self.logits.shape[1]
+
+    def at(self, positions: Int[Tensor, " k"]) -> "Logits":
+        """The signal of some of the positions only."""
+        return Logits(self.logits[positions])
+
+    def to(self, device: torch.device | str) -> "Logits":
+        """The same signal on a device."""
+        return Logits(self.logits.to(device, non_blocking=True))
+
+    def logits_into(self, out: Float[Tensor, "r v"], rows: slice) -> None:
+        """Writes the first ``v`` logits of some positions into ``out``."""
+        out.copy_(self.logits[rows, : out.shape[1]])
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A few entries of the teacher's distribution at each position, in one of two meanings.
+
+    *Truncated* (``sampled`` off): the entries are exact, and what was left out is one further outcome of known mass,
+    the bucket. *Sampled*: the entries are an unbiased estimate of the whole distribution, so nothing is left out in
+    expectation, and their sum is 1 in expectation only.
+    """
+
+    ids: Int[Tensor, "n k"]
+    """Token ids, distinct within a position. A position with fewer than k repeats its first."""
+    log_probs: Float[Tensor, "n k"]
+    """log of each entry's probability or weight; −inf where a position has fewer than k."""
+    log_rests: Mapping[float, Float[Tensor, " n"]] = field(default_factory=dict)
+    """Truncated: by temperature, log of the mass left out *at that temperature*, −inf where nothing is. Has 1.0."""
+    entropy: Float[Tensor, " n"] | None = None
+    """The teacher's entropy in nats. Sampled, and always there: ``−Σ w log t`` over the entries, whose mean it is; so
+    the noise of the draws cancels in a divergence, and where student and teacher are equal nothing is left."""
+    label_log_probs: Float[Tensor, " n"] | None = None
+    """log of the teacher's probability of the data's own next token, where it was kept."""
+    sampled: bool = False
+    num_columns: int | None = None
+    """The columns over which the distribution was taken; None where nobody said."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def at(self, positions: Int[Tensor, " k"] | slice) -> "Sparse":
+        """The signal of some of the positions only."""
+        return self._map(lambda tensor: tensor[positions])
+
+    def to(self, device: torch.device | str) -> "Sparse":
+        """The same signal on a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def log_targets(self, temperature: float = 1.0) -> tuple[Float[Tensor, "n k"], Float[Tensor, " n"]]:
+        """log of each entry's target and of the bucket's, at a temperature; truncated entries and bucket sum to 1.
+
+        Truncated log-probabilities alone cannot be tempered: the mass beyond them is needed *at that temperature*.
+
+        Raises:
+            MismatchError: the mass left out is not known at this temperature, or the entries are a sample.
+        """
+        if self.sampled:
+            if temperature != 1.0:
+                raise untempered(temperature, "none: a sample is of temperature 1")
+            return self.log_probs, torch.full_like(self.log_probs[:, 0], -torch.inf)
+        if temperature not in self.log_rests:
+            raise untempered(temperature, ", ".join(map(str, sorted(self.log_rests))))
+        log_rest = self.log_rests[temperature]
+        scaled = self.log_probs / temperature
+        log_kept = torch.log1p(-log_rest.exp().clamp(max=1 - 1e-7))
+        return scaled - (torch.logsumexp(scaled, -1) - log_kept).unsqueeze(-1), log_rest
+
+    def _map(self, change) -> "Sparse":
+        def optional(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
+        return Sparse(
+            change(self.ids),
+            change(self.log_probs),
+            {temperature: change(rest) for temperature, rest in self.log_rests.items()},
+            optional(self.entropy),
+            optional(self.label_log_probs),
+            self.sampled,
+            self.num_columns,
+        )
+
+
+def untempered(temperature: float, known: str) -> MismatchError:
+    """The error of a temperature at which a sparse signal does not know what it left out."""
+    return MismatchError(
+        f"the stored signal cannot be used at temperature {temperature}",
+        {"asked for": temperature, "stored": known},
+        why="The tail that was left out grows with the temperature: at T = 2 it holds most of the mass beyond the top "
+        "50, so targets made from the kept entries alone would be far too sharp.",
+        fix="Use temperature 1.0, or capture with signal.kind=top_k and signal.temperatures=[…] that names this one.",
+    )
+
+
+Signal = Dense | Logits | Sparse

@@ -4,6 +4,7 @@ from stillroom.losses.block import Block, Loss
 from stillroom.losses.cross_entropy import cross_entropy
 from stillroom.losses.kl import forward_kl, reverse_kl
 from stillroom.losses.linear import LinearLosses, Objective, linear_losses
+from stillroom.losses.sparse import check_sparse
 
 LOSSES: dict[str, Loss] = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "cross_entropy": cross_entropy}
 """Every loss by its name in a recipe."""
@@ -14,6 +15,7 @@ __all__ = [
     "LinearLosses",
     "Loss",
     "Objective",
+    "check_sparse",
     "cross_entropy",
     "forward_kl",
     "linear_losses",

@@ -6,12 +6,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from stillroom.signals import Sparse
+
 LOWEST_LOGIT = -1e30
 """Stands for −inf: its probability is 0 too, but 0 · (−1e30) is 0 where 0 · (−inf) is not a number."""
 
 
 class Block:
     """Student's and teacher's logits of ``r`` positions over the same ``v`` columns, and their next tokens.
+
+    In the place of the teacher's logits there may be a ``sparse`` signal of the same positions.
 
     What several losses share (log-probabilities at one temperature, say) is computed once. The logits are float32 or
     float64 and are changed: −inf becomes a very low finite number.
@@ -22,8 +26,9 @@ class Block:
         student_logits: Float[Tensor, "r v"],
         teacher_logits: Float[Tensor, "r v"] | None,
         next_tokens: Int[Tensor, " r"],
+        sparse: Sparse | None = None,
     ) -> None:
-        self.next_tokens = next_tokens
+        self.next_tokens, self.sparse = next_tokens, sparse
         self._logits = {"student": student_logits.clamp_(min=LOWEST_LOGIT)}
         if teacher_logits is not None:
             self._logits["teacher"] = teacher_logits.clamp_(min=LOWEST_LOGIT)

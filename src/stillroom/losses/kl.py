@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stillroom.losses import sparse
 from stillroom.losses.block import Block
 
 
@@ -11,8 +12,10 @@ def forward_kl(block: Block, *, temperature: float = 1.0) -> tuple[Float[Tensor,
     """``T² · KL(t ‖ s) = T² · Σ t (log t − log s)`` at temperature T; gradient ``T (s − t)``.
 
     It covers all that the teacher may say. Each summand has ``s − t`` added, which sums to zero: so every summand is at
-    least 0, and the rounding of the two normalisers cancels.
+    least 0, and the rounding of the two normalisers cancels. From a sparse signal: :func:`sparse.forward_kl`.
     """
+    if block.sparse is not None:
+        return sparse.forward_kl(block, block.sparse, temperature)
     log_t, log_s = block.teacher(temperature), block.student(temperature)
     t = block.teacher_probabilities(temperature)
     gradient = block.student_probabilities(temperature) - t
@@ -23,8 +26,11 @@ def forward_kl(block: Block, *, temperature: float = 1.0) -> tuple[Float[Tensor,
 def reverse_kl(block: Block, *, temperature: float = 1.0) -> tuple[Float[Tensor, " r"], Float[Tensor, "r v"]]:
     """``T² · KL(s ‖ t) = T² · Σ s (log s − log t)`` at temperature T; gradient ``T · s (log s − log t − KL(s ‖ t))``.
 
-    It seeks what the teacher is likely to say. ``t − s`` is added to each summand, as in :func:`forward_kl`.
+    It seeks what the teacher is likely to say. ``t − s`` is added to each summand, as in :func:`forward_kl`. From a
+    sparse signal: :func:`sparse.reverse_kl`.
     """
+    if block.sparse is not None:
+        return sparse.reverse_kl(block, block.sparse, temperature)
     s, t = block.student_probabilities(temperature), block.teacher_probabilities(temperature)
     ratio = block.student(temperature) - block.teacher(temperature)
     weighted = s * ratio

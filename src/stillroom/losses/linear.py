@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from stillroom.errors import MismatchError
 from stillroom.head import Head, accumulator, add_product, logits_into
 from stillroom.losses.block import Block, Loss
-from stillroom.signals import Signal
+from stillroom.signals import Signal, Sparse
 
 CHUNK_BYTES = 256 * 2**20
 """The default budget for the two buffers of logits."""
@@ -70,7 +70,7 @@ def linear_losses(
     """
     columns = head.columns(num_columns)
     if signal is not None:
-        signal.head.columns(columns)
+        _check_columns(columns, signal)
     _check_positions(len(hidden), next_tokens, weights, signal)
     work = _Work(head, objectives, measures, next_tokens, weights, signal, columns, chunk_bytes)
     if torch.is_autocast_enabled(hidden.device.type):
@@ -83,7 +83,7 @@ def linear_losses(
 def _check_positions(n: int, next_tokens: Tensor, weights: Tensor, signal: Signal | None) -> None:
     found = {"next_tokens": len(next_tokens), "weights": len(weights), "hidden": n}
     if signal is not None:
-        found["signal"] = len(signal.hidden)
+        found["signal"] = len(signal)
     for name, number in found.items():
         if number != n:
             raise MismatchError(
@@ -92,6 +92,25 @@ def _check_positions(n: int, next_tokens: Tensor, weights: Tensor, signal: Signa
                 why="Each position's loss would be taken with the target of another.",
                 fix="Take both at the same positions; `Signal.at(batch.kept)` does so for a signal.",
             )
+
+
+def _check_columns(columns: int, signal: Signal) -> None:
+    there = signal.num_columns
+    if isinstance(signal, Sparse):
+        if there not in (None, columns):
+            raise MismatchError(
+                "the stored signal was taken over other columns",
+                {"stored": f"{there} columns", "compared now": f"{columns} columns"},
+                why="Its probabilities sum to 1 over its own columns only.",
+                fix=f"Compare {there} columns.",
+            )
+    elif there is None or there < columns:
+        raise MismatchError(
+            f"{columns} columns cannot be taken from the teacher",
+            {"asked for": f"{columns} columns", "the teacher has": f"{there} columns"},
+            why="The others would be whatever lies in memory.",
+            fix="Compare at most the columns that both have.",
+        )
 
 
 @dataclass
@@ -108,9 +127,13 @@ class _Work:
     chunk_bytes: int
     differentiate: bool = False
 
+    @property
+    def num_buffers(self) -> int:
+        """The student's logits have one, and the teacher's where there are any."""
+        return 1 if self.signal is None or isinstance(self.signal, Sparse) else 2
+
     def rows_of_chunk(self, itemsize: int) -> int:
-        num_buffers = 1 if self.signal is None else 2
-        return max(1, self.chunk_bytes // (self.columns * itemsize * num_buffers))
+        return max(1, self.chunk_bytes // (self.columns * itemsize * self.num_buffers))
 
     def rows_of_block(self, itemsize: int, on_cpu: bool) -> int:
         return max(1, BLOCK_BYTES // (self.columns * itemsize)) if on_cpu else self.rows_of_chunk(itemsize)
@@ -144,15 +167,14 @@ def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, ne
 
     size = work.rows_of_chunk(nats.itemsize)
     buffers = [
-        torch.empty(min(size, n), work.columns, dtype=dtype, device=hidden.device)
-        for _ in range(1 if work.signal is None else 2)
+        torch.empty(min(size, n), work.columns, dtype=dtype, device=hidden.device) for _ in range(work.num_buffers)
     ]
     for start in range(0, n, size):
         rows = slice(start, min(start + size, n))
         student, *teacher = (buffer[: rows.stop - start] for buffer in buffers)
         logits_into(student, hidden[rows], head)
-        if work.signal is not None:
-            logits_into(teacher[0], work.signal.hidden[rows], work.signal.head)
+        if work.signal is not None and not isinstance(work.signal, Sparse):
+            work.signal.logits_into(teacher[0], rows)
         _blocks(student, teacher[0] if teacher else None, rows, work, nats, measured, any(wanted))
         if hidden_grad is not None:
             add_product(hidden_grad[rows], student, head.weight[: work.columns])
@@ -179,7 +201,8 @@ def _blocks(
         slope = None
         if gradient and work.head.softcap is not None:
             slope = 1 - (logits / work.head.softcap).square()
-        block = Block(logits, None if teacher is None else teacher[here], work.next_tokens[there])
+        sparse = work.signal.at(there) if isinstance(work.signal, Sparse) else None
+        block = Block(logits, None if teacher is None else teacher[here], work.next_tokens[there], sparse)
         gradients = []
         for i, objective in enumerate(work.objectives):
             nats[i, there], g = objective.loss(block, **objective.arguments)

@@ -1,0 +1,147 @@
+"""Selection: which entries of the teacher's distribution are kept. Tensors in, tensors out, on any device."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass
+class Selection:
+    """What is kept of ``n`` positions, not yet quantised."""
+
+    ids: Int[Tensor, "n k"]
+    """The exact entries, likeliest first. Where ``log_probs`` is −inf there is none."""
+    log_probs: Float[Tensor, "n k"]
+    log_rests: dict[float, Float[Tensor, " n"]] = field(default_factory=dict)
+    """By temperature: log of the mass that the exact entries leave out, summed over it, so right however small."""
+    draws: Int[Tensor, "n m"] | None = None
+    """Drawn ids, with repetitions; −1 where there is none."""
+    draw_log_probs: Float[Tensor, "n m"] | None = None
+    """log of each drawn id's own probability; 0 where there is none."""
+    log_unit: Float[Tensor, " n"] | None = None
+    """log of what each draw weighs."""
+    entropy: Float[Tensor, " n"] | None = None
+    label_log_probs: Float[Tensor, " n"] | None = None
+
+
+def likeliest(values: Float[Tensor, "n v"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """The k largest of each row and their columns, largest first.
+
+    The k blocks with the largest maxima hold them all, so only those are searched: one cheap pass over the row instead
+    of a selection from all of it.
+    """
+    n, v = values.shape
+    size = 1 << round(math.log2(v) / 2)
+    num_blocks = v // size
+    if num_blocks * size != v or num_blocks < 2 * k:
+        return values.topk(min(k, v))
+    blocks = values.view(n, num_blocks, size)
+    which = blocks.amax(-1).topk(k).indices
+    inside = blocks.gather(1, which.unsqueeze(-1).expand(-1, -1, size)).view(n, k * size)
+    found, places = inside.topk(k)
+    return found, which.gather(1, places // size) * size + places % size
+
+
+def top_k(logits: Float[Tensor, "n v"], k: int, temperatures: tuple[float, ...] = (1.0,)) -> Selection:
+    """The k likeliest entries, and the mass left out at each temperature. The logits are changed."""
+    values, ids = likeliest(logits, k)
+    total = logits.logsumexp(-1)
+    kept = values - total.unsqueeze(-1)
+    logits.scatter_(-1, ids, -torch.inf)
+    return Selection(ids, kept, _log_rests(logits, values, temperatures))
+
+
+def top_p(logits: Float[Tensor, "n v"], mass: float, most: int, temperatures: tuple[float, ...] = (1.0,)) -> Selection:
+    """The likeliest entries until they hold ``mass``, ``most`` at the most. The logits are changed."""
+    values, ids = likeliest(logits, most)
+    kept = values - logits.logsumexp(-1).unsqueeze(-1)
+    before = kept.exp().cumsum(-1).roll(1, -1)
+    before[:, 0] = 0
+    kept = kept.masked_fill(before >= mass, -torch.inf)
+    there = kept > -torch.inf
+    logits.scatter_(-1, torch.where(there, ids, ids[:, :1]), -torch.inf)
+    return Selection(ids, kept, _log_rests(logits, values.masked_fill(~there, -torch.inf), temperatures))
+
+
+def _log_rests(
+    others: Float[Tensor, "n v"], kept: Float[Tensor, "n k"], temperatures: tuple[float, ...]
+) -> dict[float, Tensor]:
+    """log(mass of the others / mass of all) at each temperature."""
+    rests = {}
+    for temperature in temperatures:
+        rest = (others / temperature if temperature != 1.0 else others).logsumexp(-1)
+        rests[temperature] = rest - torch.logaddexp(rest, (kept / temperature).logsumexp(-1))
+    return rests
+
+
+def sampled(logits: Float[Tensor, "n v"], uniforms: Float[Tensor, "n m"]) -> Selection:
+    """One independent draw for each uniform number, each of weight 1 / m."""
+    num_draws = uniforms.shape[1]
+    probabilities = torch.softmax(logits, -1)
+    points = uniforms * _blocks(probabilities).sum((-1, -2)).unsqueeze(-1)
+    draws = _inverse_cdf(probabilities, points)
+    none = probabilities.new_zeros(len(logits), 0)
+    unit = probabilities.new_full((len(logits),), -math.log(num_draws))
+    return Selection(none.long(), none, draws=draws, draw_log_probs=probabilities.gather(1, draws).log(), log_unit=unit)
+
+
+def head_and_sample(
+    logits: Float[Tensor, "n v"], head: int, most_draws: int, least: float, uniforms: Float[Tensor, " n"]
+) -> Selection:
+    """The ``head`` likeliest entries that are at least ``least``, exactly, and draws from the tail.
+
+    The draws are systematic: of a tail of mass r, points ``(u + 0) w, (u + 1) w, …`` below r fall on the tail's
+    cumulative distribution, with one uniform number u and weight ``w = max(least, r / most_draws)``. So a tail token of
+    probability p is drawn ``p / w`` times in expectation (and never a whole time more or less), for an expected weight
+    of exactly p.
+    """
+    probabilities = torch.softmax(logits, -1)
+    values, ids = likeliest(probabilities, head)
+    there = values >= least
+    there[:, 0] = True
+    probabilities.scatter_(-1, torch.where(there, ids, ids[:, :1]), 0)
+    rest = _blocks(probabilities).sum((-1, -2))
+    unit = (rest / most_draws).clamp(min=max(least, 1e-30))
+    steps = torch.arange(most_draws, device=logits.device)
+    points = (uniforms.unsqueeze(-1) + steps) * unit.unsqueeze(-1)
+    beyond = points >= rest.unsqueeze(-1)
+    draws = _inverse_cdf(probabilities, points)
+    draw_log_probs = probabilities.gather(1, draws).log_().masked_fill_(beyond, 0)
+    draws.masked_fill_(beyond, -1)
+    kept = values.log().masked_fill_(~there, -torch.inf)
+    return Selection(ids, kept, {1.0: rest.log()}, draws, draw_log_probs, unit.log())
+
+
+def entropy(logits: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:
+    """The entropy of each row's distribution, in nats."""
+    return torch.special.entr(torch.softmax(logits, -1)).sum(-1)
+
+
+def _blocks(rows: Float[Tensor, "n v"]) -> Float[Tensor, "n b s"]:
+    """Each row in blocks of about √v, filled up with zeros."""
+    n, v = rows.shape
+    size = 1 << round(math.log2(v) / 2)
+    if v % size:
+        rows = torch.nn.functional.pad(rows, (0, -v % size))
+    return rows.view(n, rows.shape[1] // size, size)
+
+
+def _inverse_cdf(probabilities: Float[Tensor, "n v"], points: Float[Tensor, "n m"]) -> Int[Tensor, "n m"]:
+    """The column in which each point of the cumulative sum lies: first the block, then the place in it.
+
+    A column of probability 0 is never given, but where the whole row is 0.
+    """
+    blocks = _blocks(probabilities)
+    size = blocks.shape[2]
+    sums = blocks.sum(-1).cumsum(-1)
+    almost = 1 - 4 * torch.finfo(points.dtype).eps
+    points = torch.minimum(points, sums[:, -1:] * almost)
+    which = torch.searchsorted(sums, points, right=True).clamp_(max=sums.shape[1] - 1)
+    before = torch.where(which > 0, sums.gather(1, (which - 1).clamp_(min=0)), 0)
+    inside = blocks.gather(1, which.unsqueeze(-1).expand(-1, -1, size)).cumsum(-1)
+    left = torch.minimum(points - before, inside[:, :, -1] * almost)
+    place = (inside <= left.unsqueeze(-1)).sum(-1)
+    return (which * size + place).view(points.shape).clamp_(max=probabilities.shape[1] - 1)
