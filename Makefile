@@ -27,10 +27,12 @@ gpu: .venv/.tools  ## what needs a CUDA device, against the CPU
 bench: .venv/.tools  ## start-up, throughput and quality, as told in LOG.md; results in benchmarks/*.json
 	$(OFFLINE) $(BIN)/python benchmarks/startup.py
 	$(OFFLINE) $(BIN)/python benchmarks/throughput.py
+	$(OFFLINE) $(BIN)/python benchmarks/store.py
 	$(OFFLINE) $(BIN)/python benchmarks/quality.py
 
 docs: .venv/.stillroom  ## the reference of settings, from the code
 	$(BIN)/stillroom distill --help > docs/guide/distill-settings.txt
+	$(BIN)/stillroom capture --help > docs/guide/capture-settings.txt
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
@@ -44,5 +46,5 @@ clean:
 	touch $@
 
 .venv/.tools: .venv/.stillroom
-	$(PIP) -e '.[hub,lora,tensorboard,wandb,trackio,mlflow,test,dev]'
+	$(PIP) -e '.[hub,lora,server,tensorboard,wandb,trackio,mlflow,test,dev]'
 	touch $@

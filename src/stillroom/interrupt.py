@@ -1,4 +1,4 @@
-"""Ctrl-C (or SIGTERM) while training: finish the step, save, then stop."""
+"""Ctrl-C (or SIGTERM) while a verb works: finish what is under way, save, then stop."""
 
 import signal
 import threading

@@ -284,6 +284,26 @@ def num_parameters(model: nn.Module, *, trained_only: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained_only)
 
 
+def resolve_device(device: str, setting: str) -> str:
+    """The device that is meant: for auto a CUDA device where there is one, and else the CPU.
+
+    Raises:
+        MissingError: it is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise MissingError(
+            f"the device `{device}` is not there",
+            {"asked for": device, "CUDA devices": torch.cuda.device_count()},
+            why=" ".join(str(error).split())[:200],
+            fix=f"Set {setting}=cpu, or {setting}=auto to take what is there.",
+        ) from None
+    return device
+
+
 def quiet() -> None:
     """Keeps `transformers` from writing progress bars and advice between a command's own lines."""
     logging.set_verbosity_error()

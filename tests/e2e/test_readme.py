@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from stillroom.capture.config import CaptureConfig
 from stillroom.cli.arguments import parse
 from stillroom.cli.main import VERBS
 from stillroom.config import Config, explain, load
@@ -25,7 +26,7 @@ COMMANDS = [
     shlex.split(line, comments=True)
     for page in PAGES
     for block in [*blocks(page, "bash"), *blocks(page, "")]
-    for line in block.splitlines()
+    for line in block.replace("\\\n", " ").splitlines()
     if line.startswith(("make ", "stillroom "))
 ]
 
@@ -73,5 +74,6 @@ def test_links_lead_somewhere(page):
 
 def test_the_reference_of_settings_is_that_of_the_code():
     """`make docs` writes it."""
-    text = (ROOT / "docs" / "guide" / "distill-settings.txt").read_text(encoding="utf-8")
-    assert text.endswith(f"\n\n{explain(DistillConfig)}\n")
+    for verb, settings in (("distill", DistillConfig), ("capture", CaptureConfig)):
+        text = (ROOT / "docs" / "guide" / f"{verb}-settings.txt").read_text(encoding="utf-8")
+        assert text.endswith(f"\n\n{explain(settings)}\n")

@@ -14,10 +14,13 @@ from pydantic import Field, ValidationError
 from ruamel.yaml import YAML
 
 import stillroom
+from stillroom.capture.config import CaptureConfig
+from stillroom.cli.store import MergeConfig
 from stillroom.config import Config, PathText, explain, load, replace
 from stillroom.distill.config import DistillConfig, ObjectiveConfig
 from stillroom.errors import ConfigError, MissingError
 from stillroom.recipe import differences, to_yaml
+from stillroom.store.import_config import ImportConfig
 
 
 class Circle(Config):
@@ -638,7 +641,7 @@ def test_explain_tells_each_members_own_default():
 def config_classes() -> list[type[Config]]:
     """Every Config class that a config.py of the package defines."""
     for module in pkgutil.walk_packages(stillroom.__path__, "stillroom."):
-        if module.name.endswith(".config"):
+        if module.name.endswith("config"):
             import_module(module.name)
 
     def below(base: type[Config]) -> list[type[Config]]:
@@ -675,9 +678,10 @@ def reachable(config_class: type[Config]) -> set[type[Config]]:
     return {config_class} | {c for f in config_class.model_fields.values() for c in inside(f.annotation)}
 
 
-def test_the_help_of_distill_tells_every_setting_with_its_meaning():
-    lines = [line.strip() for line in explain(DistillConfig).splitlines()]
-    for config_class in reachable(DistillConfig):
+@pytest.mark.parametrize("verb", [DistillConfig, CaptureConfig, ImportConfig])
+def test_the_help_of_a_verb_tells_every_setting_with_its_meaning(verb):
+    lines = [line.strip() for line in explain(verb).splitlines()]
+    for config_class in reachable(verb):
         for name, field in config_class.model_fields.items():
             places = [i for i, line in enumerate(lines) if line.startswith(f"{name}: ")]
             meaning = [line.strip() for line in (field.description or "").splitlines()]
@@ -686,7 +690,8 @@ def test_the_help_of_distill_tells_every_setting_with_its_meaning():
 
 def test_explaining_reaches_every_config_class_of_the_package():
     found = {c for c in config_classes() if not c.__name__.startswith("_")}
-    assert reachable(DistillConfig) == found
+    verbs = (DistillConfig, CaptureConfig, ImportConfig, MergeConfig)
+    assert set[type[Config]]().union(*map(reachable, verbs)) == found
 
 
 # --- the objectives and their functions ------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from stillroom.distill.interrupt import deferred_interrupts
+from stillroom.interrupt import deferred_interrupts
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from stillroom.errors import ConfigError
 
 FLAGS = ("dry-run", "resume", "overwrite", "quiet", "debug", "help")
+WITH_WORDS = ("store",)
+"""Verbs that take words of their own in the place of a recipe: `stillroom store check DIR`."""
 
 
 @dataclass
@@ -16,6 +18,8 @@ class Arguments:
     recipe: str | None = None
     overrides: list[str] = field(default_factory=list)
     flags: set[str] = field(default_factory=set)
+    words: list[str] = field(default_factory=list)
+    """All other words, of a verb that takes them."""
 
 
 def parse(words: Sequence[str], verbs: Sequence[str]) -> Arguments:
@@ -30,6 +34,8 @@ def parse(words: Sequence[str], verbs: Sequence[str]) -> Arguments:
             arguments.verb = _known(word, verbs, "verb", word)
         elif re.match(r"[A-Za-z_][\w.]*=", word):
             arguments.overrides.append(word)
+        elif arguments.verb in WITH_WORDS:
+            arguments.words.append(word)
         elif arguments.recipe is None:
             arguments.recipe = word
         else:

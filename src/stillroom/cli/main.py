@@ -12,7 +12,11 @@ from stillroom import __version__
 from stillroom.cli.arguments import Arguments, parse
 from stillroom.errors import StillroomError
 
-VERBS = {"distill": "train a student to predict as its teacher does"}
+VERBS = {
+    "capture": "ask a teacher once, and store what it said",
+    "distill": "train a student to predict as its teacher does",
+    "store": "check, show, export, import and merge stores of what teachers said",
+}
 
 HELP = f"""stillroom {__version__}: distil large language models into small ones
 

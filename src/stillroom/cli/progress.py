@@ -30,12 +30,34 @@ class Progress:
             return
         if event == "step":
             self._step(values)
+        elif event == "capture":
+            self._capture(values)
         elif event == "tokenise":
             self._periodic(f"tokenising {values['path']}: {values['rows']:,} rows")
         elif event == "held_out":
             self._write(f"held out after step {values['step']}: {_numbers(values, skip=('step', 'num_tokens'))}")
         else:
             self._write(values["text"])
+
+    def _capture(self, values: Mapping[str, Any]) -> None:
+        text = f"{_short(values['tokens_per_s'])} tokens/s"
+        if "requests" in values:
+            text += f", {values['requests']:,} requests ({values['retries']} tried again), cost {values['cost']:.2f}"
+        if self.live:
+            if self._bar is None:
+                self._bar = tqdm(
+                    total=values["total"],
+                    initial=values["first"],
+                    unit="document",
+                    dynamic_ncols=True,
+                    bar_format="{n_fmt}/{total_fmt} documents |{bar:20}| {elapsed}<{remaining}, {postfix}",
+                )
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(values["done"] - self._bar.n)
+        else:
+            left = (values["total"] - values["done"]) * values["time_s"] / max(1, values["done"] - values["first"])
+            line = f"captured {values['done']:,} of {values['total']:,} documents: {text}, {_duration(left)} left"
+            self._periodic(line, now=values["done"] == values["total"])
 
     def _step(self, values: Mapping[str, Any]) -> None:
         terms = {k: v for k, v in values.items() if k.endswith("_nats")}

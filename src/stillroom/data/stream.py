@@ -1,13 +1,12 @@
 """BatchStream: documents to the batches of each optimizer step, from a state that can be saved and resumed."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from stillroom.batch import Batch
-from stillroom.data.documents import Documents
 from stillroom.data.rows import Rows, epoch_order, plan_rows
 from stillroom.errors import DataError, MismatchError
 
@@ -33,7 +32,7 @@ class BatchStream(Iterator[list[Batch]]):
 
     def __init__(
         self,
-        documents: Documents,
+        documents: "DocumentSet",
         *,
         length: int,
         pack: bool,
@@ -56,7 +55,8 @@ class BatchStream(Iterator[list[Batch]]):
         if not rows:
             raise StopIteration
         self.step += 1
-        return [self._collate(group) for group in self._group(rows)]
+        groups = group(rows, self._num_positions, self.micro_tokens)
+        return [collate(self.documents, rows, self.pad_token) for rows in groups]
 
     def num_steps(self) -> int | None:
         """The steps from the first to the end of the last epoch; None without end."""
@@ -127,36 +127,65 @@ class BatchStream(Iterator[list[Batch]]):
             row += 1
         return epoch, row, taken
 
-    def _group(self, rows: list[np.ndarray]) -> list[list[np.ndarray]]:
-        """The rows of a step, longest first, in micro-batches."""
-        groups: list[list[np.ndarray]] = []
-        widest = 0
-        for row in sorted(rows, key=self._num_positions, reverse=True):
-            if groups and (len(groups[-1]) + 1) * widest <= self.micro_tokens:
-                groups[-1].append(row)
-            else:
-                groups.append([row])
-                widest = self._num_positions(row)
-        return groups
-
     def _num_positions(self, row: np.ndarray) -> int:
         return int((self.documents.lengths[row] - 1).sum())
 
-    def _collate(self, rows: list[np.ndarray]) -> Batch:
-        """Rows to a batch. The shift is made here and nowhere else: n tokens are n - 1 inputs and next tokens."""
-        shape = len(rows), max(map(self._num_positions, rows))
-        tokens, next_tokens = np.full(shape, self.pad_token, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-        keep, positions = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=np.int64)
-        documents = np.full(shape, -1, dtype=np.int64)
-        for r, row in enumerate(rows):
-            start = 0
-            for document in row.tolist():
-                ids = self.documents.tokens(document)
-                end = start + len(ids) - 1
-                tokens[r, start:end], next_tokens[r, start:end] = ids[:-1], ids[1:]
-                keep[r, start:end] = self.documents.learn(document)[1:]
-                positions[r, start:end] = np.arange(end - start)
-                documents[r, start:end] = document
-                start = end
-            positions[r, start:] = np.arange(shape[1] - start)
-        return Batch(*(torch.from_numpy(array) for array in (tokens, next_tokens, keep, positions, documents)))
+
+class Sequences(Protocol):
+    """Documents to read from: those of a data set, of a store, or any others."""
+
+    def tokens(self, index: int) -> np.ndarray: ...
+
+    def learn(self, index: int) -> np.ndarray: ...
+
+
+class DocumentSet(Sequences, Protocol):
+    """Sequences that make up a whole, and can be told from another whole."""
+
+    @property
+    def lengths(self) -> np.ndarray: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def name(self, index: int) -> str: ...
+
+    def __len__(self) -> int: ...
+
+
+def collate(documents: Sequences, rows: Sequence[np.ndarray], pad_token: int) -> Batch:
+    """Rows to a batch. The shift is made here and nowhere else: n tokens are n - 1 inputs and next tokens.
+
+    Args:
+        rows: the documents of each row, by number.
+        pad_token: what the model reads on padding.
+    """
+    taken = [[(d, documents.tokens(d), documents.learn(d)) for d in row.tolist()] for row in rows]
+    shape = len(rows), max(sum(len(ids) - 1 for _, ids, _ in row) for row in taken)
+    tokens, next_tokens = np.full(shape, pad_token, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    keep, positions = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=np.int64)
+    numbers = np.full(shape, -1, dtype=np.int64)
+    for r, row in enumerate(taken):
+        start = 0
+        for document, ids, learn in row:
+            end = start + len(ids) - 1
+            tokens[r, start:end], next_tokens[r, start:end] = ids[:-1], ids[1:]
+            keep[r, start:end] = learn[1:]
+            positions[r, start:end] = np.arange(end - start)
+            numbers[r, start:end] = document
+            start = end
+        positions[r, start:] = np.arange(shape[1] - start)
+    return Batch(*(torch.from_numpy(array) for array in (tokens, next_tokens, keep, positions, numbers)))
+
+
+def group(rows: Sequence[np.ndarray], num_positions: Callable[[np.ndarray], int], most: int) -> list[list[np.ndarray]]:
+    """Rows, longest first, in groups of at most ``most`` positions, padding counted, and at least one row."""
+    groups: list[list[np.ndarray]] = []
+    widest = 0
+    for row in sorted(rows, key=num_positions, reverse=True):
+        if groups and (len(groups[-1]) + 1) * widest <= most:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+            widest = num_positions(row)
+    return groups

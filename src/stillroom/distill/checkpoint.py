@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.optim.lr_scheduler import LRScheduler
 
-from stillroom.data.stream import BatchStream
+from stillroom.distill.ahead import ReadAhead
 from stillroom.distill.step import StudentStep
 from stillroom.errors import DataError, StorageError
 from stillroom.files import crc32, read_json, write_json
@@ -35,7 +35,7 @@ class TrainState:
     module: StudentStep
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
-    stream: BatchStream
+    stream: ReadAhead
     step: int = 0
     """Optimizer steps done."""
     num_tokens: int = 0

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from stillroom.config import Config, PathText
-from stillroom.data.config import DataConfig
+from stillroom.data.config import ChatData, PromptCompletionData, TextData
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -89,6 +89,26 @@ class LiveTeacher(Config):
     """Run code that comes with the model."""
 
 
+class StoreTeacher(Config):
+    """What a teacher said once, read from a store ("offline"). No teacher is loaded."""
+
+    kind: Literal["store"]
+    path: PathText
+    """The store: a folder that `stillroom capture` wrote, or an address such as s3://bucket/store."""
+
+
+class StoredData(Config):
+    """The documents of the store itself, so that no signal can be joined to other data."""
+
+    format: Literal["store"]
+    length: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
+    """Tokens in a row; auto is what the store was captured with, and it cannot be less."""
+    pack: bool = True
+    """Put several documents into a row. They never attend to each other."""
+    shuffle: bool = True
+    """Take the documents in a new order each epoch, which follows from the run's seed."""
+
+
 class ForwardKL(Config):
     """KL(teacher ‖ student): cover all that the teacher may say."""
 
@@ -126,7 +146,7 @@ class HeldOut(Config):
     """Text that is never trained on, read as `data` is read."""
 
     path: PathText
-    """A file, folder or data set like data.path."""
+    """A file, folder or data set like data.path; where data.format is store, another store."""
     split: str = "train"
     """The split, where the data set has several."""
     subset: str | None = None
@@ -187,9 +207,9 @@ class DistillConfig(Config):
 
     student: StudentConfig
     """The model that is trained."""
-    teacher: LiveTeacher | None = None
-    """The model that is learnt from; null trains on the data's own labels alone."""
-    data: DataConfig
+    teacher: Annotated[LiveTeacher | StoreTeacher, Field(discriminator="kind")] | None = None
+    """What is learnt from: a live model or a store; null trains on the data's own labels alone."""
+    data: Annotated[TextData | ChatData | PromptCompletionData | StoredData, Field(discriminator="format")]
     """What they read."""
     held_out: HeldOut | None = None
     """What the student is measured on."""
@@ -227,21 +247,34 @@ class DistillConfig(Config):
         for i, objective in enumerate(self.objectives):
             if self.teacher is None and objective.kind != "cross_entropy":
                 raise ValueError(f"objectives.{i} ({objective.kind}) needs a `teacher`")
-        if self.batch.tokens < self.data.length:
+        if isinstance(self.teacher, StoreTeacher) != isinstance(self.data, StoredData):
+            raise ValueError(
+                "a store brings its own documents, and no other data have its signals: teacher.kind=store and "
+                "data.format=store go together"
+            )
+        if self.data.length != "auto" and self.batch.tokens < self.data.length:
             raise ValueError(f"batch.tokens ({self.batch.tokens}) is less than a row, data.length ({self.data.length})")
-        if self.batch.micro_tokens != "auto" and self.batch.micro_tokens < self.data.length:
+        length, micro_tokens = self.data.length, self.batch.micro_tokens
+        if length != "auto" and micro_tokens != "auto" and micro_tokens < length:
             raise ValueError(
                 f"batch.micro_tokens ({self.batch.micro_tokens}) is less than a row, data.length ({self.data.length})"
             )
-        if self.held_out is not None and (self.held_out.path, self.held_out.split) == (self.data.path, self.data.split):
+        if self.held_out is not None and self._measures_what_it_trains_on():
             raise ValueError("held_out is the same as data: what is measured must not be trained on")
         if self.checkpoints.best and (self.held_out is None or self.held_out.every is None):
             raise ValueError("checkpoints.best needs `held_out` with `every`, by which the best is known")
         if self.student.init is not None:
             if self.student.init.like is not None and self.student.init.family is not None:
                 raise ValueError("student.init takes `like` or `family`, and not both")
-            if self.teacher is None and self.student.init.like is None and self.student.init.family is None:
-                raise ValueError("student.init needs `like` or `family` where there is no teacher to be like")
+            nobody = not isinstance(self.teacher, LiveTeacher)
+            if nobody and self.student.init.like is None and self.student.init.family is None:
+                raise ValueError("student.init needs `like` or `family` where there is no live teacher to be like")
             if self.teacher is None and self.student.tokenizer is None:
                 raise ValueError("a new student without a teacher needs student.tokenizer")
         return self
+
+    def _measures_what_it_trains_on(self) -> bool:
+        assert self.held_out is not None
+        if isinstance(self.data, StoredData):
+            return isinstance(self.teacher, StoreTeacher) and self.teacher.path == self.held_out.path
+        return (self.held_out.path, self.held_out.split) == (self.data.path, self.data.split)

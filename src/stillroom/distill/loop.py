@@ -11,9 +11,9 @@ from torch import nn
 
 from stillroom.batch import Batch
 from stillroom.distill.checkpoint import Checkpoints, TrainState
-from stillroom.distill.interrupt import deferred_interrupts
-from stillroom.distill.teacher import LiveTeacher
+from stillroom.distill.teacher import Teacher
 from stillroom.errors import Interrupted, NonFiniteError, OutOfMemoryError
+from stillroom.interrupt import deferred_interrupts
 from stillroom.losses.reduce import widest_float
 
 Measure = Callable[[Callable[[], bool]], dict[str, float] | None]
@@ -24,7 +24,7 @@ Report = Callable[[str, Mapping[str, Any]], None]
 
 def train(
     state: TrainState,
-    teacher: LiveTeacher | None,
+    teacher: Teacher | None,
     *,
     num_steps: int,
     clip: float | None,
@@ -76,23 +76,22 @@ def train(
                     raise Interrupted(f"interrupted after step {state.step} of {num_steps}; saved as {path}")
 
 
-def _step(
-    state: TrainState, teacher: LiveTeacher | None, clip: float | None, checkpoints: Checkpoints
-) -> dict[str, Any]:
+def _step(state: TrainState, teacher: Teacher | None, clip: float | None, checkpoints: Checkpoints) -> dict[str, Any]:
     """One optimizer step: all its micro-batches, then the update. Returns its line of metrics."""
     start = time.perf_counter()
     parameters = [p for p in state.module.parameters() if p.requires_grad]
     device = state.device
     micros = next(state.stream)
-    num_kept = sum(micro.num_kept for micro in micros)
+    batches = [batch for batch, _ in micros]
+    num_kept = sum(batch.num_kept for batch in batches)
 
     dtype = widest_float(device)
     total = torch.zeros((), dtype=dtype, device=device)
     sums = torch.zeros(len(state.module.objectives), dtype=dtype, device=device)
-    for micro in micros:
+    for micro, read in micros:
         with _enough_memory(micro):
             batch = micro.to(device)
-            result = state.module(batch, None if teacher is None else teacher.signal(batch), num_kept)
+            result = state.module(batch, None if teacher is None else teacher.signal(batch, read), num_kept)
             result.loss.backward()
         total += result.loss.detach()
         sums += result.sums
@@ -100,13 +99,13 @@ def _step(
 
     loss, grad_norm, *terms = torch.cat([torch.stack([total, norm.to(dtype)]), sums / num_kept]).tolist()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise _not_finite(state, loss, grad_norm, micros, checkpoints)
+        raise _not_finite(state, loss, grad_norm, batches, checkpoints)
     learning_rate = state.schedule.get_last_lr()[0]
     state.optimizer.step()
     state.schedule.step()
     state.optimizer.zero_grad(set_to_none=True)
 
-    num_positions = sum(int((micro.documents >= 0).sum()) for micro in micros)
+    num_positions = sum(int((batch.documents >= 0).sum()) for batch in batches)
     seconds = time.perf_counter() - start
     state.step += 1
     state.num_tokens += num_kept

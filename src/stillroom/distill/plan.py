@@ -12,11 +12,19 @@ from stillroom.data.config import AnyData
 from stillroom.data.documents import cache_folder, cache_path
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
-from stillroom.distill.config import DistillConfig
+from stillroom.distill.config import DistillConfig, LiveTeacher, StoredData, StoreTeacher
+from stillroom.distill.offline import (
+    check_columns,
+    check_held_out,
+    load_stored_tokenizer,
+    open_store,
+    stored_template,
+)
 from stillroom.distill.student import new_config
 from stillroom.errors import ConfigError, MismatchError, MissingError
 from stillroom.losses.linear import CHUNK_BYTES
 from stillroom.recipe import to_yaml
+from stillroom.store.reader import Store
 from stillroom.tokenizers import compare, is_local, load_tokenizer, num_columns, template_fingerprint, template_of
 
 
@@ -31,8 +39,23 @@ class Plan:
     fresh: PretrainedConfig | None
     """The config of a new student."""
     teacher_config: PretrainedConfig | None
-    held_out: AnyData | None
+    held_out: AnyData | StoredData | None
     """The settings of the held-out data: those of the training data, at another path and in its own order."""
+    store: Store | None = None
+    """What the student learns from offline."""
+    held_out_store: Store | None = None
+
+    @property
+    def columns(self) -> int | None:
+        """How many columns of the student's head are compared; None is all."""
+        teacher = self.config.teacher
+        if self.store is not None:
+            return self.store.manifest.num_columns
+        assert not isinstance(teacher, StoreTeacher)  # which would have a store
+        if teacher is None:
+            return None
+        assert teacher.columns != "auto"
+        return teacher.columns
 
     def __str__(self) -> str:
         """The resolved settings, and what a run reads and writes, as YAML."""
@@ -41,8 +64,12 @@ class Plan:
     def reads(self) -> dict[str, str]:
         """The models and files that a run reads, by what they are for."""
         config, found = self.config, {}
-        if config.teacher is not None:
+        if isinstance(config.teacher, LiveTeacher):
             found["teacher"] = _model_text(config.teacher.model)
+        for name, store in (("store", self.store), ("held_out", self.held_out_store)):
+            if store is not None:
+                m = store.manifest
+                found[name] = f"{store.path} ({m.documents} documents, {m.size_bytes / 2**20:.1f} MiB)"
         if config.student.model is not None:
             found["student"] = _model_text(config.student.model)
         if config.student.tokenizer is not None:
@@ -71,8 +98,8 @@ class Plan:
         return found
 
     def _data(self) -> list[tuple[str, AnyData]]:
-        held_out = [] if self.held_out is None else [("held_out", self.held_out)]
-        return [("data", self.config.data), *held_out]
+        named = (("data", self.config.data), ("held_out", self.held_out))
+        return [(name, data) for name, data in named if data is not None and not isinstance(data, StoredData)]
 
 
 def make_plan(config: DistillConfig) -> Plan:
@@ -84,9 +111,10 @@ def make_plan(config: DistillConfig) -> Plan:
     """
     config = _resolve_device(config)
     _check_outside(config)
-    tokenizer, teacher_tokenizer = _tokenizers(config)
+    store, held_out_store, config = _stores(config)
+    tokenizer, teacher_tokenizer = _tokenizers(config, store)
     teacher_config = None
-    if (teacher := config.teacher) is not None:
+    if isinstance(teacher := config.teacher, LiveTeacher):
         teacher_config = models.read_config(
             teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
         )
@@ -96,13 +124,17 @@ def make_plan(config: DistillConfig) -> Plan:
         _check_vocabulary(teacher_config, tokenizer, "teacher")
         config = _resolve_columns(config, student_config, teacher_config, tokenizer)
     _check_length(config, student_config, teacher_config)
-    whose, template = _template(config.data, tokenizer, teacher_tokenizer)
+    if store is not None:
+        check_columns(store, student_config, tokenizer)
+        whose, template = None, stored_template(store, tokenizer, teacher_tokenizer)
+    else:
+        whose, template = _template(config.data, tokenizer, teacher_tokenizer)
     if template is not None:
         tokenizer.chat_template = template  # the student is served with what it was trained on
-        config = replace(config, {"data.template": whose})
-    plan = Plan(config, tokenizer, template, fresh, teacher_config, _held_out(config))
-    for data in (config.data, plan.held_out):
-        if data is not None and is_local(data.path):
+        config = config if whose is None else replace(config, {"data.template": whose})
+    plan = Plan(config, tokenizer, template, fresh, teacher_config, _held_out(config), store, held_out_store)
+    for _, data in plan._data():
+        if is_local(data.path):
             open_source(data)  # which says where it is not there
     return plan
 
@@ -111,12 +143,12 @@ def _check_outside(config: DistillConfig) -> None:
     """Nothing that is read lies in the folder that is written, where --overwrite would delete it."""
     student, init = config.student, config.student.init
     paths = {
-        "teacher.model": config.teacher.model if config.teacher else None,
+        "teacher.model": config.teacher.model if isinstance(config.teacher, LiveTeacher) else None,
+        "teacher.path": config.teacher.path if isinstance(config.teacher, StoreTeacher) else None,
         "student.model": student.model,
         "student.tokenizer": student.tokenizer,
         "student.init.like": init.like if init else None,
-        "data.path": config.data.path,
-        "data.cache": str(cache_folder(config.data)),
+        **_data_paths(config.data),
         "held_out.path": config.held_out.path if config.held_out else None,
     }
     out = Path(config.out).resolve()
@@ -130,39 +162,53 @@ def _check_outside(config: DistillConfig) -> None:
             )
 
 
+def _data_paths(data: AnyData | StoredData) -> dict[str, str]:
+    return {} if isinstance(data, StoredData) else {"data.path": data.path, "data.cache": str(cache_folder(data))}
+
+
+def _stores(config: DistillConfig) -> tuple[Store | None, Store | None, DistillConfig]:
+    """The store that is learnt from, the held-out one, and the settings with what they say filled in."""
+    if not isinstance(config.teacher, StoreTeacher) or not isinstance(config.data, StoredData):
+        return None, None, config
+    store = open_store(config.teacher.path, config)
+    length = store.manifest.length if config.data.length == "auto" else config.data.length
+    values: dict[str, Any] = {"data.length": length}
+    if config.batch.micro_tokens == "auto":
+        values["batch.micro_tokens"] = min(config.batch.tokens, max(length, 16384))
+    config = replace(config, values)  # which checks the length against the batch
+    held_out = None
+    if config.held_out is not None:
+        held_out = open_store(config.held_out.path, config)
+        check_held_out(store, held_out)
+    return store, held_out, config
+
+
 def _resolve_device(config: DistillConfig) -> DistillConfig:
     import torch
 
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise MissingError(
-            f"the device `{device}` is not there",
-            {"asked for": device, "CUDA devices": torch.cuda.device_count()},
-            why=" ".join(str(error).split())[:200],
-            fix="Set device=cpu, or device=auto to take what is there.",
-        ) from None
+    device = models.resolve_device(config.device, "device")
     half = device.startswith("cuda") and torch.cuda.is_bf16_supported()
-    values: dict[str, Any] = {"device": device, "data.cache": str(cache_folder(config.data))}
+    values: dict[str, Any] = {"device": device}
+    if not isinstance(config.data, StoredData):
+        values["data.cache"] = str(cache_folder(config.data))
     if config.precision == "auto":
         values["precision"] = "bfloat16" if half else "float32"
-    if config.teacher is not None and config.teacher.dtype == "auto":
+    if isinstance(config.teacher, LiveTeacher) and config.teacher.dtype == "auto":
         values["teacher.dtype"] = "bfloat16" if half else "float32"
-    if config.batch.micro_tokens == "auto":
+    if config.batch.micro_tokens == "auto" and config.data.length != "auto":
         values["batch.micro_tokens"] = min(config.batch.tokens, max(config.data.length, 16384))
     if config.logits_bytes == "auto":
         values["logits_bytes"] = CHUNK_BYTES
     return replace(config, values)
 
 
-def _tokenizers(config: DistillConfig) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]:
+def _tokenizers(
+    config: DistillConfig, store: Store | None
+) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]:
     """The student's tokenizer, and the teacher's; they turn every text into the same ids."""
     teacher, student = config.teacher, config.student
-    of_teacher = None
-    if teacher is not None:
+    of_teacher = None if store is None else load_stored_tokenizer(store)
+    if isinstance(teacher, LiveTeacher):
         of_teacher = load_tokenizer(
             teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
         )
@@ -218,7 +264,7 @@ def _check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBa
 def _resolve_columns(
     config: DistillConfig, student: PretrainedConfig, teacher: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> DistillConfig:
-    assert config.teacher is not None
+    assert isinstance(config.teacher, LiveTeacher)
     widths, needed = (_width(student), _width(teacher)), num_columns(tokenizer)
     columns = config.teacher.columns
     if columns == "auto":
@@ -250,10 +296,10 @@ def _check_length(config: DistillConfig, student: PretrainedConfig, teacher: Pre
 
 
 def _template(
-    data: AnyData, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None
+    data: AnyData | StoredData, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None
 ) -> tuple[str | None, str | None]:
     """Whose chat template rows go through, and its text; None where they go through none."""
-    if not needs_template(data):
+    if isinstance(data, StoredData) or not needs_template(data):
         return None, None
     ours, theirs = template_of(student), None if teacher is None else template_of(teacher)
     choice = data.template  # pyright: ignore[reportAttributeAccessIssue]
@@ -280,9 +326,11 @@ def _template(
     return whose, template
 
 
-def _held_out(config: DistillConfig) -> AnyData | None:
+def _held_out(config: DistillConfig) -> AnyData | StoredData | None:
     if config.held_out is None:
         return None
+    if isinstance(config.data, StoredData):
+        return replace(config.data, {"shuffle": False})
     own = config.held_out.model_dump(include={"path", "split", "subset", "revision", "max_documents"})
     if config.held_out.path == config.data.path:
         own |= {name: own[name] or getattr(config.data, name) for name in ("subset", "revision")}

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from stillroom import models
 from stillroom.data.config import AnyData
 from stillroom.data.documents import Documents, prepare
-from stillroom.data.stream import BatchStream
+from stillroom.data.stream import BatchStream, DocumentSet
+from stillroom.distill.ahead import ReadAhead
 from stillroom.distill.checkpoint import Checkpoints, TrainState
-from stillroom.distill.config import DistillConfig
+from stillroom.distill.config import DistillConfig, StoredData, StoreTeacher
 from stillroom.distill.held_out import measure_held_out
 from stillroom.distill.loop import Report, train
 from stillroom.distill.objectives import build_objectives, needs_teacher
@@ -21,9 +22,10 @@ from stillroom.distill.optimizer import build_optimizer, build_schedule
 from stillroom.distill.plan import Plan, make_plan
 from stillroom.distill.step import StudentStep
 from stillroom.distill.student import Student, build_student
-from stillroom.distill.teacher import LiveTeacher
+from stillroom.distill.teacher import LiveTeacher, StoredTeacher
 from stillroom.errors import MismatchError
 from stillroom.runs import Metrics, RunFolder, check_place
+from stillroom.store.reader import Store
 from stillroom.tokenizers import fingerprint, template_fingerprint
 from stillroom.tracking import check, track
 
@@ -59,8 +61,10 @@ def run(
         if folder.done:
             report("note", {"text": f"the run in {folder.path} is done already"})
             return folder.record
-        data = _prepare(config.data, plan, report)
-        held_out = None if plan.held_out is None else _prepare(plan.held_out, plan, report)
+        data: Documents | Store = plan.store or _prepare(config.data, plan, report)
+        held_out: Documents | Store | None = plan.held_out_store
+        if plan.held_out is not None and held_out is None:
+            held_out = _prepare(plan.held_out, plan, report)
         teacher = _teacher(plan)
         student = build_student(config, plan.fresh)
         models.verify(student.model, "the student", pack=config.data.pack)
@@ -71,7 +75,8 @@ def run(
         stream = _stream(plan, data, config.data, tokens=config.batch.tokens, epochs=config.epochs)
         num_steps = config.steps or stream.num_steps()
         assert num_steps is not None  # a config has either steps or epochs
-        state = _state(plan, student, stream, num_steps)
+        asked = teacher if needs_teacher(config.objectives) else None
+        state = _state(plan, student, ReadAhead(stream, asked), num_steps)
         checkpoints = Checkpoints(folder.path / "checkpoints", keep=config.checkpoints.keep)
         if (latest := checkpoints.latest()) is not None:
             checkpoints.load(state, latest)
@@ -102,7 +107,8 @@ def _check_same_things(folder: RunFolder, facts: Mapping[str, dict[str, Any]]) -
             )
 
 
-def _prepare(data: AnyData, plan: Plan, report: Report) -> Documents:
+def _prepare(data: AnyData | StoredData, plan: Plan, report: Report) -> Documents:
+    assert not isinstance(data, StoredData)  # its documents are the store's
     documents = prepare(
         data,
         plan.tokenizer,
@@ -116,11 +122,14 @@ def _prepare(data: AnyData, plan: Plan, report: Report) -> Documents:
     return documents
 
 
-def _teacher(plan: Plan) -> LiveTeacher | None:
-    """The live teacher, where training or measuring needs one."""
+def _teacher(plan: Plan) -> LiveTeacher | StoredTeacher | None:
+    """The teacher, where training or measuring needs one."""
     teacher = plan.config.teacher
-    if teacher is None or not (needs_teacher(plan.config.objectives) or plan.held_out is not None):
+    if teacher is None or not (needs_teacher(plan.config.objectives) or plan.config.held_out is not None):
         return None
+    if isinstance(teacher, StoreTeacher):
+        assert plan.store is not None
+        return StoredTeacher(plan.store)
     model: PreTrainedModel = models.load_model(
         teacher.model,
         dtype=getattr(torch, teacher.dtype),
@@ -133,9 +142,12 @@ def _teacher(plan: Plan) -> LiveTeacher | None:
     return LiveTeacher(model)
 
 
-def _stream(plan: Plan, documents: Documents, data: AnyData, *, tokens: int, epochs: int | None) -> BatchStream:
+def _stream(
+    plan: Plan, documents: DocumentSet, data: AnyData | StoredData, *, tokens: int, epochs: int | None
+) -> BatchStream:
     micro_tokens = plan.config.batch.micro_tokens
     assert micro_tokens != "auto"
+    assert data.length != "auto"
     return BatchStream(
         documents,
         length=data.length,
@@ -154,15 +166,13 @@ def _id(token: Any) -> int:
     return token if isinstance(token, int) else 0
 
 
-def _state(plan: Plan, student: Student, stream: BatchStream, num_steps: int) -> TrainState:
+def _state(plan: Plan, student: Student, stream: ReadAhead, num_steps: int) -> TrainState:
     config = plan.config
-    columns = None if config.teacher is None else config.teacher.columns
-    assert columns != "auto"
     assert config.logits_bytes != "auto"
     module = StudentStep(
         student.model,
         build_objectives(config.objectives),
-        num_columns=columns,
+        num_columns=plan.columns,
         logits_bytes=config.logits_bytes,
         precision=getattr(torch, config.precision),
     )
@@ -181,8 +191,8 @@ def _train(
     plan: Plan,
     state: TrainState,
     num_steps: int,
-    teacher: LiveTeacher | None,
-    held_out: Documents | None,
+    teacher: LiveTeacher | StoredTeacher | None,
+    held_out: DocumentSet | None,
     checkpoints: Checkpoints,
     folder: RunFolder,
     report: Report,
@@ -191,7 +201,8 @@ def _train(
     config = plan.config
     measure = None
     if held_out is not None and plan.held_out is not None:
-        measure = partial(_measure, plan, state, teacher, held_out, plan.held_out)
+        judge = teacher if plan.held_out_store is None else StoredTeacher(plan.held_out_store)
+        measure = partial(_measure, plan, state, judge, held_out, plan.held_out)
     metrics = Metrics(folder.path / "metrics.jsonl", after=state.step)
     tracker = track(config.tracking, folder.path, folder.record["config"], after=state.step)
 
@@ -220,6 +231,7 @@ def _train(
             folder.update(status=status, **_results(state))
         raise
     finally:
+        state.stream.close()
         metrics.close()
         tracker.close()
 
@@ -227,9 +239,9 @@ def _train(
 def _measure(
     plan: Plan,
     state: TrainState,
-    teacher: LiveTeacher | None,
-    documents: Documents,
-    data: AnyData,
+    teacher: LiveTeacher | StoredTeacher | None,
+    documents: DocumentSet,
+    data: AnyData | StoredData,
     stop: Callable[[], bool],
 ) -> dict[str, float] | None:
     assert plan.config.batch.micro_tokens != "auto"
@@ -238,7 +250,11 @@ def _measure(
 
 
 def _facts(
-    plan: Plan, student: Student, teacher: LiveTeacher | None, data: Documents, held_out: Documents | None
+    plan: Plan,
+    student: Student,
+    teacher: LiveTeacher | StoredTeacher | None,
+    data: Documents | Store,
+    held_out: Documents | Store | None,
 ) -> dict[str, Any]:
     """What run.json says of the things that went in."""
     config = plan.config
@@ -256,9 +272,12 @@ def _facts(
         facts["template"] = {"fingerprint": template_fingerprint(plan.template)}
     if held_out is not None:
         facts["held_out_data"] = {"fingerprint": held_out.fingerprint, **held_out.counts}
-    if config.teacher is not None and plan.teacher_config is not None:
+    if plan.store is not None:
+        facts["teacher"] = {"fingerprint": plan.store.manifest.teacher.fingerprint}
+        facts["store"] = {"fingerprint": plan.store.fingerprint}
+    elif not isinstance(config.teacher, StoreTeacher | None) and plan.teacher_config is not None:
         facts["teacher"] = {"fingerprint": models.fingerprint(config.teacher.model, plan.teacher_config)}
-        if teacher is not None:
+        if isinstance(teacher, LiveTeacher):
             facts["teacher"]["num_parameters"] = models.num_parameters(teacher.model)
     return facts
 

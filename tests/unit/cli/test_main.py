@@ -30,7 +30,9 @@ stillroom {stillroom.__version__}: distil large language models into small ones
 usage: stillroom VERB [RECIPE.yaml] [key=value …] [flags]
 
 verbs
+  capture     ask a teacher once, and store what it said
   distill     train a student to predict as its teacher does
+  store       check, show, export, import and merge stores of what teachers said
 
 Any setting can come from the recipe or from key=value, with dots into the tree:
   stillroom distill recipes/qwen2-7b-to-1.5b-logits.yaml steps=100 objectives.0.weight=0.9 out=runs/x
@@ -85,7 +87,9 @@ def test_every_verb_has_its_module_its_line_and_its_help(capsys, verb):
     assert callable(import_module(f"stillroom.cli.{verb}").main)
     assert main([verb, "--help"]) == 0
     out, err = capsys.readouterr()
-    assert out.startswith(f"usage: stillroom {verb} [RECIPE.yaml] [key=value …]\n\n")
+    assert out.startswith(
+        f"usage: stillroom {verb} {'COMMAND …' if verb == 'store' else '[RECIPE.yaml] [key=value …]'}\n"
+    )
     assert err == ""
 
 
@@ -120,7 +124,7 @@ ERRORS = {
         "distil r.yaml",
         """\
 error: `distil` is not a verb
-  did you mean: distill     verbs: distill
+  did you mean: distill     verbs: capture, distill, store
   The first word says what to do.
   See `stillroom --help`; settings are written as key=value.
 """,

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from conftest import build_documents, build_model, build_stream
 from stillroom.config import load
+from stillroom.distill.ahead import ReadAhead
 from stillroom.distill.checkpoint import Checkpoints, TrainState
 from stillroom.distill.config import AdamW, DistillConfig
 from stillroom.distill.loop import train
@@ -38,7 +39,7 @@ def build_state(model=None, *, num_steps: int = 6, frozen_saved: bool = True, se
     module = StudentStep(model, [Objective("kl", forward_kl)], num_columns=None, logits_bytes=2**20)
     optimizer = build_optimizer(module, CONFIG)
     torch.manual_seed(seed)
-    stream = build_stream(build_documents(LENGTHS), tokens=96)
+    stream = ReadAhead(build_stream(build_documents(LENGTHS), tokens=96), None)
     return TrainState(
         module, optimizer, build_schedule(optimizer, CONFIG, num_steps), stream, frozen_saved=frozen_saved
     )
@@ -276,7 +277,7 @@ def test_a_checkpoint_of_smaller_student_is_told(tmp_path):
 def test_a_checkpoint_over_other_data_is_told(tmp_path):
     go_on(build_state(), tmp_path, 2)
     state = build_state()
-    state.stream = build_stream(build_documents(LENGTHS, seed=8), tokens=96)
+    state.stream = ReadAhead(build_stream(build_documents(LENGTHS, seed=8), tokens=96), None)
     with pytest.raises(MismatchError, match="the saved data stream differs in its documents"):
         Checkpoints(tmp_path, keep=9).load(state, tmp_path / "step-00000002")
 

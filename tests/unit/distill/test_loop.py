@@ -11,6 +11,7 @@ import torch
 
 from conftest import build_documents, build_model, build_stream
 from stillroom.data.stream import BatchStream
+from stillroom.distill.ahead import ReadAhead
 from stillroom.distill.checkpoint import Checkpoints, TrainState
 from stillroom.distill.config import AdamW
 from stillroom.distill.loop import train
@@ -29,7 +30,8 @@ def state_of(num_steps: int = 4, **stream: Any) -> TrainState:
     module = StudentStep(build_model(seed=1), OBJECTIVES, num_columns=None, logits_bytes=2**20)
     optimizer = build_optimizer(module, CONFIG)
     schedule = build_schedule(optimizer, CONFIG, num_steps)
-    return TrainState(module, optimizer, schedule, build_stream(build_documents(LENGTHS), **{"tokens": 96, **stream}))
+    given = build_stream(build_documents(LENGTHS), **{"tokens": 96, **stream})
+    return TrainState(module, optimizer, schedule, ReadAhead(given, None))
 
 
 def run(state: TrainState, folder: Path, **settings: Any) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from conftest import FAMILIES, build_batch, build_documents, build_model, build_stream
 from stillroom.batch import Batch
+from stillroom.distill.ahead import ReadAhead
 from stillroom.distill.checkpoint import Checkpoints, TrainState
 from stillroom.distill.config import AdamW
 from stillroom.distill.loop import train
@@ -171,7 +172,7 @@ def trained(folder: Path, micro_tokens: int, lengths: list[int], *, logits_bytes
     config = AdamW(learning_rate=1e-2, clip=0.5)
     optimizer = build_optimizer(module, config)
     stream = build_stream(build_documents(lengths), micro_tokens=micro_tokens)
-    state = TrainState(module, optimizer, build_schedule(optimizer, config, 3), stream)
+    state = TrainState(module, optimizer, build_schedule(optimizer, config, 3), ReadAhead(stream, None))
     train(
         state,
         LiveTeacher(build_model("llama", seed=2).double()),

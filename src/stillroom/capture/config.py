@@ -1,0 +1,166 @@
+"""The settings of `stillroom capture`: teacher + text -> store."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from stillroom.config import Config, PathText
+from stillroom.data.config import DataConfig
+from stillroom.store.config import HeadAndSample, SignalConfig, TopK, TopP
+
+Positive = Annotated[int, Field(gt=0)]
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
+MOST_OPENAI = 20
+"""Log-probabilities of a position that OpenAI's own interface gives at the most."""
+
+
+class Transformers(Config):
+    """The teacher runs in this process."""
+
+    kind: Literal["transformers"]
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """The type of its weights and arithmetic; auto is bfloat16 on a GPU and float32 on a CPU."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1; auto takes a CUDA device where there is one, and else the CPU."""
+    attention: Attention = "auto"
+    """The attention kernel; auto is what `transformers` takes."""
+    batch_tokens: Positive | Literal["auto"] = "auto"
+    """Tokens that go through the teacher at once, with padding; auto is the length of a row or 16384, whichever is
+    more. It changes memory and speed."""
+    logits_bytes: Positive | Literal["auto"] = "auto"
+    """Budget for the logits that are held at a time; auto is 8 MiB on a CPU, for its cache, and 256 MiB on a GPU."""
+
+
+class _Server(Config):
+    url: str
+    """Where it is, with the version: http://127.0.0.1:8000/v1."""
+    concurrency: Annotated[int, Field(gt=0, le=1024)] = 8
+    """Requests under way at a time."""
+    retries: Annotated[int, Field(ge=0, le=100)] = 6
+    """How often a request that failed is tried again, with longer and longer waits."""
+    timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds after which a request counts as failed."""
+    key_variable: str | None = None
+    """The name of the environment variable that holds the server's key. The key itself is never written down."""
+    prompt_price: Annotated[float, Field(ge=0)] = 0.0
+    """What a million tokens read cost, for the running count of the cost."""
+    completion_price: Annotated[float, Field(ge=0)] = 0.0
+    """What a million tokens written cost."""
+
+
+class VLLM(_Server):
+    """A vLLM server, which tells the log-probabilities of any text that it is given."""
+
+    kind: Literal["vllm"]
+
+
+class OpenAI(_Server):
+    """Any OpenAI-compatible server: log-probabilities of the tokens that it writes itself, or of a text it echoes."""
+
+    kind: Literal["openai"]
+
+
+EngineConfig = Annotated[Transformers | VLLM | OpenAI, Field(discriminator="kind")]
+
+
+class TeacherConfig(Config):
+    """The model that is asked."""
+
+    model: PathText
+    """Hub name or folder; for a server the name that it is served under."""
+    engine: EngineConfig = Transformers(kind="transformers")
+    """What runs it."""
+    tokenizer: PathText | None = None
+    """Hub name or folder of its tokenizer; null is the model's own."""
+    columns: Positive | Literal["auto"] = "auto"
+    """How many columns of its head make up its distribution; auto is those that the tokenizer has tokens for."""
+    revision: str | None = None
+    """Commit or tag on the hub."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+
+class Generate(Config):
+    """Let the teacher answer first, and store what it says about its own answers.
+
+    A document's prompt is all that stands before its last stretch to learn, so the answer of a conversation, or the
+    completion of a pair, is replaced by the teacher's.
+    """
+
+    max_tokens: Positive = 512
+    """The longest answer."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Of sampling; 0 takes the likeliest token each time."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the likeliest tokens that hold this share of the mass."""
+    answers: Annotated[int, Field(gt=0, le=1000)] = 1
+    """Answers to each prompt."""
+    prompt_tokens: Positive | None = None
+    """For plain text, which has no answer: take its first so many tokens as the prompt."""
+
+
+class Part(Config):
+    """The share of one worker of several."""
+
+    index: Annotated[int, Field(ge=0)]
+    """Which worker, from 0."""
+    of: Positive
+    """How many workers."""
+
+
+class CaptureConfig(Config):
+    """`stillroom capture`: ask the teacher once, and store what it said; any number of students learn from that."""
+
+    teacher: TeacherConfig
+    """The model that is asked."""
+    data: DataConfig
+    """What it reads."""
+    signal: SignalConfig = HeadAndSample(kind="head_and_sample")
+    """What is kept of each of its distributions."""
+    generate: Generate | None = None
+    """Let it answer the prompts of the data first; null takes the data as they are."""
+    part: Part | None = None
+    """Capture one part of the data only, for several workers with a folder each; `stillroom store merge` joins them."""
+    shard_positions: Positive = 2**20
+    """Positions in a shard. Whole shards survive anything; a shard is held in memory until it is written."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of the draws and of the answers."""
+    out: PathText
+    """The run's folder, which must not exist yet; the store is OUT/store."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "CaptureConfig":
+        engine, signal = self.teacher.engine, self.signal
+        if self.generate is not None:
+            if self.generate.answers > 1 and not self.generate.temperature:
+                raise ValueError(
+                    "generate.temperature=0 gives the same answer each time, so generate.answers must be 1"
+                )
+            if (self.data.format == "text") == (self.generate.prompt_tokens is None):
+                raise ValueError(
+                    "generate.prompt_tokens says where the prompt of plain text ends, and is for text alone"
+                )
+            if self.generate.max_tokens >= self.data.length:
+                raise ValueError(
+                    f"generate.max_tokens ({self.generate.max_tokens}) leaves no room for a prompt in data.length "
+                    f"({self.data.length})"
+                )
+        if self.part is not None and self.part.index >= self.part.of:
+            raise ValueError(
+                f"part.index ({self.part.index}) counts from 0, so it is less than part.of ({self.part.of})"
+            )
+        if isinstance(engine, Transformers):
+            return self
+        if not isinstance(signal, TopK | TopP):
+            raise ValueError(
+                f"signal.kind={signal.kind} needs the whole distribution, and a server tells its likeliest tokens "
+                "alone: use top_k or top_p"
+            )
+        if signal.temperatures or signal.entropy:
+            raise ValueError("a server does not tell the entropy, or the mass left out at other temperatures")
+        most = signal.k if isinstance(signal, TopK) else signal.most
+        if isinstance(engine, OpenAI) and most > MOST_OPENAI:
+            raise ValueError(
+                f"an OpenAI-compatible server tells {MOST_OPENAI} tokens a position at the most, not {most}"
+            )
+        return self

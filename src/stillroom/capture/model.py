@@ -1,0 +1,186 @@
+"""ModelTeacher: a teacher in this process. It answers prompts, and says what it thinks of documents."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from stillroom import models, selection
+from stillroom.batch import Batch
+from stillroom.capture.config import Generate, Transformers
+from stillroom.capture.windows import Document, batches
+from stillroom.head import Head
+from stillroom.selection import Selection
+from stillroom.store.config import AnySignal, Full, HeadAndSample, Sampled, TopK, TopP, known_temperatures
+from stillroom.store.levels import Levels
+from stillroom.store.quantise import num_uniforms, quantise
+
+
+class Said(NamedTuple):
+    """What the teacher said of one document's kept positions."""
+
+    signal: Levels | np.ndarray
+    """Levels; or, of a full store, the logits, float32 [kept, columns]."""
+    error_nats: float
+    """What quantising cost, summed over the positions."""
+
+
+class ModelTeacher:
+    """A frozen model that is asked about windows of documents.
+
+    Args:
+        columns: the columns of its head that make up its distribution.
+        seed: of draws and answers. A document's draws depend on it and on the document's number alone, however it is
+            batched.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        engine: Transformers,
+        signal: AnySignal,
+        *,
+        columns: int,
+        length: int,
+        pack: bool,
+        seed: int,
+        pad_token: int,
+    ) -> None:
+        self.model, self.engine, self.signal = model.eval().requires_grad_(False), engine, signal
+        self.columns, self.length, self.pack, self.seed, self.pad_token = columns, length, pack, seed, pad_token
+
+    @torch.no_grad()
+    def say(self, documents: Sequence[Document]) -> list[Said]:
+        """What it says of each document."""
+        said: dict[int, Said] = {}
+        most = self.engine.batch_tokens
+        assert most != "auto"
+        batched = batches(documents, length=self.length, pack=self.pack, most=most, pad_token=self.pad_token)
+        for batch in batched:
+            said |= self._say_batch(batch, documents)
+        return [said[place] for place in range(len(documents))]
+
+    def _say_batch(self, batch: Batch, documents: Sequence[Document]) -> dict[int, Said]:
+        moved = batch.to(self.engine.device)
+        hidden = models.hidden_states(self.model, moved).flatten(0, 1)[moved.kept]
+        head = models.head(self.model)
+        places = batch.documents.flatten()[batch.kept].numpy()
+        starts = np.flatnonzero(np.append(True, places[1:] != places[:-1])) if len(places) else np.zeros(0, np.int64)
+        edges = [*starts.tolist(), len(places)]
+        runs = list(zip(places[starts].tolist(), edges[:-1], edges[1:], strict=True))
+        next_tokens = moved.next_tokens.flatten()[moved.kept]
+        if isinstance(self.signal, Full):
+            logits = head.logits(hidden, self.columns).cpu().numpy()
+            return {d: Said(logits[a:b], 0.0) for d, a, b in runs}
+        uniforms = np.concatenate(
+            [np.zeros((0, num_uniforms(self.signal)), np.float32)]
+            + [self._uniforms(documents[d].number, b - a) for d, a, b in runs]
+        )
+        levels, cost = self._levels(hidden, head, next_tokens, uniforms)
+        return {d: Said(levels.slice(a, b), cost * (b - a) / len(places)) for d, a, b in runs}
+
+    def _levels(self, hidden: Tensor, head: Head, next_tokens: Tensor, uniforms: np.ndarray) -> tuple[Levels, float]:
+        """What is stored of each position, chunk by chunk: no ``[tokens, vocabulary]`` tensor is held."""
+        assert self.engine.logits_bytes != "auto"
+        size = max(1, self.engine.logits_bytes // (4 * self.columns))
+        parts: list[Levels] = []
+        total = 0.0
+        for start in range(0, len(hidden), size):
+            rows = slice(start, start + size)
+            chosen = self._select(head.logits(hidden[rows], self.columns), next_tokens[rows], uniforms[rows])
+            levels, cost = quantise(chosen, self.signal, uniforms[rows])
+            parts.append(levels)
+            total += cost
+        return Levels.concatenate(parts), total
+
+    def _select(self, logits: Tensor, next_tokens: Tensor, uniforms: np.ndarray) -> Selection:
+        signal = self.signal
+        assert not isinstance(signal, Full)
+        label = None
+        if signal.label:
+            label = logits.gather(1, next_tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+        entropy = None
+        if isinstance(signal, TopK | TopP) and signal.entropy:
+            entropy = selection.entropy(logits)
+        if isinstance(signal, TopK):
+            chosen = selection.top_k(logits, signal.k, known_temperatures(signal))
+        elif isinstance(signal, TopP):
+            chosen = selection.top_p(logits, signal.mass, signal.most, known_temperatures(signal))
+        else:
+            random = torch.from_numpy(uniforms).to(logits.device)
+            if isinstance(signal, Sampled):
+                chosen = selection.sampled(logits, random)
+            else:
+                chosen = selection.head_and_sample(logits, signal.head, signal.draws, signal.least, random[:, 0])
+        chosen.label_log_probs = label
+        chosen.entropy = entropy if chosen.entropy is None else chosen.entropy
+        return chosen
+
+    def _uniforms(self, number: int, positions: int) -> np.ndarray:
+        """The random numbers of a document."""
+        if not isinstance(self.signal, Sampled | HeadAndSample):
+            return np.zeros((positions, 0), np.float32)
+        generator = torch.Generator().manual_seed(_seed(self.seed, "draws", number))
+        return torch.rand(positions, num_uniforms(self.signal), generator=generator).numpy()
+
+    @torch.no_grad()
+    def answer(self, prompts: Sequence[tuple[int, np.ndarray]], generate: Generate) -> list[list[np.ndarray]]:
+        """Its answers to each prompt, as tokens, with the end of sequence where it came to one.
+
+        Args:
+            prompts: each with the number of its document.
+        """
+        answers: dict[int, list[np.ndarray]] = {}
+        most = self.engine.batch_tokens
+        assert most != "auto"
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][1]), reverse=True)
+        while order:
+            longest = len(prompts[order[0]][1]) + generate.max_tokens
+            some = order[: max(1, most // (longest * generate.answers))]
+            order = order[len(some) :]
+            found = self._generate([prompts[i] for i in some], generate)
+            answers |= dict(zip(some, found, strict=True))
+        return [answers[i] for i in range(len(prompts))]
+
+    def _generate(self, prompts: Sequence[tuple[int, np.ndarray]], generate: Generate) -> list[list[np.ndarray]]:
+        width = max(len(tokens) for _, tokens in prompts)
+        ids = np.full((len(prompts), width), self.pad_token, np.int64)
+        mask = np.zeros((len(prompts), width), np.int64)
+        for row, (_, tokens) in enumerate(prompts):
+            ids[row, width - len(tokens) :], mask[row, width - len(tokens) :] = tokens, 1
+        sampling = (
+            {"do_sample": True, "temperature": generate.temperature, "top_p": generate.top_p, "top_k": 0}
+            if generate.temperature
+            else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        )
+        device = torch.device(self.engine.device)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(_seed(self.seed, "answers", prompts[0][0]))
+            write: Any = self.model.generate
+            written = write(
+                torch.from_numpy(ids).to(device),
+                attention_mask=torch.from_numpy(mask).to(device),
+                max_new_tokens=generate.max_tokens,
+                num_return_sequences=generate.answers,
+                pad_token_id=self.pad_token,
+                **sampling,
+            )
+        ends = self.model.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]
+        ends = ends if isinstance(ends, list) else [ends]
+        rows = [_until(row, ends) for row in written[:, width:].cpu().numpy().astype(np.int32)]
+        return [rows[i : i + generate.answers] for i in range(0, len(rows), generate.answers)]
+
+
+def _until(tokens: np.ndarray, ends: Sequence[int | None]) -> np.ndarray:
+    """The tokens to the first end of sequence, with it."""
+    places = np.flatnonzero(np.isin(tokens, [end for end in ends if end is not None]))
+    return tokens[: places[0] + 1] if len(places) else tokens
+
+
+def _seed(seed: int, purpose: str, number: int) -> int:
+    digest = hashlib.sha256(f"{purpose} {seed} {number}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

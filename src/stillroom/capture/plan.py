@@ -1,0 +1,174 @@
+"""The plan of a capture: every "auto" resolved, everything checked that headers tell. Writes nothing."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from stillroom import models
+from stillroom.capture.config import CaptureConfig, Transformers
+from stillroom.config import replace
+from stillroom.data.documents import cache_folder, cache_path
+from stillroom.data.formats import needs_template
+from stillroom.data.sources import open_source
+from stillroom.errors import ConfigError, MismatchError, MissingError
+from stillroom.recipe import to_yaml
+from stillroom.runs import scrub
+from stillroom.tokenizers import is_local, load_tokenizer, num_columns, template_of
+
+LOGITS_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: CaptureConfig
+    """With every "auto" resolved."""
+    tokenizer: PreTrainedTokenizerBase
+    template: str | None
+    """The chat template that rows go through, where they do."""
+    teacher_config: PretrainedConfig | None
+    """None for a server."""
+
+    def __str__(self) -> str:
+        """The resolved settings, and what a run reads and writes, as YAML."""
+        values = scrub(self.config.model_dump(mode="json"))
+        return to_yaml({"config": values, "reads": self.reads(), "writes": self.writes()})
+
+    def reads(self) -> dict[str, str]:
+        """The models and files that a run reads, by what they are for."""
+        teacher, data = self.config.teacher, self.config.data
+        where = teacher.model if isinstance(teacher.engine, Transformers) else scrub(teacher.engine.url)
+        files = open_source(data).files if is_local(data.path) else []
+        found = {"teacher": where, "data": ", ".join(map(str, files)) or f"{data.path} on the hub"}
+        return found if teacher.tokenizer is None else {**found, "tokenizer": teacher.tokenizer}
+
+    def writes(self) -> dict[str, str]:
+        """The files that a run writes, by what they are."""
+        data, out = self.config.data, Path(self.config.out)
+        cached = f"in {cache_folder(data)}"
+        if is_local(data.path):
+            path = cache_path(data, self.tokenizer, self.template)
+            cached = f"{path} ({'there already' if path.exists() else 'new'})"
+        found = {"tokenised data": cached, "run": str(out / "run.json"), "store": str(out / "store")}
+        if out.exists():
+            found["note"] = f"{out} exists: it needs --resume or --overwrite"
+        return found
+
+
+def make_plan(config: CaptureConfig) -> Plan:
+    """Resolves and checks a config from headers alone.
+
+    Raises:
+        MissingError: a model, a tokenizer, a data file or a device is not there.
+        MismatchError: the tokenizer has tokens that the teacher has no column for.
+        ConfigError: settings contradict what the headers say.
+    """
+    config = _resolve(config)
+    teacher = config.teacher
+    local = isinstance(teacher.engine, Transformers)
+    remote_code = teacher.trust_remote_code
+    tokenizer = load_tokenizer(
+        teacher.tokenizer or teacher.model,
+        revision=teacher.revision if teacher.tokenizer is None else None,
+        trust_remote_code=remote_code,
+    )
+    needed, width, teacher_config = num_columns(tokenizer), None, None
+    if local:
+        teacher_config = models.read_config(teacher.model, revision=teacher.revision, trust_remote_code=remote_code)
+        width = teacher_config.get_text_config().vocab_size
+        _check_width(needed, width)
+        _check_length(config, teacher_config)
+    columns = needed if teacher.columns == "auto" else teacher.columns
+    if columns < needed or (width is not None and columns > width):
+        raise ConfigError(
+            f"teacher.columns={columns} cannot be kept",
+            {"possible": f"{needed} (all tokens of the tokenizer) to {width or needed}", "asked for": columns},
+            why="Each token must have a column, and each column must be the teacher's.",
+            fix="Set teacher.columns=auto.",
+        )
+    config = replace(config, {"teacher.columns": columns})
+    template = _template(config, tokenizer)
+    if is_local(config.data.path):
+        open_source(config.data)  # which says where it is not there
+    _check_outside(config)
+    return Plan(config, tokenizer, template, teacher_config)
+
+
+def _resolve(config: CaptureConfig) -> CaptureConfig:
+    import torch
+
+    values: dict[str, object] = {"data.cache": str(cache_folder(config.data))}
+    engine = config.teacher.engine
+    if isinstance(engine, Transformers):
+        device = models.resolve_device(engine.device, "teacher.engine.device")
+        kind = torch.device(device).type
+        half = kind == "cuda" and torch.cuda.is_bf16_supported()
+        values["teacher.engine.device"] = device
+        if engine.dtype == "auto":
+            values["teacher.engine.dtype"] = "bfloat16" if half else "float32"
+        if engine.batch_tokens == "auto":
+            values["teacher.engine.batch_tokens"] = max(config.data.length, 16384)
+        elif engine.batch_tokens < config.data.length:
+            raise ConfigError(
+                "teacher.engine.batch_tokens is less than a row",
+                {"teacher.engine.batch_tokens": engine.batch_tokens, "data.length": config.data.length},
+                why="A row goes through the teacher whole.",
+                fix=f"Set it to at least {config.data.length}.",
+            )
+        if engine.logits_bytes == "auto":
+            values["teacher.engine.logits_bytes"] = LOGITS_BYTES.get(kind, LOGITS_BYTES["cuda"])
+    return replace(config, values)
+
+
+def _check_width(needed: int, width: int) -> None:
+    if needed > width:
+        raise MismatchError(
+            "the tokenizer has tokens that the teacher has no column for",
+            {"tokenizer": f"{needed} tokens", "the teacher's head": f"{width} columns"},
+            why="The teacher would read ids that it does not have.",
+            fix="Use the tokenizer that the teacher was trained with.",
+        )
+
+
+def _check_length(config: CaptureConfig, teacher: PretrainedConfig) -> None:
+    limit = getattr(teacher.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and config.data.length > limit:
+        raise ConfigError(
+            "data.length is longer than the teacher can read",
+            {"data.length": config.data.length, "the teacher's max_position_embeddings": limit},
+            why="Positions beyond that have no embedding, or one that the model never saw.",
+            fix=f"Set data.length to at most {limit}.",
+        )
+
+
+def _template(config: CaptureConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    if not needs_template(config.data):
+        return None
+    template = template_of(tokenizer)
+    if template is None:
+        raise MissingError(
+            "the tokenizer has no chat template",
+            {"tokenizer": config.teacher.tokenizer or config.teacher.model, "data.format": config.data.format},
+            why="Without one nobody knows how a conversation becomes text for the teacher.",
+            fix="Give the tokenizer a chat_template.jinja, or use data.format=prompt_completion or text.",
+        )
+    return template
+
+
+def _check_outside(config: CaptureConfig) -> None:
+    """Nothing that is read lies in the folder that is written, where --overwrite would delete it."""
+    out = Path(config.out).resolve()
+    paths = {
+        "teacher.model": config.teacher.model,
+        "teacher.tokenizer": config.teacher.tokenizer,
+        "data.path": config.data.path,
+        "data.cache": config.data.cache,
+    }
+    for key, path in paths.items():
+        if path is not None and Path(path).resolve().is_relative_to(out):
+            raise ConfigError(
+                f"{key} lies inside the output folder",
+                {key: path, "out": config.out},
+                why="A run never reads what it writes, and --overwrite would delete it.",
+                fix="Choose another `out`.",
+            )

@@ -1,0 +1,257 @@
+"""`stillroom capture`: teacher + text -> store."""
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stillroom import models
+from stillroom.capture.answers import answered, prompts
+from stillroom.capture.config import CaptureConfig, Generate, Transformers
+from stillroom.capture.model import ModelTeacher, Said
+from stillroom.capture.plan import Plan, make_plan
+from stillroom.capture.windows import WINDOW_DOCUMENTS, Document, windows
+from stillroom.data.documents import Documents, prepare
+from stillroom.errors import Interrupted, OutOfMemoryError
+from stillroom.interrupt import deferred_interrupts
+from stillroom.runs import RunFolder, check_place, scrub, versions
+from stillroom.store.config import TopK, TopP, side_columns
+from stillroom.store.format import FORMAT, TOKENIZER, Manifest, Source
+from stillroom.store.writer import StoreWriter
+from stillroom.tokenizers import fingerprint, template_fingerprint
+
+if TYPE_CHECKING:
+    from stillroom.capture.server import ServerTeacher
+
+Report = Callable[[str, Mapping[str, Any]], None]
+FREE_TO_CHANGE = (
+    "out", "data.cache", "shard_positions", "teacher.engine.device", "teacher.engine.batch_tokens",
+    "teacher.engine.logits_bytes", "teacher.engine.concurrency", "teacher.engine.retries", "teacher.engine.timeout_s",
+    "teacher.engine.url", "teacher.engine.key_variable",
+)  # fmt: skip
+"""Settings that change nothing of what the teacher says, but for rounding, so a resumed capture may have others."""
+
+
+def run(
+    config: CaptureConfig, *, resume: bool = False, overwrite: bool = False, report: Report = lambda *_: None
+) -> dict[str, Any]:
+    """Asks the teacher, and writes ``out/store``; returns what run.json says.
+
+    Args:
+        resume: go on with the capture in ``out``, from its last whole shard; begin it where there is none.
+        overwrite: delete what is in ``out`` first.
+        report: is told of what is done, for a progress line.
+
+    Raises:
+        StillroomError: something that the user can mend; what was written before is whole.
+        KeyboardInterrupt: Ctrl-C; what was captured so far is in the store.
+    """
+    check_place(config.out, may_exist=resume or overwrite)
+    plan = make_plan(config)
+    config = plan.config
+    settings = config.model_dump(mode="json")
+    folder = RunFolder(config.out, settings, resume=resume, overwrite=overwrite, free=FREE_TO_CHANGE)
+    with folder:
+        if folder.done:
+            report("note", {"text": f"the capture in {folder.path} is done already"})
+            return folder.record
+        documents = prepare(
+            config.data,
+            plan.tokenizer,
+            template=plan.template,
+            report=lambda rows: report("tokenise", {"rows": rows, "path": config.data.path}),
+        )
+        teacher = _teacher(plan)
+        manifest = _manifest(plan, documents)
+        facts = {
+            "teacher": {"fingerprint": manifest.teacher.fingerprint},
+            "tokenizer": {"fingerprint": manifest.tokenizer.fingerprint},
+            "data": {"fingerprint": documents.fingerprint, **documents.counts},
+        }
+        folder.update(status="started", **facts)
+        store = folder.path / "store"
+        with StoreWriter(store, manifest, shard_positions=config.shard_positions) as writer:
+            plan.tokenizer.save_pretrained(store / TOKENIZER)
+            try:
+                _capture(plan, documents, teacher, writer, report)
+            except BaseException as error:
+                folder.update(status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+                raise
+            folder.update(status="done", **_results(writer.manifest, teacher))
+        return folder.record
+
+
+def _teacher(plan: Plan) -> "ModelTeacher | ServerTeacher":
+    config, teacher = plan.config, plan.config.teacher
+    engine, signal = teacher.engine, config.signal
+    if not isinstance(engine, Transformers):
+        assert isinstance(signal, TopK | TopP)  # the config demands it
+        from stillroom.capture.server import ServerTeacher
+
+        asked = ServerTeacher(teacher.model, engine, signal, plan.tokenizer, seed=config.seed)
+        asked.engine.check()
+        return asked
+    model = models.load_model(
+        teacher.model,
+        dtype=getattr(torch, engine.dtype),
+        device=engine.device,
+        attention=None if engine.attention == "auto" else engine.attention,
+        revision=teacher.revision,
+        trust_remote_code=teacher.trust_remote_code,
+    )
+    models.verify(model, "the teacher", pack=config.data.pack)
+    assert teacher.columns != "auto"
+    pad = plan.tokenizer.pad_token_id
+    return ModelTeacher(
+        model,
+        engine,
+        signal,
+        columns=teacher.columns,
+        length=config.data.length,
+        pack=config.data.pack,
+        seed=config.seed,
+        pad_token=pad if isinstance(pad, int) else 0,
+    )
+
+
+def _manifest(plan: Plan, documents: Documents) -> Manifest:
+    """What the store is to be."""
+    config, teacher = plan.config, plan.config.teacher
+    assert teacher.columns != "auto"
+    if plan.teacher_config is not None:
+        print_of_teacher = models.fingerprint(teacher.model, plan.teacher_config)
+    else:
+        print_of_teacher = f"served as {teacher.model}"
+    print_of_data = documents.fingerprint
+    if config.generate is not None:
+        asked = f"{print_of_data} {config.generate.model_dump_json()} {print_of_teacher} {config.seed}"
+        print_of_data = hashlib.sha256(asked.encode()).hexdigest()[:32]
+    return Manifest(
+        format=FORMAT,
+        complete=False,
+        teacher=Source(name=teacher.model, fingerprint=print_of_teacher),
+        engine=teacher.engine.kind,
+        tokenizer=Source(name=teacher.tokenizer or teacher.model, fingerprint=fingerprint(plan.tokenizer)),
+        template=template_fingerprint(plan.template),
+        data=Source(name=scrub(config.data.path), fingerprint=print_of_data),
+        part=(0, 1) if config.part is None else (config.part.index, config.part.of),
+        num_columns=teacher.columns,
+        length=config.data.length,
+        signal=config.signal,
+        side=tuple(side_columns(config.signal)),
+        seed=config.seed,
+        versions=versions(),
+    )
+
+
+def _capture(
+    plan: Plan,
+    documents: Documents,
+    teacher: "ModelTeacher | ServerTeacher",
+    writer: StoreWriter,
+    report: Report,
+) -> None:
+    """Window by window; what one says is put away by a thread of its own while the teacher reads the next."""
+    config = plan.config
+    index, of = writer.manifest.part
+    first, stop = len(documents) * index // of, len(documents) * (index + 1) // of
+    answers = 1 if config.generate is None else config.generate.answers
+    done, tokens, start = writer.num_documents, 0, time.monotonic()
+    before = done
+    if done:
+        report("note", {"text": f"resumed after {done} documents, which are in whole shards"})
+    first_window = first + done // answers // WINDOW_DOCUMENTS * WINDOW_DOCUMENTS
+    skip = done - (first_window - first) * answers
+    asked = "finishing these documents, then saving; press Ctrl-C again to stop at once, without saving"
+    with (
+        ThreadPoolExecutor(1) as later,
+        deferred_interrupts(lambda: report("note", {"text": asked})) as interrupted,
+    ):
+        pending: deque[Future[None]] = deque()
+        for window in windows(documents, first_window, stop):
+            wanted = _written(window, teacher, config.generate, config.data.length)[skip:]
+            skip = 0
+            with _enough_memory(config):
+                said = teacher.say(wanted)
+            pending.append(later.submit(_put_away, writer, wanted, said))
+            done, tokens = done + len(wanted), tokens + sum(len(document.tokens) for document in wanted)
+            while len(pending) > 2 or (pending and pending[0].done()):
+                pending.popleft().result()
+            seconds = time.monotonic() - start
+            values = {"first": before, "done": done, "total": (stop - first) * answers, "time_s": seconds}
+            report("capture", {**values, "tokens_per_s": tokens / seconds, **_usage(teacher)})
+            if interrupted():
+                break
+        for future in pending:
+            future.result()
+        if interrupted():
+            writer.flush()
+            raise Interrupted(
+                f"interrupted after {writer.num_documents} of {(stop - first) * answers} documents, saved"
+            )
+        writer.finish()
+
+
+def _written(
+    window: list[Document], teacher: "ModelTeacher | ServerTeacher", generate: Generate | None, length: int
+) -> list[Document]:
+    """The documents to ask about: those of the data, or what the teacher answers to them."""
+    if generate is None:
+        return window
+    asked = prompts(window, generate, length)
+    return answered(asked, teacher.answer(asked, generate), generate)
+
+
+def _put_away(writer: StoreWriter, documents: Sequence[Document], said: Sequence[Said]) -> None:
+    for document, (signal, error) in zip(documents, said, strict=True):
+        writer.add(document.number, document.tokens, document.keep, signal, error)
+
+
+@contextmanager
+def _enough_memory(config: CaptureConfig) -> Iterator[None]:
+    """Turns a device's running out of memory into an error of the user's."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        engine = config.teacher.engine
+        assert isinstance(engine, Transformers)  # a server has its own memory
+        raise OutOfMemoryError(
+            "the device has too little memory for a batch",
+            {"teacher.engine.batch_tokens": engine.batch_tokens, "device": str(error).split(". ")[0][:160]},
+            why="What is in whole shards is kept.",
+            fix="Lower teacher.engine.batch_tokens or teacher.engine.logits_bytes, and go on with --resume.",
+        ) from error
+
+
+def _usage(teacher: "ModelTeacher | ServerTeacher") -> dict[str, Any]:
+    """What a server was asked so far."""
+    if isinstance(teacher, ModelTeacher):
+        return {}
+    usage = teacher.engine.usage
+    return {
+        "requests": usage.requests,
+        "retries": usage.retries,
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "cost": teacher.cost,
+    }
+
+
+def _results(manifest: Manifest, teacher: "ModelTeacher | ServerTeacher") -> dict[str, Any]:
+    results: dict[str, Any] = {
+        "store": {
+            "fingerprint": manifest.fingerprint,
+            "documents": manifest.documents,
+            "positions": manifest.positions,
+            "size_bytes": manifest.size_bytes,
+            "bytes_per_position": round(manifest.size_bytes / max(1, manifest.positions), 3),
+            "entries_per_position": round((manifest.entries + manifest.draws) / max(1, manifest.positions), 3),
+            "codec_error_nats": manifest.codec_error_nats,
+        }
+    }
+    return results | ({"usage": usage} if (usage := _usage(teacher)) else {})

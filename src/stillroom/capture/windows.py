@@ -1,0 +1,68 @@
+"""Windows: the documents that the teacher reads, some at a time, and the batches that it reads them in."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from stillroom.batch import Batch
+from stillroom.data.documents import Documents
+from stillroom.data.rows import plan_rows
+from stillroom.data.stream import collate, group
+
+WINDOW_DOCUMENTS = 256
+"""Documents that are batched together. Windows begin at multiples of it, so a resumed capture makes the same ones."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One tokenised document, from the data or written by the teacher."""
+
+    number: int
+    """Its number in the store's data."""
+    tokens: np.ndarray
+    """int32 [n]."""
+    learn: np.ndarray
+    """bool [n]: entry i speaks of token i itself."""
+
+    @property
+    def keep(self) -> np.ndarray:
+        """bool [n]: whether the token after each is to be learnt; False for the last."""
+        return np.append(self.learn[1:], False)
+
+    @property
+    def num_kept(self) -> int:
+        return int(self.learn[1:].sum())
+
+
+def windows(documents: Documents, first: int, stop: int) -> Iterator[list[Document]]:
+    """The documents ``first`` to ``stop`` (excluded), in lists of up to 256."""
+    for start in range(first, stop, WINDOW_DOCUMENTS):
+        numbers = range(start, min(start + WINDOW_DOCUMENTS, stop))
+        yield [Document(i, documents.tokens(i), documents.learn(i)) for i in numbers]
+
+
+class _Window:
+    def __init__(self, documents: Sequence[Document]) -> None:
+        self.documents = documents
+
+    def tokens(self, index: int) -> np.ndarray:
+        return self.documents[index].tokens
+
+    def learn(self, index: int) -> np.ndarray:
+        return self.documents[index].learn
+
+
+def batches(documents: Sequence[Document], *, length: int, pack: bool, most: int, pad_token: int) -> Iterator[Batch]:
+    """The documents in batches of at most ``most`` positions: packed into rows of ``length``, or sorted by length.
+
+    ``Batch.documents`` holds each one's place in ``documents``.
+    """
+    lengths = np.array([len(document.tokens) for document in documents])
+    rows = plan_rows(lengths, length, pack, np.arange(len(documents)))
+
+    def num_positions(row: np.ndarray) -> int:
+        return int((lengths[row] - 1).sum())
+
+    for some in group([rows[r] for r in range(len(rows))], num_positions, most):
+        yield collate(_Window(documents), some, pad_token)

@@ -1,0 +1,189 @@
+"""``stillroom store``: check, show, export, import and merge stores."""
+
+import difflib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from stillroom.cli.arguments import Arguments
+from stillroom.config import Config, PathText, explain, load
+from stillroom.errors import ConfigError, StillroomError
+
+REPORT_EVERY_S = 10.0
+
+USAGE = """\
+usage: stillroom store COMMAND …
+
+  check DIR                  verify every file, row and count, and the tokenizer; name all that is wrong
+  show DIR                   what is in it: teacher, data, settings, sizes, entries of a position
+  show DIR ROW               one document (from 0): its tokens, and what the teacher expected after each
+  export DIR OUT.parquet     to plain columns, one row a document: document, tokens, keep, ids, log_probs, log_rest …
+  import FILE… out=DIR tokenizer=PATH [key=value …]
+                             from plain columns, or from DistillKit's compressed Parquet
+  merge DIR DIR… out=DIR     the parts of one capture, or stores of different data of one teacher, as one store
+
+DIR is a store's folder; check, show, export and merge also read an address such as s3://bucket/store.
+--overwrite lets export, import and merge replace what is there, once the new one is whole. A path with a sign of
+equality in it is written as ./a=b.
+
+settings of import"""
+
+
+class MergeConfig(Config):
+    """`stillroom store merge DIR DIR…`: make one store of several."""
+
+    out: PathText
+    """The folder of the merged store, which must not exist yet."""
+
+
+def main(arguments: Arguments) -> int:
+    if "help" in arguments.flags:
+        from stillroom.store.import_config import ImportConfig
+
+        print(f"{USAGE}\n{explain(ImportConfig)}")
+        return 0
+    if not arguments.words:
+        raise _unknown("there is no command after `store`", {})
+    command, *words = arguments.words
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        raise _unknown(f"`{command}` is not a command of `store`", {"did you mean": near[0]} if near else {})
+    for flag in ("dry-run", "resume"):
+        if flag in arguments.flags:
+            raise ConfigError(
+                f"`store {command}` has no --{flag}",
+                {"flags": "--overwrite, --quiet, --debug, --help"},
+                why="Nothing would be done for it: what is written appears as a whole, or not at all.",
+                fix="Leave it out.",
+            )
+    try:
+        return COMMANDS[command](words, arguments)
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was left half-written", file=sys.stderr)
+        return 130
+
+
+def check(words: Sequence[str], arguments: Arguments) -> int:
+    (path,) = _exactly(words, arguments, "check", "DIR")
+    from stillroom.models import quiet
+    from stillroom.store.check import check
+
+    quiet()
+    checked = check(path, _report(arguments))
+    for problem in checked.problems:
+        print(f"error: {problem}\n", file=sys.stderr)
+    if checked.whole:
+        print(checked)
+        return 0
+    number = len(checked.problems)
+    print(f"{path}: {number} problem{'s' * (number > 1)}", file=sys.stderr)
+    return 2
+
+
+def show(words: Sequence[str], arguments: Arguments) -> int:
+    path, *rows = _exactly(words, arguments, "show", "DIR", "[ROW]")
+    from stillroom.models import quiet
+    from stillroom.store.reader import Store
+    from stillroom.store.show import describe, show_row
+
+    quiet()
+    store = Store(path, partial=True)
+    if not rows:
+        print(describe(store))
+        return 0
+    if not rows[0].isdecimal() or int(rows[0]) >= len(store):
+        raise ConfigError(
+            f"there is no row `{rows[0]}`",
+            {"rows": f"0 to {len(store) - 1}" if len(store) else "none"},
+            why="Rows are counted from 0, in the order of the store.",
+            fix="Name one of these.",
+        )
+    print(show_row(store, int(rows[0])))
+    return 0
+
+
+def export(words: Sequence[str], arguments: Arguments) -> int:
+    path, out = _exactly(words, arguments, "export", "DIR", "OUT.parquet")
+    from stillroom.store.export import check_file, export
+    from stillroom.store.reader import Store
+
+    check_file(out, overwrite="overwrite" in arguments.flags)
+    store = Store(path)
+    size_bytes = export(store, out, overwrite="overwrite" in arguments.flags, report=_report(arguments))
+    print(f"exported  {len(store):,} documents, {store.manifest.positions:,} positions")
+    print(f"size      {out} ({size_bytes / 2**20:.1f} MiB)")
+    return 0
+
+
+def import_(words: Sequence[str], arguments: Arguments) -> int:
+    from stillroom.store.import_config import ImportConfig
+
+    config = load(ImportConfig, None, arguments.overrides)
+    if not words:
+        raise _unknown("there is no file to import", {})
+    from stillroom.models import quiet
+    from stillroom.runs import versions
+    from stillroom.store.imports import import_files
+
+    quiet()
+    overwrite = "overwrite" in arguments.flags
+    imported = import_files(words, config, overwrite=overwrite, versions=versions(), report=_report(arguments))
+    print(f"store     {config.out}\n{imported}")
+    return 0
+
+
+def merge(words: Sequence[str], arguments: Arguments) -> int:
+    config = load(MergeConfig, None, arguments.overrides)
+    from stillroom.runs import versions
+    from stillroom.store.merge import merge
+
+    overwrite = "overwrite" in arguments.flags
+    merged = merge(words, config.out, overwrite=overwrite, versions=versions(), report=_report(arguments))
+    print(f"store     {config.out} ({merged.documents:,} documents, {merged.positions:,} positions)")
+    print(f"size      {merged.size_bytes / 2**20:.1f} MiB in {len(merged.shards)} shards")
+    return 0
+
+
+COMMANDS: Mapping[str, Callable[[Sequence[str], Arguments], int]] = {
+    "check": check,
+    "show": show,
+    "export": export,
+    "import": import_,
+    "merge": merge,
+}
+
+
+def _exactly(words: Sequence[str], arguments: Arguments, command: str, *names: str) -> Sequence[str]:
+    """The words, where they are as many as there are names; one in brackets may be left out."""
+    least = sum(not name.startswith("[") for name in names)
+    if arguments.overrides or not least <= len(words) <= len(names):
+        raise ConfigError(
+            f"`store {command}` takes {' and '.join(names)}",
+            {"given": " ".join([*words, *arguments.overrides]) or "nothing", "wanted": " ".join(names)},
+            why="Words besides these would be for nothing, and settings are for import and merge.",
+            fix=f"Write `stillroom store {command} {' '.join(names)}`.",
+        )
+    return words
+
+
+def _report(arguments: Arguments) -> Callable[[str], None]:
+    """Says what is being done on stderr, now and then."""
+    start = time.monotonic()
+    last = [start]
+
+    def report(text: str) -> None:
+        now = time.monotonic()
+        if "quiet" not in arguments.flags and now - last[0] >= REPORT_EVERY_S:
+            last[0] = now
+            print(text, file=sys.stderr)
+
+    return report
+
+
+def _unknown(what: str, values: Mapping[str, object]) -> StillroomError:
+    return ConfigError(
+        what,
+        {**values, "commands": ", ".join(COMMANDS)},
+        why="The word after `store` says what to do with it.",
+        fix="See `stillroom store --help`.",
+    )

@@ -1,0 +1,129 @@
+"""Offline: whether a store fits the run that is to learn from it, told by its manifest and its tokenizer alone."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from stillroom.distill.config import DistillConfig
+from stillroom.errors import ConfigError, MismatchError
+from stillroom.losses import check_sparse
+from stillroom.store.config import SAMPLED, Full, known_temperatures
+from stillroom.store.reader import Store
+from stillroom.tokenizers import fingerprint, load_tokenizer, num_columns, template_fingerprint, template_of
+
+
+def open_store(path: str, config: DistillConfig) -> Store:
+    """A store, after a look at whether its signals serve the objectives and its documents fit into the rows.
+
+    Raises:
+        MissingError: there is none.
+        DataError: it is damaged, or not complete.
+        MismatchError: an objective cannot be learnt from such signals.
+        ConfigError: its documents are longer than data.length.
+    """
+    store = Store(path)
+    signal = store.signal_config
+    if not isinstance(signal, Full):
+        for objective in config.objectives:
+            check_sparse(
+                objective.kind,
+                objective.temperature,
+                sampled=signal.kind in SAMPLED,
+                temperatures=known_temperatures(signal),
+                name=f"the store {path}",
+            )
+    length = config.data.length
+    if length != "auto" and length < (longest := int(store.lengths.max(initial=1)) - 1):
+        raise ConfigError(
+            "data.length is less than a document of the store",
+            {"data.length": length, f"the longest in {path}": longest},
+            why="A document's signals belong to the whole of it; cut, they would speak of what the student cannot see.",
+            fix=f"Set data.length=auto, or to at least {longest}.",
+        )
+    return store
+
+
+def check_held_out(store: Store, held_out: Store) -> None:
+    """Raises MismatchError where a held-out store is of another teacher or vocabulary, or holds the training data."""
+    ours, theirs = store.manifest, held_out.manifest
+    for name in ("tokenizer", "num_columns"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise MismatchError(
+                f"the held-out store has another {name.replace('_', ' ')}",
+                {"teacher.path": getattr(ours, name), "held_out.path": getattr(theirs, name)},
+                why="The same column would mean another token.",
+                fix="Capture the held-out text with the same teacher.",
+            )
+    if ours.data.fingerprint == theirs.data.fingerprint and ours.part == theirs.part:
+        raise MismatchError(
+            "the held-out store holds the data that are trained on",
+            {"teacher.path": ours.data.fingerprint[:16], "held_out.path": theirs.data.fingerprint[:16]},
+            why="What is measured must not be trained on.",
+            fix="Capture other text for held_out.",
+        )
+
+
+def load_stored_tokenizer(store: Store) -> PreTrainedTokenizerBase:
+    """The tokenizer that a store's documents were made with.
+
+    Raises:
+        MismatchError: it is not the one that the manifest names.
+    """
+    with TemporaryDirectory() as folder:
+        tokenizer = load_tokenizer(store.fetch_tokenizer(Path(folder)))
+    found, expected = fingerprint(tokenizer), store.manifest.tokenizer.fingerprint
+    if found != expected:
+        raise MismatchError(
+            f"the tokenizer in the store {store.path} is not the one that it was captured with",
+            {"manifest": expected[:16], "found": found[:16]},
+            why="The store's token ids would mean other text.",
+            fix="Copy the store again; `stillroom store check` names all that is wrong.",
+        )
+    return tokenizer
+
+
+def check_columns(store: Store, student: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises MismatchError where the student's head lacks some of the store's columns, or its tokenizer needs more."""
+    stored, width = store.manifest.num_columns, student.get_text_config().vocab_size
+    if not num_columns(tokenizer) <= stored <= width:
+        raise MismatchError(
+            "the store and the student have different vocabularies",
+            {
+                "store": f"{stored} columns",
+                "student's head": f"{width} columns",
+                "tokenizer": f"{num_columns(tokenizer)} tokens",
+            },
+            why="The teacher's distribution is over the store's columns: each must be in the student's head, and each "
+            "token must have one.",
+            fix="Use a student of the teacher's vocabulary, or capture with teacher.columns that fits both.",
+        )
+
+
+def stored_template(
+    store: Store, tokenizer: PreTrainedTokenizerBase, stored: PreTrainedTokenizerBase | None
+) -> str | None:
+    """The chat template that the store's documents went through; None where they went through none.
+
+    Raises:
+        MismatchError: the student has another one, or the store's tokenizer no longer holds it.
+    """
+    expected = store.manifest.template
+    if expected == "none" or stored is None:
+        return None
+    template, ours = template_of(stored), template_of(tokenizer)
+    if template_fingerprint(template) != expected:
+        raise MismatchError(
+            f"the store {store.path} lacks the chat template that it was captured with",
+            {"manifest": expected[:16], "its tokenizer": template_fingerprint(template)[:16]},
+            why="The student would be served with another than it was trained on.",
+            fix="Copy the store again; `stillroom store check` names all that is wrong.",
+        )
+    if ours is not None and ours != template:
+        raise MismatchError(
+            "the student and the store have different chat templates",
+            {"store": expected[:16], "student": template_fingerprint(ours)[:16]},
+            why="The student would be served with another than it was trained on.",
+            fix="Set student.tokenizer to the store's own, the folder `tokenizer` in it.",
+        )
+    return template

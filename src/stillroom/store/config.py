@@ -1,0 +1,92 @@
+"""What is kept of each of the teacher's distributions."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from stillroom.config import Config
+
+Entries = Annotated[int, Field(gt=0, le=65536)]
+Step = Annotated[float, Field(ge=0.001, le=1)]
+Temperatures = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False)]
+
+
+class _Quantised(Config):
+    step: Step = 0.1
+    """Log-probabilities are kept as whole multiples of this many nats; it costs about step²/24 nats."""
+    label: bool = False
+    """Keep the log-probability of the data's own next token too, by which the teacher's cross-entropy is known."""
+
+
+class _Truncated(_Quantised):
+    entropy: bool = False
+    """Keep the entropy of the whole distribution too."""
+    temperatures: Temperatures = ()
+    """Temperatures besides 1 at which it will be used; the mass left out is kept at each."""
+
+
+class TopK(_Truncated):
+    """The k likeliest tokens, and the mass of all others as one (the bucket)."""
+
+    kind: Literal["top_k"]
+    k: Entries = 50
+    """How many."""
+
+
+class TopP(_Truncated):
+    """The likeliest tokens up to a share of the mass (the nucleus), and the bucket."""
+
+    kind: Literal["top_p"]
+    mass: Annotated[float, Field(gt=0, lt=1)] = 0.98
+    """As many tokens as it takes to hold this share."""
+    most: Entries = 100
+    """But no more than these."""
+
+
+class Sampled(_Quantised):
+    """Tokens drawn with replacement, with how often each came: unbiased for forward KL (arXiv 2503.16870)."""
+
+    kind: Literal["sampled"]
+    draws: Entries = 50
+    """How many draws; each weighs 1 / draws."""
+
+
+class HeadAndSample(_Quantised):
+    """The likeliest tokens exactly and draws from the tail: unbiased for forward KL, with much less noise."""
+
+    kind: Literal["head_and_sample"]
+    head: Entries = 12
+    """Exact entries at the most."""
+    draws: Entries = 8
+    """Draws from the tail at the most; each weighs the same, in all as much as the tail."""
+    least: Annotated[float, Field(ge=0, lt=1)] = 0.002
+    """A token less likely than this is left to the draws, and a draw weighs at least this much, so that confident
+    positions take few entries; 0 takes `head` entries and `draws` draws at every position."""
+
+
+class Full(Config):
+    """Every logit in float32: only for tests and tiny vocabularies."""
+
+    kind: Literal["full"]
+
+
+SignalConfig = Annotated[TopK | TopP | Sampled | HeadAndSample | Full, Field(discriminator="kind")]
+AnySignal = TopK | TopP | Sampled | HeadAndSample | Full
+SAMPLED = ("sampled", "head_and_sample")
+
+
+def side_columns(signal: AnySignal) -> list[str]:
+    """The further numbers that are kept of each position, by name and in their order."""
+    if isinstance(signal, Full):
+        return []
+    names = ["unit", "entropy"] if signal.kind in SAMPLED else [f"rest@{t}" for t in known_temperatures(signal)]
+    if isinstance(signal, TopK | TopP) and signal.entropy:
+        names.append("entropy")
+    return names + ["label"] * signal.label
+
+
+def known_temperatures(signal: AnySignal) -> tuple[float, ...]:
+    """The temperatures at which a truncated signal knows the mass that it leaves out; empty for the others."""
+    if not isinstance(signal, TopK | TopP):
+        return ()
+    return (1.0, *sorted({float(t) for t in signal.temperatures} - {1.0}))

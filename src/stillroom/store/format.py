@@ -1,0 +1,176 @@
+"""The store's format: its manifest, and the columns of its shards. docs/formats/store.md tells it byte by byte.
+
+A store is a folder: ``manifest.json``, the tokenizer in ``tokenizer/``, and shards, each an Arrow file ``00000.arrow``
+with one row a document, and the codec's tables for its signal column, ``00000.tables``.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stillroom.errors import DataError
+from stillroom.store.config import SignalConfig, side_columns
+
+FORMAT = 1
+"""The version of everything in the folder."""
+MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
+MOST_MANIFEST_BYTES = 2**28
+
+Count = Annotated[int, Field(ge=0, lt=2**62)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Shard(_Part):
+    """One Arrow file with its tables."""
+
+    name: Annotated[str, Field(pattern=r"^[0-9]{5,9}$")]
+    """The files are NAME.arrow and NAME.tables."""
+    documents: Annotated[int, Field(gt=0, lt=2**40)]
+    positions: Count
+    size_bytes: Count
+    crc32: Count
+    tables_bytes: Count
+    tables_crc32: Count
+
+
+class Source(_Part):
+    """Where something came from."""
+
+    name: str
+    fingerprint: str
+
+
+class Manifest(_Part):
+    """What a store is. It is written anew, whole, after each shard."""
+
+    format: int
+    complete: bool
+    """False while a capture is under way, or was interrupted."""
+    teacher: Source
+    engine: str
+    """What asked the teacher: transformers, vllm, openai, import."""
+    tokenizer: Source
+    template: str
+    """The sha256 of the chat template that rows went through; "none" where they went through none."""
+    data: Source
+    part: tuple[Count, Annotated[int, Field(gt=0)]] = (0, 1)
+    """Which part of the data this is, and of how many."""
+    num_columns: Annotated[int, Field(gt=0, lt=2**24)]
+    """The columns over which the teacher's softmax was taken."""
+    length: Annotated[int, Field(gt=0, lt=2**31)]
+    """The most input positions of a document."""
+    signal: SignalConfig
+    side: tuple[str, ...]
+    """The names of the side columns, in their order."""
+    seed: Count
+    """Of the draws."""
+    documents: Count = 0
+    positions: Count = 0
+    """Positions that have a signal."""
+    tokens: Count = 0
+    entries: Count = 0
+    draws: Count = 0
+    """Different drawn ids."""
+    codec_error_nats: float = 0.0
+    """Mean over positions of the divergence between what the teacher said of the kept entries and what is read back."""
+    shards: tuple[Shard, ...] = ()
+    versions: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Manifest":
+        if [shard.name for shard in self.shards] != [f"{i:05d}" for i in range(len(self.shards))]:
+            raise ValueError("the shards are not 00000, 00001, … in this order")
+        if list(self.side) != side_columns(self.signal):
+            raise ValueError(f"the side columns of such a signal are {side_columns(self.signal)}")
+        return self
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(shard.size_bytes + shard.tables_bytes for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256, in hex, of all that the store says."""
+        parts = self.model_dump(mode="json", exclude={"versions", "complete"})
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def seal(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a manifest with their checksum, the sha256 of them as JSON with sorted keys and no spaces."""
+    rest = {key: value for key, value in values.items() if key != "sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return {**rest, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def read_manifest(data: bytes, where: object) -> Manifest:
+    """A manifest from its file's bytes.
+
+    Raises:
+        DataError: it is broken, was changed, or is of a version that is not known.
+    """
+    try:
+        values = json.loads(data)
+        version = values["format"]
+        expected = seal(values)["sha256"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise damaged(where, "manifest.json", f"{type(error).__name__}: {str(error)[:80]}", "a manifest") from None
+    if version != FORMAT:
+        raise DataError(
+            f"the store {where} has a format that is not known",
+            {"its format": repr(version)[:20], "known": f"1 to {FORMAT}"},
+            why="Read with other rules than it was written by, it would say what the teacher never said.",
+            fix="Use the version of stillroom that wrote it, or a later one.",
+        )
+    if values.pop("sha256", None) != expected:
+        raise damaged(where, "checksum of manifest.json", "another", expected[:16])
+    try:
+        return Manifest.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise damaged(where, f"manifest.json at `{place}`", first["msg"], "a valid value") from None
+
+
+def damaged(where: object, what: str, found: object, expected: object) -> DataError:
+    return DataError(
+        f"the store {where} is damaged",
+        {f"{what}: found": found, "expected": expected},
+        why="Its files were changed, cut or mixed with others since they were written; nothing in them can be trusted.",
+        fix="`stillroom store check` names all that is wrong; copy the store again, or capture it anew.",
+    )
+
+
+def schema(num_columns: int) -> pa.Schema:
+    """The columns of a shard. Token ids take two bytes where the vocabulary allows it."""
+    token = pa.uint16() if num_columns <= 2**16 else pa.uint32()
+    return pa.schema(
+        [
+            pa.field("document", pa.int64(), nullable=False),
+            pa.field("tokens", pa.list_(pa.field("item", token, nullable=False)), nullable=False),
+            pa.field("keep", pa.list_(pa.field("item", pa.bool_(), nullable=False)), nullable=False),
+            pa.field("signal", pa.large_binary(), nullable=False),
+            pa.field("crc32", pa.uint32(), nullable=False),
+        ]
+    )
+
+
+def row_crc32(document: int, tokens: np.ndarray, keep: np.ndarray, signal: bytes | memoryview) -> int:
+    """The checksum of a row: document, tokens and keep as little-endian int64, uint32 and bytes of 0 and 1, signal."""
+    checksum = zlib.crc32(int(document).to_bytes(8, "little", signed=True))
+    checksum = zlib.crc32(np.ascontiguousarray(tokens, dtype="<u4").data, checksum)
+    checksum = zlib.crc32(np.ascontiguousarray(keep, dtype=np.uint8).data, checksum)
+    return zlib.crc32(signal, checksum)
+
+
+def values_of(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as JSON values, with their checksum."""
+    return seal(manifest.model_dump(mode="json"))

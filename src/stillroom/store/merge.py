@@ -1,0 +1,305 @@
+"""Merge: several stores of one teacher into one: the parts of a capture, or captures of different data."""
+
+import hashlib
+import heapq
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from stillroom.errors import ConfigError, MismatchError, MissingError
+from stillroom.files import write_json, writing
+from stillroom.store.folder import check_out, new_store
+from stillroom.store.format import MANIFEST, TOKENIZER, Manifest, Shard, Source, damaged, row_crc32, schema, values_of
+from stillroom.store.reader import Store, _Shard
+from stillroom.store.writer import StoreWriter
+
+SAME = ("teacher", "engine", "tokenizer", "template", "num_columns", "signal", "side")
+"""What all stores must share."""
+SAME_OF_PARTS = ("data", "length", "seed")
+"""What the parts of one capture must share besides."""
+ROWS_AT_ONCE = 64
+BLOCK_BYTES = 1 << 22
+
+Report = Callable[[str], object]
+
+
+def merge(
+    paths: Sequence[str | Path],
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    versions: Mapping[str, str] | None = None,
+    report: Report = lambda _: None,
+) -> Manifest:
+    """Writes the merged store, and returns what it is. Everything is checked before anything is written.
+
+    Parts of one capture become part 0 of 1, their documents in the order of the data. Other stores are put one after
+    the other: documents are numbered anew, and the data's name and fingerprint are made of those of all.
+
+    Raises:
+        ConfigError: there are not two stores, or ``out`` is one of them.
+        MismatchError: the stores do not fit together.
+        MissingError, DataError: one is not there, not complete, or damaged.
+        StorageError: ``out`` exists, or cannot be written.
+    """
+    _check_paths(paths, out)
+    stores = [Store(path) for path in paths]
+    stores, parts = _fitting(stores)
+    check_out(out, overwrite=overwrite)
+    ranges = [_document_range(store) for store in stores]
+    manifest = _manifest(stores, parts, versions)
+    with tempfile.TemporaryDirectory() as fetched:
+        tokenizer = _tokenizer(stores, Path(fetched))
+        with new_store(out, overwrite=overwrite) as folder:
+            shutil.copytree(tokenizer, folder / TOKENIZER)
+            if parts and any(a[1] > b[0] for a, b in pairwise(r for r in ranges if r is not None)):
+                return _interleave(stores, folder, manifest, report)
+            return _append(stores, [0] * len(stores) if parts else _offsets(ranges), folder, manifest, report)
+
+
+def _check_paths(paths: Sequence[str | Path], out: str | Path) -> None:
+    places = [str(path) if "://" in str(path) else str(Path(path).resolve()) for path in paths]
+    if len(set(places)) < 2 or len(set(places)) < len(places):
+        raise ConfigError(
+            "there are no two different stores to merge" if len(set(places)) < 2 else "a store is named twice",
+            {"stores": ", ".join(map(str, paths)) or "none"},
+            why="What it says would be there twice." if len(places) > 1 else "A merge joins several into one.",
+            fix="Name each store once: `stillroom store merge A B out=DIR`.",
+        )
+    target = Path(out).resolve()
+    for path, place in zip(paths, places, strict=True):
+        if "://" not in place and (Path(place).is_relative_to(target) or target.is_relative_to(place)):
+            raise ConfigError(
+                "`out` lies in one of the stores, or one of them in it",
+                {"out": out, "store": path},
+                why="The merged store would be mixed with what it is made of.",
+                fix="Choose another `out`.",
+            )
+
+
+def _fitting(stores: list[Store]) -> tuple[list[Store], bool]:
+    """The stores in the order in which they are merged, and whether they are the parts of one capture."""
+    for store in stores[1:]:
+        _same(stores[0], store, SAME)
+    of = {store.manifest.part[1] for store in stores}
+    if of == {1}:
+        _check_different(stores)
+        return stores, False
+    first = stores[0]
+    for store in stores[1:]:
+        _same(first, store, SAME_OF_PARTS)
+    stores = sorted(stores, key=lambda store: store.manifest.part[0])
+    there = [f"{store.manifest.part[0]} of {store.manifest.part[1]}" for store in stores]
+    needed = [f"{i} of {max(of)}" for i in range(max(of))] if max(of) <= 2**20 else [f"{max(of)} parts"]
+    if there != needed:
+        missing = [part for part in needed if part not in there]
+        raise MismatchError(
+            "the stores are not all parts of one capture, each once",
+            {"there": ", ".join(there), "missing": ", ".join(missing[:8]) or "none"},
+            why="The merged store would lack documents of its data, or hold some twice.",
+            fix="Name the store of each part once; finish those that are missing.",
+        )
+    return stores, True
+
+
+def _same(a: Store, b: Store, names: Sequence[str]) -> None:
+    for name in names:
+        in_a, in_b = (_compared(getattr(store.manifest, name)) for store in (a, b))
+        if in_a != in_b:
+            raise MismatchError(
+                f"the stores differ in their {name}",
+                {a.path: in_a, b.path: in_b},
+                why="A store says one kind of thing of one teacher in the tokens of one tokenizer."
+                if name in SAME
+                else "They are parts of different captures, and only those of one make up its data.",
+                fix="Merge stores of equal settings; several stores can also be used one after the other.",
+            )
+
+
+def _compared(value: Any) -> Any:
+    """A model or a tokenizer is the same under another name, or in another folder, if its fingerprint is."""
+    if isinstance(value, Source):
+        return value.fingerprint
+    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+
+
+def _check_different(stores: Sequence[Store]) -> None:
+    seen: dict[tuple[str, int], str] = {}
+    for store in stores:
+        said = store.manifest.data.fingerprint, store.manifest.seed
+        if said in seen:
+            raise MismatchError(
+                "two stores are of the same data and seed",
+                {seen[said]: f"{said[0][:32]}, seed {said[1]}", store.path: f"{said[0][:32]}, seed {said[1]}"},
+                why="They say the same, so each of their documents would be there twice.",
+                fix="Leave one of them out.",
+            )
+        seen[said] = store.path
+
+
+def _manifest(stores: Sequence[Store], parts: bool, versions: Mapping[str, str] | None) -> Manifest:
+    """Of the merged store, with no shards yet."""
+    all_of_them = [store.manifest for store in stores]
+    first = all_of_them[0]
+    data = first.data
+    if not parts:
+        prints = " ".join(f"{m.data.fingerprint} {m.seed}" for m in all_of_them)
+        name = " + ".join(m.data.name for m in all_of_them)
+        data = Source(name=name, fingerprint=hashlib.sha256(prints.encode()).hexdigest()[:32])
+    return first.model_copy(
+        update={
+            "complete": False,
+            "data": data,
+            "part": (0, 1),
+            "length": max(m.length for m in all_of_them),
+            "versions": dict(first.versions if versions is None else versions),
+            "shards": (),
+            **dict.fromkeys(("documents", "positions", "tokens", "entries", "draws"), 0),
+            "codec_error_nats": 0.0,
+        }
+    )
+
+
+def _document_range(store: Store) -> tuple[int, int] | None:
+    """The lowest and the highest number of a store's documents."""
+    columns = [batch["document"].to_numpy() for shard in store._shards for batch in shard._batches if len(batch)]
+    if not columns:
+        return None
+    return min(int(column.min()) for column in columns), max(int(column.max()) for column in columns)
+
+
+def _offsets(ranges: Sequence[tuple[int, int] | None]) -> list[int]:
+    """What is added to the document numbers of each store."""
+    ends = [0, *(1 + max(0, r[1]) if r is not None else 0 for r in ranges)]
+    return np.cumsum(ends)[:-1].tolist()
+
+
+def _append(
+    stores: Sequence[Store], firsts: Sequence[int], folder: Path, manifest: Manifest, report: Report
+) -> Manifest:
+    """Shard after shard: copied byte for byte, or, where documents get other numbers, with the same signals."""
+    shards: list[Shard] = []
+    total = sum(store.num_shards for store in stores)
+    for store, first in zip(stores, firsts, strict=True):
+        for shard in store._shards:
+            report(f"merged {len(shards)} of {total} shards")
+            name = f"{len(shards):05d}"
+            tables = _copy(shard, "tables", folder / f"{name}.tables", shard.shard.tables_crc32)
+            if first:
+                checksum, size = _renumber(shard, first, folder / f"{name}.arrow")
+            else:
+                checksum, size = _copy(shard, "arrow", folder / f"{name}.arrow", shard.shard.crc32)
+            shards.append(
+                shard.shard.model_copy(
+                    update={
+                        "name": name,
+                        "crc32": checksum,
+                        "size_bytes": size,
+                        "tables_crc32": tables[0],
+                        "tables_bytes": tables[1],
+                    }
+                )
+            )
+    totals: dict[str, Any] = {
+        name: sum(getattr(store.manifest, name) for store in stores)
+        for name in ("documents", "positions", "tokens", "entries", "draws")
+    }
+    error = sum(store.manifest.codec_error_nats * store.manifest.positions for store in stores)
+    totals["codec_error_nats"] = error / max(1, totals["positions"])
+    manifest = manifest.model_copy(update={**totals, "shards": tuple(shards), "complete": True})
+    write_json(folder / MANIFEST, values_of(manifest))
+    return manifest
+
+
+def _copy(shard: _Shard, kind: str, to: Path, expected: int) -> tuple[int, int]:
+    """Copies a file, and returns its checksum and size."""
+    name, checksum, size = f"{shard.shard.name}.{kind}", 0, 0
+    with shard.place.open(name) as source, writing(to), to.open("wb") as file:
+        while block := source.read(BLOCK_BYTES):
+            checksum = zlib.crc32(block, checksum)
+            size += len(block)
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    if checksum != expected:
+        raise damaged(shard.place.path, f"checksum of {name}", checksum, expected)
+    return checksum, size
+
+
+def _renumber(shard: _Shard, first: int, to: Path) -> tuple[int, int]:
+    """Writes a shard whose documents have other numbers; the signals stay as they are, since none depends on them."""
+    columns = schema(shard.manifest.num_columns)
+    with writing(to):
+        file = to.open("wb")
+    row = 0
+    with file:
+        with pa.ipc.new_file(file, columns) as writer:
+            for batch in shard._batches:
+                numbers, checksums = [], []
+                for _ in range(len(batch)):
+                    signal = shard.signal(row)
+                    number = shard.column(row, "document").as_py() + first
+                    numbers.append(number)
+                    checksums.append(row_crc32(number, shard.tokens(row), shard.keep(row), signal))
+                    row += 1
+                arrays = [pa.array(numbers, pa.int64()), *(batch[name] for name in ("tokens", "keep", "signal"))]
+                with writing(to):
+                    writer.write_batch(pa.record_batch([*arrays, pa.array(checksums, pa.uint32())], schema=columns))
+        with writing(to):
+            file.flush()
+            os.fsync(file.fileno())
+    checksum = 0
+    with to.open("rb") as written:
+        while block := written.read(BLOCK_BYTES):
+            checksum = zlib.crc32(block, checksum)
+    return checksum, to.stat().st_size
+
+
+def _interleave(stores: Sequence[Store], folder: Path, manifest: Manifest, report: Report) -> Manifest:
+    """Document by document in the order of the data, for parts that are not stretches of it."""
+
+    def documents(store: Store, number: int) -> Iterator[tuple[int, int, int, Any]]:
+        for start in range(0, len(store), ROWS_AT_ONCE):
+            rows = range(start, min(start + ROWS_AT_ONCE, len(store)))
+            full = store.signal_config.kind == "full"
+            said = store.logits(rows) if full else store.levels(rows)
+            at = 0
+            for row in rows:
+                end = at + int(store.keep(row).sum())
+                yield store.document(row), number, row, said[at:end] if full else said.slice(at, end)  # pyright: ignore
+                at = end
+
+    shard_positions = max(shard.positions for store in stores for shard in store.manifest.shards)
+    streams = [documents(store, number) for number, store in enumerate(stores)]
+    with StoreWriter(folder, manifest, shard_positions=max(1, shard_positions)) as writer:
+        for document, number, row, said in heapq.merge(*streams, key=lambda item: item[:2]):
+            store = stores[number]
+            error = store.manifest.codec_error_nats * len(said)
+            writer.add(document, np.asarray(store.tokens(row), np.int32), store.keep(row), said, error)
+            report(f"merged {writer.num_documents:,} of {sum(map(len, stores)):,} documents")
+        return writer.finish()
+
+
+def _tokenizer(stores: Sequence[Store], fetched: Path) -> Path:
+    """The folder of the tokenizer of the first store that has it; they all have the same one."""
+    for store in stores:
+        try:
+            folder = Path(store.fetch_tokenizer(fetched))
+        except FileNotFoundError:
+            continue
+        if folder.is_dir() and any(folder.iterdir()):
+            return folder
+    raise MissingError(
+        "none of the stores has its tokenizer",
+        {"missing": f"{stores[0].path}/{TOKENIZER}", "made with": stores[0].manifest.tokenizer.name},
+        why="Without it nobody can tell what the token ids of the merged store mean.",
+        fix=f"Save the tokenizer of {stores[0].manifest.tokenizer.name} into that folder by `save_pretrained`.",
+    )

@@ -1,0 +1,205 @@
+"""Quantise: between a selection of a distribution's entries and the whole numbers that are stored of it.
+
+log-probabilities lie on a grid of ``step`` nats: level ``i`` stands for ``−i · step``. Truncated signals round to the
+nearest level, which keeps the order and, at a step Δ, costs about Δ²/24 nats; reading them scales the entries so that
+they and the bucket sum to 1. Sampled signals round up or down at random, so that the *probability* is right on average
+and the estimate stays unbiased. Side columns have finer grids of their own.
+"""
+
+import numpy as np
+import torch
+
+from stillroom.selection import Selection
+from stillroom.signals import Sparse
+from stillroom.store.config import SAMPLED, AnySignal, HeadAndSample, Sampled, known_temperatures, side_columns
+from stillroom.store.levels import Levels
+
+REST_STEP = 0.01
+"""Nats between two levels of the mass left out, and of the label's log-probability."""
+ENTROPY_STEP = 1 / 64
+"""Nats between two levels of the entropy."""
+HIGHEST = 2**20
+"""The highest level: less likely than that is as good as impossible."""
+
+
+def num_uniforms(signal: AnySignal) -> int:
+    """How many uniform random numbers a position takes: those of its draws first, then those of its rounding."""
+    if isinstance(signal, Sampled):
+        return signal.draws
+    return signal.head + 2 if isinstance(signal, HeadAndSample) else 0
+
+
+def quantise(selection: Selection, signal: AnySignal, uniforms: np.ndarray) -> tuple[Levels, float]:
+    """What is stored of a selection, and what storing it cost: Σ over positions of the (generalised) Kullback-Leibler
+    divergence in nats between the entries as they were and as they will be read.
+
+    Args:
+        uniforms: float32 [n, num_uniforms(signal)], in [0, 1).
+    """
+    log_probs, ids = selection.log_probs.double().cpu().numpy(), selection.ids.cpu().numpy()
+    there = np.isfinite(log_probs)
+    exact = np.where(there, -log_probs, 0.0) / signal.step  # pyright: ignore[reportAttributeAccessIssue]
+    step: float = signal.step  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(signal, HeadAndSample):
+        levels = _round_at_random(exact, step, uniforms[:, 1 : 1 + exact.shape[1]])
+        order = np.argsort(np.where(there, levels, HIGHEST + 1), axis=1, kind="stable")
+        levels, ids, there, log_probs = (np.take_along_axis(x, order, 1) for x in (levels, ids, there, log_probs))
+    else:
+        levels = np.rint(exact).clip(0, HIGHEST).astype(np.int32)
+    draw_counts, draw_ids, draw_times = _times(selection)
+    side = [_side(name, selection, signal, uniforms) for name in side_columns(signal)]
+    if signal.kind in SAMPLED:
+        weights = np.where(there, np.exp(levels * -step), 0)
+        side[1] = _self_information(selection, np.where(there, log_probs, 0), weights, _log_unit(side[0], signal))
+    stored = Levels(
+        counts=there.sum(1, dtype=np.int32),
+        ids=ids[there].astype(np.int32),
+        levels=levels[there],
+        draw_counts=draw_counts,
+        draw_ids=draw_ids,
+        draw_times=draw_times,
+        side=np.stack(side, 1).astype(np.int32) if side else np.zeros((len(ids), 0), np.int32),
+    )
+    return stored, _cost(selection, log_probs, stored, signal)
+
+
+def _round_at_random(exact: np.ndarray, step: float, uniforms: np.ndarray) -> np.ndarray:
+    """Levels next to the exact ones whose *probabilities* are right on average."""
+    lower = np.floor(exact)
+    share = -np.expm1(-step * (exact - lower)) / -np.expm1(-step)
+    return (lower + (uniforms < share)).clip(0, HIGHEST).astype(np.int32)
+
+
+def _times(selection: Selection) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of draws with repetitions: the number of different ids of each position, the ids, and how often each came."""
+    if selection.draws is None:
+        none = np.zeros(0, np.int32)
+        return np.zeros(len(selection.ids), np.int32), none, none
+    draws = np.sort(selection.draws.cpu().numpy(), axis=1)
+    first = (draws >= 0) & np.concatenate([np.ones((len(draws), 1), bool), draws[:, 1:] != draws[:, :-1]], 1)
+    flat, starts = draws[draws >= 0], first[draws >= 0]
+    times = np.diff(np.flatnonzero(starts), append=len(flat))
+    return first.sum(1, dtype=np.int32), flat[starts].astype(np.int32), times.astype(np.int32)
+
+
+def _self_information(
+    selection: Selection, log_probs: np.ndarray, weights: np.ndarray, log_unit: np.ndarray
+) -> np.ndarray:
+    """Levels of ``−Σ w log t`` over the entries with the weights that will be read, whose mean is the entropy."""
+    assert selection.draw_log_probs is not None
+    of_draws = np.exp(log_unit) * selection.draw_log_probs.double().cpu().numpy().sum(1)
+    return _finely(torch.from_numpy(-(weights * log_probs).sum(1) - of_draws), ENTROPY_STEP)
+
+
+def _base(signal: AnySignal) -> float:
+    """The log of the weight of a draw whose level is 0."""
+    if isinstance(signal, Sampled):
+        return -float(np.log(signal.draws))
+    assert isinstance(signal, HeadAndSample)
+    return float(np.log(signal.least)) if signal.least else 0.0
+
+
+def _side(name: str, selection: Selection, signal: AnySignal, uniforms: np.ndarray) -> np.ndarray:
+    if name == "unit":
+        assert selection.log_unit is not None
+        log_unit = selection.log_unit.double().cpu().numpy()
+        if isinstance(signal, Sampled):
+            return np.zeros(len(log_unit), np.int32)
+        assert isinstance(signal, HeadAndSample)
+        if not signal.least:  # levels count downwards from a weight of 1
+            return _round_at_random(-log_unit / signal.step, signal.step, uniforms[:, -1])
+        above = (log_unit - _base(signal)).clip(min=0) / signal.step  # and else upwards from the least weight
+        upper = np.ceil(above - 1e-9)
+        return (upper - _round_at_random(upper - above, signal.step, uniforms[:, -1])).astype(np.int32)
+    if name == "entropy":
+        if selection.entropy is None:
+            return np.zeros(len(selection.ids), np.int32)  # of a sample it is made of the weights
+        return _finely(selection.entropy, ENTROPY_STEP)
+    if name == "label":
+        assert selection.label_log_probs is not None
+        return _finely(-selection.label_log_probs, REST_STEP)
+    log_rest = selection.log_rests[float(name.removeprefix("rest@"))]
+    return np.where(np.isneginf(log_rest.cpu().numpy()), 0, 1 + _finely(-log_rest, REST_STEP))
+
+
+def _finely(values: torch.Tensor, step: float) -> np.ndarray:
+    return np.rint(values.double().cpu().numpy() / step).clip(0, HIGHEST - 1).astype(np.int32)
+
+
+def _cost(selection: Selection, log_probs: np.ndarray, stored: Levels, signal: AnySignal) -> float:
+    """Σ t (log t − log t̂) − t + t̂ over all outcomes that are stored, of all positions."""
+    read = to_sparse(stored, signal)
+    there = np.isfinite(log_probs)
+    width = there.shape[1]
+    t, t_read = np.where(there, log_probs, -np.inf), np.full(there.shape, -np.inf)
+    if width:
+        wide = np.full((len(there), max(width, read.ids.shape[1])), -np.inf)
+        wide[:, : read.ids.shape[1]] = read.log_targets()[0].double().numpy()
+        t_read = np.where(there, wide[:, :width], -np.inf)
+    cost = _divergence(t, t_read).sum()
+    if signal.kind not in SAMPLED:
+        rest = selection.log_rests[1.0].double().cpu().numpy()
+        return float(cost + _divergence(rest, read.log_rests[1.0].double().numpy()).sum())
+    assert selection.log_unit is not None
+    times = np.add.reduceat(np.append(stored.draw_times, 0), np.cumsum(stored.draw_counts) - stored.draw_counts)
+    times = np.where(stored.draw_counts > 0, times, 0)
+    unit = selection.log_unit.double().cpu().numpy()
+    return float(cost + (times * _divergence(unit, _log_unit(stored.side[:, 0], signal))).sum())
+
+
+def _divergence(log_t: np.ndarray, log_read: np.ndarray) -> np.ndarray:
+    t = np.exp(log_t)
+    gap = np.where(t > 0, np.where(t > 0, log_t, 0) - np.where(np.isfinite(log_read), log_read, -700.0), 0)
+    return t * gap - t + np.exp(log_read)
+
+
+def _log_unit(level: np.ndarray, signal: AnySignal) -> np.ndarray:
+    """log of what a draw weighs, from the side column "unit"."""
+    assert isinstance(signal, Sampled | HeadAndSample)
+    downwards = isinstance(signal, HeadAndSample) and not signal.least
+    return _base(signal) + (-level if downwards else level) * signal.step
+
+
+def to_sparse(stored: Levels, signal: AnySignal, num_columns: int | None = None) -> Sparse:
+    """The signal that was stored, as float32 tensors on the CPU."""
+    names, n = side_columns(signal), len(stored)
+    draw_counts = stored.draw_counts
+    totals = stored.counts + draw_counts
+    width = max(1, int(totals.max(initial=1)))
+    ids, log_probs = np.zeros((n, width), np.int64), np.full((n, width), -np.inf, np.float32)
+    step: float = signal.step  # pyright: ignore[reportAttributeAccessIssue]
+    _fill(ids, stored.counts, 0, stored.ids)
+    _fill(log_probs, stored.counts, 0, (stored.levels * -step).astype(np.float32))
+    if len(stored.draw_ids):
+        weights = np.log(stored.draw_times) + np.repeat(_log_unit(stored.side[:, 0], signal), draw_counts)
+        _fill(ids, draw_counts, stored.counts, stored.draw_ids)
+        _fill(log_probs, draw_counts, stored.counts, weights.astype(np.float32))
+    ids = np.where(np.isneginf(log_probs), ids[:, :1], ids)
+
+    def column(name: str, size: float) -> torch.Tensor | None:
+        return (
+            torch.from_numpy((stored.side[:, names.index(name)] * size).astype(np.float32)) if name in names else None
+        )
+
+    label = column("label", -REST_STEP)
+    rests = {}
+    for temperature in known_temperatures(signal):
+        level = stored.side[:, names.index(f"rest@{temperature}")]
+        rests[temperature] = torch.from_numpy(np.where(level, (1 - level) * REST_STEP, -np.inf).astype(np.float32))
+    return Sparse(
+        ids=torch.from_numpy(ids),
+        log_probs=torch.from_numpy(log_probs),
+        log_rests=rests,
+        entropy=column("entropy", ENTROPY_STEP),
+        label_log_probs=label,
+        sampled=signal.kind in SAMPLED,
+        num_columns=num_columns,
+    )
+
+
+def _fill(table: np.ndarray, counts: np.ndarray, start: np.ndarray | int, values: np.ndarray) -> None:
+    """Writes each row's ``counts`` values into it, from column ``start`` on."""
+    starts = np.broadcast_to(np.asarray(start, np.int64), counts.shape)
+    ends = np.cumsum(counts, dtype=np.int64)
+    place = np.arange(len(values)) - np.repeat(ends - counts, counts)
+    table[np.repeat(np.arange(len(counts)), counts), place + np.repeat(starts, counts)] = values

@@ -1,0 +1,243 @@
+"""Show: what is in a store, in words, on a terminal of 100 columns."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from stillroom.store.config import SAMPLED, AnySignal, Full, side_columns
+from stillroom.store.levels import Levels
+from stillroom.store.quantise import _log_unit, to_sparse
+from stillroom.store.reader import Store
+from stillroom.store.tokens import TokenTexts, escaped, fitted, width
+
+COLUMNS = 100
+SAMPLE_POSITIONS = 50_000
+"""Positions over which the histogram is taken."""
+CANDIDATES = 8
+"""Tokens that are named of each position."""
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
+"""Where the histogram's bars begin, where there are too many numbers for a bar each."""
+
+
+def describe(store: Store) -> str:
+    """What the store is, its sizes, and a histogram of the entries of a position."""
+    m = store.manifest
+    n = max(1, m.positions)
+    signal, tables = _signal_bytes(store)
+    tokens = _token_bytes(store)
+    lines = [
+        ("store", f"{store.path} (format {m.format}, {'complete' if m.complete else 'NOT COMPLETE'})"),
+        ("teacher", f"{m.teacher.name} ({m.teacher.fingerprint[:16]}), {m.num_columns:,} columns, asked by {m.engine}"),
+        ("tokenizer", f"{m.tokenizer.name} ({m.tokenizer.fingerprint[:16]})"),
+        ("template", "none" if m.template == "none" else m.template[:16]),
+        (
+            "data",
+            f"{m.data.name} ({m.data.fingerprint[:16]}){_part(m.part)}, at most {m.length:,} positions a document",
+        ),
+        ("signal", f"{_signal(m.signal)}; seed {m.seed}"),
+        ("holds", f"{m.documents:,} documents, {m.tokens:,} tokens, {m.positions:,} positions with a signal"),
+        ("shards", f"{len(m.shards)}, {_size(m.size_bytes)} in all"),
+        (
+            "bytes",
+            f"{(signal + tables) / n:.2f} a position for the signal ({tables / n:.2f} of them tables), "
+            f"{tokens / n:.2f} for tokens, {m.size_bytes / n:.2f} in all",
+        ),
+        (
+            "entries",
+            f"{m.entries / n:.2f} exact and {m.draws / n:.2f} drawn a position"
+            if m.signal.kind in SAMPLED
+            else f"{m.entries / n:.2f} a position",
+        ),
+        ("error", f"{m.codec_error_nats:.2e} nats a position, by which storing changed what the teacher said"),
+    ]
+    if m.versions:
+        lines.append(("written by", ", ".join(f"{name} {version}" for name, version in m.versions.items())))
+    text = "\n".join(line for name, value in lines for line in _wrapped(f"{name:12}", escaped(value)))
+    return "\n\n".join([text, *_histogram(store)])
+
+
+def show_row(store: Store, index: int) -> str:
+    """A document in the words of the store's own tokenizer; see ``describe_row``."""
+    from stillroom.tokenizers import load_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        return describe_row(store, index, TokenTexts(load_tokenizer(store.fetch_tokenizer(Path(folder)))))
+
+
+def describe_row(store: Store, index: int, texts: TokenTexts) -> str:
+    """A document: each token, and of each kept position what the teacher expected next.
+
+    Raises:
+        IndexError: there is no such document.
+    """
+    tokens, keep = store.tokens(index), store.keep(index)
+    head = (
+        f"document {store.document(index)} of {escaped(store.manifest.data.name)} (row {index} of {len(store)}): "
+        f"{len(tokens):,} tokens, {int(keep.sum()):,} positions with a signal in {store.signal_bytes(index):,} bytes"
+    )
+    candidates = _candidates(store, index, texts)
+    lines = [*_wrapped("", head), ""]
+    for position, token in enumerate(tokens.tolist()):
+        text = f"{position:6}  {fitted(texts.text(token), 30)}"
+        if not keep[position]:
+            lines.append(text.rstrip())
+            continue
+        entries, label, notes = next(candidates)
+        lines.append(f"{text} → {fitted(texts.text(int(tokens[position + 1])), 30)}  {label}".rstrip())
+        lines += _flowed([*entries, f"[{notes}]"], indent=10)
+    return "\n".join(lines)
+
+
+def _candidates(store: Store, index: int, texts: TokenTexts) -> Iterator[tuple[list[str], str, str]]:
+    """Of each kept position: its likeliest tokens with their probabilities, the label's, and what else is known."""
+    config = store.signal_config
+    if isinstance(config, Full):
+        for logits in store.logits([index]).astype(np.float64):
+            log_probs = logits - logits.max()
+            log_probs -= np.log(np.exp(log_probs).sum())
+            best = np.argsort(-log_probs, kind="stable")[:CANDIDATES]
+            entropy = -(np.exp(log_probs) * np.where(np.isfinite(log_probs), log_probs, 0)).sum()
+            yield [f"{texts.text(int(i))} {_share(log_probs[i])}" for i in best], "", f"entropy {entropy:.2f}"
+        return
+    levels = store.levels([index])
+    sparse = to_sparse(levels, config)
+    log_probs = sparse.log_targets()[0].numpy()
+    notes = _notes(levels, config)
+    for p in range(len(levels)):
+        exact, total = int(levels.counts[p]), int(levels.counts[p] + levels.draw_counts[p])
+        order = np.argsort(-log_probs[p, :total], kind="stable")
+        names = []
+        for i in order[:CANDIDATES].tolist():
+            drawn = "~" if i >= exact else ""
+            names.append(f"{texts.text(int(sparse.ids[p, i]))} {drawn}{_share(log_probs[p, i])}")
+        if total > CANDIDATES:
+            names.append(f"and {total - CANDIDATES} more")
+        label = "" if sparse.label_log_probs is None else _share(float(sparse.label_log_probs[p]))
+        yield names, label, notes[p]
+
+
+def _notes(levels: Levels, config: AnySignal) -> list[str]:
+    """Of each position: the mass left out or the weight of a draw, and the entropy."""
+    sparse, names = to_sparse(levels, config), side_columns(config)
+    columns: list[list[str]] = []
+    for temperature, rest in sparse.log_rests.items():
+        at = "" if temperature == 1.0 else f" at T={temperature:g}"
+        columns.append([f"rest{at} {_share(value)}" for value in rest.tolist()])
+    if "unit" in names:
+        units = _log_unit(levels.side[:, names.index("unit")], config)
+        columns.append(
+            [
+                f"a draw {_share(unit)}" if drawn else "no draws"
+                for unit, drawn in zip(units, levels.draw_counts, strict=True)
+            ]
+        )
+    if sparse.entropy is not None:
+        about = "about " if sparse.sampled else ""
+        columns.append([f"entropy {about}{value:.2f}" for value in sparse.entropy.tolist()])
+    return [", ".join(parts) for parts in zip(*columns, strict=True)]
+
+
+def _share(log_prob: float) -> str:
+    """A probability as a percentage."""
+    share = 100 * float(np.exp(log_prob))
+    if share >= 1 or share == 0:
+        return f"{share:.1f}%"
+    return f"{share:.2f}%" if share >= 0.01 else "<0.01%"
+
+
+def _signal(signal: AnySignal) -> str:
+    """The signal's settings in words."""
+    values = {k: v for k, v in signal.model_dump(mode="json").items() if k != "kind" and v not in (False, [])}
+    settings = ", ".join(f"{k} {v if v is not True else 'on'}" for k, v in values.items())
+    return f"{signal.kind} ({settings})" if settings else signal.kind
+
+
+def _part(part: tuple[int, int]) -> str:
+    return "" if part[1] == 1 else f", part {part[0]} of {part[1]} (counted from 0)"
+
+
+def _size(size_bytes: int) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if size_bytes < 1024:
+            return f"{size_bytes:.1f} {unit}" if unit != "bytes" else f"{size_bytes} bytes"
+        size_bytes /= 1024  # pyright: ignore[reportAssignmentType]
+    return f"{size_bytes:,.1f} GiB"
+
+
+def _signal_bytes(store: Store) -> tuple[int, int]:
+    """The bytes of the signal column and of the tables."""
+    shards = store._shards
+    column = sum(
+        int(offsets[-1] - offsets[0])
+        for shard in shards
+        for batch in shard._batches
+        if len(offsets := np.frombuffer(batch["signal"].buffers()[1], np.int64, len(batch) + 1))
+    )
+    return column, sum(shard.shard.tables_bytes for shard in shards)
+
+
+def _token_bytes(store: Store) -> int:
+    each = 2 if store.manifest.num_columns <= 2**16 else 4
+    return store.manifest.tokens * each
+
+
+def _histogram(store: Store) -> list[str]:
+    """How many positions have how many entries, as bars of text; nothing where all have as many by definition."""
+    if isinstance(store.signal_config, Full) or not store.manifest.positions:
+        return []
+    counts = np.concatenate([np.zeros(0, np.int64), *_sampled_counts(store)])
+    lines = histogram(counts, COLUMNS)
+    of = "all" if len(counts) == store.manifest.positions else f"{len(counts):,}"
+    return ["\n".join([f"entries of a position, over {of} positions", *lines])]
+
+
+def _sampled_counts(store: Store) -> Iterator[np.ndarray]:
+    """The entries of each position, of documents at even distances if there are very many."""
+    share = min(1.0, SAMPLE_POSITIONS / store.manifest.positions)
+    rows = np.unique(np.linspace(0, len(store) - 1, max(1, int(len(store) * share))).astype(np.int64))
+    for row in rows.tolist():
+        levels = store.levels([row])
+        yield (levels.counts + levels.draw_counts).astype(np.int64)
+
+
+def histogram(counts: np.ndarray, columns: int) -> list[str]:
+    """Bars of text over whole numbers, one line a number, or a range of them where there are many."""
+    if not len(counts):
+        return []
+    low, high = int(counts.min()), int(counts.max())
+    starts = list(range(low, high + 1)) if high - low < 24 else [low, *(s for s in SIZES if low < s <= high)]
+    tally = np.histogram(counts, [*starts, high + 1])[0]
+    names = [str(a) if b - a == 1 else f"{a}-{b - 1}" for a, b in zip(starts, [*starts[1:], high + 1], strict=True)]
+    room = columns - 24
+    lines = []
+    for name, number in zip(names, tally.tolist(), strict=True):
+        bar = "█" * round(room * number / int(tally.max())) or ("▏" if number else "")
+        lines.append(f"  {name:>9} {100 * number / len(counts):6.2f}%  {bar}".rstrip())
+    return lines
+
+
+def _wrapped(name: str, text: str) -> list[str]:
+    """A line with its name; what does not fit goes on below it."""
+    return [
+        (name if i == 0 else " " * len(name)) + line.strip()
+        for i, line in enumerate(_flowed(text.split(" "), 0, COLUMNS - len(name), gap=" "))
+    ]
+
+
+def _flowed(words: Sequence[str], indent: int, columns: int = COLUMNS, gap: str = "   ") -> list[str]:
+    """Words in lines of at most so many columns."""
+    lines: list[str] = []
+    line = ""
+    for word in words:
+        if line and indent + width(line) + len(gap) + width(word) > columns:
+            lines.append(" " * indent + line)
+            line = word
+        else:
+            line = f"{line}{gap}{word}" if line else word
+        while indent + width(line) > columns:
+            cut = columns - indent
+            lines.append(" " * indent + line[:cut])
+            line = line[cut:]
+    return [*lines, " " * indent + line] if line else lines

@@ -1,0 +1,242 @@
+"""StoreWriter: documents with their signals to shards, each whole or absent."""
+
+import fcntl
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from stillroom.errors import MismatchError, StorageError
+from stillroom.files import crc32, write_json, writing
+from stillroom.store.codec import Codec
+from stillroom.store.config import Full
+from stillroom.store.format import MANIFEST, Manifest, Shard, read_manifest, row_crc32, schema, values_of
+from stillroom.store.levels import Levels
+
+SHARD_POSITIONS = 2**20
+"""The default size of a shard, in positions."""
+ROWS_AT_ONCE = 256
+"""Rows of a record batch."""
+OURS = re.compile(r"[0-9]{5,9}\.(arrow|tables)(\.tmp)?|\.manifest\.json\.tmp")
+"""The names of files that a writer makes."""
+IDENTITY = ("teacher", "engine", "tokenizer", "template", "data", "part", "num_columns", "length", "signal",
+            "seed")  # fmt: skip
+"""What a capture that is resumed must share with the one that is there."""
+
+
+class StoreWriter:
+    """Writes a store's shards; a context manager that locks the folder.
+
+    What ``manifest.json`` lists is whole and synced; a file that it does not list is what a killed writer left, and is
+    deleted. So after ``kill -9`` at any byte the store goes on from its last whole shard.
+
+    Args:
+        path: the store's folder; it is made.
+        manifest: what the store is to be, with no shards yet.
+        shard_positions: a shard is closed when it has so many positions.
+        on_shard: is told the manifest after each shard.
+
+    Raises:
+        StorageError: another process writes to the folder.
+        MismatchError: the folder holds a store of something else.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        manifest: Manifest,
+        *,
+        shard_positions: int = SHARD_POSITIONS,
+        on_shard: Callable[[Manifest], None] = lambda _: None,
+    ) -> None:
+        self.path, self.shard_positions, self.on_shard = Path(path), shard_positions, on_shard
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise StorageError(
+                f"another process writes to the store {self.path}",
+                {"store": self.path},
+                why="Two captures into one folder would write over each other's shards.",
+                fix="Wait for it or stop it; or choose another folder. Workers that share the work have a folder each.",
+            ) from None
+        try:
+            self.manifest = self._take_up(manifest)
+        except BaseException:
+            self._lock.close()
+            raise
+        self._rows: list[tuple[int, np.ndarray, np.ndarray]] = []
+        self._signals: list[Levels | np.ndarray] = []
+        self._positions, self._error = 0, 0.0
+
+    def _take_up(self, manifest: Manifest) -> Manifest:
+        """The manifest that is there, or else this one; and nothing besides what it lists."""
+        place = self.path / MANIFEST
+        if place.exists():
+            before = read_manifest(place.read_bytes(), self.path)
+            for name in IDENTITY:
+                then, now = getattr(before, name), getattr(manifest, name)
+                if then != now:
+                    raise MismatchError(
+                        f"the store {self.path} has another {name}",
+                        {"there": then, "now": now},
+                        why="Half of it would say one thing and half another.",
+                        fix="Put back what was there, or choose another `out`.",
+                    )
+            manifest = before
+        listed = {f"{shard.name}.{kind}" for shard in manifest.shards for kind in ("arrow", "tables")}
+        for file in self.path.iterdir():
+            if file.name not in listed and OURS.fullmatch(file.name):
+                file.unlink()
+        self._write(manifest)
+        return manifest
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in whole shards."""
+        return self.manifest.documents
+
+    def add(
+        self, document: int, tokens: np.ndarray, keep: np.ndarray, signal: Levels | np.ndarray, error_nats: float = 0.0
+    ) -> None:
+        """Takes one document.
+
+        Args:
+            document: its number in the data.
+            tokens: [n].
+            keep: bool [n]: whether the token after each is to be learnt; False for the last.
+            signal: of the kept positions: levels, or for a full store the logits, float32 [kept, columns].
+            error_nats: what quantising cost, summed over them.
+        """
+        assert len(signal) == int(keep.sum()), f"{len(signal)} signals for {int(keep.sum())} kept positions"
+        self._rows.append((document, tokens, keep))
+        self._signals.append(signal)
+        self._positions += len(signal)
+        self._error += error_nats
+        if self._positions >= self.shard_positions:
+            self.flush()
+
+    def finish(self) -> Manifest:
+        """Writes what is left, and says that the store is complete."""
+        self.flush()
+        self.manifest = self.manifest.model_copy(update={"complete": True})
+        self._write(self.manifest)
+        return self.manifest
+
+    def flush(self) -> None:
+        """Closes the shard that is begun, if there is one."""
+        if not self._rows:
+            return
+        name = f"{len(self.manifest.shards):05d}"
+        tables, signals, entries, draws = self._encode()
+        arrow, side_file = self.path / f"{name}.arrow", self.path / f"{name}.tables"
+        with writing(arrow):
+            _write_synced(side_file, lambda file: file.write(tables))
+            _write_synced(arrow, lambda file: self._write_arrow(file, signals))
+            _sync_folder(self.path)
+        shard = Shard(
+            name=name,
+            documents=len(self._rows),
+            positions=self._positions,
+            size_bytes=arrow.stat().st_size,
+            crc32=crc32(arrow),
+            tables_bytes=len(tables),
+            tables_crc32=crc32(side_file),
+        )
+        before = self.manifest
+        positions = before.positions + self._positions
+        error = (before.codec_error_nats * before.positions + self._error) / max(1, positions)
+        self.manifest = before.model_copy(
+            update={
+                "complete": False,
+                "documents": before.documents + len(self._rows),
+                "positions": positions,
+                "tokens": before.tokens + sum(len(tokens) for _, tokens, _ in self._rows),
+                "entries": before.entries + entries,
+                "draws": before.draws + draws,
+                "codec_error_nats": error,
+                "shards": (*before.shards, shard),
+            }
+        )
+        self._write(self.manifest)
+        self._rows, self._signals, self._positions, self._error = [], [], 0, 0.0
+        self.on_shard(self.manifest)
+
+    def _encode(self) -> tuple[bytes, list[bytes], int, int]:
+        """The shard's tables, the signal column, and the numbers of entries and of drawn ids."""
+        if isinstance(self.manifest.signal, Full):
+            rows = [np.ascontiguousarray(signal, dtype="<f4").tobytes() for signal in self._signals]
+            return b"", rows, self._positions * self.manifest.num_columns, 0
+        levels = Levels.concatenate([signal for signal in self._signals if isinstance(signal, Levels)])
+        tokens = np.concatenate([tokens[keep] for _, tokens, keep in self._rows]).astype(np.int32)
+        offsets = np.cumsum([0, *map(len, self._signals)], dtype=np.int64)
+        codec = Codec.train(tokens, levels, self.manifest.num_columns)
+        return codec.to_bytes(), codec.encode(tokens, levels, offsets), len(levels.ids), len(levels.draw_ids)
+
+    def _write_arrow(self, file: Any, signals: list[bytes]) -> None:
+        columns = schema(self.manifest.num_columns)
+        with pa.ipc.new_file(file, columns) as writer:
+            for start in range(0, len(self._rows), ROWS_AT_ONCE):
+                rows = self._rows[start : start + ROWS_AT_ONCE]
+                blobs = signals[start : start + ROWS_AT_ONCE]
+                writer.write_batch(
+                    pa.record_batch(
+                        [
+                            pa.array([document for document, _, _ in rows], pa.int64()),
+                            _lists([tokens for _, tokens, _ in rows], columns.field("tokens").type),
+                            _lists([keep for _, _, keep in rows], columns.field("keep").type),
+                            pa.array(blobs, pa.large_binary()),
+                            pa.array(
+                                [row_crc32(*row, blob) for row, blob in zip(rows, blobs, strict=True)], pa.uint32()
+                            ),
+                        ],
+                        schema=columns,
+                    )
+                )
+
+    def _write(self, manifest: Manifest) -> None:
+        write_json(self.path / MANIFEST, values_of(manifest))
+        _sync_folder(self.path)
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def __enter__(self) -> "StoreWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _lists(arrays: list[np.ndarray], kind: pa.DataType) -> pa.Array:
+    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
+    values = pa.array(np.concatenate(arrays), kind.value_type)
+    return pa.ListArray.from_arrays(pa.array(offsets), values, type=kind)
+
+
+def _write_synced(path: Path, write: Callable[[Any], object]) -> None:
+    """Writes a file under a temporary name, syncs it and renames it."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

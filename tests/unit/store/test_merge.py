@@ -1,0 +1,200 @@
+"""Merge: the parts of a capture, and stores of different data, become one store."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stillroom.errors import ConfigError, DataError, MismatchError, MissingError, StillroomError, StorageError
+from stillroom.store.check import check
+from stillroom.store.format import Source
+from stillroom.store.merge import merge
+from stillroom.store.reader import Store
+
+from .stores import EVERY, equal, files, signal_of
+from .whole import make_store
+
+
+@pytest.fixture
+def make(tmp_path, tiny_tokenizer):
+    return lambda name, kind="head_and_sample", **settings: make_store(
+        tmp_path / name, tiny_tokenizer, kind, **settings
+    )
+
+
+def source(name: str) -> Source:
+    return Source(name=name, fingerprint=f"print of {name}")
+
+
+def says_the_same(merged: Store, stores: list[Store], order: list[tuple[int, int]], numbers: list[int] | None = None):
+    """Whether the merged store's documents are these (store, row) in this order."""
+    assert len(merged) == len(order)
+    for i, (number, row) in enumerate(order):
+        store = stores[number]
+        assert np.array_equal(merged.tokens(i), store.tokens(row))
+        assert np.array_equal(merged.keep(i), store.keep(row))
+        assert equal(signal_of(merged, i), signal_of(store, row))
+        assert merged.document(i) == (store.document(row) if numbers is None else numbers[i])
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_parts_in_any_order_become_one_store_whose_shards_are_copied(kind, make, tmp_path):
+    paths = [make(f"p{i}", kind, said=i, first=100 * i, part=(i, 3)) for i in range(3)]
+    merged = merge([paths[2], paths[0], paths[1]], tmp_path / "out")
+    stores = [Store(path) for path in paths]
+    assert merged.part == (0, 1)
+    assert merged.data == stores[0].manifest.data
+    assert merged.complete
+    says_the_same(Store(tmp_path / "out"), stores, [(i, row) for i in range(3) for row in range(8)])
+    copied = files_of_shards(tmp_path / "out")
+    assert copied == [data for path in paths for data in files_of_shards(path)]
+    assert check(tmp_path / "out").problems == []
+
+
+def files_of_shards(path: Path) -> list[bytes]:
+    return [file.read_bytes() for file in sorted(path.iterdir()) if file.suffix in (".arrow", ".tables")]
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_parts_that_alternate_are_put_in_the_order_of_the_data(kind, make, tmp_path):
+    paths = [make(f"p{i}", kind, said=i, first=i, part=(i, 2)) for i in range(2)]
+    stores = [Store(path) for path in paths]
+    merged = merge(paths, tmp_path / "out")
+    says_the_same(Store(tmp_path / "out"), stores, [(i, row) for row in range(8) for i in range(2)])
+    assert merged.codec_error_nats == pytest.approx(np.mean([s.manifest.codec_error_nats for s in stores]))
+    assert check(tmp_path / "out").problems == []
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_other_data_is_put_behind_and_numbered_anew(kind, make, tmp_path):
+    paths = [make(f"s{i}", kind, said=i, data=source(f"data{i}"), length=64 + i) for i in range(2)]
+    stores = [Store(path) for path in paths]
+    merged = merge(paths, tmp_path / "out")
+    first = [stores[0].document(row) for row in range(8)]
+    numbers = first + [max(first) + 1 + stores[1].document(row) for row in range(8)]
+    says_the_same(Store(tmp_path / "out"), stores, [(i, row) for i in range(2) for row in range(8)], numbers)
+    assert merged.data.name == "data0 + data1"
+    assert merged.data.fingerprint not in [s.manifest.data.fingerprint for s in stores]
+    assert merged.length == 65
+    assert merged.entries == sum(s.manifest.entries for s in stores)
+    assert check(tmp_path / "out").problems == []
+
+
+def test_the_fingerprint_of_merged_data_tells_their_order(make, tmp_path):
+    paths = [make(f"s{i}", said=i, data=source(f"data{i}")) for i in range(2)]
+    one, other = merge(paths, tmp_path / "one"), merge(paths[::-1], tmp_path / "other")
+    assert one.data.fingerprint != other.data.fingerprint
+
+
+def test_an_empty_part(make, tmp_path):
+    paths = [make("p0", part=(0, 2)), make("p1", lengths=(), part=(1, 2))]
+    assert merge(paths, tmp_path / "out").documents == 8
+    assert check(tmp_path / "out").problems == []
+
+
+DIFFERENT = {
+    "teacher": {"teacher": source("another")},
+    "engine": {"engine": "vllm"},
+    "tokenizer": {"tokenizer": source("another")},
+    "template": {"template": "ab"},
+    "num_columns": {"num_columns": 305},
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_stores_that_do_not_fit_are_refused(name, make, tmp_path):
+    paths = [make("a"), make("b", data=source("b"), **DIFFERENT[name])]
+    refused(paths, tmp_path, MismatchError, f"the stores differ in their {name}")
+
+
+def test_other_signals_are_refused(make, tmp_path):
+    paths = [make("a"), make("b", "top_k", data=source("b"))]
+    refused(paths, tmp_path, MismatchError, "the stores differ in their signal")
+
+
+@pytest.mark.parametrize("name", ["data", "length", "seed"])
+def test_parts_of_different_captures_are_refused(name, make, tmp_path):
+    other = {"data": source("other"), "length": 65, "seed": 6}[name]
+    paths = [make("a", part=(0, 2)), make("b", part=(1, 2), **{name: other})]
+    refused(paths, tmp_path, MismatchError, f"the stores differ in their {name}")
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [(0, 3), (1, 3)],
+        [(0, 2), (0, 2)],
+        [(0, 1), (1, 2)],
+        [(0, 2), (1, 3)],
+        [(1, 2), (2, 2)],
+        [(0, 2**50), (1, 2**50)],
+    ],
+    ids=str,
+)
+def test_parts_that_are_not_all_there_once_are_refused(parts, make, tmp_path):
+    paths = [make(f"p{i}", part=part) for i, part in enumerate(parts)]
+    refused(paths, tmp_path, MismatchError, "not all parts of one capture")
+
+
+def test_the_same_data_twice_is_refused(make, tmp_path):
+    refused([make("a"), make("b")], tmp_path, MismatchError, "same data and seed")
+    path = make("c")
+    refused([path, path], tmp_path, ConfigError, "no two different stores")
+    refused([path], tmp_path, ConfigError, "no two different stores")
+    refused([], tmp_path, ConfigError, "no two different stores")
+
+
+def test_an_incomplete_store_is_refused(make, tmp_path):
+    refused([make("a"), make("b", complete=False)], tmp_path, DataError, "is not complete")
+
+
+def test_a_store_that_is_not_there_is_refused(make, tmp_path):
+    refused([make("a"), tmp_path / "nowhere"], tmp_path, MissingError, "is not a store")
+
+
+def test_stores_without_a_tokenizer_are_refused(make, tmp_path):
+    paths = [make(f"s{i}", data=source(f"{i}")) for i in range(2)]
+    shutil.rmtree(paths[0] / "tokenizer")
+    merge(paths, tmp_path / "one-is-enough")
+    shutil.rmtree(paths[1] / "tokenizer")
+    refused(paths, tmp_path, MissingError, "none of the stores has its tokenizer")
+
+
+@pytest.mark.parametrize("name", ["00001.arrow", "00001.tables"])
+@pytest.mark.parametrize("settings", [{"part": (1, 2), "first": 100}, {"data": source("b")}], ids=["parts", "data"])
+def test_a_damaged_store_is_found_and_nothing_is_left(name, settings, make, tmp_path):
+    first = {"part": (0, 2)} if "part" in settings else {}
+    paths = [make("a", **first), make("b", said=1, **settings)]
+    data = bytearray((paths[1] / name).read_bytes())
+    data[len(data) // 2] ^= 4
+    (paths[1] / name).write_bytes(data)
+    refused(paths, tmp_path, DataError, "is damaged")
+
+
+def test_out_that_exists(make, tmp_path):
+    paths = [make(f"s{i}", data=source(f"{i}")) for i in range(2)]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("")
+    for overwrite in (False, True):
+        with pytest.raises(StorageError):
+            merge(paths, tmp_path / "out", overwrite=overwrite)
+    assert (tmp_path / "out" / "mine").exists()
+    old = make("old")
+    before = files(old / "tokenizer")
+    with pytest.raises(StorageError, match="exists"):
+        merge(paths, old)
+    assert files(old / "tokenizer") == before
+    assert merge(paths, old, overwrite=True).documents == 16
+    assert check(old).problems == []
+    for out in (paths[0], paths[0] / "x", tmp_path):
+        with pytest.raises(ConfigError, match="`out` lies in"):
+            merge(paths, out, overwrite=True)
+
+
+def refused(paths: list[Path], tmp_path: Path, kind: type[StillroomError], what: str) -> None:
+    """Fails unless a merge is refused and leaves nothing behind."""
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(kind, match=what):
+        merge(paths, tmp_path / "refused")
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
