@@ -5,7 +5,7 @@ tokens of TinyStories; measured on the held-out stories. All arms see the same t
 store is captured once, with the default signal; it is measured on a held-out store that has the labels and the top 50,
 so its KL is that of the top 50 and the bucket, which is a little lower than the whole.
 
-    python benchmarks/quality.py [--seeds 3] [--steps 1100] [--out runs/quality]
+    python benchmarks/quality.py [--seeds 3] [--steps 1100] [--documents N] [--out runs/quality]
 """
 
 import argparse
@@ -29,6 +29,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument(
+        "--documents", type=int, help="train on the first so many stories only; measure on a sixth of that"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
     options = parser.parse_args()
     runs = {arm: [train(arm, seed, options) for seed in range(options.seeds)] for arm in ARMS}
@@ -83,16 +86,22 @@ def train(arm: str, seed: int, options: argparse.Namespace) -> dict:
     out = options.out / f"{arm.replace(' ', '-')}-{seed}"
     data = data_folder()
     recipe = Path(__file__).parents[1] / "recipes" / "tinystories-3m-to-1m.yaml"
+    some, some_held_out = [], []
+    if options.documents is not None:
+        some, some_held_out = [f"data.max_documents={n}" for n in (options.documents, options.documents // 6)]
     words = ["distill", str(recipe), "--resume", f"out={out}", f"seed={seed}", f"steps={options.steps}",
              f"objectives={ARMS[arm]}"]  # fmt: skip
     if "store" in arm:
-        store = capture(options.out / "captured", "tinystories_train.jsonl")
-        held_out = capture(options.out / "held-out", "tinystories_valid.jsonl", "signal={kind: top_k, label: true}")
+        store = capture(options.out / "captured", "tinystories_train.jsonl", *some)
+        held_out = capture(
+            options.out / "held-out", "tinystories_valid.jsonl", *some_held_out, "signal={kind: top_k, label: true}"
+        )
         words += [f"teacher={{kind: store, path: {store}}}", "data={format: store}", f"held_out.path={held_out}",
                   f"student.init.like={data}/models/stories3M"]  # fmt: skip
     else:
         words += [f"teacher.model={data}/models/stories3M", f"data.path={data}/text/tinystories_train.jsonl",
-                  f"held_out.path={data}/text/tinystories_valid.jsonl"]  # fmt: skip
+                  f"held_out.path={data}/text/tinystories_valid.jsonl", *some,
+                  *(word.replace("data.", "held_out.") for word in some_held_out)]  # fmt: skip
     code = stillroom(words)
     if code:
         raise SystemExit(code)
