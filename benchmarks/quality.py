@@ -88,7 +88,7 @@ def train(arm: str, seed: int, options: argparse.Namespace) -> dict:
     recipe = Path(__file__).parents[1] / "recipes" / "tinystories-3m-to-1m.yaml"
     some, some_held_out = [], []
     if options.documents is not None:
-        some, some_held_out = [f"data.max_documents={n}" for n in (options.documents, options.documents // 6)]
+        some, some_held_out = ([f"data.max_documents={n}"] for n in (options.documents, options.documents // 6))
     words = ["distill", str(recipe), "--resume", f"out={out}", f"seed={seed}", f"steps={options.steps}",
              f"objectives={ARMS[arm]}"]  # fmt: skip
     if "store" in arm:
