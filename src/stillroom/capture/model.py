@@ -167,6 +167,7 @@ class ModelTeacher:
                 max_new_tokens=generate.max_tokens,
                 num_return_sequences=generate.answers,
                 pad_token_id=self.pad_token,
+                suppress_tokens=list(range(self.columns, models.head(self.model).num_columns)) or None,
                 **sampling,
             )
         ends = self.model.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]

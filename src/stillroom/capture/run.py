@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,12 +77,16 @@ def run(
         store = folder.path / "store"
         with StoreWriter(store, manifest, shard_positions=config.shard_positions) as writer:
             plan.tokenizer.save_pretrained(store / TOKENIZER)
+            start, before = time.monotonic(), folder.record.get("time_s", 0.0)
             try:
                 _capture(plan, documents, teacher, writer, report)
             except BaseException as error:
-                folder.update(status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+                status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+                with suppress(OSError):  # what went wrong is told by the error that is under way
+                    folder.update(status=status, time_s=round(before + time.monotonic() - start, 3))
                 raise
-            folder.update(status="done", **_results(writer.manifest, teacher))
+            results = _results(writer.manifest, teacher)
+            folder.update(status="done", time_s=round(before + time.monotonic() - start, 3), **results)
         return folder.record
 
 

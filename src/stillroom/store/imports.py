@@ -289,15 +289,14 @@ def _invalid(
 ) -> np.ndarray:
     """Which positions say what no distribution can, bool [p].
 
-    What is left out lies on tokens no likelier than those that are kept, but for one that may be there because it is
-    the text's own: so it is at most ``num_columns`` times as much as the least but one of them (or twice that, for
-    rounding).
+    What is left out lies on tokens no likelier than the entries, so it is at most ``num_columns`` times as much as the
+    middle one of them (the lowest may be an ill fit, or the text's own token; and twice that is let pass).
     """
     with np.errstate(invalid="ignore", over="ignore"):
         mass = np.exp(log_probs).sum(1)
         rising = np.diff(log_probs[:, :num_ordered], axis=1) > 1e-6
         wrong = ~(mass <= 1 + tolerance) | ~(mass > 0) | rising.any(1)
-        wrong |= 1 - mass - tolerance > 2 * num_columns * np.exp(_least_but_one(log_probs))
+        wrong |= 1 - mass - tolerance > 2 * num_columns * np.exp(_middle(log_probs))
         for name, values in further.items():
             low, high = (0.0, np.inf) if name == "entropy" else (-np.inf, 1e-6)
             wrong |= ~((values >= low - 1e-6) & (values <= high))
@@ -308,12 +307,11 @@ def _invalid(
     return wrong
 
 
-def _least_but_one(log_probs: np.ndarray) -> np.ndarray:
-    """The second lowest of each position's log-probabilities, or the only one."""
-    if log_probs.shape[1] == 1:
-        return log_probs[:, 0]
-    lowest = np.partition(np.where(np.isneginf(log_probs), np.inf, log_probs), 1, axis=1)[:, :2]
-    return np.where(np.isposinf(lowest[:, 1]), lowest[:, 0], lowest[:, 1])
+def _middle(log_probs: np.ndarray) -> np.ndarray:
+    """The middle one of each position's log-probabilities by size, of two the larger; −inf where there are none."""
+    falling = -np.sort(-log_probs, axis=1)
+    middle = np.maximum(np.isfinite(log_probs).sum(1) - 1, 0) // 2
+    return np.take_along_axis(falling, middle[:, None], 1)[:, 0]
 
 
 def _refused(row: Row, places: np.ndarray, log_probs: np.ndarray, wrong: np.ndarray, tolerance: float) -> DataError:

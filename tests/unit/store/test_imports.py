@@ -348,7 +348,7 @@ def with_value(rows: list[dict[str, Any]], name: str, position: int, entry: int,
         ("log_probs", 9, -0.001),
         ("log_probs", 0, -90.0),
         ("log_probs", 0, float("-inf")),
-        ("log_probs", slice(7, 10), [-50.0, -51.0, -52.0]),
+        ("log_probs", slice(2, 10), [-50.0] * 8),
     ],
 )
 @pytest.mark.parametrize("layout", [plain, packed])
