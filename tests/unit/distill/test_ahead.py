@@ -1,0 +1,91 @@
+"""ReadAhead: the stream's own batches, in its order, with a state that is of the steps given."""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import build_documents, build_stream
+from stillroom.batch import Batch
+from stillroom.distill.ahead import STEPS_AHEAD, ReadAhead
+from stillroom.errors import DataError
+from stillroom.signals import Logits
+
+LENGTHS = [6, 33, 12, 7, 29, 31, 18, 33, 5, 24, 9, 33, 16, 28, 33, 11]
+
+
+class Reader:
+    """A teacher whose signals tell which batch they are of."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.read_so_far, self.fails_at = 0, fails_at
+
+    def read(self, batch: Batch) -> Logits:
+        self.read_so_far += 1
+        if self.read_so_far == self.fails_at:
+            raise DataError("a row is damaged", why="It is a test.", fix="Nothing.")
+        return Logits(batch.next_tokens.flatten()[batch.kept].unsqueeze(-1).float())
+
+    def signal(self, batch: Batch, read: Any) -> Any:  # noqa: ARG002
+        return read
+
+
+def stream(**settings: Any):
+    return build_stream(build_documents(LENGTHS), **{"tokens": 96, "epochs": 2, **settings})
+
+
+def test_it_gives_the_streams_batches_with_their_signals():
+    given, wanted = list(ReadAhead(stream(), Reader())), list(stream())
+    assert len(given) == len(wanted) > 3
+    for micros, batches in zip(given, wanted, strict=True):
+        for (batch, read), other in zip(micros, batches, strict=True):
+            assert torch.equal(batch.tokens, other.tokens)
+            assert read is not None
+            assert torch.equal(read.logits[:, 0].long(), other.next_tokens.flatten()[other.kept])
+
+
+def test_without_a_teacher_there_is_no_signal():
+    assert all(read is None for micros in ReadAhead(stream(), None) for _, read in micros)
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_its_state_is_that_of_the_steps_given(after):
+    ahead, plain = ReadAhead(stream(), Reader()), stream()
+    for _ in range(after):
+        next(ahead), next(plain)
+    assert ahead.state() == plain.state()
+    other = ReadAhead(stream(), Reader())
+    next(other)
+    other.restore(ahead.state())
+    assert torch.equal(next(other)[0][0].tokens, next(plain)[0].tokens)
+    ahead.close()
+    other.close()
+
+
+def test_what_goes_wrong_ahead_is_raised_at_its_turn_and_again():
+    counts = [len(step) for step in stream()]
+    ahead = ReadAhead(stream(), Reader(fails_at=counts[0] + 1))
+    next(ahead)
+    for _ in range(2):
+        with pytest.raises(DataError, match="a row is damaged"):
+            next(ahead)
+
+
+def test_it_ends_and_ends_again():
+    ahead = ReadAhead(stream(), Reader())
+    assert len(list(ahead)) == stream().num_steps()
+    with pytest.raises(StopIteration):
+        next(ahead)
+
+
+def test_it_reads_only_a_few_steps_ahead_and_closing_ends_its_thread():
+    reader = Reader()
+    ahead = ReadAhead(stream(epochs=None), reader)
+    next(ahead)
+    worker = ahead._worker
+    assert worker is not None
+    ahead.close()
+    assert not worker.thread.is_alive()
+    assert reader.read_so_far <= sum(len(next(s)) for s in [stream(epochs=None)] for _ in range(STEPS_AHEAD + 2))
+    assert not [t for t in threading.enumerate() if t is worker.thread]
