@@ -18,7 +18,7 @@ def prompts(documents: Sequence[Document], generate: Generate, length: int) -> l
     found = []
     for document in documents:
         if generate.prompt_tokens is not None:
-            size = min(generate.prompt_tokens, len(document.tokens))
+            size = min(generate.prompt_tokens, len(document.tokens) - 1)
         else:
             edges = np.flatnonzero(np.diff(document.learn.astype(np.int8)) == 1)
             size = int(edges[-1]) + 1 if len(edges) else 0

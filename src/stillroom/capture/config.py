@@ -131,6 +131,8 @@ class CaptureConfig(Config):
     @model_validator(mode="after")
     def _fits_together(self) -> "CaptureConfig":
         engine, signal = self.teacher.engine, self.signal
+        if getattr(self.data, "template", "auto") == "student":
+            raise ValueError("data.template=student: a capture has no student; the teacher's template is taken")
         if self.generate is not None:
             if self.generate.answers > 1 and not self.generate.temperature:
                 raise ValueError(

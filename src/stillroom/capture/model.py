@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from stillroom import models, selection
 from stillroom.batch import Batch
@@ -152,25 +152,27 @@ class ModelTeacher:
         mask = np.zeros((len(prompts), width), np.int64)
         for row, (_, tokens) in enumerate(prompts):
             ids[row, width - len(tokens) :], mask[row, width - len(tokens) :] = tokens, 1
-        sampling = (
-            {"do_sample": True, "temperature": generate.temperature, "top_p": generate.top_p, "top_k": 0}
-            if generate.temperature
-            else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        ends = self.model.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]
+        sampling: dict[str, Any] = {"do_sample": False}
+        if generate.temperature:
+            sampling = {"do_sample": True, "temperature": generate.temperature, "top_p": generate.top_p, "top_k": 0}
+        settings = GenerationConfig(
+            max_new_tokens=generate.max_tokens,
+            num_return_sequences=generate.answers,
+            pad_token_id=self.pad_token,
+            eos_token_id=ends,
+            suppress_tokens=list(range(self.columns, models.head(self.model).num_columns)) or None,
+            **sampling,
         )
         device = torch.device(self.engine.device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(_seed(self.seed, "answers", prompts[0][0]))
             write: Any = self.model.generate
-            written = write(
-                torch.from_numpy(ids).to(device),
-                attention_mask=torch.from_numpy(mask).to(device),
-                max_new_tokens=generate.max_tokens,
-                num_return_sequences=generate.answers,
-                pad_token_id=self.pad_token,
-                suppress_tokens=list(range(self.columns, models.head(self.model).num_columns)) or None,
-                **sampling,
-            )
-        ends = self.model.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]
+            own, self.model.generation_config = self.model.generation_config, settings  # its own habits do not count
+            try:
+                written = write(torch.from_numpy(ids).to(device), attention_mask=torch.from_numpy(mask).to(device))
+            finally:
+                self.model.generation_config = own
         ends = ends if isinstance(ends, list) else [ends]
         rows = [_until(row, ends) for row in written[:, width:].cpu().numpy().astype(np.int32)]
         return [rows[i : i + generate.answers] for i in range(0, len(rows), generate.answers)]

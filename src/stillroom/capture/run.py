@@ -55,7 +55,8 @@ def run(
     plan = make_plan(config)
     config = plan.config
     settings = config.model_dump(mode="json")
-    folder = RunFolder(config.out, settings, resume=resume, overwrite=overwrite, free=FREE_TO_CHANGE)
+    free = [name for name in FREE_TO_CHANGE if config.generate is None or name != "teacher.engine.batch_tokens"]
+    folder = RunFolder(config.out, settings, resume=resume, overwrite=overwrite, free=free)
     with folder:
         if folder.done:
             report("note", {"text": f"the capture in {folder.path} is done already"})
@@ -178,10 +179,12 @@ def _capture(
     ):
         pending: deque[Future[None]] = deque()
         for window in windows(documents, first_window, stop):
-            wanted = _written(window, teacher, config.generate, config.data.length)[skip:]
-            skip = 0
+            wanted = _written(window, teacher, config.generate, config.data.length)
+            if not isinstance(teacher, ModelTeacher):  # which would say something else in another batch
+                wanted, skip = wanted[skip:], 0
             with _enough_memory(config):
-                said = teacher.say(wanted)
+                said = teacher.say(wanted)[skip:]
+            wanted, skip = wanted[skip:], 0
             pending.append(later.submit(_put_away, writer, wanted, said))
             done, tokens = done + len(wanted), tokens + sum(len(document.tokens) for document in wanted)
             while len(pending) > 2 or (pending and pending[0].done()):

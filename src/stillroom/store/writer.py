@@ -76,6 +76,7 @@ class StoreWriter:
         self._rows: list[tuple[int, np.ndarray, np.ndarray]] = []
         self._signals: list[Levels | np.ndarray] = []
         self._positions, self._error = 0, 0.0
+        self._broken: BaseException | None = None
 
     def _take_up(self, manifest: Manifest) -> Manifest:
         """The manifest that is there, or else this one; and nothing besides what it lists."""
@@ -116,13 +117,19 @@ class StoreWriter:
             signal: of the kept positions: levels, or for a full store the logits, float32 [kept, columns].
             error_nats: what quantising cost, summed over them.
         """
+        if self._broken is not None:  # what follows a shard that is not there would leave a gap
+            raise self._broken
         assert len(signal) == int(keep.sum()), f"{len(signal)} signals for {int(keep.sum())} kept positions"
         self._rows.append((document, tokens, keep))
         self._signals.append(signal)
         self._positions += len(signal)
         self._error += error_nats
         if self._positions >= self.shard_positions:
-            self.flush()
+            try:
+                self.flush()
+            except BaseException as error:
+                self._broken = error
+                raise
 
     def finish(self) -> Manifest:
         """Writes what is left, and says that the store is complete."""
