@@ -35,6 +35,8 @@ FREE_TO_CHANGE = (
     "teacher.engine.url", "teacher.engine.key_variable",
 )  # fmt: skip
 """Settings that change nothing of what the teacher says, but for rounding, so a resumed capture may have others."""
+DECIDES_ANSWERS = ("teacher.engine.batch_tokens", "teacher.engine.device")
+"""Of these, what decides which random numbers an answer takes."""
 
 
 def run(
@@ -55,7 +57,7 @@ def run(
     plan = make_plan(config)
     config = plan.config
     settings = config.model_dump(mode="json")
-    free = [name for name in FREE_TO_CHANGE if config.generate is None or name != "teacher.engine.batch_tokens"]
+    free = [name for name in FREE_TO_CHANGE if config.generate is None or name not in DECIDES_ANSWERS]
     folder = RunFolder(config.out, settings, resume=resume, overwrite=overwrite, free=free)
     with folder:
         if folder.done:

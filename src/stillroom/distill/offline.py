@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from stillroom.distill.config import DistillConfig
-from stillroom.errors import ConfigError, MismatchError
+from stillroom.errors import ConfigError, DataError, MismatchError
 from stillroom.losses import check_sparse
 from stillroom.store.config import SAMPLED, Full, known_temperatures
 from stillroom.store.reader import Store
@@ -23,6 +23,13 @@ def open_store(path: str, config: DistillConfig) -> Store:
         ConfigError: its documents are longer than data.length.
     """
     store = Store(path)
+    if not len(store):
+        raise DataError(
+            f"the store {path} is empty",
+            {"documents": 0, "needed": "at least 1"},
+            why="There is nothing to learn from or to measure on.",
+            fix="Capture more text, or fewer parts.",
+        )
     signal = store.signal_config
     if not isinstance(signal, Full):
         for objective in config.objectives:
@@ -41,24 +48,36 @@ def open_store(path: str, config: DistillConfig) -> Store:
             why="A document's signals belong to the whole of it; cut, they would speak of what the student cannot see.",
             fix=f"Set data.length=auto, or to at least {longest}.",
         )
+    row = store.manifest.length if length == "auto" else length
+    for name, tokens in (("tokens", config.batch.tokens), ("micro_tokens", config.batch.micro_tokens)):
+        if isinstance(tokens, int) and tokens < row:
+            raise ConfigError(
+                f"batch.{name} is less than a row",
+                {f"batch.{name}": tokens, f"a row of {path}": row},
+                why="A row goes through the student whole.",
+                fix=f"Set batch.{name} to at least {row}.",
+            )
     return store
 
 
 def check_held_out(store: Store, held_out: Store) -> None:
     """Raises MismatchError where a held-out store is of another teacher or vocabulary, or holds the training data."""
     ours, theirs = store.manifest, held_out.manifest
-    for name in ("tokenizer", "num_columns"):
-        if getattr(ours, name) != getattr(theirs, name):
+    for name in ("teacher", "tokenizer", "num_columns"):
+        one, other = (getattr(getattr(m, name), "fingerprint", getattr(m, name)) for m in (ours, theirs))
+        if one != other:
             raise MismatchError(
                 f"the held-out store has another {name.replace('_', ' ')}",
-                {"teacher.path": getattr(ours, name), "held_out.path": getattr(theirs, name)},
-                why="The same column would mean another token.",
+                {"teacher.path": one, "held_out.path": other},
+                why="The student would be measured against something else than it learns from.",
                 fix="Capture the held-out text with the same teacher.",
             )
-    if ours.data.fingerprint == theirs.data.fingerprint and ours.part == theirs.part:
+    (i, of), (j, others) = ours.part, theirs.part
+    shared = i * others < (j + 1) * of and j * of < (i + 1) * others  # [i, i + 1) / of meets [j, j + 1) / others
+    if ours.data.fingerprint == theirs.data.fingerprint and shared:
         raise MismatchError(
             "the held-out store holds the data that are trained on",
-            {"teacher.path": ours.data.fingerprint[:16], "held_out.path": theirs.data.fingerprint[:16]},
+            {"teacher.path": f"part {i} of {of}", "held_out.path": f"part {j} of {others} of the same data"},
             why="What is measured must not be trained on.",
             fix="Capture other text for held_out.",
         )

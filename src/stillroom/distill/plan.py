@@ -175,7 +175,7 @@ def _stores(config: DistillConfig) -> tuple[Store | None, Store | None, DistillC
     values: dict[str, Any] = {"data.length": length}
     if config.batch.micro_tokens == "auto":
         values["batch.micro_tokens"] = min(config.batch.tokens, max(length, 16384))
-    config = replace(config, values)  # which checks the length against the batch
+    config = replace(config, values)
     held_out = None
     if config.held_out is not None:
         held_out = open_store(config.held_out.path, config)

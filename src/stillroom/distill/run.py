@@ -61,7 +61,9 @@ def run(
         if folder.done:
             report("note", {"text": f"the run in {folder.path} is done already"})
             return folder.record
-        data: Documents | Store = plan.store or _prepare(config.data, plan, report)
+        data: Documents | Store | None = plan.store
+        if data is None:
+            data = _prepare(config.data, plan, report)
         held_out: Documents | Store | None = plan.held_out_store
         if plan.held_out is not None and held_out is None:
             held_out = _prepare(plan.held_out, plan, report)

@@ -1,6 +1,7 @@
 """Whole captures: what the store says, and that an interrupted one ends as if it had never been."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from stillroom.capture.config import CaptureConfig
 from stillroom.capture.model import ModelTeacher
 from stillroom.capture.run import run
 from stillroom.config import load
-from stillroom.errors import ConfigError, DataError, Interrupted, StorageError
+from stillroom.errors import ConfigError, DataError, Interrupted, MismatchError, StillroomError, StorageError
 from stillroom.store.quantise import to_sparse
 from stillroom.store.reader import Store
+from stillroom.store.writer import StoreWriter
 
 Capture = Callable[..., dict[str, Any]]
 KINDS = (
@@ -197,3 +199,290 @@ def test_the_teacher_answers_and_says_what_it_thinks_of_its_answers(capture, tmp
     for i in range(len(store)):
         kept = store.tokens(i)[1:][store.keep(i)[:-1]]
         assert to_sparse(store.levels([i]), store.signal_config).ids[:, 0].tolist() == kept.tolist()
+
+
+# --- what goes wrong, and going on -----------------------------------------------------------------------------------
+
+SMALL = "shard_positions=150"
+
+
+def saved(tmp_path: Path, name: str) -> dict[str, bytes]:
+    """Every file of a store but its lock."""
+    return {p.name: p.read_bytes() for p in (tmp_path / name / "store").glob("*.*") if p.name != ".lock"}
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_a_shard_that_could_not_be_written_leaves_no_gap(capture, tmp_path, monkeypatch, at):
+    """The disk is full for a moment only, so what comes after the shard that failed could be written."""
+    capture("whole", SMALL)
+    flush, calls = StoreWriter.flush, []
+
+    def fail(self: StoreWriter) -> None:
+        calls.append(1)
+        if len(calls) == at:
+            raise StorageError("the disk is full", why="It is a test.", fix="Nothing.")
+        flush(self)
+
+    monkeypatch.setattr(StoreWriter, "flush", fail)
+    with pytest.raises(StorageError, match="the disk is full"):
+        capture("a", SMALL)
+    monkeypatch.setattr(StoreWriter, "flush", flush)
+    there = Store(tmp_path / "a" / "store", partial=True)
+    assert [there.document(i) for i in range(len(there))] == list(range(len(there)))
+    capture("a", SMALL, resume=True)
+    assert contents(tmp_path / "a" / "store") == contents(tmp_path / "whole" / "store")
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_a_full_capture_that_failed_ends_with_the_same_bytes(capture, tmp_path, monkeypatch, last):
+    capture("whole", "signal={kind: full}", SMALL)
+    say, calls = ModelTeacher.say, []
+
+    def fail(self: ModelTeacher, documents: Any) -> Any:
+        calls.append(1)
+        if len(calls) == last + 1:
+            raise OSError("the power is out")
+        return say(self, documents)
+
+    monkeypatch.setattr(ModelTeacher, "say", fail)
+    with pytest.raises(OSError, match="the power is out"):
+        capture("a", "signal={kind: full}", SMALL)
+    monkeypatch.setattr(ModelTeacher, "say", say)
+    capture("a", "signal={kind: full}", SMALL, resume=True)
+    whole = saved(tmp_path, "whole")
+    assert len(whole) > 5
+    assert saved(tmp_path, "a") == whole
+
+
+def test_the_same_settings_make_the_same_bytes(capture, tmp_path):
+    for name in ("a", "b"):
+        capture(name, KINDS[3], SMALL)
+    assert saved(tmp_path, "a") == saved(tmp_path, "b")
+
+
+def test_a_capture_killed_after_its_last_shard_goes_on_to_the_end(capture, tmp_path, monkeypatch):
+    record = capture("whole", SMALL)
+    results = module._results
+
+    def kill(*_: Any) -> Any:
+        raise SystemExit
+
+    monkeypatch.setattr(module, "_results", kill)
+    with pytest.raises(SystemExit):
+        capture("a", SMALL)
+    monkeypatch.setattr(module, "_results", results)
+    before = saved(tmp_path, "a")
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["status"] != "done"
+    assert capture("a", SMALL, resume=True)["store"] == record["store"]
+    assert saved(tmp_path, "a") == before
+
+
+def test_data_that_changed_meanwhile_are_refused(capture, text_files, tmp_path, monkeypatch):
+    path = Path(shutil.copy(text_files / "train.jsonl", tmp_path / "data.jsonl"))
+    say, calls = ModelTeacher.say, []
+
+    def fail(self: ModelTeacher, documents: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError("the power is out")
+        return say(self, documents)
+
+    monkeypatch.setattr(ModelTeacher, "say", fail)
+    with pytest.raises(OSError, match="the power is out"):
+        capture("a", f"data.path={path}", "shard_positions=50")
+    path.write_text(path.read_text().replace("teacher", "preacher"))
+    before = saved(tmp_path, "a")
+    with pytest.raises(MismatchError, match="has another data"):
+        capture("a", f"data.path={path}", "shard_positions=50", resume=True)
+    assert saved(tmp_path, "a") == before
+
+
+def test_weights_that_changed_meanwhile_are_refused(capture, saved_model, tmp_path, monkeypatch):
+    model = Path(shutil.copytree(saved_model("llama", seed=2), tmp_path / "model"))
+    say, calls = ModelTeacher.say, []
+
+    def fail(self: ModelTeacher, documents: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError("the power is out")
+        return say(self, documents)
+
+    monkeypatch.setattr(ModelTeacher, "say", fail)
+    with pytest.raises(OSError, match="the power is out"):
+        capture("a", f"teacher.model={model}", "shard_positions=50")
+    shutil.copy(saved_model("llama", seed=5) / "model.safetensors", model / "model.safetensors")
+    with pytest.raises(MismatchError, match="has another teacher"):
+        capture("a", f"teacher.model={model}", "shard_positions=50", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("setting", "key"),
+    [
+        ("seed=1", "seed"),
+        ("data.length=30", "data.length"),
+        ("signal={kind: top_k, k: 6}", "signal.k"),
+        ("part={index: 0, of: 2}", "part"),
+        ("teacher.columns=302", "teacher.columns"),
+        ("teacher.engine={kind: transformers, dtype: bfloat16}", "teacher.engine.dtype"),
+        ("generate={max_tokens: 4, prompt_tokens: 3}", "generate"),
+    ],
+)
+def test_a_capture_is_not_gone_on_with_by_other_settings(capture, monkeypatch, setting, key):
+    def fail(*_: Any) -> Any:
+        raise OSError("the power is out")
+
+    monkeypatch.setattr(ModelTeacher, "say", fail)
+    with pytest.raises(OSError, match="the power is out"):
+        capture("a", "signal={kind: top_k, k: 5}")
+    with pytest.raises(ConfigError, match="other settings") as raised:
+        capture("a", "signal={kind: top_k, k: 5}", setting, resume=True)
+    assert any(found.startswith(key) for found in raised.value.values)
+
+
+@pytest.mark.parametrize("setting", ["teacher.engine={kind: transformers, batch_tokens: 64, logits_bytes: 5000}",
+                                     "shard_positions=70"])  # fmt: skip
+def test_a_setting_that_may_change_changes_nothing_of_what_is_said(capture, tmp_path, monkeypatch, setting):
+    capture("whole", SMALL)
+    say, calls = ModelTeacher.say, []
+
+    def fail(self: ModelTeacher, documents: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError("the power is out")
+        return say(self, documents)
+
+    monkeypatch.setattr(ModelTeacher, "say", fail)
+    with pytest.raises(OSError, match="the power is out"):
+        capture("a", SMALL)
+    monkeypatch.setattr(ModelTeacher, "say", say)
+    capture("a", SMALL, setting, resume=True)
+    one, other = (contents(tmp_path / name / "store") for name in ("a", "whole"))
+    assert [document[:3] for document in one] == [document[:3] for document in other]
+    assert sum(a != b for a, b in zip(one, other, strict=True)) <= 2  # which are rounded otherwise
+
+
+def test_answers_are_not_gone_on_with_in_other_batches(capture, monkeypatch):
+    words = ("signal={kind: top_k, k: 4}", "data.length=48", "generate={max_tokens: 6, prompt_tokens: 4}")
+
+    def fail(*_: Any) -> Any:
+        raise OSError("the power is out")
+
+    monkeypatch.setattr(ModelTeacher, "say", fail)
+    with pytest.raises(OSError, match="the power is out"):
+        capture("a", *words)
+    with pytest.raises(ConfigError, match="other settings"):
+        capture("a", *words, "teacher.engine={kind: transformers, batch_tokens: 48}", resume=True)
+
+
+def test_answers_go_on_after_a_failure_as_if_there_had_been_none(capture, tmp_path, monkeypatch):
+    words = ("signal={kind: top_k, k: 4}", "data.length=48", "generate={max_tokens: 6, answers: 3, prompt_tokens: 4}")
+    capture("whole", *words, "shard_positions=50")
+    say, calls = ModelTeacher.say, []
+
+    def fail(self: ModelTeacher, documents: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError("the power is out")
+        return say(self, documents)
+
+    monkeypatch.setattr(ModelTeacher, "say", fail)
+    with pytest.raises(OSError, match="the power is out"):
+        capture("a", *words, "shard_positions=50")
+    monkeypatch.setattr(ModelTeacher, "say", say)
+    there = len(Store(tmp_path / "a" / "store", partial=True))
+    assert 0 < there < len(Store(tmp_path / "whole" / "store"))
+    capture("a", *words, "shard_positions=50", resume=True)
+    assert contents(tmp_path / "a" / "store") == contents(tmp_path / "whole" / "store")
+
+
+# --- whole folders ---------------------------------------------------------------------------------------------------
+
+
+def test_overwriting_leaves_nothing_of_what_was_there(capture, tmp_path):
+    capture("a", SMALL, KINDS[0])
+    capture("a", KINDS[1], overwrite=True)
+    capture("b", KINDS[1])
+    assert saved(tmp_path, "a") == saved(tmp_path, "b")
+
+
+def test_a_folder_of_something_else_is_never_overwritten(capture, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.txt").write_text("x")
+    for flags in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(StorageError):
+            capture("a", **flags)
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["thesis.txt"]
+
+
+def test_two_captures_into_one_folder_are_refused(capture, tmp_path, monkeypatch):
+    say, inside = ModelTeacher.say, []
+
+    def nested(self: ModelTeacher, documents: Any) -> Any:
+        if not inside:
+            inside.append(1)
+            for flags in ({"resume": True}, {"overwrite": True}):
+                with pytest.raises(StorageError, match="another run is at work"):
+                    capture("a", **flags)
+        return say(self, documents)
+
+    monkeypatch.setattr(ModelTeacher, "say", nested)
+    capture("a")
+    assert inside
+    capture("b")
+    assert contents(tmp_path / "a" / "store") == contents(tmp_path / "b" / "store")
+
+
+def test_a_part_of_nothing_is_a_store_of_nothing(capture, tmp_path):
+    for index in range(5):
+        capture(f"{index}", "data.max_documents=2", "data.overlong=drop", "data.length=60",
+                f"part={{index: {index}, of: 5}}")  # fmt: skip
+    found = [Store(tmp_path / f"{index}" / "store") for index in range(5)]
+    assert sorted(store.document(i) for store in found for i in range(len(store))) == [0, 1]
+
+
+def test_it_tells_how_far_it_is(capture):
+    told: list[tuple[str, dict[str, Any]]] = []
+    record = capture("a", report=lambda event, values: told.append((event, dict(values))))
+    found = [values for event, values in told if event == "capture"]
+    assert len(found) == -(-record["store"]["documents"] // 8)
+    assert [values["done"] for values in found] == sorted(values["done"] for values in found)
+    assert found[-1]["done"] == found[-1]["total"] == record["store"]["documents"]
+    assert record["status"] == "done"
+    assert {"fingerprint", "documents"} <= record["data"].keys()
+
+
+# --- secrets ---------------------------------------------------------------------------------------------------------
+
+
+def test_secrets_are_not_written_down(capture, tmp_path, tokenizer_folder, monkeypatch):
+    """An address with a password, and a key in a variable, stay out of every file, though nobody is at home there."""
+    monkeypatch.setenv("MY_KEY", "k3y-of-mine")
+    engine = "{kind: vllm, url: 'http://me:hunter2@127.0.0.1:9/v1?token=s3cret', key_variable: MY_KEY, retries: 0}"
+    with pytest.raises(StillroomError) as raised:
+        capture("a", "teacher.model=toy", f"teacher.tokenizer={tokenizer_folder}", f"teacher.engine={engine}",
+                "signal={kind: top_k, k: 3}")  # fmt: skip
+    files = [p for p in (tmp_path / "a").rglob("*") if p.is_file()]
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["config"]["teacher"]["engine"]["key_variable"]
+    for text in [str(raised.value), *(p.read_text(errors="replace") for p in files)]:
+        assert not {word for word in ("hunter2", "s3cret", "k3y-of-mine") if word in text}
+
+
+def test_a_resumed_capture_makes_the_same_windows(capture, monkeypatch):
+    """A document that is batched with others is rounded otherwise, and its last levels with it."""
+    say, asked, fails = ModelTeacher.say, [], [3]
+
+    def watch(self: ModelTeacher, documents: Any) -> Any:
+        if len(asked) in fails:
+            fails.clear()
+            raise OSError("the power is out")
+        asked.append([document.number for document in documents])
+        return say(self, documents)
+
+    monkeypatch.setattr(ModelTeacher, "say", watch)
+    with pytest.raises(OSError, match="the power is out"):
+        capture("a", SMALL)
+    first = len(asked)
+    capture("a", SMALL, resume=True)
+    again = {window[0] // 8: window for window in asked[first:]}
+    for window in asked[:first]:
+        assert again.get(window[0] // 8, window) == window

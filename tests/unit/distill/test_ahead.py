@@ -89,3 +89,47 @@ def test_it_reads_only_a_few_steps_ahead_and_closing_ends_its_thread():
     assert not worker.thread.is_alive()
     assert reader.read_so_far <= sum(len(next(s)) for s in [stream(epochs=None)] for _ in range(STEPS_AHEAD + 2))
     assert not [t for t in threading.enumerate() if t is worker.thread]
+
+
+def test_after_an_error_it_stands_where_the_last_step_left_it():
+    counts, plain = [len(step) for step in stream()], stream()
+    ahead = ReadAhead(stream(), Reader(fails_at=counts[0] + counts[1] + 1))
+    for _ in range(2):
+        next(ahead), next(plain)
+    with pytest.raises(DataError, match="a row is damaged"):
+        next(ahead)
+    assert ahead.state() == plain.state()
+    ahead.teacher = Reader()
+    ahead.restore(ahead.state())
+    assert all(torch.equal(a.tokens, b.tokens) for (a, _), b in zip(next(ahead), next(plain), strict=True))
+    ahead.close()
+
+
+def test_going_back_while_it_reads_gives_the_same_steps_again():
+    ahead, plain = ReadAhead(stream(), Reader()), list(stream())
+    start = ahead.state()
+    for steps in (3, 1, 2):
+        for wanted in plain[:steps]:
+            given = next(ahead)
+            assert all(torch.equal(a.tokens, b.tokens) for (a, _), b in zip(given, wanted, strict=True))
+            assert all(read is not None and len(read) == batch.num_kept for batch, read in given)
+        ahead.restore(start)
+        assert ahead.state() == start
+    ahead.close()
+
+
+def test_at_the_end_and_after_an_error_no_thread_is_left():
+    for reader in (Reader(), Reader(fails_at=2)):
+        ahead = ReadAhead(stream(), reader)
+        with pytest.raises((StopIteration, DataError)):
+            exhaust(ahead)
+        worker = ahead._worker
+        assert worker is not None
+        ahead.close()
+        assert not worker.thread.is_alive()
+        ahead.close()  # which may be said twice
+
+
+def exhaust(ahead: ReadAhead) -> None:
+    while True:
+        next(ahead)
