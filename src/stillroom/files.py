@@ -1,5 +1,6 @@
 """Files: written whole or not at all, and told apart by their bytes."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -7,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from stillroom.errors import DataError, StorageError
 
@@ -57,3 +58,27 @@ def write_json(path: Path, values: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
         temporary.replace(path)
+
+
+def lock(folder: Path, busy: StorageError) -> IO[str]:
+    """Locks a folder by its file ``.lock``, until what is returned is closed or the process ends.
+
+    Raises:
+        StorageError: ``busy``, where another process holds the lock.
+    """
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise busy from None
+    return file
+
+
+def sync_folder(folder: Path) -> None:
+    """Syncs the names in a folder, so that a file that was renamed into it is there after a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

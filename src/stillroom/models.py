@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging
 
 from stillroom.batch import Batch
-from stillroom.errors import DataError, MismatchError, MissingError
+from stillroom.errors import ConfigError, DataError, MismatchError, MissingError
 from stillroom.head import Head
 from stillroom.tokenizers import is_lfs_pointer, is_local
 
@@ -282,6 +282,22 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 def num_parameters(model: nn.Module, *, trained_only: bool = False) -> int:
     """Parameters, tied ones counted once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained_only)
+
+
+def check_length(length: int, config: PretrainedConfig, who: str) -> None:
+    """Returns where a model can read rows of ``length`` tokens.
+
+    Raises:
+        ConfigError: it has fewer positions.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ConfigError(
+            f"data.length is longer than the {who} can read",
+            {"data.length": length, f"the {who}'s max_position_embeddings": limit},
+            why="Positions beyond that have no embedding, or one that the model never saw.",
+            fix=f"Set data.length to at most {limit}.",
+        )
 
 
 def resolve_device(device: str, setting: str) -> str:

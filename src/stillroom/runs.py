@@ -1,6 +1,5 @@
 """A run's folder: refused, resumed or overwritten; run.json and metrics.jsonl."""
 
-import fcntl
 import json
 import os
 import platform
@@ -17,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from stillroom.errors import ConfigError, DataError, StorageError
-from stillroom.files import read_json, write_json, writing
+from stillroom.files import lock, read_json, write_json, writing
 from stillroom.recipe import differences
 
 
@@ -46,17 +45,13 @@ class RunFolder:
         self.path = Path(path)
         check_place(self.path, may_exist=resume or overwrite)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise StorageError(
-                f"another run is at work in {self.path}",
-                {"out": self.path},
-                why="Two runs would write over each other's checkpoints.",
-                fix="Wait for it or stop it; or choose another `out`.",
-            ) from None
+        busy = StorageError(
+            f"another run is at work in {self.path}",
+            {"out": self.path},
+            why="Two runs would write over each other's checkpoints.",
+            fix="Wait for it or stop it; or choose another `out`.",
+        )
+        self._lock = lock(self.path, busy)
         try:
             self._enter(config, overwrite, free)
         except BaseException:
@@ -147,6 +142,26 @@ def check_place(place: str | Path, *, may_exist: bool) -> None:
             why="It may hold something else, which a run would mix with its own or --overwrite would delete.",
             fix="Choose another `out`, or empty the folder yourself.",
         )
+
+
+def check_outside(out: str | Path, paths: Mapping[str, str | None]) -> None:
+    """Returns where nothing that is read lies in the folder that is written, where --overwrite would delete it.
+
+    Args:
+        paths: what is read, by the name of its setting.
+
+    Raises:
+        ConfigError: something does.
+    """
+    folder = Path(out).resolve()
+    for key, path in paths.items():
+        if path is not None and Path(path).resolve().is_relative_to(folder):
+            raise ConfigError(
+                f"{key} lies inside the output folder",
+                {key: path, "out": out},
+                why="A run never reads what it writes, and --overwrite would delete it.",
+                fix="Choose another `out`.",
+            )
 
 
 class Metrics:

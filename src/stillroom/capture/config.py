@@ -6,12 +6,11 @@ from pydantic import Field, model_validator
 
 from stillroom.config import Config, PathText
 from stillroom.data.config import DataConfig
-from stillroom.store.config import HeadAndSample, SignalConfig, TopK, TopP
+from stillroom.engines import MOST_OPENAI
+from stillroom.store.config import SHARD_POSITIONS, HeadAndSample, SignalConfig, TopK, TopP
 
 Positive = Annotated[int, Field(gt=0)]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
-MOST_OPENAI = 20
-"""Log-probabilities of a position that OpenAI's own interface gives at the most."""
 
 
 class Transformers(Config):
@@ -121,7 +120,7 @@ class CaptureConfig(Config):
     """Let it answer the prompts of the data first; null takes the data as they are."""
     part: Part | None = None
     """Capture one part of the data only, for several workers with a folder each; `stillroom store merge` joins them."""
-    shard_positions: Positive = 2**20
+    shard_positions: Positive = SHARD_POSITIONS
     """Positions in a shard. Whole shards survive anything; a shard is held in memory until it is written."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the draws and of the answers."""

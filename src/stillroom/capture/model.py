@@ -86,6 +86,7 @@ class ModelTeacher:
     def _levels(self, hidden: Tensor, head: Head, next_tokens: Tensor, uniforms: np.ndarray) -> tuple[Levels, float]:
         """What is stored of each position, chunk by chunk: no ``[tokens, vocabulary]`` tensor is held."""
         assert self.engine.logits_bytes != "auto"
+        assert not isinstance(self.signal, Full)
         size = max(1, self.engine.logits_bytes // (4 * self.columns))
         parts: list[Levels] = []
         total = 0.0

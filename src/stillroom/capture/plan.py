@@ -13,7 +13,7 @@ from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.errors import ConfigError, MismatchError, MissingError
 from stillroom.recipe import to_yaml
-from stillroom.runs import scrub
+from stillroom.runs import check_outside, scrub
 from stillroom.tokenizers import is_local, load_tokenizer, num_columns, template_of
 
 LOGITS_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
@@ -77,7 +77,7 @@ def make_plan(config: CaptureConfig) -> Plan:
         teacher_config = models.read_config(teacher.model, revision=teacher.revision, trust_remote_code=remote_code)
         width = teacher_config.get_text_config().vocab_size
         _check_width(needed, width)
-        _check_length(config, teacher_config)
+        models.check_length(config.data.length, teacher_config, "teacher")
     columns = needed if teacher.columns == "auto" else teacher.columns
     if columns < needed or (width is not None and columns > width):
         raise ConfigError(
@@ -130,17 +130,6 @@ def _check_width(needed: int, width: int) -> None:
         )
 
 
-def _check_length(config: CaptureConfig, teacher: PretrainedConfig) -> None:
-    limit = getattr(teacher.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and config.data.length > limit:
-        raise ConfigError(
-            "data.length is longer than the teacher can read",
-            {"data.length": config.data.length, "the teacher's max_position_embeddings": limit},
-            why="Positions beyond that have no embedding, or one that the model never saw.",
-            fix=f"Set data.length to at most {limit}.",
-        )
-
-
 def _template(config: CaptureConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
     if not needs_template(config.data):
         return None
@@ -157,18 +146,10 @@ def _template(config: CaptureConfig, tokenizer: PreTrainedTokenizerBase) -> str 
 
 def _check_outside(config: CaptureConfig) -> None:
     """Nothing that is read lies in the folder that is written, where --overwrite would delete it."""
-    out = Path(config.out).resolve()
     paths = {
         "teacher.model": config.teacher.model,
         "teacher.tokenizer": config.teacher.tokenizer,
         "data.path": config.data.path,
         "data.cache": config.data.cache,
     }
-    for key, path in paths.items():
-        if path is not None and Path(path).resolve().is_relative_to(out):
-            raise ConfigError(
-                f"{key} lies inside the output folder",
-                {key: path, "out": config.out},
-                why="A run never reads what it writes, and --overwrite would delete it.",
-                fix="Choose another `out`.",
-            )
+    check_outside(config.out, paths)

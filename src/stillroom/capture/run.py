@@ -32,7 +32,8 @@ Report = Callable[[str, Mapping[str, Any]], None]
 FREE_TO_CHANGE = (
     "out", "data.cache", "shard_positions", "teacher.engine.device", "teacher.engine.batch_tokens",
     "teacher.engine.logits_bytes", "teacher.engine.concurrency", "teacher.engine.retries", "teacher.engine.timeout_s",
-    "teacher.engine.url", "teacher.engine.key_variable",
+    "teacher.engine.url", "teacher.engine.key_variable", "teacher.engine.prompt_price",
+    "teacher.engine.completion_price",
 )  # fmt: skip
 """Settings that change nothing of what the teacher says, but for rounding, so a resumed capture may have others."""
 DECIDES_ANSWERS = ("teacher.engine.batch_tokens", "teacher.engine.device")
@@ -80,16 +81,16 @@ def run(
         store = folder.path / "store"
         with StoreWriter(store, manifest, shard_positions=config.shard_positions) as writer:
             plan.tokenizer.save_pretrained(store / TOKENIZER)
-            start, before = time.monotonic(), folder.record.get("time_s", 0.0)
+            spent = _Spent(folder.record, teacher)
             try:
                 _capture(plan, documents, teacher, writer, report)
             except BaseException as error:
                 status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
                 with suppress(OSError):  # what went wrong is told by the error that is under way
-                    folder.update(status=status, time_s=round(before + time.monotonic() - start, 3))
+                    folder.update(status=status, **spent.so_far())
                 raise
-            results = _results(writer.manifest, teacher)
-            folder.update(status="done", time_s=round(before + time.monotonic() - start, 3), **results)
+            results = _results(writer.manifest)
+            folder.update(status="done", **results, **spent.so_far())
         return folder.record
 
 
@@ -251,8 +252,21 @@ def _usage(teacher: "ModelTeacher | ServerTeacher") -> dict[str, Any]:
     }
 
 
-def _results(manifest: Manifest, teacher: "ModelTeacher | ServerTeacher") -> dict[str, Any]:
-    results: dict[str, Any] = {
+class _Spent:
+    """The time that a capture took and what a server was asked, with what was spent before it was interrupted."""
+
+    def __init__(self, record: Mapping[str, Any], teacher: "ModelTeacher | ServerTeacher") -> None:
+        self.teacher, self.start = teacher, time.monotonic()
+        self.time_s, self.usage = record.get("time_s", 0.0), record.get("usage", {})
+
+    def so_far(self) -> dict[str, Any]:
+        usage = {name: number + self.usage.get(name, 0) for name, number in _usage(self.teacher).items()}
+        spent: dict[str, Any] = {"time_s": round(self.time_s + time.monotonic() - self.start, 3)}
+        return {**spent, "usage": usage} if usage else spent
+
+
+def _results(manifest: Manifest) -> dict[str, Any]:
+    return {
         "store": {
             "fingerprint": manifest.fingerprint,
             "documents": manifest.documents,
@@ -263,4 +277,3 @@ def _results(manifest: Manifest, teacher: "ModelTeacher | ServerTeacher") -> dic
             "codec_error_nats": manifest.codec_error_nats,
         }
     }
-    return results | ({"usage": usage} if (usage := _usage(teacher)) else {})

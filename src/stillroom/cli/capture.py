@@ -4,33 +4,11 @@ from typing import Any
 
 from stillroom.capture.config import CaptureConfig
 from stillroom.cli.arguments import Arguments
-from stillroom.config import explain, load
+from stillroom.cli.verb import run_verb
 
 
 def main(arguments: Arguments) -> int:
-    if "help" in arguments.flags:
-        print(f"usage: stillroom capture [RECIPE.yaml] [key=value …]\n\n{explain(CaptureConfig)}")
-        return 0
-    config = load(CaptureConfig, arguments.recipe, arguments.overrides)
-
-    from stillroom.models import quiet
-
-    quiet()
-    if "dry-run" in arguments.flags:
-        from stillroom.capture.plan import make_plan
-
-        print(make_plan(config), end="")
-        return 0
-
-    from stillroom.capture.run import run
-    from stillroom.cli.progress import Progress
-
-    with Progress(quiet="quiet" in arguments.flags) as progress:
-        record = run(
-            config, resume="resume" in arguments.flags, overwrite="overwrite" in arguments.flags, report=progress
-        )
-    print(summary(record))
-    return 0
+    return run_verb("capture", CaptureConfig, summary, arguments)
 
 
 def summary(record: dict[str, Any]) -> str:

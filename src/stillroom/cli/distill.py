@@ -3,34 +3,12 @@
 from typing import Any
 
 from stillroom.cli.arguments import Arguments
-from stillroom.config import explain, load
+from stillroom.cli.verb import run_verb
 from stillroom.distill.config import DistillConfig
 
 
 def main(arguments: Arguments) -> int:
-    if "help" in arguments.flags:
-        print(f"usage: stillroom distill [RECIPE.yaml] [key=value …]\n\n{explain(DistillConfig)}")
-        return 0
-    config = load(DistillConfig, arguments.recipe, arguments.overrides)
-
-    from stillroom.models import quiet
-
-    quiet()
-    if "dry-run" in arguments.flags:
-        from stillroom.distill.plan import make_plan
-
-        print(make_plan(config), end="")
-        return 0
-
-    from stillroom.cli.progress import Progress
-    from stillroom.distill.run import run
-
-    with Progress(quiet="quiet" in arguments.flags) as progress:
-        record = run(
-            config, resume="resume" in arguments.flags, overwrite="overwrite" in arguments.flags, report=progress
-        )
-    print(summary(record))
-    return 0
+    return run_verb("distill", DistillConfig, summary, arguments)
 
 
 def summary(record: dict[str, Any]) -> str:

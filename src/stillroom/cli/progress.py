@@ -44,16 +44,7 @@ class Progress:
         if "requests" in values:
             text += f", {values['requests']:,} requests ({values['retries']} tried again), cost {values['cost']:.2f}"
         if self.live:
-            if self._bar is None:
-                self._bar = tqdm(
-                    total=values["total"],
-                    initial=values["first"],
-                    unit="document",
-                    dynamic_ncols=True,
-                    bar_format="{n_fmt}/{total_fmt} documents |{bar:20}| {elapsed}<{remaining}, {postfix}",
-                )
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(values["done"] - self._bar.n)
+            self._bar_at(values["done"], values["first"], values["total"], " documents", text)
         else:
             left = (values["total"] - values["done"]) * values["time_s"] / max(1, values["done"] - values["first"])
             line = f"captured {values['done']:,} of {values['total']:,} documents: {text}, {_duration(left)} left"
@@ -65,20 +56,23 @@ class Progress:
             terms = {"loss_nats": terms["loss_nats"]}
         text = f"{_short(values['tokens_per_s'])} tokens/s, {_numbers(terms)}"
         if self.live:
-            if self._bar is None:
-                self._bar = tqdm(
-                    total=values["num_steps"],
-                    initial=values["step"] - 1,
-                    unit="step",
-                    dynamic_ncols=True,
-                    bar_format="{n_fmt}/{total_fmt} |{bar:20}| {elapsed}<{remaining}{postfix}",
-                )
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(values["step"] - self._bar.n)
+            self._bar_at(values["step"], values["step"] - 1, values["num_steps"], "", text)
         else:
             left = (values["num_steps"] - values["step"]) * values["total_time_s"] / values["step"]
             line = f"step {values['step']}/{values['num_steps']}: {text}, {_duration(left)} left"
             self._periodic(line, now=values["step"] in (1, values["num_steps"]))
+
+    def _bar_at(self, done: int, first: int, total: int, unit: str, text: str) -> None:
+        """Moves the live line, and begins it where there is none, at ``first``."""
+        if self._bar is None:
+            self._bar = tqdm(
+                total=total,
+                initial=first,
+                dynamic_ncols=True,
+                bar_format=f"{{n_fmt}}/{{total_fmt}}{unit} |{{bar:20}}| {{elapsed}}<{{remaining}}{{postfix}}",
+            )
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(done - self._bar.n)
 
     def _periodic(self, line: str, now: bool = False) -> None:
         if now or time.monotonic() - self._last >= LOG_EVERY_S:

@@ -1,6 +1,5 @@
 """Checkpoints: all of a run's state, written whole or not at all."""
 
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from stillroom.distill.ahead import ReadAhead
 from stillroom.distill.step import StudentStep
 from stillroom.errors import DataError, StorageError
-from stillroom.files import crc32, read_json, write_json
+from stillroom.files import crc32, read_json, sync_folder, write_json
 
 
 @dataclass
@@ -94,10 +93,10 @@ class Checkpoints:
             with _quiet():
                 save_tensors(_tensors(state), checkpoint_id=temporary, no_dist=True)
             write_json(temporary / "state.json", {**_numbers(state), "files": _checksums(temporary)})
-            _sync(temporary)
+            sync_folder(temporary)
             shutil.rmtree(path, ignore_errors=True)
             temporary.rename(path)
-            _sync(self.folder)
+            sync_folder(self.folder)
         except (Exception, CheckpointException) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if any(isinstance(cause, KeyboardInterrupt) for cause in _causes(error)):
@@ -224,11 +223,3 @@ def _reason(error: BaseException) -> str:
 
 def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.is_dir())).free
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -24,6 +24,7 @@ from stillroom.distill.student import new_config
 from stillroom.errors import ConfigError, MismatchError, MissingError
 from stillroom.losses.linear import CHUNK_BYTES
 from stillroom.recipe import to_yaml
+from stillroom.runs import check_outside
 from stillroom.store.reader import Store
 from stillroom.tokenizers import compare, is_local, load_tokenizer, num_columns, template_fingerprint, template_of
 
@@ -151,15 +152,7 @@ def _check_outside(config: DistillConfig) -> None:
         **_data_paths(config.data),
         "held_out.path": config.held_out.path if config.held_out else None,
     }
-    out = Path(config.out).resolve()
-    for key, path in paths.items():
-        if path is not None and Path(path).resolve().is_relative_to(out):
-            raise ConfigError(
-                f"{key} lies inside the output folder",
-                {key: path, "out": config.out},
-                why="A run never reads what it writes, and --overwrite would delete it.",
-                fix="Choose another `out`.",
-            )
+    check_outside(config.out, paths)
 
 
 def _data_paths(data: AnyData | StoredData) -> dict[str, str]:
@@ -284,15 +277,10 @@ def _resolve_columns(
 
 
 def _check_length(config: DistillConfig, student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
-    for who, model in (("student", student), ("teacher", teacher)):
-        limit = None if model is None else getattr(model.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and config.data.length > limit:
-            raise ConfigError(
-                f"data.length is longer than the {who} can read",
-                {"data.length": config.data.length, f"the {who}'s max_position_embeddings": limit},
-                why="Positions beyond that have no embedding, or one that the model never saw.",
-                fix=f"Set data.length to at most {limit}.",
-            )
+    assert config.data.length != "auto"
+    models.check_length(config.data.length, student, "student")
+    if teacher is not None:
+        models.check_length(config.data.length, teacher, "teacher")
 
 
 def _template(

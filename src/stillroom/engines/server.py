@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from stillroom.engines import MOST_OPENAI
 from stillroom.engines.answers import Answer, Reader, TopLogProbs
 from stillroom.engines.http import Connection, Endpoint, Usage, connected, in_order
 from stillroom.engines.vocabulary import Vocabulary
@@ -17,8 +18,6 @@ from stillroom.errors import ConfigError, DataError, MismatchError, MissingError
 
 __all__ = ["Answer", "ServerEngine", "TopLogProbs", "Usage"]
 
-MOST_OPENAI = 20
-"""Tokens of a position that OpenAI's interface tells at the most."""
 PROBES = (
     ("Once upon a time there was a small dog", "Once upon a time there was a small house"),
     ("The answer is 1 2 3 4 5", "The answer is 1 2 3 4 6"),

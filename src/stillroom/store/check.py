@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from stillroom.errors import DataError, MismatchError, MissingError, StillroomError
-from stillroom.store.config import Full, side_columns
+from stillroom.store.config import Full
 from stillroom.store.format import MANIFEST, MOST_MANIFEST_BYTES, TOKENIZER, Manifest, damaged, read_manifest
-from stillroom.store.reader import _Place, _Shard
+from stillroom.store.reader import Place, StoredShard
 
 ROWS_AT_ONCE = 64
 """Rows that are decoded together, while nothing is wrong with them."""
@@ -63,7 +63,7 @@ def check(path: str | Path, report: Callable[[str], object] = lambda _: None) ->
     """
     checked = Checked(str(path))
     try:
-        place = _Place(checked.path)
+        place = Place(checked.path)
         checked.manifest = manifest = read_manifest(place.read(MANIFEST, MOST_MANIFEST_BYTES), checked.path)
     except StillroomError as error:
         checked.problems.append(error)
@@ -73,8 +73,7 @@ def check(path: str | Path, report: Callable[[str], object] = lambda _: None) ->
     found, totals_known = dict.fromkeys(COUNTS, 0), True
     for number, shard in enumerate(manifest.shards):
         report(f"checking shard {number + 1} of {len(manifest.shards)}")
-        reading = _ShardCheck(place, manifest, number)
-        reading.run()
+        reading = ShardCheck(place, manifest, number)
         checked.problems += reading.problems
         totals_known &= reading.counted
         for name in COUNTS:
@@ -93,19 +92,20 @@ def check(path: str | Path, report: Callable[[str], object] = lambda _: None) ->
     return checked
 
 
-class _ShardCheck:
-    """Of one shard: its problems, and what was counted in it."""
+class ShardCheck:
+    """Of one shard: its files' and rows' checksums and every row decoded; the problems, and what was counted."""
 
-    def __init__(self, place: _Place, manifest: Manifest, number: int) -> None:
+    def __init__(self, place: Place, manifest: Manifest, number: int) -> None:
         self.place, self.manifest, self.shard = place, manifest, manifest.shards[number]
         self.problems: list[StillroomError] = []
         self.counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
         self.counted = False
         self._damaged_rows = 0
+        self._run()
 
-    def run(self) -> None:
+    def _run(self) -> None:
         try:
-            shard = _Shard(self.place, self.shard, self.manifest)
+            shard = StoredShard(self.place, self.shard, self.manifest)
         except StillroomError as error:
             self.problems.append(error)
             return
@@ -114,14 +114,14 @@ class _ShardCheck:
             if (found := _crc32(self.place, file)) != expected:
                 self.problems.append(damaged(self.place.path, f"checksum of {file}", found, expected))
         try:
-            shard._batches  # noqa: B018
+            shard.batches  # noqa: B018
         except StillroomError as error:
             self.problems.append(error)
             return
         readable = True
         if not isinstance(self.manifest.signal, Full):
             try:
-                shard._codec  # noqa: B018
+                shard.codec  # noqa: B018
             except StillroomError as error:
                 readable = False
                 if str(error) not in map(str, self.problems):
@@ -138,7 +138,7 @@ class _ShardCheck:
                 )
             )
 
-    def _rows(self, shard: _Shard, readable: bool) -> None:
+    def _rows(self, shard: StoredShard, readable: bool) -> None:
         """The checksum of each row, and what it says."""
         for start in range(0, shard.num_documents, ROWS_AT_ONCE):
             rows = range(start, min(start + ROWS_AT_ONCE, shard.num_documents))
@@ -155,7 +155,7 @@ class _ShardCheck:
                 for row in sound:
                     self._try(row, lambda row=row: self._count(shard.levels([row])))
 
-    def _row(self, shard: _Shard, row: int) -> None:
+    def _row(self, shard: StoredShard, row: int) -> None:
         shard.signal(row)
         tokens, keep = shard.tokens(row), shard.keep(row)
         where = f"{self.shard.name}.arrow row {row}"
@@ -186,7 +186,7 @@ class _ShardCheck:
         return True
 
 
-def _crc32(place: _Place, name: str) -> int:
+def _crc32(place: Place, name: str) -> int:
     checksum = 0
     with place.open(name) as file:
         while block := file.read(1 << 22):
@@ -197,22 +197,16 @@ def _crc32(place: _Place, name: str) -> int:
 def _manifest_problems(manifest: Manifest, path: str) -> list[StillroomError]:
     """What the manifest says that contradicts itself."""
     found: list[StillroomError] = []
-    expected = side_columns(manifest.signal)
-    if list(manifest.side) != expected:
-        found.append(damaged(path, "manifest.json at `side`", list(manifest.side), expected))
     if not (math.isfinite(manifest.codec_error_nats) and manifest.codec_error_nats > -1e-6):
         found.append(
             damaged(path, "manifest.json at `codec_error_nats`", manifest.codec_error_nats, "a number of at least 0")
         )
-    names = [shard.name for shard in manifest.shards]
-    if len(set(names)) < len(names):
-        found.append(damaged(path, "manifest.json at `shards`", "a shard twice", "each once"))
     if manifest.part[0] >= manifest.part[1]:
         found.append(damaged(path, "manifest.json at `part`", manifest.part, "an index below the number of parts"))
     return found
 
 
-def _tokenizer_problems(place: _Place, manifest: Manifest) -> list[StillroomError]:
+def _tokenizer_problems(place: Place, manifest: Manifest) -> list[StillroomError]:
     import tempfile
 
     from stillroom.tokenizers import fingerprint, load_tokenizer, num_columns
@@ -249,7 +243,7 @@ def _tokenizer_problems(place: _Place, manifest: Manifest) -> list[StillroomErro
     return []
 
 
-def _unlisted(place: _Place, manifest: Manifest) -> list[str]:
+def _unlisted(place: Place, manifest: Manifest) -> list[str]:
     if place.remote:
         return []
     listed = {f"{shard.name}.{kind}" for shard in manifest.shards for kind in ("arrow", "tables")}

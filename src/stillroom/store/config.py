@@ -6,6 +6,8 @@ from pydantic import Field
 
 from stillroom.config import Config
 
+SHARD_POSITIONS = 2**20
+"""The default size of a shard, in positions."""
 Entries = Annotated[int, Field(gt=0, le=65536)]
 Step = Annotated[float, Field(ge=0.001, le=1)]
 Temperatures = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False)]
@@ -71,7 +73,8 @@ class Full(Config):
 
 
 SignalConfig = Annotated[TopK | TopP | Sampled | HeadAndSample | Full, Field(discriminator="kind")]
-AnySignal = TopK | TopP | Sampled | HeadAndSample | Full
+QuantisedSignal = TopK | TopP | Sampled | HeadAndSample
+AnySignal = QuantisedSignal | Full
 SAMPLED = ("sampled", "head_and_sample")
 
 

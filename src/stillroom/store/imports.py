@@ -77,7 +77,7 @@ def import_files(
         for number, row in enumerate(rows):
             report(f"imported {number:,} of {scanned.num_rows:,} rows")
             _add(writer, number, row, config, signal, imported)
-        if not writer.manifest.positions and not writer._positions:
+        if not writer.num_positions:
             raise DataError(
                 "no position was imported",
                 {"rows": scanned.num_rows, **dict(imported.notes)},

@@ -18,7 +18,7 @@ from stillroom.errors import ConfigError, MismatchError, MissingError
 from stillroom.files import write_json, writing
 from stillroom.store.folder import check_out, new_store
 from stillroom.store.format import MANIFEST, TOKENIZER, Manifest, Shard, Source, damaged, row_crc32, schema, values_of
-from stillroom.store.reader import Store, _Shard
+from stillroom.store.reader import Store, StoredShard
 from stillroom.store.writer import StoreWriter
 
 SAME = ("teacher", "engine", "tokenizer", "template", "num_columns", "signal", "side")
@@ -170,7 +170,7 @@ def _manifest(stores: Sequence[Store], parts: bool, versions: Mapping[str, str] 
 
 def _document_range(store: Store) -> tuple[int, int] | None:
     """The lowest and the highest number of a store's documents."""
-    columns = [batch["document"].to_numpy() for shard in store._shards for batch in shard._batches if len(batch)]
+    columns = [batch["document"].to_numpy() for shard in store.shards for batch in shard.batches if len(batch)]
     if not columns:
         return None
     return min(int(column.min()) for column in columns), max(int(column.max()) for column in columns)
@@ -189,7 +189,7 @@ def _append(
     shards: list[Shard] = []
     total = sum(store.num_shards for store in stores)
     for store, first in zip(stores, firsts, strict=True):
-        for shard in store._shards:
+        for shard in store.shards:
             report(f"merged {len(shards)} of {total} shards")
             name = f"{len(shards):05d}"
             tables = _copy(shard, "tables", folder / f"{name}.tables", shard.shard.tables_crc32)
@@ -219,7 +219,7 @@ def _append(
     return manifest
 
 
-def _copy(shard: _Shard, kind: str, to: Path, expected: int) -> tuple[int, int]:
+def _copy(shard: StoredShard, kind: str, to: Path, expected: int) -> tuple[int, int]:
     """Copies a file, and returns its checksum and size."""
     name, checksum, size = f"{shard.shard.name}.{kind}", 0, 0
     with shard.place.open(name) as source, writing(to), to.open("wb") as file:
@@ -234,7 +234,7 @@ def _copy(shard: _Shard, kind: str, to: Path, expected: int) -> tuple[int, int]:
     return checksum, size
 
 
-def _renumber(shard: _Shard, first: int, to: Path) -> tuple[int, int]:
+def _renumber(shard: StoredShard, first: int, to: Path) -> tuple[int, int]:
     """Writes a shard whose documents have other numbers; the signals stay as they are, since none depends on them."""
     columns = schema(shard.manifest.num_columns)
     with writing(to):
@@ -242,7 +242,7 @@ def _renumber(shard: _Shard, first: int, to: Path) -> tuple[int, int]:
     row = 0
     with file:
         with pa.ipc.new_file(file, columns) as writer:
-            for batch in shard._batches:
+            for batch in shard.batches:
                 numbers, checksums = [], []
                 for _ in range(len(batch)):
                     signal = shard.signal(row)

@@ -11,7 +11,7 @@ import torch
 
 from stillroom.selection import Selection
 from stillroom.signals import Sparse
-from stillroom.store.config import SAMPLED, AnySignal, HeadAndSample, Sampled, known_temperatures, side_columns
+from stillroom.store.config import SAMPLED, HeadAndSample, QuantisedSignal, Sampled, known_temperatures, side_columns
 from stillroom.store.levels import Levels
 
 REST_STEP = 0.01
@@ -22,14 +22,14 @@ HIGHEST = 2**20
 """The highest level: less likely than that is as good as impossible."""
 
 
-def num_uniforms(signal: AnySignal) -> int:
+def num_uniforms(signal: QuantisedSignal) -> int:
     """How many uniform random numbers a position takes: those of its draws first, then those of its rounding."""
     if isinstance(signal, Sampled):
         return signal.draws
     return signal.head + 2 if isinstance(signal, HeadAndSample) else 0
 
 
-def quantise(selection: Selection, signal: AnySignal, uniforms: np.ndarray) -> tuple[Levels, float]:
+def quantise(selection: Selection, signal: QuantisedSignal, uniforms: np.ndarray) -> tuple[Levels, float]:
     """What is stored of a selection, and what storing it cost: Σ over positions of the (generalised) Kullback-Leibler
     divergence in nats between the entries as they were and as they will be read.
 
@@ -38,8 +38,8 @@ def quantise(selection: Selection, signal: AnySignal, uniforms: np.ndarray) -> t
     """
     log_probs, ids = selection.log_probs.double().cpu().numpy(), selection.ids.cpu().numpy()
     there = np.isfinite(log_probs)
-    exact = np.where(there, -log_probs, 0.0) / signal.step  # pyright: ignore[reportAttributeAccessIssue]
-    step: float = signal.step  # pyright: ignore[reportAttributeAccessIssue]
+    step = signal.step
+    exact = np.where(there, -log_probs, 0.0) / step
     if isinstance(signal, HeadAndSample):
         levels = _round_at_random(exact, step, uniforms[:, 1 : 1 + exact.shape[1]])
         order = np.argsort(np.where(there, levels, HIGHEST + 1), axis=1, kind="stable")
@@ -50,7 +50,7 @@ def quantise(selection: Selection, signal: AnySignal, uniforms: np.ndarray) -> t
     side = [_side(name, selection, signal, uniforms) for name in side_columns(signal)]
     if signal.kind in SAMPLED:
         weights = np.where(there, np.exp(levels * -step), 0)
-        side[1] = _self_information(selection, np.where(there, log_probs, 0), weights, _log_unit(side[0], signal))
+        side[1] = _self_information(selection, np.where(there, log_probs, 0), weights, log_unit_of(side[0], signal))
     stored = Levels(
         counts=there.sum(1, dtype=np.int32),
         ids=ids[there].astype(np.int32),
@@ -91,7 +91,7 @@ def _self_information(
     return _finely(torch.from_numpy(-(weights * log_probs).sum(1) - of_draws), ENTROPY_STEP)
 
 
-def _base(signal: AnySignal) -> float:
+def _base(signal: QuantisedSignal) -> float:
     """The log of the weight of a draw whose level is 0."""
     if isinstance(signal, Sampled):
         return -float(np.log(signal.draws))
@@ -99,7 +99,7 @@ def _base(signal: AnySignal) -> float:
     return float(np.log(signal.least)) if signal.least else 0.0
 
 
-def _side(name: str, selection: Selection, signal: AnySignal, uniforms: np.ndarray) -> np.ndarray:
+def _side(name: str, selection: Selection, signal: QuantisedSignal, uniforms: np.ndarray) -> np.ndarray:
     if name == "unit":
         assert selection.log_unit is not None
         log_unit = selection.log_unit.double().cpu().numpy()
@@ -126,7 +126,7 @@ def _finely(values: torch.Tensor, step: float) -> np.ndarray:
     return np.rint(values.double().cpu().numpy() / step).clip(0, HIGHEST - 1).astype(np.int32)
 
 
-def _cost(selection: Selection, log_probs: np.ndarray, stored: Levels, signal: AnySignal) -> float:
+def _cost(selection: Selection, log_probs: np.ndarray, stored: Levels, signal: QuantisedSignal) -> float:
     """Σ t (log t − log t̂) − t + t̂ over all outcomes that are stored, of all positions."""
     read = to_sparse(stored, signal)
     there = np.isfinite(log_probs)
@@ -144,7 +144,7 @@ def _cost(selection: Selection, log_probs: np.ndarray, stored: Levels, signal: A
     times = np.add.reduceat(np.append(stored.draw_times, 0), np.cumsum(stored.draw_counts) - stored.draw_counts)
     times = np.where(stored.draw_counts > 0, times, 0)
     unit = selection.log_unit.double().cpu().numpy()
-    return float(cost + (times * _divergence(unit, _log_unit(stored.side[:, 0], signal))).sum())
+    return float(cost + (times * _divergence(unit, log_unit_of(stored.side[:, 0], signal))).sum())
 
 
 def _divergence(log_t: np.ndarray, log_read: np.ndarray) -> np.ndarray:
@@ -153,25 +153,24 @@ def _divergence(log_t: np.ndarray, log_read: np.ndarray) -> np.ndarray:
     return t * gap - t + np.exp(log_read)
 
 
-def _log_unit(level: np.ndarray, signal: AnySignal) -> np.ndarray:
+def log_unit_of(level: np.ndarray, signal: QuantisedSignal) -> np.ndarray:
     """log of what a draw weighs, from the side column "unit"."""
     assert isinstance(signal, Sampled | HeadAndSample)
     downwards = isinstance(signal, HeadAndSample) and not signal.least
     return _base(signal) + (-level if downwards else level) * signal.step
 
 
-def to_sparse(stored: Levels, signal: AnySignal, num_columns: int | None = None) -> Sparse:
+def to_sparse(stored: Levels, signal: QuantisedSignal, num_columns: int | None = None) -> Sparse:
     """The signal that was stored, as float32 tensors on the CPU."""
     names, n = side_columns(signal), len(stored)
     draw_counts = stored.draw_counts
     totals = stored.counts + draw_counts
     width = max(1, int(totals.max(initial=1)))
     ids, log_probs = np.zeros((n, width), np.int64), np.full((n, width), -np.inf, np.float32)
-    step: float = signal.step  # pyright: ignore[reportAttributeAccessIssue]
     _fill(ids, stored.counts, 0, stored.ids)
-    _fill(log_probs, stored.counts, 0, (stored.levels * -step).astype(np.float32))
+    _fill(log_probs, stored.counts, 0, (stored.levels * -signal.step).astype(np.float32))
     if len(stored.draw_ids):
-        weights = np.log(stored.draw_times) + np.repeat(_log_unit(stored.side[:, 0], signal), draw_counts)
+        weights = np.log(stored.draw_times) + np.repeat(log_unit_of(stored.side[:, 0], signal), draw_counts)
         _fill(ids, draw_counts, stored.counts, stored.draw_ids)
         _fill(log_probs, draw_counts, stored.counts, weights.astype(np.float32))
     ids = np.where(np.isneginf(log_probs), ids[:, :1], ids)

@@ -1,6 +1,7 @@
 """Store: a store opened for reading. Any row by itself, memory-mapped; nothing is loaded but what is asked for."""
 
 import posixpath
+import zlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -39,8 +40,8 @@ class Store:
 
     def __init__(self, path: str | Path, *, partial: bool = False) -> None:
         self.path = str(path)
-        self._place = _Place(self.path)
-        self.manifest: Manifest = read_manifest(self._place.read(MANIFEST, MOST_MANIFEST_BYTES), self.path)
+        self.place = Place(self.path)
+        self.manifest: Manifest = read_manifest(self.place.read(MANIFEST, MOST_MANIFEST_BYTES), self.path)
         if not (self.manifest.complete or partial):
             raise DataError(
                 f"the store {self.path} is not complete",
@@ -48,11 +49,11 @@ class Store:
                 why="A student would learn from a part of the data, and nobody would know.",
                 fix="Go on with the capture by --resume; `stillroom store check` tells what is there.",
             )
-        self._shards = [_Shard(self._place, shard, self.manifest) for shard in self.manifest.shards]
-        found = sum(shard.num_documents for shard in self._shards)
+        self.shards = [StoredShard(self.place, shard, self.manifest) for shard in self.manifest.shards]
+        found = sum(shard.num_documents for shard in self.shards)
         if found != self.manifest.documents:
             raise damaged(self.path, "documents", found, self.manifest.documents)
-        self._starts = np.cumsum([0, *(shard.num_documents for shard in self._shards)])
+        self._starts = np.cumsum([0, *(shard.num_documents for shard in self.shards)])
         self._lengths: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -76,12 +77,12 @@ class Store:
     def lengths(self) -> np.ndarray:
         """int64 [documents]: the tokens of each document."""
         if self._lengths is None:
-            self._lengths = np.concatenate([np.zeros(0, np.int64), *(shard.lengths() for shard in self._shards)])
+            self._lengths = np.concatenate([np.zeros(0, np.int64), *(shard.lengths() for shard in self.shards)])
         return self._lengths
 
     def fetch_tokenizer(self, folder: Path) -> str:
         """The folder of the tokenizer of the documents; one that is elsewhere is copied to ``folder``."""
-        return self._place.fetch(TOKENIZER, folder)
+        return self.place.fetch(TOKENIZER, folder)
 
     def tokens(self, index: int) -> np.ndarray:
         """The tokens of a document, [n]: a read-only view of the file."""
@@ -123,7 +124,7 @@ class Store:
             by_shard.setdefault(int(np.searchsorted(self._starts, index, side="right")) - 1, []).append(index)
         for number, wanted in by_shard.items():
             start = int(self._starts[number])
-            decoded = self._shards[number].levels([index - start for index in wanted])
+            decoded = self.shards[number].levels([index - start for index in wanted])
             if len(by_shard) == 1:
                 return decoded
             at = 0
@@ -138,26 +139,18 @@ class Store:
         found = [self._find(index) for index in indices]
         return np.concatenate([shard.logits(row) for shard, row in found])
 
-    def verify(self, number: int) -> None:
-        """Reads a shard whole: the checksums of its files, and of each of its rows, and decodes every one.
-
-        Raises:
-            DataError: something is wrong.
-        """
-        self._shards[number].verify()
-
     @property
     def num_shards(self) -> int:
-        return len(self._shards)
+        return len(self.shards)
 
-    def _find(self, index: int) -> tuple["_Shard", int]:
+    def _find(self, index: int) -> tuple["StoredShard", int]:
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._shards[number], index - int(self._starts[number])
+        return self.shards[number], index - int(self._starts[number])
 
 
-class _Place:
+class Place:
     """A folder, here or wherever fsspec reaches."""
 
     def __init__(self, path: str) -> None:
@@ -218,10 +211,10 @@ class _Place:
         )
 
 
-class _Shard:
+class StoredShard:
     """One Arrow file and its tables, opened when first needed."""
 
-    def __init__(self, place: _Place, shard: Shard, manifest: Manifest) -> None:
+    def __init__(self, place: Place, shard: Shard, manifest: Manifest) -> None:
         self.place, self.shard, self.manifest = place, shard, manifest
         self.num_documents = shard.documents
         self.files = {f"{shard.name}.arrow": shard.size_bytes, f"{shard.name}.tables": shard.tables_bytes}
@@ -230,7 +223,7 @@ class _Shard:
                 raise damaged(place.path, f"{name} in bytes", found, size)
 
     @cached_property
-    def _batches(self) -> list[pa.RecordBatch]:
+    def batches(self) -> list[pa.RecordBatch]:
         name = f"{self.shard.name}.arrow"
         try:
             file = pa.ipc.open_file(self.place.open(name))
@@ -252,33 +245,27 @@ class _Shard:
 
     @cached_property
     def _starts(self) -> np.ndarray:
-        return np.cumsum([0, *map(len, self._batches)])
+        return np.cumsum([0, *map(len, self.batches)])
 
     @cached_property
-    def _codec(self) -> Any:
+    def codec(self) -> Any:
         from stillroom.store.codec import Codec
 
         name = f"{self.shard.name}.tables"
         data = self.place.read(name, self.shard.tables_bytes)
-        self._check_crc32(name, data)
+        if (found := zlib.crc32(data)) != self.shard.tables_crc32:
+            raise damaged(self.place.path, f"checksum of {name}", found, self.shard.tables_crc32)
         try:
             return Codec.from_bytes(data, self.manifest.num_columns, len(self.manifest.side))
         except ValueError as error:
             raise damaged(self.place.path, name, error, "the codec's tables") from None
 
-    def _check_crc32(self, name: str, data: Any) -> None:
-        import zlib
-
-        expected = self.shard.crc32 if name.endswith(".arrow") else self.shard.tables_crc32
-        if (found := zlib.crc32(data)) != expected:
-            raise damaged(self.place.path, f"checksum of {name}", found, expected)
-
     def lengths(self) -> np.ndarray:
-        return np.concatenate([np.diff(batch["tokens"].offsets.to_numpy()).astype(np.int64) for batch in self._batches])
+        return np.concatenate([np.diff(batch["tokens"].offsets.to_numpy()).astype(np.int64) for batch in self.batches])
 
     def column(self, row: int, name: str) -> Any:
         batch = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self._batches[batch][name][row - int(self._starts[batch])]
+        return self.batches[batch][name][row - int(self._starts[batch])]
 
     def tokens(self, row: int) -> np.ndarray:
         return self.column(row, "tokens").values.to_numpy(zero_copy_only=False)
@@ -314,7 +301,7 @@ class _Shard:
         offsets = np.cumsum([0, *map(len, kept)], dtype=np.int64)
         try:
             tokens = np.concatenate([np.zeros(0, np.int32), *kept])
-            found = self._codec.decode(signals, tokens, offsets)
+            found = self.codec.decode(signals, tokens, offsets)
         except ValueError as error:
             if isinstance(error, DataError):
                 raise
@@ -324,12 +311,3 @@ class _Shard:
         if self.manifest.signal.kind != "sampled" and found.counts.min(initial=1) < 1:
             raise damaged(self.place.path, f"entries in {self.shard.name}.arrow", 0, "at least 1 a position")
         return found
-
-    def verify(self) -> None:
-        for name, size in self.files.items():
-            self._check_crc32(name, self.place.read(name, size))
-        for row in range(self.num_documents):
-            if isinstance(self.manifest.signal, Full):
-                self.logits(row)
-            else:
-                self.levels([row])

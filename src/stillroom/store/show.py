@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from stillroom.store.config import SAMPLED, AnySignal, Full, side_columns
+from stillroom.store.config import SAMPLED, AnySignal, Full, QuantisedSignal, side_columns
 from stillroom.store.levels import Levels
-from stillroom.store.quantise import _log_unit, to_sparse
+from stillroom.store.quantise import log_unit_of, to_sparse
 from stillroom.store.reader import Store
 from stillroom.store.tokens import TokenTexts, escaped, fitted, width
 
@@ -118,7 +118,7 @@ def _candidates(store: Store, index: int, texts: TokenTexts) -> Iterator[tuple[l
         yield names, label, notes[p]
 
 
-def _notes(levels: Levels, config: AnySignal) -> list[str]:
+def _notes(levels: Levels, config: QuantisedSignal) -> list[str]:
     """Of each position: the mass left out or the weight of a draw, and the entropy."""
     sparse, names = to_sparse(levels, config), side_columns(config)
     columns: list[list[str]] = []
@@ -126,7 +126,7 @@ def _notes(levels: Levels, config: AnySignal) -> list[str]:
         at = "" if temperature == 1.0 else f" at T={temperature:g}"
         columns.append([f"rest{at} {_share(value)}" for value in rest.tolist()])
     if "unit" in names:
-        units = _log_unit(levels.side[:, names.index("unit")], config)
+        units = log_unit_of(levels.side[:, names.index("unit")], config)
         columns.append(
             [
                 f"a draw {_share(unit)}" if drawn else "no draws"
@@ -168,11 +168,11 @@ def _size(size_bytes: int) -> str:
 
 def _signal_bytes(store: Store) -> tuple[int, int]:
     """The bytes of the signal column and of the tables."""
-    shards = store._shards
+    shards = store.shards
     column = sum(
         int(offsets[-1] - offsets[0])
         for shard in shards
-        for batch in shard._batches
+        for batch in shard.batches
         if len(offsets := np.frombuffer(batch["signal"].buffers()[1], np.int64, len(batch) + 1))
     )
     return column, sum(shard.shard.tables_bytes for shard in shards)

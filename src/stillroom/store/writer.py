@@ -1,6 +1,5 @@
 """StoreWriter: documents with their signals to shards, each whole or absent."""
 
-import fcntl
 import os
 import re
 from collections.abc import Callable
@@ -12,14 +11,12 @@ import numpy as np
 import pyarrow as pa
 
 from stillroom.errors import MismatchError, StorageError
-from stillroom.files import crc32, write_json, writing
+from stillroom.files import crc32, lock, sync_folder, write_json, writing
 from stillroom.store.codec import Codec
-from stillroom.store.config import Full
+from stillroom.store.config import SHARD_POSITIONS, Full
 from stillroom.store.format import MANIFEST, Manifest, Shard, read_manifest, row_crc32, schema, values_of
 from stillroom.store.levels import Levels
 
-SHARD_POSITIONS = 2**20
-"""The default size of a shard, in positions."""
 ROWS_AT_ONCE = 256
 """Rows of a record batch."""
 OURS = re.compile(r"[0-9]{5,9}\.(arrow|tables)(\.tmp)?|\.manifest\.json\.tmp")
@@ -39,7 +36,6 @@ class StoreWriter:
         path: the store's folder; it is made.
         manifest: what the store is to be, with no shards yet.
         shard_positions: a shard is closed when it has so many positions.
-        on_shard: is told the manifest after each shard.
 
     Raises:
         StorageError: another process writes to the folder.
@@ -52,22 +48,17 @@ class StoreWriter:
         manifest: Manifest,
         *,
         shard_positions: int = SHARD_POSITIONS,
-        on_shard: Callable[[Manifest], None] = lambda _: None,
     ) -> None:
-        self.path, self.shard_positions, self.on_shard = Path(path), shard_positions, on_shard
+        self.path, self.shard_positions = Path(path), shard_positions
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise StorageError(
+            busy = StorageError(
                 f"another process writes to the store {self.path}",
                 {"store": self.path},
                 why="Two captures into one folder would write over each other's shards.",
                 fix="Wait for it or stop it; or choose another folder. Workers that share the work have a folder each.",
-            ) from None
+            )
+            self._lock = lock(self.path, busy)
         try:
             self.manifest = self._take_up(manifest)
         except BaseException:
@@ -104,6 +95,11 @@ class StoreWriter:
     def num_documents(self) -> int:
         """Documents in whole shards."""
         return self.manifest.documents
+
+    @property
+    def num_positions(self) -> int:
+        """Positions in whole shards and in the one that is begun."""
+        return self.manifest.positions + self._positions
 
     def add(
         self, document: int, tokens: np.ndarray, keep: np.ndarray, signal: Levels | np.ndarray, error_nats: float = 0.0
@@ -148,7 +144,7 @@ class StoreWriter:
         with writing(arrow):
             _write_synced(side_file, lambda file: file.write(tables))
             _write_synced(arrow, lambda file: self._write_arrow(file, signals))
-            _sync_folder(self.path)
+            sync_folder(self.path)
         shard = Shard(
             name=name,
             documents=len(self._rows),
@@ -175,7 +171,6 @@ class StoreWriter:
         )
         self._write(self.manifest)
         self._rows, self._signals, self._positions, self._error = [], [], 0, 0.0
-        self.on_shard(self.manifest)
 
     def _encode(self) -> tuple[bytes, list[bytes], int, int]:
         """The shard's tables, the signal column, and the numbers of entries and of drawn ids."""
@@ -211,7 +206,7 @@ class StoreWriter:
 
     def _write(self, manifest: Manifest) -> None:
         write_json(self.path / MANIFEST, values_of(manifest))
-        _sync_folder(self.path)
+        sync_folder(self.path)
 
     def close(self) -> None:
         self._lock.close()
@@ -239,11 +234,3 @@ def _write_synced(path: Path, write: Callable[[Any], object]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

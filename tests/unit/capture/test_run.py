@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,24 @@ def capture(saved_model, text_files: Path, tmp_path: Path) -> Capture:
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     for place in (module, windows):
         monkeypatch.setattr(place, "WINDOW_DOCUMENTS", 8)
+
+
+@pytest.fixture
+def power_out(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """``power_out(3)``: the third question to the teacher fails, once."""
+    say = ModelTeacher.say
+
+    def at(number: int) -> None:
+        calls = count(1)
+
+        def fail(self: ModelTeacher, documents: Any) -> Any:
+            if next(calls) == number:
+                raise OSError("the power is out")
+            return say(self, documents)
+
+        monkeypatch.setattr(ModelTeacher, "say", fail)
+
+    return at
 
 
 def contents(path: Path) -> list[tuple[Any, ...]]:
@@ -101,21 +120,12 @@ def test_what_is_said_does_not_depend_on_how_it_is_batched(capture, tmp_path, si
 
 @pytest.mark.parametrize("signal", KINDS, ids=lambda text: text.split()[1])
 @pytest.mark.parametrize("last", [1, 2, 3])
-def test_a_capture_that_failed_goes_on_and_ends_the_same(capture, tmp_path, monkeypatch, signal, last):
+def test_a_capture_that_failed_goes_on_and_ends_the_same(capture, tmp_path, power_out, signal, last):
     small = ("shard_positions=150",)
     capture("whole", signal, *small)
-    say, calls = ModelTeacher.say, []
-
-    def fail(self: ModelTeacher, documents: Any) -> Any:
-        calls.append(1)
-        if len(calls) == last + 1:
-            raise OSError("the power is out")
-        return say(self, documents)
-
-    monkeypatch.setattr(ModelTeacher, "say", fail)
+    power_out(last + 1)
     with pytest.raises(OSError, match="the power is out"):
         capture("a", signal, *small)
-    monkeypatch.setattr(ModelTeacher, "say", say)
     with pytest.raises(DataError, match="not complete"):
         Store(tmp_path / "a" / "store")
     assert json.loads((tmp_path / "a" / "run.json").read_text())["status"] == "failed"
@@ -162,16 +172,8 @@ def test_parts_hold_every_document_once(capture, tmp_path):
     assert [document[:3] for document in found] == [document[:3] for document in whole]
 
 
-def test_another_teacher_is_not_gone_on_with(capture, saved_model, monkeypatch):
-    say, calls = ModelTeacher.say, []
-
-    def fail(self: ModelTeacher, documents: Any) -> Any:
-        calls.append(1)
-        if len(calls) > 1:
-            raise OSError("the power is out")
-        return say(self, documents)
-
-    monkeypatch.setattr(ModelTeacher, "say", fail)
+def test_another_teacher_is_not_gone_on_with(capture, saved_model, power_out):
+    power_out(2)
     with pytest.raises(OSError, match="power"):
         capture("a", "shard_positions=50")
     with pytest.raises(ConfigError, match="other settings"):
@@ -234,20 +236,11 @@ def test_a_shard_that_could_not_be_written_leaves_no_gap(capture, tmp_path, monk
 
 
 @pytest.mark.parametrize("last", [1, 2, 3])
-def test_a_full_capture_that_failed_ends_with_the_same_bytes(capture, tmp_path, monkeypatch, last):
+def test_a_full_capture_that_failed_ends_with_the_same_bytes(capture, tmp_path, power_out, last):
     capture("whole", "signal={kind: full}", SMALL)
-    say, calls = ModelTeacher.say, []
-
-    def fail(self: ModelTeacher, documents: Any) -> Any:
-        calls.append(1)
-        if len(calls) == last + 1:
-            raise OSError("the power is out")
-        return say(self, documents)
-
-    monkeypatch.setattr(ModelTeacher, "say", fail)
+    power_out(last + 1)
     with pytest.raises(OSError, match="the power is out"):
         capture("a", "signal={kind: full}", SMALL)
-    monkeypatch.setattr(ModelTeacher, "say", say)
     capture("a", "signal={kind: full}", SMALL, resume=True)
     whole = saved(tmp_path, "whole")
     assert len(whole) > 5
@@ -277,17 +270,9 @@ def test_a_capture_killed_after_its_last_shard_goes_on_to_the_end(capture, tmp_p
     assert saved(tmp_path, "a") == before
 
 
-def test_data_that_changed_meanwhile_are_refused(capture, text_files, tmp_path, monkeypatch):
+def test_data_that_changed_meanwhile_are_refused(capture, text_files, tmp_path, power_out):
     path = Path(shutil.copy(text_files / "train.jsonl", tmp_path / "data.jsonl"))
-    say, calls = ModelTeacher.say, []
-
-    def fail(self: ModelTeacher, documents: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            raise OSError("the power is out")
-        return say(self, documents)
-
-    monkeypatch.setattr(ModelTeacher, "say", fail)
+    power_out(2)
     with pytest.raises(OSError, match="the power is out"):
         capture("a", f"data.path={path}", "shard_positions=50")
     path.write_text(path.read_text().replace("teacher", "preacher"))
@@ -297,17 +282,9 @@ def test_data_that_changed_meanwhile_are_refused(capture, text_files, tmp_path, 
     assert saved(tmp_path, "a") == before
 
 
-def test_weights_that_changed_meanwhile_are_refused(capture, saved_model, tmp_path, monkeypatch):
+def test_weights_that_changed_meanwhile_are_refused(capture, saved_model, tmp_path, power_out):
     model = Path(shutil.copytree(saved_model("llama", seed=2), tmp_path / "model"))
-    say, calls = ModelTeacher.say, []
-
-    def fail(self: ModelTeacher, documents: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            raise OSError("the power is out")
-        return say(self, documents)
-
-    monkeypatch.setattr(ModelTeacher, "say", fail)
+    power_out(2)
     with pytest.raises(OSError, match="the power is out"):
         capture("a", f"teacher.model={model}", "shard_positions=50")
     shutil.copy(saved_model("llama", seed=5) / "model.safetensors", model / "model.safetensors")
@@ -341,20 +318,11 @@ def test_a_capture_is_not_gone_on_with_by_other_settings(capture, monkeypatch, s
 
 @pytest.mark.parametrize("setting", ["teacher.engine={kind: transformers, batch_tokens: 64, logits_bytes: 5000}",
                                      "shard_positions=70"])  # fmt: skip
-def test_a_setting_that_may_change_changes_nothing_of_what_is_said(capture, tmp_path, monkeypatch, setting):
+def test_a_setting_that_may_change_changes_nothing_of_what_is_said(capture, tmp_path, power_out, setting):
     capture("whole", SMALL)
-    say, calls = ModelTeacher.say, []
-
-    def fail(self: ModelTeacher, documents: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
-            raise OSError("the power is out")
-        return say(self, documents)
-
-    monkeypatch.setattr(ModelTeacher, "say", fail)
+    power_out(3)
     with pytest.raises(OSError, match="the power is out"):
         capture("a", SMALL)
-    monkeypatch.setattr(ModelTeacher, "say", say)
     capture("a", SMALL, setting, resume=True)
     one, other = (contents(tmp_path / name / "store") for name in ("a", "whole"))
     assert [document[:3] for document in one] == [document[:3] for document in other]
@@ -374,21 +342,12 @@ def test_answers_are_not_gone_on_with_in_other_batches(capture, monkeypatch):
         capture("a", *words, "teacher.engine={kind: transformers, batch_tokens: 48}", resume=True)
 
 
-def test_answers_go_on_after_a_failure_as_if_there_had_been_none(capture, tmp_path, monkeypatch):
+def test_answers_go_on_after_a_failure_as_if_there_had_been_none(capture, tmp_path, power_out):
     words = ("signal={kind: top_k, k: 4}", "data.length=48", "generate={max_tokens: 6, answers: 3, prompt_tokens: 4}")
     capture("whole", *words, "shard_positions=50")
-    say, calls = ModelTeacher.say, []
-
-    def fail(self: ModelTeacher, documents: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
-            raise OSError("the power is out")
-        return say(self, documents)
-
-    monkeypatch.setattr(ModelTeacher, "say", fail)
+    power_out(3)
     with pytest.raises(OSError, match="the power is out"):
         capture("a", *words, "shard_positions=50")
-    monkeypatch.setattr(ModelTeacher, "say", say)
     there = len(Store(tmp_path / "a" / "store", partial=True))
     assert 0 < there < len(Store(tmp_path / "whole" / "store"))
     capture("a", *words, "shard_positions=50", resume=True)

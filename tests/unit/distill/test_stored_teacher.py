@@ -121,7 +121,7 @@ def test_a_damaged_row_is_told_when_it_is_read(stored, tmp_path):
     store = stored("top_k")
     broken = Path(shutil.copytree(store.path, tmp_path / "store"))
     data = bytearray((broken / "00000.arrow").read_bytes())
-    at = data.find(bytes(store._shards[0].signal(5)))
+    at = data.find(bytes(store.shards[0].signal(5)))
     data[at] ^= 1
     (broken / "00000.arrow").write_bytes(data)
     asked = StoredTeacher(Store(broken))

@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 
 from stillroom.selection import Selection, head_and_sample, sampled, top_k, top_p
+from stillroom.store.check import ShardCheck
 from stillroom.store.config import AnySignal, Full, HeadAndSample, Sampled, TopK, TopP, side_columns
 from stillroom.store.format import FORMAT, Manifest, Source, seal
 from stillroom.store.levels import Levels
@@ -193,3 +194,9 @@ def arrow_bytes(table: pa.Table) -> bytes:
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
     return sink.getvalue().to_pybytes()
+
+
+def verify(store: Store, number: int) -> None:
+    """Raises the first thing that a check finds wrong with a shard."""
+    for problem in ShardCheck(store.place, store.manifest, number).problems:
+        raise problem

@@ -27,6 +27,7 @@ from .stores import (
     read_table,
     replace_file,
     signal_of,
+    verify,
     write,
 )
 
@@ -41,7 +42,7 @@ def read_all(path: Path | str) -> None:
         store.tokens(i), store.keep(i), store.document(i), store.learn(i), store.signal_bytes(i)
     assert len(store.lengths) == len(store)
     for number in range(store.num_shards):
-        store.verify(number)
+        verify(store, number)
 
 
 @pytest.mark.parametrize("name", ["00000.arrow", "00001.tables"])
@@ -146,14 +147,14 @@ def test_flipped_bits_of_the_manifest(tmp_path):
 @pytest.mark.parametrize("name", ["00000.arrow", "00000.tables"])
 def test_flipped_bits_are_all_found_by_verify(kind, name, tmp_path):
     path = tiny(tmp_path / "store", kind)
-    Store(path).verify(0)
+    verify(Store(path), 0)
     data = (path / name).read_bytes()
     for bit in range(0, 8 * len(data), 101):
         damaged = bytearray(data)
         damaged[bit // 8] ^= 1 << bit % 8
         (path / name).write_bytes(damaged)
         with pytest.raises(DataError):
-            Store(path).verify(0)
+            verify(Store(path), 0)
 
 
 HOSTILE: dict[str, Callable[[dict], object]] = {
@@ -372,7 +373,7 @@ def test_errors_name_the_store_and_what_to_do(copy):
     path = copy()
     change_manifest(path, lambda m: m["shards"][0].update(crc32=1))
     with pytest.raises(DataError, match="is damaged") as refusal:
-        Store(path).verify(0)
+        verify(Store(path), 0)
     assert str(path) in refusal.value.what
     assert "00000.arrow" in str(refusal.value)
     assert refusal.value.fix

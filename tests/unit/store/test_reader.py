@@ -18,6 +18,7 @@ from .stores import (
     equal,
     read_table,
     says,
+    verify,
     write,
 )
 
@@ -82,7 +83,7 @@ def test_a_damaged_row_does_not_hide_the_others(copy):
     store = Store(path)
     for i in range(1, len(store)):
         assert equal(store.levels([i]), documents[i].signal)
-    for ask in (lambda: store.levels([0]), lambda: store.levels([5, 0]), lambda: store.verify(0)):
+    for ask in (lambda: store.levels([0]), lambda: store.levels([5, 0]), lambda: verify(store, 0)):
         with pytest.raises(DataError, match="is damaged"):
             ask()
 
@@ -99,7 +100,7 @@ def test_an_address_reads_as_the_folder_does(kind, folders):
         assert says(store, build_documents(EVERY[kind]))
         assert store.fingerprint == Store(folders[kind]).fingerprint
         for number in range(store.num_shards):
-            store.verify(number)
+            verify(store, number)
         memory.rm_file(f"/some/{kind}/00001.arrow")
         with pytest.raises(MissingError, match="lacks a file"):
             Store(f"memory://some/{kind}")

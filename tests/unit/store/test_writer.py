@@ -24,6 +24,7 @@ from .stores import (
     equal,
     files,
     says,
+    verify,
     write,
 )
 
@@ -42,8 +43,7 @@ def test_every_kind_of_signal_is_written_and_read_over_several_shards(kind, tmp_
 def test_the_manifest_counts_what_is_there(tmp_path):
     config = CONFIGS["head_and_sample"]
     documents = build_documents(config)
-    told = []
-    writer = StoreWriter(tmp_path, build_manifest(config), shard_positions=10, on_shard=told.append)
+    writer = StoreWriter(tmp_path, build_manifest(config), shard_positions=10)
     with writer:
         add(writer, documents)
         manifest = writer.finish()
@@ -59,7 +59,7 @@ def test_the_manifest_counts_what_is_there(tmp_path):
     for shard in manifest.shards:
         assert shard.size_bytes == (tmp_path / f"{shard.name}.arrow").stat().st_size
         assert shard.tables_bytes == (tmp_path / f"{shard.name}.tables").stat().st_size
-    assert [len(m.shards) for m in told] == list(range(1, len(manifest.shards) + 1))
+    assert len(manifest.shards) > 1
     assert read_manifest((tmp_path / "manifest.json").read_bytes(), tmp_path) == manifest
 
 
@@ -77,7 +77,7 @@ def test_documents_of_which_nothing_is_learnt_are_kept_too(kind, tmp_path):
     documents = build_documents(config, (1, 1, 1))
     store = Store(write(tmp_path / "store", config, documents))
     assert says(store, documents)
-    store.verify(0)
+    verify(store, 0)
 
 
 def test_a_store_of_nothing(tmp_path):
