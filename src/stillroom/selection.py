@@ -1,7 +1,10 @@
 """Selection: which entries of the teacher's distribution are kept. Tensors in, tensors out, on any device."""
 
 import math
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -33,6 +36,8 @@ def likeliest(values: Float[Tensor, "n v"], k: int) -> tuple[Float[Tensor, "n k"
     The k blocks with the largest maxima hold them all, so only those are searched: one cheap pass over the row instead
     of a selection from all of it.
     """
+    if _on_cpu(values):
+        return _likeliest_on_cpu(values, k)
     n, v = values.shape
     size = 1 << round(math.log2(v) / 2)
     num_blocks = v // size
@@ -93,12 +98,14 @@ def head_and_sample(
 ) -> Selection:
     """The ``head`` likeliest entries that are at least ``least``, exactly, and draws from the tail.
 
-    The draws are systematic: of a tail of mass r, points ``(u + 0) w, (u + 1) w, …`` below r fall on the tail's
-    cumulative distribution, with one uniform number u and weight ``w = max(least, r / most_draws)``. So a tail token of
-    probability p is drawn ``p / w`` times in expectation (and never a whole time more or less), for an expected weight
-    of exactly p.
+    The logits are changed. The draws are systematic: of a tail of mass r, points ``(u + 0) w, (u + 1) w, …`` below r
+    fall on the tail's cumulative distribution, with one uniform number u and weight ``w = max(least, r / most_draws)``.
+    So a tail token of probability p is drawn ``p / w`` times in expectation (and never a whole time more or less), for
+    an expected weight of exactly p.
     """
-    probabilities = torch.softmax(logits, -1)
+    probabilities = torch.softmax(logits, -1, out=logits)
+    if _on_cpu(probabilities):
+        return _head_and_sample_on_cpu(probabilities, head, most_draws, least, uniforms)
     values, ids = likeliest(probabilities, head)
     there = values >= least
     there[:, 0] = True
@@ -113,6 +120,50 @@ def head_and_sample(
     draws.masked_fill_(beyond, -1)
     kept = values.log().masked_fill_(~there, -torch.inf)
     return Selection(ids, kept, {1.0: rest.log()}, draws, draw_log_probs, unit.log())
+
+
+def _on_cpu(values: Float[Tensor, "n v"]) -> bool:
+    return values.device.type == "cpu" and values.dtype == torch.float32 and values.shape[1] > 0
+
+
+def _likeliest_on_cpu(values: Float[Tensor, "n v"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    from stillroom.selection_kernels import largest_of_rows
+
+    n, k = len(values), min(k, values.shape[1])
+    ids, found = torch.zeros(n, k, dtype=torch.long), torch.empty(n, k)
+    _run(largest_of_rows, values, ids, found)
+    return found, ids
+
+
+def _head_and_sample_on_cpu(
+    probabilities: Float[Tensor, "n v"], head: int, most_draws: int, least: float, uniforms: Float[Tensor, " n"]
+) -> Selection:
+    from stillroom.selection_kernels import head_and_draws
+
+    n, head = len(probabilities), min(head, probabilities.shape[1])
+    ids, values = torch.zeros(n, head, dtype=torch.long), torch.zeros(n, head)
+    rests, units = torch.empty(n), torch.empty(n)
+    draws, of_draws = torch.full((n, most_draws), -1), torch.ones(n, most_draws)
+    lowest = torch.full((n,), least)
+    _run(head_and_draws, probabilities, lowest, uniforms.float(), ids, values, rests, units, draws, of_draws)
+    return Selection(ids, values.log_(), {1.0: rests.log()}, draws, of_draws.log_(), units.log())
+
+
+def _run(kernel: Callable[..., None], *tensors: Tensor) -> None:
+    """Has each of torch's threads do a part of the rows of the tensors. Those that are filled in are contiguous."""
+    arrays = [tensor.contiguous().numpy() for tensor in tensors]
+    threads = torch.get_num_threads()
+    edges = [len(arrays[0]) * i // threads for i in range(threads + 1)]
+
+    def part(start: int, stop: int) -> None:
+        kernel(*(array[start:stop] for array in arrays))
+
+    others = [threading.Thread(target=part, args=edge) for edge in pairwise(edges[1:])]
+    for thread in others:
+        thread.start()
+    part(*edges[:2])
+    for thread in others:
+        thread.join()
 
 
 def entropy(logits: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stillroom import selection as module
 from stillroom.selection import Selection, entropy, head_and_sample, likeliest, sampled, top_k, top_p
 
 NUM_DRAWS = 100_000
@@ -59,6 +60,57 @@ def test_likeliest_is_topk_at_any_size(v, k, levels, seed):
     assert torch.equal(found, values.topk(min(k, v)).values)
     assert torch.equal(values.gather(1, ids), found)
     assert all(len(set(row)) == min(k, v) for row in ids.tolist())
+
+
+sizes = st.sampled_from([1, 2, 63, 64, 65, 127, 128, 300, 1000, 4097])
+
+
+@settings(deadline=None, max_examples=60, derandomize=True, database=None)
+@given(v=sizes, head=st.integers(1, 20), draws=st.integers(1, 9), least=st.sampled_from([0.0, 0.002, 0.05]),
+       spread=st.sampled_from([0.0, 0.1, 4.0, 20.0]), seed=st.integers(0, 100), threads=st.integers(1, 3))  # fmt: skip
+def test_the_kernel_does_what_the_tensors_do(v, head, draws, least, spread, seed, threads):
+    """float64 takes the tensor form. Equal entries have no order of their own, and a point at a border falls here or
+    there by rounding, to the column beside."""
+    logits = random_logits(7, v, seed, spread)
+    uniforms = torch.rand(7, generator=torch.Generator().manual_seed(seed))
+    wanted = head_and_sample(logits.double(), head, draws, least, uniforms.double())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = head_and_sample(logits.clone(), head, draws, least, uniforms)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found.log_probs.double(), wanted.log_probs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.log_rests[1.0].double().exp(), wanted.log_rests[1.0].exp(), rtol=1e-4, atol=1e-6)
+    there = wanted.log_rests[1.0] > math.log(1e-6)
+    torch.testing.assert_close(found.log_unit[there].double(), wanted.log_unit[there], rtol=1e-4, atol=1e-3)
+    if spread:
+        real = wanted.log_probs > -torch.inf
+        assert torch.equal(found.ids[real], wanted.ids[real])
+        differ = ((found.draws != wanted.draws) & there.unsqueeze(1)).sum()
+        assert differ <= 1 + 0.02 * found.draws.numel()
+
+
+def test_the_kernel_takes_the_largest_of_columns_of_any_number():
+    for v in (1, 63, 64, 65, 1000, 151_665):
+        values = random_logits(3, v) - 10
+        values[1] = -torch.inf
+        values[2, v // 2] = -torch.inf
+        for k in (1, 5, 60):
+            found, ids = likeliest(values, k)
+            assert torch.equal(found, values.topk(min(k, v)).values)
+            assert torch.equal(values.gather(1, ids), found)
+            assert all(len(set(row)) == min(k, v) for row in ids.tolist())
+
+
+@pytest.mark.parametrize("v", [50, 4096, 5003])
+def test_likeliest_by_tensors_is_topk(v, monkeypatch):
+    monkeypatch.setattr(module, "_on_cpu", lambda _: False)
+    for k in (1, 5, 16, 50):
+        values = random_logits(4, v, seed=k)
+        found, ids = likeliest(values, k)
+        assert torch.equal(found, values.topk(k).values)
+        assert torch.equal(values.gather(1, ids), found)
 
 
 @pytest.mark.parametrize("v", [5, 100, 4096])

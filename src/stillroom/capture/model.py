@@ -13,7 +13,7 @@ from stillroom import models, selection
 from stillroom.batch import Batch
 from stillroom.capture.config import Generate, Transformers
 from stillroom.capture.windows import Document, batches
-from stillroom.head import Head
+from stillroom.head import Head, accumulator, logits_into
 from stillroom.selection import Selection
 from stillroom.store.config import AnySignal, Full, HeadAndSample, Sampled, TopK, TopP, known_temperatures
 from stillroom.store.levels import Levels
@@ -90,9 +90,12 @@ class ModelTeacher:
         size = max(1, self.engine.logits_bytes // (4 * self.columns))
         parts: list[Levels] = []
         total = 0.0
+        room = torch.empty(min(size, len(hidden)), self.columns, dtype=accumulator(hidden.dtype), device=hidden.device)
         for start in range(0, len(hidden), size):
-            rows = slice(start, start + size)
-            chosen = self._select(head.logits(hidden[rows], self.columns), next_tokens[rows], uniforms[rows])
+            rows = slice(start, min(start + size, len(hidden)))
+            logits = room[: rows.stop - start]
+            logits_into(logits, hidden[rows], head)
+            chosen = self._select(logits, next_tokens[rows], uniforms[rows])
             levels, cost = quantise(chosen, self.signal, uniforms[rows])
             parts.append(levels)
             total += cost
