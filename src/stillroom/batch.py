@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -22,6 +22,8 @@ class Batch:
     """The place in its document, from 0. It restarts with each document, which is how attention is kept inside."""
     documents: Int[Tensor, "b t"]
     """The number of the document in its data set, from 0; -1 on padding."""
+    weights: Float[Tensor, "b t"] | None = None
+    """What the data say that each position counts, where they say it."""
 
     @cached_property
     def kept(self) -> Int[Tensor, " kept"]:
@@ -34,6 +36,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device. ``kept`` goes with it, since finding it there would wait for the device."""
-        moved = Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        there = {f.name: tensor for f in fields(self) if (tensor := getattr(self, f.name)) is not None}
+        moved = Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in there.items()})
         moved.__dict__["kept"] = self.kept.to(device, non_blocking=True)
         return moved

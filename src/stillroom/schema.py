@@ -123,6 +123,10 @@ def _locate(config_class: Model, location: Sequence[str | int]) -> tuple[str, li
     annotations: list[Any] = [config_class]
     key: list[str] = []
     for position, step in enumerate(location):
+        branch = [a for a in annotations if _is_config(a) and step == a.__name__]
+        if branch and len(annotations) > 1:  # settings, where a plain value may stand too
+            annotations = branch
+            continue
         tagged = [a for a in annotations if _is_config(a) and step in _tags(a)]
         if tagged and len(annotations) > 1:
             annotations = tagged

@@ -17,7 +17,8 @@ import stillroom
 from stillroom.capture.config import CaptureConfig
 from stillroom.cli.store import MergeConfig
 from stillroom.config import Config, PathText, explain, load, replace
-from stillroom.distill.config import DistillConfig, ObjectiveConfig
+from stillroom.distill.config import DistillConfig
+from stillroom.distill.objective_config import ObjectiveConfig
 from stillroom.errors import ConfigError, MissingError
 from stillroom.recipe import differences, to_yaml
 from stillroom.store.import_config import ImportConfig
@@ -709,7 +710,7 @@ def test_each_objectives_settings_are_its_loss_functions_keyword_arguments():
                 for name, p in inspect.signature(LOSSES[kind]).parameters.items()
                 if p.kind is inspect.Parameter.KEYWORD_ONLY
             }
-            settings = {n: f for n, f in member.model_fields.items() if n not in ("kind", "weight")}
+            settings = {n: f for n, f in member.model_fields.items() if n not in ("kind", "weight", "token_weight")}
             assert set(settings) == set(keywords), kind
             assert {n: f.get_default() for n, f in settings.items()} == {n: p.default for n, p in keywords.items()}, (
                 kind

@@ -19,6 +19,8 @@ class _Data(Config):
     """The commit or tag of a data set on the hub."""
     max_documents: Annotated[int, Field(gt=0)] | None = None
     """Read only the first so many documents."""
+    weight: str | None = None
+    """The column that holds what each row counts, for objectives whose token_weight is `data`."""
     length: Annotated[int, Field(ge=2)] = 1024
     """Tokens in a row: the longest context that the student is trained on."""
     pack: bool = True

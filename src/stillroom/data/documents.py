@@ -28,7 +28,7 @@ from stillroom.errors import DataError, StillroomError, StorageError
 from stillroom.files import crc32
 from stillroom.tokenizers import fingerprint, template_fingerprint, template_of
 
-FORMAT = 1
+FORMAT = 2
 """The version of the folder's layout and of the way from rows to tokens. It is part of the fingerprint."""
 
 SCHEMA = pa.schema(
@@ -36,6 +36,7 @@ SCHEMA = pa.schema(
         pa.field("tokens", pa.large_list(pa.int32())),
         pa.field("learn", pa.large_list(pa.int32())),  # start, end, start, end … of the runs of tokens to learn
         pa.field("row", pa.int64()),
+        pa.field("weight", pa.float32()),
     ]
 )
 ROWS_AT_ONCE = 512
@@ -72,6 +73,7 @@ class Documents:
         self._starts = np.cumsum([0, *(len(chunk) for chunk in table["tokens"].chunks)])
         self.source_rows: np.ndarray = table["row"].to_numpy()
         """int64 [documents]: the row of the source that each document came from, from 0."""
+        self._weights: np.ndarray = table["weight"].to_numpy()
         self.lengths: np.ndarray = np.concatenate([np.diff(column.offsets) for column in self._tokens])
         """int64 [documents]: the tokens of each document."""
 
@@ -90,6 +92,10 @@ class Documents:
         for start, end in self._learn[chunk][place].reshape(-1, 2):
             learn[start:end] = True
         return learn
+
+    def weight(self, index: int) -> float:
+        """What each token of a document counts, for objectives that go by it; 1 unless the data say otherwise."""
+        return float(self._weights[index])
 
     def name(self, index: int) -> str:
         """The row that a document came from as a message calls it, such as "train.jsonl line 12"."""
@@ -261,7 +267,7 @@ def _fit(document: Encoded, config: AnyData, counts: Counts, name: Callable[[], 
             )
         counts.dropped_empty += 1
         return []
-    tokens, learn, size = *document, config.length + 1
+    tokens, learn, size = document.tokens, document.learn, config.length + 1
     if len(tokens) <= size:
         return [document]
     if config.overlong == "drop":
@@ -270,19 +276,20 @@ def _fit(document: Encoded, config: AnyData, counts: Counts, name: Callable[[], 
     if config.overlong == "split":
         counts.split += 1
         starts = range(0, len(tokens) - 1, config.length)
-        return [Encoded(tokens[start : start + size], learn[start : start + size]) for start in starts]
+        return [document.part(start, start + size) for start in starts]
     if not learn[1:size].any():
         counts.dropped_cut_away += 1
         return []
     counts.cut += 1
-    return [Encoded(tokens[:size], learn[:size])]
+    return [document.part(0, size)]
 
 
 def _record_batch(documents: list[tuple[int, Encoded]]) -> pa.RecordBatch:
     tokens = [document.tokens for _, document in documents]
     runs = [_runs(document.learn) for _, document in documents]
     rows = pa.array([row for row, _ in documents], type=pa.int64())
-    return pa.record_batch([_list_array(tokens), _list_array(runs), rows], schema=SCHEMA)
+    weights = pa.array([document.weight for _, document in documents], type=pa.float32())
+    return pa.record_batch([_list_array(tokens), _list_array(runs), rows, weights], schema=SCHEMA)
 
 
 def _runs(learn: np.ndarray) -> np.ndarray:

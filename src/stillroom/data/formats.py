@@ -5,6 +5,7 @@ as a whole, and a token is learnt where it reaches into a span, so no token depe
 """
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from string import Formatter
@@ -27,6 +28,12 @@ class Encoded(NamedTuple):
     """int32, shape [n]."""
     learn: np.ndarray
     """bool, shape [n]: True where this token is to be learnt."""
+    weight: float = 1.0
+    """What each of its tokens counts."""
+
+    def part(self, start: int, stop: int) -> "Encoded":
+        """Some of its tokens, which count what they did."""
+        return self._replace(tokens=self.tokens[start:stop], learn=self.learn[start:stop])
 
 
 Encoder = Callable[[Sequence[Row], Callable[[int], str]], list[Encoded]]
@@ -55,7 +62,11 @@ def encoder(config: AnyData, tokenizer: PreTrainedTokenizerBase, template: str |
 
     def encode(rows: Sequence[Row], name: Callable[[int], str]) -> list[Encoded]:
         rendered = [render(row, partial(name, index)) for index, row in enumerate(rows)]
-        return finish(rendered, name)
+        documents = finish(rendered, name)
+        if config.weight is None:
+            return documents
+        weights = [_weight(row, config.weight, partial(name, index)) for index, row in enumerate(rows)]
+        return [document._replace(weight=weight) for document, weight in zip(documents, weights, strict=True)]
 
     return encode
 
@@ -155,6 +166,18 @@ def _text(row: Row, column: str, name: Name, hint: str = "") -> str:
         {"expected": "a text", "found": "null" if value is None else f"{value!r:.60} ({type(value).__name__})"},
         why="Nothing is converted or left out, since either would change the data without a word.",
         fix="Mend or delete the row, or name another column.",
+    )
+
+
+def _weight(row: Row, column: str, name: Name) -> float:
+    value = _value(row, column, name)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf:
+        return float(value)
+    raise DataError(
+        f"{name()}: the column `{column}` does not hold a weight",
+        {"expected": "a number of at least 0", "found": f"{value!r:.60} ({type(value).__name__})"},
+        why="It says what each token of the row counts in the loss.",
+        fix="Mend or delete the row, or name another column in data.weight.",
     )
 
 

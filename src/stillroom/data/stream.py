@@ -157,6 +157,7 @@ def collate(documents: Sequences, rows: Sequence[np.ndarray], pad_token: int) ->
     """Rows to a batch. The shift is made here and nowhere else: n tokens are n - 1 inputs and next tokens.
 
     Args:
+        documents: where they have a method ``weight`` too, it says what each token of a document counts.
         rows: the documents of each row, by number.
         pad_token: what the model reads on padding.
     """
@@ -165,6 +166,8 @@ def collate(documents: Sequences, rows: Sequence[np.ndarray], pad_token: int) ->
     tokens, next_tokens = np.full(shape, pad_token, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     keep, positions = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=np.int64)
     numbers = np.full(shape, -1, dtype=np.int64)
+    weigh = getattr(documents, "weight", None)
+    weights = None if weigh is None else np.ones(shape, dtype=np.float32)
     for r, row in enumerate(taken):
         start = 0
         for document, ids, learn in row:
@@ -173,9 +176,12 @@ def collate(documents: Sequences, rows: Sequence[np.ndarray], pad_token: int) ->
             keep[r, start:end] = learn[1:]
             positions[r, start:end] = np.arange(end - start)
             numbers[r, start:end] = document
+            if weigh is not None and weights is not None:
+                weights[r, start:end] = weigh(document)
             start = end
         positions[r, start:] = np.arange(shape[1] - start)
-    return Batch(*(torch.from_numpy(array) for array in (tokens, next_tokens, keep, positions, numbers)))
+    arrays = [tokens, next_tokens, keep, positions, numbers, *([] if weights is None else [weights])]
+    return Batch(*map(torch.from_numpy, arrays))
 
 
 def group(rows: Sequence[np.ndarray], num_positions: Callable[[np.ndarray], int], most: int) -> list[list[np.ndarray]]:

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from stillroom.config import Config, PathText
 from stillroom.data.config import ChatData, PromptCompletionData, TextData
+from stillroom.distill.objective_config import ByColumn, ObjectiveConfig
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -109,39 +110,6 @@ class StoredData(Config):
     """Take the documents in a new order each epoch, which follows from the run's seed."""
 
 
-class ForwardKL(Config):
-    """KL(teacher ‖ student): cover all that the teacher may say."""
-
-    kind: Literal["forward_kl"]
-    weight: Annotated[float, Field(ge=0)] = 1.0
-    """Its share in the sum of objectives."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Both sides' logits are divided by it, and the loss multiplied by its square."""
-
-
-class ReverseKL(Config):
-    """KL(student ‖ teacher): seek what the teacher is likely to say."""
-
-    kind: Literal["reverse_kl"]
-    weight: Annotated[float, Field(ge=0)] = 1.0
-    """Its share in the sum of objectives."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Both sides' logits are divided by it, and the loss multiplied by its square."""
-
-
-class CrossEntropy(Config):
-    """Cross-entropy with the data's own next tokens ("hard labels")."""
-
-    kind: Literal["cross_entropy"]
-    weight: Annotated[float, Field(ge=0)] = 1.0
-    """Its share in the sum of objectives."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """The student's logits are divided by it, and the loss multiplied by its square."""
-
-
-ObjectiveConfig = Annotated[ForwardKL | ReverseKL | CrossEntropy, Field(discriminator="kind")]
-
-
 class HeldOut(Config):
     """Text that is never trained on, read as `data` is read."""
 
@@ -242,11 +210,13 @@ class DistillConfig(Config):
     def _fits_together(self) -> "DistillConfig":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either `steps` or `epochs`, and not both")
-        if not any(objective.weight for objective in self.objectives):
+        if not any(objective.weight != 0 for objective in self.objectives):
             raise ValueError("every objective has weight 0, so there is nothing to learn")
         for i, objective in enumerate(self.objectives):
-            if self.teacher is None and objective.kind != "cross_entropy":
+            if self.teacher is None and objective.needs_teacher:
                 raise ValueError(f"objectives.{i} ({objective.kind}) needs a `teacher`")
+            if isinstance(objective.token_weight, ByColumn) and getattr(self.data, "weight", None) is None:
+                raise ValueError(f"objectives.{i}.token_weight is `data`, and data.weight names no column")
         if isinstance(self.teacher, StoreTeacher) != isinstance(self.data, StoredData):
             raise ValueError(
                 "a store brings its own documents, and no other data have its signals: teacher.kind=store and "

@@ -9,8 +9,16 @@ from stillroom.distill.step import StudentStep
 from stillroom.distill.teacher import LiveTeacher, StoredTeacher
 from stillroom.losses import Objective, cross_entropy, forward_kl
 from stillroom.losses.linear import Measure
-from stillroom.losses.measures import teacher_cross_entropy, top1_agreement
+from stillroom.losses.measures import accepted_mass, student_entropy, teacher_cross_entropy, top1_agreement
 from stillroom.store.config import SAMPLED, Full
+
+MEASURES: dict[Measure, str] = {
+    student_entropy: "student_entropy_nats",
+    top1_agreement: "top1_agreement",
+    accepted_mass: "accepted_mass",
+    teacher_cross_entropy: "teacher_cross_entropy_nats",
+}
+"""The measures by their names in what is reported."""
 
 
 @torch.no_grad()
@@ -23,17 +31,18 @@ def measure_held_out(
 ) -> dict[str, float] | None:
     """Means over the kept positions, all at temperature 1 but for the objectives' own.
 
-    ``loss_nats`` is the weighted sum of the run's objectives; ``cross_entropy_nats`` is with the data; and with a
-    teacher there are ``forward_kl_nats`` (teacher ‖ student), ``top1_agreement`` and the teacher's own cross-entropy.
-    From a store, only what it kept can be told: the agreement where its first entry is the likeliest token, the
-    teacher's own cross-entropy where it kept the labels' log-probabilities, and of a truncated signal the divergence
-    with its bucket. None where ``stop`` came to say so before the end.
+    ``loss_nats`` is the weighted sum of the run's objectives, as they are at its end; ``cross_entropy_nats`` is with
+    the data; ``student_entropy_nats`` is the student's own; and with a teacher there are ``forward_kl_nats`` (teacher ‖
+    student), ``top1_agreement``, ``accepted_mass`` (of speculative decoding) and the teacher's own cross-entropy. From
+    a store, only what it kept can be told: agreement and accepted mass where its first entry is the likeliest token,
+    the teacher's own cross-entropy where it kept the labels' log-probabilities, and of a truncated signal the
+    divergence with its bucket. None where ``stop`` came to say so before the end.
     """
     watched = [Objective("cross_entropy_nats", cross_entropy, 0.0)]
-    measures: list[Measure] = []
+    measures: list[Measure] = [student_entropy]
     if teacher is not None:
         watched.append(Objective("forward_kl_nats", forward_kl, 0.0))
-        measures = _known(teacher)
+        measures += _known(teacher)
     probe = StudentStep(
         module.model,
         (*module.objectives, *watched),
@@ -50,21 +59,15 @@ def measure_held_out(
         batch = micro.to(device)
         result = probe(batch, None if teacher is None else teacher.signal(batch), 1)
         loss, sums, num_kept = loss + result.loss.item(), sums + result.sums.cpu(), num_kept + micro.num_kept
-    names = [objective.name for objective in watched] + [
-        getattr(measure, "__name__", "measure") for measure in measures
-    ]
+    names = [objective.name for objective in watched] + [MEASURES[measure] for measure in measures]
     values = (sums / num_kept).tolist()[len(module.objectives) :]
-    named = {
-        name.replace("teacher_cross_entropy", "teacher_cross_entropy_nats"): v
-        for name, v in zip(names, values, strict=True)
-    }
-    return {"loss_nats": loss / num_kept, **named, "num_tokens": num_kept}
+    return {"loss_nats": loss / num_kept, **dict(zip(names, values, strict=True)), "num_tokens": num_kept}
 
 
 def _known(teacher: LiveTeacher | StoredTeacher) -> list[Measure]:
     """The measures that the teacher's signals tell."""
     signal = None if isinstance(teacher, LiveTeacher) else teacher.store.signal_config
     if signal is None or isinstance(signal, Full):
-        return [top1_agreement, teacher_cross_entropy]
-    agreement: list[Measure] = [] if signal.kind in SAMPLED else [top1_agreement]
+        return [top1_agreement, accepted_mass, teacher_cross_entropy]
+    agreement: list[Measure] = [] if signal.kind in SAMPLED else [top1_agreement, accepted_mass]
     return agreement + [teacher_cross_entropy] * signal.label

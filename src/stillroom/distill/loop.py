@@ -14,6 +14,7 @@ from stillroom.distill.checkpoint import Checkpoints, TrainState
 from stillroom.distill.teacher import Teacher
 from stillroom.errors import Interrupted, NonFiniteError, OutOfMemoryError
 from stillroom.interrupt import deferred_interrupts
+from stillroom.losses import Objective
 from stillroom.losses.reduce import widest_float
 
 Measure = Callable[[Callable[[], bool]], dict[str, float] | None]
@@ -35,6 +36,7 @@ def train(
     keep_best: bool,
     record: Callable[[dict[str, Any]], None],
     report: Report,
+    objectives: Callable[[float], Sequence[Objective]] | None = None,
 ) -> None:
     """Goes on from ``state`` to ``num_steps`` optimizer steps and the measurement of the last, and saves.
 
@@ -43,6 +45,7 @@ def train(
         clip: the longest gradient, over all parameters.
         measure: the held-out measurement, made every ``measure_every`` steps and at the end.
         record: takes each line of metrics.jsonl.
+        objectives: those at a point of the run, from 0 at the first step to 1 at the last, where they change.
 
     Raises:
         NonFiniteError: a loss or a gradient is not finite. The step is not taken.
@@ -58,7 +61,8 @@ def train(
         while state.step < num_steps or measurement_is_due():
             if not measurement_is_due():
                 state.module.train()
-                values = _step(state, teacher, clip, checkpoints)
+                now = None if objectives is None else objectives(state.step / max(1, num_steps - 1))
+                values = _step(state, teacher, clip, checkpoints, now)
                 record(values)
                 report("step", {**values, "num_steps": num_steps, "total_time_s": state.time_s})
             if measure is not None and measurement_is_due() and (measured := measure(interrupted)) is not None:
@@ -76,7 +80,13 @@ def train(
                     raise Interrupted(f"interrupted after step {state.step} of {num_steps}; saved as {path}")
 
 
-def _step(state: TrainState, teacher: Teacher | None, clip: float | None, checkpoints: Checkpoints) -> dict[str, Any]:
+def _step(
+    state: TrainState,
+    teacher: Teacher | None,
+    clip: float | None,
+    checkpoints: Checkpoints,
+    objectives: Sequence[Objective] | None = None,
+) -> dict[str, Any]:
     """One optimizer step: all its micro-batches, then the update. Returns its line of metrics."""
     start = time.perf_counter()
     parameters = [p for p in state.module.parameters() if p.requires_grad]
@@ -91,7 +101,7 @@ def _step(state: TrainState, teacher: Teacher | None, clip: float | None, checkp
     for micro, read in micros:
         with _enough_memory(micro):
             batch = micro.to(device)
-            result = state.module(batch, None if teacher is None else teacher.signal(batch, read), num_kept)
+            result = state.module(batch, None if teacher is None else teacher.signal(batch, read), num_kept, objectives)
             result.loss.backward()
         total += result.loss.detach()
         sums += result.sums
@@ -115,12 +125,21 @@ def _step(state: TrainState, teacher: Teacher | None, clip: float | None, checkp
         "epoch": state.stream.epoch,
         "loss_nats": loss,
         **{f"{o.name}_nats": v for o, v in zip(state.module.objectives, terms, strict=True)},
+        **({} if objectives is None else _settings(objectives)),
         "grad_norm": grad_norm,
         "learning_rate": learning_rate,
         "num_tokens": num_positions,
         "num_kept": num_kept,
         "time_s": round(seconds, 4),
         "tokens_per_s": round(num_positions / seconds, 1),
+    }
+
+
+def _settings(objectives: Sequence[Objective]) -> dict[str, float]:
+    """What a schedule has made of the objectives."""
+    weights = {f"{o.name}_weight": o.weight for o in objectives}
+    return weights | {
+        f"{o.name}_temperature": t for o in objectives if (t := o.arguments.get("temperature")) is not None
     }
 
 

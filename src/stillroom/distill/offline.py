@@ -6,9 +6,10 @@ from tempfile import TemporaryDirectory
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from stillroom.distill.config import DistillConfig
+from stillroom.distill.objective_config import ObjectiveConfig
 from stillroom.errors import ConfigError, DataError, MismatchError
 from stillroom.losses import check_sparse
-from stillroom.store.config import SAMPLED, Full, known_temperatures
+from stillroom.store.config import SAMPLED, Full, QuantisedSignal, known_temperatures, side_columns
 from stillroom.store.reader import Store
 from stillroom.tokenizers import fingerprint, load_tokenizer, num_columns, template_fingerprint, template_of
 
@@ -33,13 +34,16 @@ def open_store(path: str, config: DistillConfig) -> Store:
     signal = store.signal_config
     if not isinstance(signal, Full):
         for objective in config.objectives:
-            check_sparse(
-                objective.kind,
-                objective.temperature,
-                sampled=signal.kind in SAMPLED,
-                temperatures=known_temperatures(signal),
-                name=f"the store {path}",
-            )
+            for temperature in objective.temperatures:
+                check_sparse(
+                    objective.kind,
+                    temperature,
+                    sampled=signal.kind in SAMPLED,
+                    temperatures=known_temperatures(signal) if len(objective.temperatures) == 1 else (),
+                    missing=getattr(objective, "missing", "bucket"),
+                    name=f"the store {path}",
+                )
+            _check_entropy(objective, signal, path)
     length = config.data.length
     if length != "auto" and length < (longest := int(store.lengths.max(initial=1)) - 1):
         raise ConfigError(
@@ -58,6 +62,22 @@ def open_store(path: str, config: DistillConfig) -> Store:
                 fix=f"Set batch.{name} to at least {row}.",
             )
     return store
+
+
+def _check_entropy(objective: ObjectiveConfig, signal: QuantisedSignal, path: str) -> None:
+    """Raises MismatchError where tokens are to count by an entropy that the store does not hold."""
+    weigh = objective.token_weight
+    if weigh is None or weigh.kind != "teacher_entropy":
+        return
+    kept = "entropy" in side_columns(signal) and signal.kind not in SAMPLED
+    if not kept:
+        raise MismatchError(
+            f"the store {path} does not hold the teacher's entropy",
+            {"token_weight": "teacher_entropy", "signal.kind": signal.kind},
+            why="From draws it comes with the noise of the loss itself, so that their product is biased; a truncated "
+            "signal does not tell it unless it was asked for.",
+            fix="Capture with signal.kind=top_k signal.entropy=true, or weigh by student_entropy.",
+        )
 
 
 def check_held_out(store: Store, held_out: Store) -> None:

@@ -17,7 +17,7 @@ from stillroom.distill.checkpoint import Checkpoints, TrainState
 from stillroom.distill.config import DistillConfig, StoredData, StoreTeacher
 from stillroom.distill.held_out import measure_held_out
 from stillroom.distill.loop import Report, train
-from stillroom.distill.objectives import build_objectives, needs_teacher
+from stillroom.distill.objectives import build_objectives, needs_teacher, scheduled
 from stillroom.distill.optimizer import build_optimizer, build_schedule
 from stillroom.distill.plan import Plan, make_plan
 from stillroom.distill.step import StudentStep
@@ -226,6 +226,7 @@ def _train(
             keep_best=config.checkpoints.best,
             record=record,
             report=report,
+            objectives=partial(build_objectives, config.objectives) if scheduled(config.objectives) else None,
         )
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"

@@ -23,11 +23,11 @@ class StepResult(NamedTuple):
 
 
 class StudentStep(nn.Module):
-    """``forward(batch, signal, num_kept_of_step) -> StepResult``.
+    """``forward(batch, signal, num_kept_of_step, objectives) -> StepResult``.
 
     Args:
         model: the student.
-        objectives: what is minimised.
+        objectives: what is minimised, unless forward is given others of the same names: those of a schedule.
         num_columns: how many columns of the heads are compared; all of them where None.
         logits_bytes: budget for the logits that are held at a time.
         precision: the type of the student's arithmetic; its weights keep theirs.
@@ -49,19 +49,26 @@ class StudentStep(nn.Module):
         self.objectives, self.measures = tuple(objectives), tuple(measures)
         self.num_columns, self.logits_bytes, self.precision = num_columns, logits_bytes, precision
 
-    def forward(self, batch: Batch, signal: Signal | None, num_kept_of_step: int) -> StepResult:
+    def forward(
+        self,
+        batch: Batch,
+        signal: Signal | None,
+        num_kept_of_step: int,
+        objectives: Sequence[Objective] | None = None,
+    ) -> StepResult:
         mixed = self.precision != torch.float32
         with torch.autocast(batch.tokens.device.type, dtype=self.precision if mixed else None, enabled=mixed):
             hidden = models.hidden_states(self.model, batch).flatten(0, 1)[batch.kept]
             losses = linear_losses(
                 hidden,
                 models.head(self.model),
-                self.objectives,
+                self.objectives if objectives is None else objectives,
                 batch.next_tokens.flatten()[batch.kept],
                 position_weights(batch, num_kept_of_step),
                 signal,
                 num_columns=self.num_columns,
                 measures=self.measures,
                 chunk_bytes=self.logits_bytes,
+                data_weights=None if batch.weights is None else batch.weights.flatten()[batch.kept],
             )
         return StepResult(losses.total, torch.cat([losses.nats, losses.measures]).sum(-1))

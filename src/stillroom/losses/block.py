@@ -1,6 +1,6 @@
 """Block: a few rows of logits, from which every loss takes the log-probabilities it needs."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +15,8 @@ LOWEST_LOGIT = -1e30
 class Block:
     """Student's and teacher's logits of ``r`` positions over the same ``v`` columns, and their next tokens.
 
-    In the place of the teacher's logits there may be a ``sparse`` signal of the same positions.
+    In the place of the teacher's logits there may be a ``sparse`` signal of the same positions. ``data_weights`` are
+    what the data say that each position counts.
 
     What several losses share (log-probabilities at one temperature, say) is computed once. The logits are float32 or
     float64 and are changed: −inf becomes a very low finite number.
@@ -27,12 +28,18 @@ class Block:
         teacher_logits: Float[Tensor, "r v"] | None,
         next_tokens: Int[Tensor, " r"],
         sparse: Sparse | None = None,
+        data_weights: Float[Tensor, " r"] | None = None,
     ) -> None:
-        self.next_tokens, self.sparse = next_tokens, sparse
+        self.next_tokens, self.sparse, self.data_weights = next_tokens, sparse, data_weights
+        self.num_columns = student_logits.shape[1]
         self._logits = {"student": student_logits.clamp_(min=LOWEST_LOGIT)}
         if teacher_logits is not None:
             self._logits["teacher"] = teacher_logits.clamp_(min=LOWEST_LOGIT)
         self._known: dict[tuple[str, str, float], Tensor] = {}
+
+    def logits(self, who: Literal["student", "teacher"]) -> Float[Tensor, "r v"]:
+        """The logits themselves, not to be changed."""
+        return self._logits[who]
 
     def student(self, temperature: float = 1.0) -> Float[Tensor, "r v"]:
         """log softmax(student logits / temperature), in nats."""

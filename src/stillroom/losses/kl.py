@@ -6,39 +6,41 @@ from torch import Tensor
 
 from stillroom.losses import sparse
 from stillroom.losses.block import Block
+from stillroom.losses.pointwise import Outcomes, diverge
+from stillroom.losses.sparse import Missing
 
 
-def forward_kl(block: Block, *, temperature: float = 1.0) -> tuple[Float[Tensor, " r"], Float[Tensor, "r v"]]:
+def forward_kl(
+    block: Block, *, temperature: float = 1.0, missing: Missing = "bucket"
+) -> tuple[Float[Tensor, " r"], Float[Tensor, "r v"]]:
     """``T² · KL(t ‖ s) = T² · Σ t (log t − log s)`` at temperature T; gradient ``T (s − t)``.
 
-    It covers all that the teacher may say. Each summand has ``s − t`` added, which sums to zero: so every summand is at
-    least 0, and the rounding of the two normalisers cancels. From a sparse signal: :func:`sparse.forward_kl`.
+    It covers all that the teacher may say. From a sampled signal it is right in expectation.
+
+    Args:
+        missing: of a truncated signal, what the teacher is taken to say of all that was left out: see
+            :func:`sparse.completed`.
     """
-    if block.sparse is not None:
-        return sparse.forward_kl(block, block.sparse, temperature)
-    log_t, log_s = block.teacher(temperature), block.student(temperature)
-    t = block.teacher_probabilities(temperature)
-    gradient = block.student_probabilities(temperature) - t
-    nats = torch.addcmul(gradient, t, log_t - log_s).sum(-1).clamp_(min=0)
-    return nats.mul_(temperature**2), _scaled(gradient, temperature)
+    if block.sparse is not None and (block.sparse.sampled or missing != "bucket"):
+        return sparse.forward_kl(block, block.sparse, temperature, missing)
+    return diverge(block, of_teacher, temperature)
 
 
 def reverse_kl(block: Block, *, temperature: float = 1.0) -> tuple[Float[Tensor, " r"], Float[Tensor, "r v"]]:
     """``T² · KL(s ‖ t) = T² · Σ s (log s − log t)`` at temperature T; gradient ``T · s (log s − log t − KL(s ‖ t))``.
 
-    It seeks what the teacher is likely to say. ``t − s`` is added to each summand, as in :func:`forward_kl`. From a
-    sparse signal: :func:`sparse.reverse_kl`.
+    It seeks what the teacher is likely to say.
     """
-    if block.sparse is not None:
-        return sparse.reverse_kl(block, block.sparse, temperature)
-    s, t = block.student_probabilities(temperature), block.teacher_probabilities(temperature)
-    ratio = block.student(temperature) - block.teacher(temperature)
-    weighted = s * ratio
-    mean = weighted.sum(-1, keepdim=True)
-    nats = (weighted - s).add_(t).sum(-1).clamp_(min=0)
-    gradient = weighted.addcmul_(s, mean, value=-1)
-    return nats.mul_(temperature**2), _scaled(gradient, temperature)
+    return diverge(block, of_student, temperature)
 
 
-def _scaled(gradient: Tensor, temperature: float) -> Tensor:
-    return gradient if temperature == 1.0 else gradient.mul_(temperature)
+def of_teacher(o: Outcomes) -> tuple[Tensor, Tensor]:
+    """KL(t ‖ s). ``s − t`` is in each summand: so every one is at least 0, and the normalisers' rounding cancels."""
+    pulls = o.s - o.t
+    return torch.addcmul(pulls, o.t, o.log_t - o.log_s), pulls
+
+
+def of_student(o: Outcomes) -> tuple[Tensor, Tensor]:
+    """KL(s ‖ t), with ``t − s`` in each summand."""
+    pulls = (o.log_s - o.log_t).mul_(o.s)
+    return (pulls - o.s).add_(o.t), pulls

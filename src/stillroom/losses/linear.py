@@ -8,7 +8,7 @@ gradients of the hidden state and of the head. So the whole costs four matrix pr
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -33,7 +33,9 @@ class Objective:
     name: str
     loss: Loss
     weight: float = 1.0
-    arguments: dict[str, float] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    token_weight: "Measure | None" = None
+    """What each position counts in it besides; 1 by default."""
 
 
 Measure = Callable[[Block], Tensor]
@@ -42,7 +44,8 @@ Measure = Callable[[Block], Tensor]
 
 class LinearLosses(NamedTuple):
     total: Float[Tensor, ""]
-    """Σ over objectives of weight · Σ over positions of position weight · nats. The only one with a gradient."""
+    """Σ over objectives of weight · Σ over positions of position weight · token weight · nats. The only one with a
+    gradient."""
     nats: Float[Tensor, "objectives n"]
     """Every objective's value at every position, unweighted."""
     measures: Float[Tensor, "measures n"]
@@ -59,6 +62,7 @@ def linear_losses(
     num_columns: int | None = None,
     measures: Sequence[Measure] = (),
     chunk_bytes: int = CHUNK_BYTES,
+    data_weights: Float[Tensor, " n"] | None = None,
 ) -> LinearLosses:
     """Objectives (and measures) of ``n`` positions, differentiable in ``hidden`` and in the head's weight and bias.
 
@@ -66,13 +70,14 @@ def linear_losses(
         weights: what each position counts in ``total``; no gradient flows to it.
         signal: the teacher's, for the same positions; None where no objective needs it.
         num_columns: only the first so many columns of both heads exist for softmax and loss; all by default.
+        data_weights: what the data say that each position counts, for objectives that go by it.
         chunk_bytes: budget for the buffers of logits; the result does not depend on it but for rounding.
     """
     columns = head.columns(num_columns)
     if signal is not None:
         _check_columns(columns, signal)
     _check_positions(len(hidden), next_tokens, weights, signal)
-    work = _Work(head, objectives, measures, next_tokens, weights, signal, columns, chunk_bytes)
+    work = _Work(head, objectives, measures, next_tokens, weights, signal, columns, chunk_bytes, data_weights)
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     work.differentiate = torch.is_grad_enabled()
@@ -125,6 +130,7 @@ class _Work:
     signal: Signal | None
     columns: int
     chunk_bytes: int
+    data_weights: Tensor | None
     differentiate: bool = False
 
     @property
@@ -164,6 +170,7 @@ def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, ne
     bias_grad = torch.zeros(len(weight), dtype=dtype, device=hidden.device) if wanted[2] else None
     nats = torch.empty(len(work.objectives), n, dtype=dtype, device=hidden.device)
     measured = torch.empty(len(work.measures), n, dtype=dtype, device=hidden.device)
+    counts = work.weights.to(dtype).repeat(len(work.objectives), 1)
 
     size = work.rows_of_chunk(nats.itemsize)
     buffers = [
@@ -175,7 +182,7 @@ def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, ne
         logits_into(student, hidden[rows], head)
         if work.signal is not None and not isinstance(work.signal, Sparse):
             work.signal.logits_into(teacher[0], rows)
-        _blocks(student, teacher[0] if teacher else None, rows, work, nats, measured, any(wanted))
+        _blocks(student, teacher[0] if teacher else None, rows, work, nats, counts, measured, any(wanted))
         if hidden_grad is not None:
             add_product(hidden_grad[rows], student, head.weight[: work.columns])
         if weight_grad is not None:
@@ -184,15 +191,23 @@ def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, ne
             bias_grad[: work.columns] += student.sum(0)
 
     factors = torch.tensor([o.weight for o in work.objectives], dtype=dtype, device=hidden.device)
-    total = factors @ (nats @ work.weights.to(dtype))
+    total = factors @ (nats * counts).sum(-1)
     gradients = zip((hidden_grad, weight_grad, bias_grad), (hidden, weight, bias), strict=True)
     return total, nats, measured, [None if g is None or x is None else g.to(x.dtype) for g, x in gradients]
 
 
 def _blocks(
-    student: Tensor, teacher: Tensor | None, rows: slice, work: _Work, nats: Tensor, measured: Tensor, gradient: bool
+    student: Tensor,
+    teacher: Tensor | None,
+    rows: slice,
+    work: _Work,
+    nats: Tensor,
+    counts: Tensor,
+    measured: Tensor,
+    gradient: bool,
 ) -> None:
-    """The element-wise part of a chunk: fills in the values, and puts the gradient in the place of the logits."""
+    """The element-wise part of a chunk: fills in the values, what each position counts in them, and the measures; and
+    puts the gradient in the place of the logits."""
     size = work.rows_of_block(student.itemsize, student.device.type == "cpu")
     for start in range(0, len(student), size):
         here = slice(start, start + size)
@@ -202,23 +217,25 @@ def _blocks(
         if gradient and work.head.softcap is not None:
             slope = 1 - (logits / work.head.softcap).square()
         sparse = work.signal.at(there) if isinstance(work.signal, Sparse) else None
-        block = Block(logits, None if teacher is None else teacher[here], work.next_tokens[there], sparse)
+        of_data = None if work.data_weights is None else work.data_weights[there]
+        block = Block(logits, None if teacher is None else teacher[here], work.next_tokens[there], sparse, of_data)
         gradients = []
         for i, objective in enumerate(work.objectives):
             nats[i, there], g = objective.loss(block, **objective.arguments)
-            gradients.append((objective.weight, g))
+            if objective.token_weight is not None:
+                counts[i, there] *= objective.token_weight(block)
+            gradients.append((objective.weight * work.head.scale * counts[i, there], g))
         for i, measure in enumerate(work.measures):
             measured[i, there] = measure(block)
         if gradient:
-            _weigh(logits, gradients, work.weights[there] * work.head.scale, slope)
+            _weigh(logits, gradients, slope)
 
 
-def _weigh(out: Tensor, gradients: list[tuple[float, Tensor]], weights: Tensor, slope: Tensor | None) -> None:
-    """``out = Σ weight · gradient``, times each row's weight and the slope of the head's own transformation."""
-    rows = weights.to(out.dtype).unsqueeze(-1)
+def _weigh(out: Tensor, gradients: list[tuple[Tensor, Tensor]], slope: Tensor | None) -> None:
+    """``out = Σ weight of each row · gradient``, times the slope of the head's own transformation."""
     (first_weight, first), *rest = gradients
-    torch.mul(first, rows * first_weight, out=out)
+    torch.mul(first, first_weight.unsqueeze(-1), out=out)
     for weight, gradient in rest:
-        out.addcmul_(gradient, rows * weight)
+        out.addcmul_(gradient, weight.unsqueeze(-1))
     if slope is not None:
         out *= slope

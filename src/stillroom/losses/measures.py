@@ -1,9 +1,36 @@
 """Measures: numbers for each position that are reported and never minimised."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stillroom.errors import MismatchError
+from stillroom.losses import sparse
 from stillroom.losses.block import Block
+
+
+def student_entropy(block: Block) -> Float[Tensor, " r"]:
+    """``−Σ s log s``: how unsure the student is, in nats."""
+    return -(block.student_probabilities() * block.student()).sum(-1)
+
+
+def teacher_entropy(block: Block) -> Float[Tensor, " r"]:
+    """``−Σ t log t``: how unsure the teacher is, in nats.
+
+    Raises:
+        MismatchError: the signal is sparse and does not tell it, or is a sample, whose noise would be in it.
+    """
+    signal = block.sparse
+    if signal is None:
+        return -(block.teacher_probabilities() * block.teacher()).sum(-1)
+    if signal.sampled or signal.entropy is None:
+        raise MismatchError(
+            "the stored signal does not tell the teacher's entropy",
+            {"needed": "the entropy at each position", "stored": "a sample" if signal.sampled else "none"},
+            why="From a sample it comes with the noise of the same draws as the loss, so their product is biased.",
+            fix="Capture with signal.kind=top_k or top_p and signal.entropy=true, or use a live teacher.",
+        )
+    return signal.entropy.to(block.student().dtype)
 
 
 def top1_agreement(block: Block) -> Float[Tensor, " r"]:
@@ -11,6 +38,17 @@ def top1_agreement(block: Block) -> Float[Tensor, " r"]:
     student = block.student()
     likeliest = block.teacher().argmax(-1) if block.sparse is None else block.sparse.ids[:, 0]
     return (student.argmax(-1) == likeliest).to(student.dtype)
+
+
+def accepted_mass(block: Block) -> Float[Tensor, " r"]:
+    """``Σ min(t, s)``: how often speculative decoding would take what the student drafts; 1 less the total variation.
+
+    Of a truncated signal, with all that it left out as one outcome: at most too high.
+    """
+    if block.sparse is not None:
+        seen = sparse.see(block, block.sparse, 1.0)
+        return torch.minimum(seen.t, seen.s).sum(-1)
+    return torch.minimum(block.teacher_probabilities(), block.student_probabilities()).sum(-1)
 
 
 def teacher_cross_entropy(block: Block) -> Float[Tensor, " r"]:

@@ -1,29 +1,37 @@
-"""Divergences from a sparse signal: a few entries of the teacher's distribution, truncated with a bucket, or sampled.
+"""Losses from a sparse signal: a few entries of the teacher's distribution, truncated with a bucket, or sampled.
 
 Truncated, both distributions are seen through k + 1 outcomes: each kept id, and the bucket of all the others, whose
-mass the teacher's signal tells exactly and the student's softmax gives. By the data-processing inequality these
-divergences never exceed those of the full distributions, and they reach them as k grows.
+mass the teacher's signal tells exactly and the student's softmax gives.
 
 Sampled, the entries are weights ``w`` with ``E[w] = t``, and only losses that are linear in the target are unbiased:
-of the Kullback-Leibler divergences, the forward one (arXiv 2503.16870).
+of the divergences, forward KL (arXiv 2503.16870).
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from stillroom.errors import MismatchError
-from stillroom.losses.block import Block
+from stillroom.losses.block import LOWEST_LOGIT, Block
 from stillroom.signals import Sparse, untempered
 
+Missing = Literal["bucket", "renormalise", "zero", "label"]
+"""What a truncated signal's teacher is taken to say of all that was left out."""
 NEEDS_NO_TEACHER = ("cross_entropy",)
 UNBIASED_FROM_SAMPLES = ("forward_kl",)
+NEEDS_ALL_LOGITS = ("logit_mse",)
 
 
 def check_sparse(
-    loss: str, temperature: float, *, sampled: bool, temperatures: tuple[float, ...], name: str = "the stored signal"
+    loss: str,
+    temperature: float = 1.0,
+    *,
+    sampled: bool,
+    temperatures: tuple[float, ...],
+    missing: str = "bucket",
+    name: str = "the stored signal",
 ) -> None:
     """Returns where a loss can be taken from a sparse signal without bias.
 
@@ -35,6 +43,13 @@ def check_sparse(
     """
     if loss in NEEDS_NO_TEACHER:
         return
+    if loss in NEEDS_ALL_LOGITS:
+        raise MismatchError(
+            f"{loss} cannot be learnt from a few entries",
+            {"objective": loss, name: "sampled" if sampled else "truncated"},
+            why="It compares every logit, and the mean of all that were left out is not known.",
+            fix="Use a divergence, a live teacher, or a store of signal.kind=full.",
+        )
     if sampled and loss not in UNBIASED_FROM_SAMPLES:
         raise MismatchError(
             f"{loss} cannot be learnt from sampled targets",
@@ -43,89 +58,105 @@ def check_sparse(
             "gradient would be biased, at every number of draws.",
             fix="Use forward_kl, or capture with signal.kind=top_k, whose bucket makes other divergences exact bounds.",
         )
+    if sampled and missing != "bucket":
+        raise MismatchError(
+            f"missing={missing} has no meaning for sampled targets",
+            {"missing": missing, name: "sampled"},
+            why="A sample leaves nothing out on average: what is done with a rest would be done to none.",
+            fix="Leave out `missing`.",
+        )
     if temperature != 1.0 and (sampled or temperature not in temperatures):
         raise untempered(temperature, "1.0, sampled" if sampled else ", ".join(map(str, temperatures)))
 
 
-class _Seen(NamedTuple):
-    """Student and teacher through the outcomes of a truncated signal."""
+class Seen(NamedTuple):
+    """Student and teacher through the k + 1 outcomes of a truncated signal; the last is all others together."""
 
     ids: Int[Tensor, "r k"]
-    there: Float[Tensor, "r k"]
-    """1 where an entry is one, 0 where a position has fewer."""
-    log_t: Float[Tensor, "r k"]
-    log_s: Float[Tensor, "r k"]
-    t: Float[Tensor, "r k"]
-    s: Float[Tensor, "r k"]
-    log_rest: Float[Tensor, " r"]
-    rest: Float[Tensor, " r"]
+    log_t: Float[Tensor, "r k+1"]
+    log_s: Float[Tensor, "r k+1"]
+    t: Float[Tensor, "r k+1"]
+    s: Float[Tensor, "r k+1"]
+    """Where a position has fewer than k entries, all four are 0."""
     others: Float[Tensor, "r v"]
     """The student's probabilities of the other ids; 0 on the kept ones. Of its own: may be changed."""
 
 
-def _see(block: Block, signal: Sparse, temperature: float) -> _Seen:
+def see(block: Block, signal: Sparse, temperature: float) -> Seen:
+    """The outcomes at a temperature.
+
+    Raises:
+        MismatchError: the signal is sampled, or does not know what it left out at this temperature.
+    """
+    if signal.sampled:
+        check_sparse("this divergence", temperature, sampled=True, temperatures=())
     log_student = block.student(temperature)
     targets, log_rest = (x.to(log_student.dtype) for x in signal.log_targets(temperature))
     finite = targets > -torch.inf
     log_t, log_s = targets.masked_fill(~finite, 0), log_student.gather(-1, signal.ids).masked_fill(~finite, 0)
     there = finite.to(log_student.dtype)
     others = block.student_probabilities(temperature).scatter(-1, signal.ids, 0)
-    return _Seen(
-        signal.ids, there, log_t, log_s, log_t.exp() * there, log_s.exp() * there, log_rest, log_rest.exp(), others
+    rest = others.sum(-1)  # summed over them, and so right however small it is
+    log_others = rest.clamp(min=torch.finfo(rest.dtype).tiny).log()
+    return Seen(
+        signal.ids,
+        _with(log_t, log_rest.clamp(min=LOWEST_LOGIT)),
+        _with(log_s, log_others),
+        _with(log_t.exp() * there, log_rest.exp()),
+        _with(log_s.exp() * there, rest),
+        others,
     )
 
 
-def _log_of_others(seen: _Seen) -> Float[Tensor, " r"]:
-    """log of the student's mass on the other ids, summed over them and so right however small it is."""
-    return seen.others.sum(-1).clamp_(min=torch.finfo(seen.others.dtype).tiny).log()
+def _with(entries: Float[Tensor, "r k"], last: Float[Tensor, " r"]) -> Float[Tensor, "r k+1"]:
+    return torch.cat([entries, last.unsqueeze(-1)], -1)
 
 
-def forward_kl(block: Block, signal: Sparse, temperature: float) -> tuple[Float[Tensor, " r"], Float[Tensor, "r v"]]:
-    """Truncated: ``T² (Σ t (log t − log s) + r (log r − log R))`` with the masses ``r`` and ``R`` that teacher and
-    student give to all other ids; gradient ``T (s − t)`` on kept ids and ``T s (1 − r / R)`` on the others.
+def forward_kl(
+    block: Block, signal: Sparse, temperature: float, missing: Missing
+) -> tuple[Float[Tensor, " r"], Float[Tensor, "r v"]]:
+    """``T² Σ y (log t − log s)`` over targets ``y`` on a few ids, without a bucket; gradient ``T (s Σ y − y)``.
 
-    Sampled: ``Σ w (log t − log s)``; gradient ``s Σ w − w``. Right in expectation; a single position's value may be
-    negative.
+    Sampled: y are the weights. A single position's value may be negative, and so may it be with ``missing="zero"``.
     """
+    check_sparse(
+        "forward_kl", temperature, sampled=signal.sampled, temperatures=tuple(signal.log_rests), missing=missing
+    )
+    log_student = block.student(temperature)
     if signal.sampled:
-        return _from_samples(block, signal, temperature)
-    seen = _see(block, signal, temperature)
-    log_others = _log_of_others(seen)
-    there = seen.log_rest > -torch.inf
-    gap = torch.where(there, seen.log_rest - log_others, 0)
-    # As in the dense loss, s − t is added to each outcome's summand, which sums to zero.
-    nats = torch.addcmul(seen.s - seen.t, seen.t, seen.log_t - seen.log_s).sum(-1)
-    nats = (nats + seen.rest * gap + log_others.exp() - seen.rest).clamp_(min=0)
-    share = torch.where(there, gap.exp(), 0)
-    gradient = seen.others.mul_((1 - share).unsqueeze(-1))
-    gradient.scatter_add_(-1, seen.ids, seen.s - seen.t)
-    return _scaled(nats, gradient, temperature)
+        ids, targets = signal.ids, signal.log_probs.to(log_student.dtype).exp()
+        entropy = _entropy_of_sample(signal).to(log_student.dtype)
+    else:
+        ids, targets = completed(block, signal, temperature, missing)
+        entropy = torch.special.entr(targets).sum(-1)
+    nats = -(targets * log_student.gather(-1, ids)).sum(-1) - entropy
+    gradient = block.student_probabilities(temperature) * targets.sum(-1, keepdim=True)
+    gradient.scatter_add_(-1, ids, -targets)
+    return (nats, gradient) if temperature == 1.0 else (nats * temperature**2, gradient.mul_(temperature))
 
 
-def reverse_kl(block: Block, signal: Sparse, temperature: float) -> tuple[Float[Tensor, " r"], Float[Tensor, "r v"]]:
-    """Truncated: ``T² (Σ s (log s − log t) + R (log R − log r))``; gradient ``T s_j (g_j − KL)``, where ``g_j`` is the
-    log ratio of the outcome that j belongs to.
+def completed(
+    block: Block, signal: Sparse, temperature: float, missing: Missing
+) -> tuple[Int[Tensor, "r k"], Float[Tensor, "r k"]]:
+    """Targets on distinct ids that stand for the whole of a truncated signal, each by a rule for its missing mass:
 
-    Raises:
-        MismatchError: the signal is sampled, or keeps everything but says that something else has mass 0.
+    - ``renormalise``: the entries are scaled up to a sum of 1, as if the teacher said nothing else;
+    - ``zero``: the entries as they are, with a sum below 1, so the student is not pushed off other ids;
+    - ``label``: the mass is put on the data's own next token.
     """
-    check_sparse("reverse_kl", temperature, sampled=signal.sampled, temperatures=tuple(signal.log_rests))
-    seen = _see(block, signal, temperature)
-    log_others = _log_of_others(seen)
-    ratio = seen.log_s - seen.log_t
-    lowest = torch.finfo(log_others.dtype).min / 1e8
-    gap = log_others - seen.log_rest.clamp(min=lowest)
-    gap = torch.where(seen.others.sum(-1) > 0, gap, 0)
-    others = log_others.exp()
-    plain = (seen.s * ratio).sum(-1) + others * gap
-    nats = (torch.addcmul(seen.t - seen.s, seen.s, ratio).sum(-1) + others * gap - others + seen.rest).clamp_(min=0)
-    gradient = seen.others.mul_((gap - plain).unsqueeze(-1))
-    gradient.scatter_add_(-1, seen.ids, seen.s * (ratio - plain.unsqueeze(-1)))
-    return _scaled(nats, gradient, temperature)
+    log_targets, log_rest = signal.log_targets(temperature)
+    targets = log_targets.to(block.student(temperature).dtype).exp()
+    if missing == "renormalise":
+        return signal.ids, targets / targets.sum(-1, keepdim=True)
+    if missing == "zero":
+        return signal.ids, targets
+    label, rest = block.next_tokens.unsqueeze(-1), log_rest.to(targets.dtype).exp().unsqueeze(-1)
+    same = (signal.ids == label) & (log_targets > -torch.inf)
+    targets = torch.where(same, targets + rest, targets)
+    return torch.cat([signal.ids, label], -1), torch.cat([targets, rest * ~same.any(-1, keepdim=True)], -1)
 
 
-def _from_samples(block: Block, signal: Sparse, temperature: float) -> tuple[Tensor, Tensor]:
-    check_sparse("forward_kl", temperature, sampled=True, temperatures=())
+def _entropy_of_sample(signal: Sparse) -> Float[Tensor, " r"]:
     if signal.entropy is None:
         raise MismatchError(
             "a sampled signal comes without the teacher's entropy",
@@ -133,16 +164,4 @@ def _from_samples(block: Block, signal: Sparse, temperature: float) -> tuple[Ten
             why="The divergence is the cross-entropy less the teacher's entropy, which a sample does not tell.",
             fix="Give `Sparse.entropy`.",
         )
-    log_student = block.student()
-    weights = signal.log_probs.to(log_student.dtype).exp()
-    log_s = log_student.gather(-1, signal.ids)
-    nats = -(weights * log_s).sum(-1) - signal.entropy.to(log_student.dtype)
-    gradient = block.student_probabilities() * weights.sum(-1, keepdim=True)
-    gradient.scatter_add_(-1, signal.ids, -weights)
-    return nats, gradient
-
-
-def _scaled(nats: Tensor, gradient: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    if temperature == 1.0:
-        return nats, gradient
-    return nats.mul_(temperature**2), gradient.mul_(temperature)
+    return signal.entropy

@@ -91,10 +91,10 @@ def test_a_run_from_a_store_resumes_bit_for_bit(distil, tmp_path, kind, monkeypa
 
 
 def test_what_is_measured_is_what_the_store_tells(distil):
-    keys = {"loss_nats", "cross_entropy_nats", "forward_kl_nats", "num_tokens"}
+    keys = {"loss_nats", "cross_entropy_nats", "forward_kl_nats", "student_entropy_nats", "num_tokens"}
     told = {kind: set(measured(distil(kind, kind, "steps=1"))[-1]["held_out"]) for kind in KINDS}
     assert told["sampled"] == told["head_and_sample"] == keys
-    assert told["top_k"] == told["full"] == keys | {"top1_agreement", "teacher_cross_entropy_nats"}
+    assert told["top_k"] == told["full"] == keys | {"top1_agreement", "accepted_mass", "teacher_cross_entropy_nats"}
 
 
 def test_a_truncated_store_measures_less_than_the_whole_and_nearly_as_much(distil):

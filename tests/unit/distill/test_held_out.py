@@ -41,6 +41,8 @@ def naive(student: PreTrainedModel, teacher: PreTrainedModel, documents: Documen
             "teacher_cross_entropy_nats": -log_t.gather(-1, targets),
             "forward_kl_nats": (log_t.exp() * (log_t - log_s)).sum(-1),
             "reverse_kl": 9 * (cold_s.exp() * (cold_s - cold_t)).sum(-1),
+            "student_entropy_nats": -(log_s.exp() * log_s).sum(-1),
+            "accepted_mass": torch.minimum(log_s.exp(), log_t.exp()).sum(-1),
             "top1_agreement": (s.argmax(-1) == t.argmax(-1)).double(),
         }
         sums = {name: sums.get(name, 0.0) + value.sum().item() for name, value in values.items()}
@@ -78,7 +80,7 @@ def test_a_student_that_is_its_teacher():
 def test_without_a_teacher_only_hard_labels_are_measured():
     hard = [Objective("cross_entropy", cross_entropy, 2.0)]
     found = measure(build_model(seed=1), None, hard)
-    assert found.keys() == {"loss_nats", "cross_entropy_nats", "num_tokens"}
+    assert found.keys() == {"loss_nats", "cross_entropy_nats", "student_entropy_nats", "num_tokens"}
     assert found["loss_nats"] == pytest.approx(2 * found["cross_entropy_nats"])
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stillroom.distill.config import CrossEntropy, ForwardKL, ReverseKL
+from stillroom.distill.objective_config import CrossEntropy, ForwardKL, ReverseKL
 from stillroom.distill.objectives import build_objectives, needs_teacher
 from stillroom.losses import LOSSES
 
@@ -14,7 +14,8 @@ def test_each_kind_is_its_loss(config):
     assert objective.name == kind
     assert objective.loss is LOSSES[kind]
     assert objective.weight == 0.25
-    assert objective.arguments == {"temperature": 3.0}
+    assert objective.arguments["temperature"] == 3.0
+    assert set(objective.arguments) == set(config.model_fields) - {"kind", "weight", "token_weight"}
 
 
 def test_two_of_one_kind_are_told_apart():

@@ -178,7 +178,7 @@ def test_without_a_teacher(distil):
     hard = ("teacher=null", "objectives=[{kind: cross_entropy}]")
     record = distil("run", *hard)
     assert "teacher" not in record
-    assert record["held_out"].keys() == {"loss_nats", "cross_entropy_nats", "num_tokens"}
+    assert record["held_out"].keys() == {"loss_nats", "cross_entropy_nats", "student_entropy_nats", "num_tokens"}
 
 
 def test_a_teacher_that_only_measures(distil, tmp_path):

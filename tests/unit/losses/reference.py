@@ -5,6 +5,7 @@ A loss that is added to ``stillroom.losses.LOSSES`` joins all these tests by one
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -33,16 +34,86 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
     return (p[on] * (p[on].log() - q[on].log())).sum()
 
 
-def forward_kl(student: Tensor, teacher: Tensor, next_token: int, temperature: float = 1.0) -> Tensor:  # noqa: ARG001
-    return temperature**2 * kl(softmax(teacher, temperature), softmax(student, temperature))
+def naive(divergence: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A divergence of two vectors of probabilities, teacher's and student's, as a function of logits."""
+
+    def value(student: Tensor, teacher: Tensor, next_token: int, temperature: float = 1.0, **arguments) -> Tensor:  # noqa: ARG001
+        arguments.pop("missing", None)
+        return temperature**2 * divergence(softmax(teacher, temperature), softmax(student, temperature), **arguments)
+
+    return value
 
 
-def reverse_kl(student: Tensor, teacher: Tensor, next_token: int, temperature: float = 1.0) -> Tensor:  # noqa: ARG001
-    return temperature**2 * kl(softmax(student, temperature), softmax(teacher, temperature))
+def jensen_shannon(t: Tensor, s: Tensor, beta: float = 0.5) -> Tensor:
+    m = beta * t + (1 - beta) * s
+    return beta * kl(t, m) + (1 - beta) * kl(s, m)
 
 
-def cross_entropy(student: Tensor, teacher: Tensor, next_token: int, temperature: float = 1.0) -> Tensor:  # noqa: ARG001
-    return -(temperature**2) * softmax(student, temperature)[next_token].log()
+def skew_kl(t: Tensor, s: Tensor, alpha: float = 0.1) -> Tensor:
+    return kl(t, alpha * t + (1 - alpha) * s)
+
+
+def skew_reverse_kl(t: Tensor, s: Tensor, alpha: float = 0.1) -> Tensor:
+    return kl(s, alpha * s + (1 - alpha) * t)
+
+
+def adaptive_kl(t: Tensor, s: Tensor, mu: float = 0.5) -> Tensor:
+    order = t.argsort(descending=True, stable=True)
+    before = t[order].cumsum(0) - t[order]
+    head = order[before < mu]
+    gap = (t - s).abs().detach()
+    share = gap[head].sum() / gap.sum() if gap.sum() > 0 else 0.5
+    return share * kl(t, s) + (1 - share) * kl(s, t)
+
+
+def alpha_beta(t: Tensor, s: Tensor, alpha: float = 0.5, beta: float = 0.5) -> Tensor:
+    c = alpha + beta
+
+    def power(x: Tensor, exponent: float) -> Tensor:
+        return torch.where(x > 0, x.clamp(min=1e-320) ** exponent, 0)
+
+    terms = power(t, alpha) * power(s, beta) - alpha / c * power(t, c) - beta / c * power(s, c)
+    return -terms.sum() / (alpha * beta)
+
+
+def total_variation(t: Tensor, s: Tensor) -> Tensor:
+    return (t - s).abs().sum() / 2
+
+
+def logit_mse(student: Tensor, teacher: Tensor, next_token: int) -> Tensor:  # noqa: ARG001
+    on = student.isfinite() & teacher.isfinite()
+    student, teacher = student[on], teacher[on]
+    return ((student - student.mean()) - (teacher - teacher.mean())).square().mean()
+
+
+def ranking(cost: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def value(student: Tensor, teacher: Tensor, next_token: int, k: int = 16, **arguments) -> Tensor:  # noqa: ARG001
+        on = teacher.isfinite()
+        order = [i for i in teacher.argsort(descending=True, stable=True).tolist() if on[i]][:k]
+        costs = [cost(student[i] - student[j], **arguments) for n, i in enumerate(order) for j in order[n + 1 :]]
+        return torch.stack(costs).mean() if costs else 0 * student.sum()
+
+    return value
+
+
+def hinge(ahead: Tensor, margin: float = 1.0) -> Tensor:
+    return (margin - ahead).clamp(min=0)
+
+
+def logistic(ahead: Tensor) -> Tensor:
+    return torch.logaddexp(torch.zeros_like(ahead), -ahead)
+
+
+def cross_entropy(
+    student: Tensor,
+    teacher: Tensor,  # noqa: ARG001
+    next_token: int,
+    temperature: float = 1.0,
+    smoothing: float = 0.0,
+) -> Tensor:
+    logs = torch.log_softmax(student / temperature, 0)
+    smooth = logs[student.isfinite()].mean()
+    return -(temperature**2) * ((1 - smoothing) * logs[next_token] + smoothing * smooth)
 
 
 @dataclass(frozen=True)
@@ -57,21 +128,50 @@ class Row:
 
     naive: Callable[..., Tensor]
     divergence: bool
-    settings: tuple[dict[str, float], ...] = tuple({"temperature": t} for t in TEMPERATURES)
+    settings: tuple[dict[str, Any], ...] = tuple({"temperature": t} for t in TEMPERATURES)
+
+
+def tempered(**arguments: float) -> tuple[dict[str, float], ...]:
+    return tuple({"temperature": t, **arguments} for t in TEMPERATURES)
 
 
 LOSSES = {
-    "forward_kl": Row(forward_kl, divergence=True),
-    "reverse_kl": Row(reverse_kl, divergence=True),
-    "cross_entropy": Row(cross_entropy, divergence=False),
+    "forward_kl": Row(naive(kl), divergence=True),
+    "reverse_kl": Row(naive(lambda t, s: kl(s, t)), divergence=True),
+    "jensen_shannon": Row(
+        naive(jensen_shannon), divergence=True, settings=(*tempered(), {"beta": 0.1}, {"beta": 0.9, "temperature": 2.0})
+    ),
+    "skew_kl": Row(naive(skew_kl), divergence=True, settings=(*tempered(), {"alpha": 0.7})),
+    "skew_reverse_kl": Row(naive(skew_reverse_kl), divergence=True, settings=(*tempered(), {"alpha": 0.7})),
+    "adaptive_kl": Row(
+        naive(adaptive_kl), divergence=True, settings=(*tempered(), {"mu": 0.1}, {"mu": 0.9, "temperature": 2.0})
+    ),
+    "alpha_beta": Row(
+        naive(alpha_beta),
+        divergence=True,
+        settings=(*tempered(), {"alpha": 0.2, "beta": 0.7}, {"alpha": 1.5, "beta": 0.5}),
+    ),
+    "total_variation": Row(naive(total_variation), divergence=True),
+    "logit_mse": Row(logit_mse, divergence=True, settings=({},)),
+    "hinge_ranking": Row(ranking(hinge), divergence=False, settings=({}, {"k": 3, "margin": 4.0})),
+    "logistic_ranking": Row(ranking(logistic), divergence=False, settings=({}, {"k": 3})),
+    "cross_entropy": Row(cross_entropy, divergence=False, settings=(*tempered(), {"smoothing": 0.3})),
 }
+TEMPERED = [name for name, row in LOSSES.items() if "temperature" in row.settings[0]]
 DIVERGENCES = [name for name, row in LOSSES.items() if row.divergence]
 CASES = [(name, arguments) for name, row in LOSSES.items() for arguments in row.settings]
+SMOOTH = [case for case in CASES if case[0] != "adaptive_kl"]  # whose gradient holds a part of it fixed
+BOUNDED = ("jensen_shannon", "skew_kl", "skew_reverse_kl", "alpha_beta", "total_variation")
+"""Where student and teacher are both sure and of different minds, the gradients of these vanish."""
 every_case = pytest.mark.parametrize(("name", "arguments"), CASES, ids=str)
 """Every loss with every set of its arguments."""
+every_case_not_saturated = pytest.mark.parametrize(
+    ("name", "arguments"), [(n, a) for n, a in CASES if n not in BOUNDED or a.get("temperature", 1.0) >= 1], ids=str
+)
+"""Every loss but where a gradient that vanishes would be held to a share of itself."""
 
 
-def objective(name: str, weight: float = 1.0, **arguments: float) -> Objective:
+def objective(name: str, weight: float = 1.0, **arguments) -> Objective:
     return Objective(name, losses.LOSSES[name], weight, arguments)
 
 

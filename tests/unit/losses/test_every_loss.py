@@ -5,9 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import (
+    BOUNDED,
     DIVERGENCES,
     LOSSES,
+    TEMPERED,
     every_case,
+    every_case_not_saturated,
     logit_pairs,
     naive_nats,
     properties,
@@ -30,6 +33,10 @@ def random_logits(r: int = 5, v: int = 9, seed: int = 0, spread: float = 3.0):
     return student, teacher, torch.randint(0, v, (r,), generator=g)
 
 
+def at(name: str, temperature: float) -> dict[str, float]:
+    return {"temperature": temperature} if name in TEMPERED else {}
+
+
 def test_the_table_has_every_loss():
     assert set(LOSSES) == set(losses.LOSSES)
 
@@ -45,7 +52,19 @@ def test_equals_the_naive_formula_and_its_gradient(name, arguments):
     torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-11, atol=1e-12)
 
 
-@every_case
+@pytest.mark.parametrize("name", BOUNDED)
+def test_float32_is_near_also_where_a_gradient_vanishes(name):
+    """Then it is a difference of nearly equal numbers: exact to a share of these, not of itself."""
+    student, teacher, next_tokens = (x.float() if x.is_floating_point() else x for x in random_logits(4, 5000))
+    wide = student.double().requires_grad_()
+    wanted = naive_nats(name, wide, teacher, next_tokens, temperature=0.25)
+    (wanted_gradient,) = torch.autograd.grad(wanted.sum(), wide)
+    nats, gradient = value_and_gradient(name, student, teacher, next_tokens, temperature=0.25)
+    assert relative_error(nats, wanted.detach()) <= 1e-5
+    assert (gradient - wanted_gradient).abs().max() <= 1e-6
+
+
+@every_case_not_saturated
 def test_float32_stays_near_float64_over_many_columns(name, arguments):
     student, teacher, next_tokens = (x.float() if x.is_floating_point() else x for x in random_logits(4, 5000))
     wide = student.double().requires_grad_()
@@ -57,7 +76,7 @@ def test_float32_stays_near_float64_over_many_columns(name, arguments):
     assert relative_error(gradient, wanted_gradient) <= 1e-5
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", TEMPERED)
 @pytest.mark.parametrize("temperature", [0.5, 2.0, 10.0])
 def test_temperature_squared_is_on_the_loss_and_on_its_gradient(name, temperature):
     """T² L(x / T) has the gradient T ∇L(x / T)."""
@@ -95,7 +114,7 @@ def test_gradient_of_each_row_sums_to_zero(name, arguments):
 @given(pair=logit_pairs, temperature=temperatures, token=st.integers(0, 1))
 def test_never_negative(name, dtype, pair, temperature, token):
     student, teacher = (torch.tensor([x], dtype=dtype) for x in pair)
-    nats, gradient = value_and_gradient(name, student, teacher, one_token + token, temperature=temperature)
+    nats, gradient = value_and_gradient(name, student, teacher, one_token + token, **at(name, temperature))
     assert nats.item() >= 0
     assert gradient.isfinite().all()
 
@@ -106,7 +125,7 @@ def test_never_negative(name, dtype, pair, temperature, token):
 @given(pair=logit_pairs, temperature=temperatures)
 def test_student_equal_to_its_teacher_has_loss_zero_and_gradient_zero(name, dtype, pair, temperature):
     logits = torch.tensor([pair[0]], dtype=dtype)
-    nats, gradient = value_and_gradient(name, logits, logits, one_token, temperature=temperature)
+    nats, gradient = value_and_gradient(name, logits, logits, one_token, **at(name, temperature))
     assert nats.item() == 0
     assert gradient.abs().max().item() == 0
 
@@ -116,7 +135,7 @@ def test_student_equal_to_its_teacher_has_loss_zero_and_gradient_zero(name, dtyp
 @given(pair=logit_pairs, temperature=temperatures)
 def test_zero_only_where_equal(name, pair, temperature):
     student, teacher = (torch.tensor([x], dtype=torch.float64) for x in pair)
-    nats, gradient = value_and_gradient(name, student, teacher, one_token, temperature=temperature)
+    nats, gradient = value_and_gradient(name, student, teacher, one_token, **at(name, temperature))
     apart = (softmax(student[0], temperature) - softmax(teacher[0], temperature)).abs().max().item()
     if apart > 1e-6:
         assert nats.item() > 0
@@ -129,9 +148,10 @@ def test_zero_only_where_equal(name, pair, temperature):
 @given(pair=logit_pairs, shift=st.floats(-100, 100), temperature=temperatures)
 def test_adding_a_number_to_all_logits_changes_nothing(name, pair, shift, temperature):
     student, teacher = (torch.tensor([x], dtype=torch.float64) for x in pair)
-    plain = value_and_gradient(name, student, teacher, one_token, temperature=temperature)
-    shifted = value_and_gradient(name, student + shift, teacher, one_token, temperature=temperature)
-    for found, wanted in zip(shifted, plain, strict=True):
+    plain = value_and_gradient(name, student, teacher, one_token, **at(name, temperature))
+    shifted = value_and_gradient(name, student + shift, teacher, one_token, **at(name, temperature))
+    tried = 1 if name == "total_variation" else 2  # whose gradient has corners
+    for found, wanted in list(zip(shifted, plain, strict=True))[:tried]:
         torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-7)
 
 

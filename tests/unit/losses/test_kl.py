@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from hypothesis import given
-from reference import DIVERGENCES, logit_pairs, naive_nats, properties, softmax, temperatures, value_and_gradient
+from reference import logit_pairs, naive_nats, properties, softmax, temperatures, value_and_gradient
 
 one_token = torch.zeros(1, dtype=torch.long)
 
@@ -53,7 +53,7 @@ def test_a_token_that_the_student_holds_impossible_costs_reverse_nothing():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_confidently_wrong_costs_the_distance_of_the_logits(name, dtype, temperature):
     student = torch.tensor([[1e4, -1e4, 0.0]], dtype=dtype)

@@ -1,0 +1,84 @@
+"""Losses on logits themselves: their distance, and the order of the likeliest."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from stillroom.losses.block import LOWEST_LOGIT, Block
+from stillroom.losses.sparse import check_sparse
+from stillroom.selection import likeliest
+
+
+def logit_mse(block: Block) -> tuple[Float[Tensor, " r"], Float[Tensor, "r v"]]:
+    """``1/v · Σ (a − b)²`` where a and b are the student's and the teacher's logits, each less its mean; gradient
+    ``2/v (a − b)``.
+
+    The limit of 2 T² KL for T → ∞ (arXiv 1503.02531, 2105.08919). In logits squared. Columns that either holds
+    impossible (−inf) do not count.
+
+    Raises:
+        MismatchError: the teacher's signal is sparse.
+    """
+    if block.sparse is not None:
+        check_sparse("logit_mse", sampled=block.sparse.sampled, temperatures=())
+    student, teacher = block.logits("student"), block.logits("teacher")
+    on = ~((student <= LOWEST_LOGIT) | (teacher <= LOWEST_LOGIT))
+    count = on.sum(-1, keepdim=True).clamp_(min=1).to(student.dtype)
+    gap = torch.where(on, student - teacher, 0)
+    gap.sub_(gap.sum(-1, keepdim=True) / count).mul_(on)
+    return (gap.square() / count).sum(-1), gap.mul_(2 / count)
+
+
+def hinge_ranking(
+    block: Block, *, k: int = 16, margin: float = 1.0
+) -> tuple[Float[Tensor, " r"], Float[Tensor, "r v"]]:
+    """Mean over pairs i before j of the teacher's k likeliest tokens of ``max(0, margin − (a_i − a_j))`` with student
+    logits a; the gradient is −1 on ``a_i`` and 1 on ``a_j`` of each pair within the margin, over the number of pairs.
+
+    The student learns the order and a distance, and is free in all else. In logits.
+    """
+
+    def cost(ahead: Tensor) -> tuple[Tensor, Tensor]:
+        short = margin - ahead
+        return short.clamp(min=0), (short > 0).to(ahead.dtype).neg_()
+
+    return _ranking(block, k, cost)
+
+
+def logistic_ranking(block: Block, *, k: int = 16) -> tuple[Float[Tensor, " r"], Float[Tensor, "r v"]]:
+    """Mean over pairs i before j of the teacher's k likeliest tokens of ``log(1 + exp(−(a_i − a_j)))`` with student
+    logits a (RankNet); the gradient is ``−σ(a_j − a_i)`` on ``a_i`` and as much on ``a_j``, over the number of pairs.
+
+    The smooth hinge. It is never 0: a pair is pushed apart ever further, though ever less.
+    """
+
+    def cost(ahead: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.nn.functional.softplus(-ahead), torch.sigmoid(-ahead).neg_()
+
+    return _ranking(block, k, cost)
+
+
+def _ranking(
+    block: Block, k: int, cost: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Float[Tensor, " r"], Float[Tensor, "r v"]]:
+    """The mean cost of pairs, by how far the student puts the first before the second."""
+    student = block.logits("student")
+    ids, there = _likeliest_of_teacher(block, k)
+    scores = student.gather(-1, ids)
+    values, slopes = cost(scores.unsqueeze(-1) - scores.unsqueeze(-2))
+    pairs = (there.unsqueeze(-1) & there.unsqueeze(-2)).triu(1)
+    share = 1 / pairs.sum((-1, -2)).clamp(min=1).to(student.dtype)
+    slopes = torch.where(pairs, slopes, 0) * share[:, None, None]
+    gradient = torch.zeros_like(student).scatter_add_(-1, ids, slopes.sum(-1) - slopes.sum(-2))
+    return torch.where(pairs, values, 0).sum((-1, -2)) * share, gradient
+
+
+def _likeliest_of_teacher(block: Block, k: int) -> tuple[Int[Tensor, "r k"], Tensor]:
+    if block.sparse is not None:
+        check_sparse("a ranking", sampled=block.sparse.sampled, temperatures=())
+        ids, log_probs = block.sparse.ids[:, :k], block.sparse.log_probs[:, :k]
+        return ids, log_probs > -torch.inf
+    logits, ids = likeliest(block.logits("teacher"), k)
+    return ids, logits > LOWEST_LOGIT
