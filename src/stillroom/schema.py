@@ -134,6 +134,8 @@ def _locate(config_class: Model, location: Sequence[str | int]) -> tuple[str, li
         following = _members(annotations, step)
         if following is not None:
             annotations, key = following, [*key, str(step)]
+        elif any(step == branch for branch in ("constrained-float", "float", "int", "str")):
+            continue  # the plain value, where settings may stand too
         elif position == len(location) - 1 and any(_is_config(a) for a in annotations):
             known = [name for a in annotations if _is_config(a) for name in a.model_fields]
             return ".".join([*key, str(step)]), known

@@ -1,6 +1,6 @@
 """Batch: which positions count, and where they go."""
 
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 import torch
@@ -46,11 +46,12 @@ def test_cannot_be_changed():
 
 
 def test_moves_whole():
-    b = batch()
+    b = replace(batch(), weights=torch.rand(batch().tokens.shape))
     moved = b.to("cpu")
     assert all(torch.equal(getattr(moved, f.name), getattr(b, f.name)) for f in fields(b))
     assert moved.kept.tolist() == [0, 2, 3, 5]
     assert {getattr(b.to("meta"), f.name).device.type for f in fields(b)} == {"meta"}
+    assert batch().to("cpu").weights is None
 
 
 class Operations(TorchDispatchMode):

@@ -132,6 +132,8 @@ class CaptureConfig(Config):
         engine, signal = self.teacher.engine, self.signal
         if getattr(self.data, "template", "auto") == "student":
             raise ValueError("data.template=student: a capture has no student; the teacher's template is taken")
+        if self.data.weight is not None:
+            raise ValueError("data.weight: a store holds what the teacher said, and no weights of the data's own")
         if self.generate is not None:
             if self.generate.answers > 1 and not self.generate.temperature:
                 raise ValueError(

@@ -15,6 +15,7 @@ from conftest import CHATML, build_tokenizer
 from stillroom.data import documents as module
 from stillroom.data.config import ChatData, PromptCompletionData, TextData
 from stillroom.data.documents import cache_folder, cache_path, prepare
+from stillroom.data.stream import collate
 from stillroom.errors import DataError, StorageError
 from stillroom.tokenizers import load_tokenizer
 
@@ -315,3 +316,25 @@ def test_real_text_is_split(shared_data: Path, tmp_path: Path) -> None:
     joined = np.concatenate([documents.tokens(0)[:1], *(documents.tokens(i)[1:] for i in range(len(documents)))])
     assert str(tokenizer.decode(joined, skip_special_tokens=True)).strip() == path.read_text(encoding="utf-8").strip()
     assert documents.lengths[:-1].tolist() == [257] * (len(documents) - 1)
+
+
+def test_what_a_row_counts_is_read_from_its_column(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Also by each piece of a row that is split, and by each position of a batch."""
+    path = write(tmp_path / "a.jsonl", [{"text": "pour " * 30, "score": 0.25}, {"text": "stir", "score": 3}])
+    documents = prepare(text_data(path, length=16, weight="score"), tiny_tokenizer)
+    pieces = len(documents) - 1
+    assert pieces > 1
+    assert [documents.weight(i) for i in range(len(documents))] == [0.25] * pieces + [3.0]
+    batch = collate(documents, [np.array([0, pieces])], 0)
+    assert batch.weights is not None
+    assert batch.weights[batch.documents == 0].unique().tolist() == [0.25]
+    assert batch.weights[batch.documents == pieces].unique().tolist() == [3.0]
+    plain = prepare(text_data(path, length=16), tiny_tokenizer)
+    assert {plain.weight(i) for i in range(len(plain))} == {1.0}
+
+
+@pytest.mark.parametrize("value", [-1, "2", True, None, float("inf")])
+def test_a_weight_that_is_none_is_refused(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, value) -> None:
+    path = write(tmp_path / "a.jsonl", [{"text": "stir", "score": value}])
+    with pytest.raises(DataError, match=r"a\.jsonl line 1: the column `score` does not hold a weight"):
+        prepare(text_data(path, weight="score"), tiny_tokenizer)

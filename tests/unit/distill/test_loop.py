@@ -238,3 +238,23 @@ def test_a_gradient_that_is_not_finite_is_noticed_though_the_loss_is(tmp_path):
     assert math.isfinite(raised.value.values["loss"])
     assert math.isnan(raised.value.values["gradient norm"])
     assert "none: no checkpoint was due" in raised.value.why
+
+
+def test_a_schedule_is_followed_step_by_step_and_told(tmp_path):
+    state = state_of()
+
+    def objectives(progress: float) -> tuple[Objective, ...]:
+        cool = {"temperature": 2.0 - progress}
+        return Objective("forward_kl", forward_kl, 1 - progress, cool), Objective(
+            "cross_entropy", cross_entropy, progress
+        )
+
+    lines = run(state, tmp_path, objectives=objectives)
+    assert [line["forward_kl_weight"] for line in lines] == pytest.approx([1, 2 / 3, 1 / 3, 0])
+    assert [line["forward_kl_temperature"] for line in lines] == pytest.approx([2, 5 / 3, 4 / 3, 1])
+    assert "cross_entropy_temperature" not in lines[0]
+    for line in lines:
+        share = line["cross_entropy_weight"]
+        assert line["loss_nats"] == pytest.approx(
+            (1 - share) * line["forward_kl_nats"] + share * line["cross_entropy_nats"]
+        )

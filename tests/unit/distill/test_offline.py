@@ -366,3 +366,29 @@ def test_a_refused_run_leaves_nothing(recipe, stored, tmp_path):
     with pytest.raises(MismatchError):
         run(load(DistillConfig, recipe, words))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("objective", "says"),
+    [
+        ("{kind: logit_mse}", "logit_mse cannot be learnt from a few entries"),
+        ("{kind: forward_kl, temperature: {kind: linear, start: 2.0, stop: 1.0}}", "cannot be used at temperature 2.0"),
+        ("{kind: forward_kl, token_weight: {kind: teacher_entropy}}", "does not hold the teacher's entropy"),
+    ],
+)
+def test_objectives_that_the_store_cannot_teach_are_refused(stored, plan, objective, says):
+    with pytest.raises(MismatchError, match=says):
+        plan(stored(), f"objectives=[{objective}]")
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "{kind: jensen_shannon, beta: 0.3, temperature: 2.0}",
+        "{kind: forward_kl, missing: label}",
+        "{kind: hinge_ranking, k: 4}",
+        "{kind: forward_kl, token_weight: {kind: student_entropy}}",
+    ],
+)
+def test_objectives_that_it_can_teach_are_planned(stored, plan, objective):
+    assert plan(stored(), f"objectives=[{objective}]").store is not None

