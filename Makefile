@@ -24,8 +24,9 @@ e2e: .venv/.tools  ## whole runs by the real command line
 gpu: .venv/.tools  ## what needs a CUDA device, against the CPU
 	$(OFFLINE) $(BIN)/python -m pytest tests/gpu
 
-bench: .venv/.tools  ## start-up, throughput and quality, as told in LOG.md; results in benchmarks/*.json
+bench: .venv/.bench  ## start-up, losses, throughput, store and quality, as told in LOG.md; results in benchmarks/*.json
 	$(OFFLINE) $(BIN)/python benchmarks/startup.py
+	$(OFFLINE) $(BIN)/python benchmarks/losses.py
 	$(OFFLINE) $(BIN)/python benchmarks/throughput.py
 	$(OFFLINE) $(BIN)/python benchmarks/store.py
 	$(OFFLINE) $(BIN)/python benchmarks/quality.py
@@ -47,4 +48,8 @@ clean:
 
 .venv/.tools: .venv/.stillroom
 	$(PIP) -e '.[hub,lora,server,tensorboard,wandb,trackio,mlflow,test,dev]'
+	touch $@
+
+.venv/.bench: .venv/.tools
+	$(PIP) -e '.[bench]'
 	touch $@
