@@ -36,6 +36,15 @@ def test_there_are_commands_to_try():
     assert sum(words[0] == "stillroom" for words in COMMANDS) >= 3
 
 
+def test_the_tree_names_every_module_and_package_and_no_other():
+    (tree,) = [block for block in blocks(ROOT / "README.md", "") if "src/stillroom/" in block]
+    named = set(re.findall(r"[a-z_]+(?:\.py|/)", tree.partition("src/stillroom/\n")[2].partition("\ntests/")[0]))
+    named -= {"config.py", "plan.py", "run.py"}
+    there = {f"{path.name}/" if path.is_dir() else path.name for path in (ROOT / "src/stillroom").iterdir()}
+    hidden = {name for name in there if name.startswith("_")}
+    assert named | {"config.py"} == there - hidden
+
+
 @pytest.mark.parametrize("words", [w for w in COMMANDS if w[0] == "make"], ids=" ".join)
 def test_every_make_target_is_there(words):
     done = subprocess.run([*words, "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)

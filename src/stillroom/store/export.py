@@ -82,7 +82,7 @@ def export_schema(manifest: Manifest) -> pa.Schema:
 
 def rest_name(temperature: float) -> str:
     """The column of the log of the mass that is left out at a temperature."""
-    return "log_rest" if temperature == 1.0 else f"log_rest@{temperature:g}"
+    return "log_rest" if temperature == 1.0 else f"log_rest@{temperature!r}"
 
 
 def _further(signal: AnySignal) -> list[str]:

@@ -53,7 +53,7 @@ class Row:
     num_ordered: int | None = None
     """The first so many entries of a position are known never to rise; None is all of them."""
     further: dict[str, np.ndarray] = field(default_factory=dict)
-    """Columns of one number a position: log_rest, log_rest@2, entropy, label_log_prob."""
+    """Columns of one number a position: log_rest, log_rest@2.0, entropy, label_log_prob."""
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def test_truncated_entries_and_their_rest_sum_to_1(made, tmp_path):
     [
         ("full", []),
         ("top_p", ["log_rest"]),
-        ("top_k", ["log_rest", "log_rest@2", "entropy", "label_log_prob"]),
+        ("top_k", ["log_rest", "log_rest@2.0", "entropy", "label_log_prob"]),
         ("sampled", ["entropy", "label_log_prob"]),
         ("head_and_sample", ["entropy"]),
     ],
