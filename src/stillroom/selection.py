@@ -122,6 +122,18 @@ def head_and_sample(
     return Selection(ids, kept, {1.0: rest.log()}, draws, draw_log_probs, unit.log())
 
 
+def subtracted_rests(log_probs: Float[Tensor, "n k"], num_columns: int) -> Float[Tensor, " n"]:
+    """log of the mass that entries leave out, where nobody could sum it: ``log(1 − Σ p)``, −inf where all are kept.
+
+    Float32 log-probabilities do not tell a mass below ``k · 2⁻²⁴`` from none, so entries that leave ids out leave out
+    at least that much: were it nothing, a student who says anything else would be infinitely far away.
+    """
+    log_probs = log_probs.double()
+    counts = (log_probs > -torch.inf).sum(-1)
+    rests = (1 - log_probs.exp().sum(-1)).maximum(counts * 2.0**-24)
+    return torch.where(counts < num_columns, rests, 0).log()
+
+
 def _on_cpu(values: Float[Tensor, "n v"]) -> bool:
     return values.device.type == "cpu" and values.dtype == torch.float32 and values.shape[1] > 0
 

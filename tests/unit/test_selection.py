@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillroom import selection as module
-from stillroom.selection import Selection, entropy, head_and_sample, likeliest, sampled, top_k, top_p
+from stillroom.selection import (
+    Selection,
+    entropy,
+    head_and_sample,
+    likeliest,
+    sampled,
+    subtracted_rests,
+    top_k,
+    top_p,
+)
 
 NUM_DRAWS = 100_000
 
@@ -380,3 +389,17 @@ def test_no_positions_give_an_empty_selection(v):
     ):
         assert len(selection.ids) == len(selection.log_probs) == 0
         assert all(len(rest) == 0 for rest in selection.log_rests.values())
+
+
+def test_a_subtracted_rest_is_the_mass_left_out_but_never_less_than_the_noise_of_float32():
+    logits = random_logits(4, 50, spread=2.0)
+    logits[2:, 3] += 25  # beyond which float32 tells no mass
+    kept, ids = reference(logits).float().topk(5)
+    exact = reference(logits).scatter(1, ids, -torch.inf).logsumexp(-1)
+    found = subtracted_rests(kept, 50)
+    torch.testing.assert_close(found[:2], exact[:2], rtol=0, atol=1e-5)
+    assert (exact[2:] < -18).all()
+    assert found[2:].tolist() == [math.log(5 * 2**-24)] * 2
+    assert subtracted_rests(kept, 5).tolist() == [-math.inf] * 4
+    kept[:, 3:] = -torch.inf
+    assert subtracted_rests(kept, 50)[2].item() == pytest.approx(math.log(3 * 2**-24))

@@ -96,12 +96,13 @@ def run(
 
 def _teacher(plan: Plan) -> "ModelTeacher | ServerTeacher":
     config, teacher = plan.config, plan.config.teacher
-    engine, signal = teacher.engine, config.signal
+    engine, signal, columns = teacher.engine, config.signal, teacher.columns
+    assert columns != "auto"
     if not isinstance(engine, Transformers):
         assert isinstance(signal, TopK | TopP)  # the config demands it
         from stillroom.capture.server import ServerTeacher
 
-        asked = ServerTeacher(teacher.model, engine, signal, plan.tokenizer, seed=config.seed)
+        asked = ServerTeacher(teacher.model, engine, signal, plan.tokenizer, columns=columns, seed=config.seed)
         asked.engine.check()
         return asked
     model = models.load_model(
@@ -113,13 +114,12 @@ def _teacher(plan: Plan) -> "ModelTeacher | ServerTeacher":
         trust_remote_code=teacher.trust_remote_code,
     )
     models.verify(model, "the teacher", pack=config.data.pack)
-    assert teacher.columns != "auto"
     pad = plan.tokenizer.pad_token_id
     return ModelTeacher(
         model,
         engine,
         signal,
-        columns=teacher.columns,
+        columns=columns,
         length=config.data.length,
         pack=config.data.pack,
         seed=config.seed,

@@ -11,18 +11,30 @@ from stillroom.capture.model import Said
 from stillroom.capture.windows import Document
 from stillroom.engines.server import ServerEngine, TopLogProbs
 from stillroom.errors import DataError
-from stillroom.selection import Selection
+from stillroom.selection import Selection, subtracted_rests
 from stillroom.store.config import TopK, TopP
 from stillroom.store.quantise import quantise
 
 
 class ServerTeacher:
-    """Asks a server about windows of documents, several at a time, and takes what it says in their order."""
+    """Asks a server about windows of documents, several at a time, and takes what it says in their order.
+
+    Args:
+        columns: the tokens that make up its distribution.
+        seed: of its answers.
+    """
 
     def __init__(
-        self, model: str, engine: VLLM | OpenAI, signal: TopK | TopP, tokenizer: PreTrainedTokenizerBase, *, seed: int
+        self,
+        model: str,
+        engine: VLLM | OpenAI,
+        signal: TopK | TopP,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        columns: int,
+        seed: int,
     ) -> None:
-        self.signal, self.seed = signal, seed
+        self.signal, self.columns, self.seed = signal, columns, seed
         self.engine = ServerEngine(
             url=engine.url,
             model=model,
@@ -87,8 +99,7 @@ class ServerTeacher:
         if isinstance(signal, TopP):
             before = np.cumsum(np.exp(log_probs), 1) - np.exp(log_probs)
             log_probs[before >= signal.mass] = -np.inf
-        rest = 1 - np.exp(log_probs).sum(1)
-        log_rest = np.log(np.where(rest > 0, rest, 1), where=rest > 0, out=np.full(n, -np.inf))
+        kept = torch.from_numpy(log_probs)
         label = torch.from_numpy(top.label_log_probs.astype(np.float32)) if signal.label else None
         if label is not None and not bool(torch.isfinite(label).all()):
             raise DataError(
@@ -99,8 +110,8 @@ class ServerTeacher:
             )
         chosen = Selection(
             torch.from_numpy(ids),
-            torch.from_numpy(log_probs),
-            {1.0: torch.from_numpy(log_rest)},
+            kept,
+            {1.0: subtracted_rests(kept, self.columns)},
             label_log_probs=label,
         )
         return Said(*quantise(chosen, signal, np.zeros((n, 0), np.float32)))

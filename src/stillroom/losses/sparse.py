@@ -7,6 +7,7 @@ Sampled, the entries are weights ``w`` with ``E[w] = t``, and only losses that a
 of the divergences, forward KL (arXiv 2503.16870).
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stillroom.errors import MismatchError
-from stillroom.losses.block import LOWEST_LOGIT, Block
+from stillroom.losses.block import Block
 from stillroom.signals import Sparse, untempered
 
 Missing = Literal["bucket", "renormalise", "zero", "label"]
@@ -85,6 +86,9 @@ class Seen(NamedTuple):
 def see(block: Block, signal: Sparse, temperature: float) -> Seen:
     """The outcomes at a temperature.
 
+    A bucket of less than the least that the type can hold, of nothing even, counts as that in logs: so what a student
+    says beside the entries costs at most 88 nats in float32, and not infinitely much.
+
     Raises:
         MismatchError: the signal is sampled, or does not know what it left out at this temperature.
     """
@@ -97,11 +101,11 @@ def see(block: Block, signal: Sparse, temperature: float) -> Seen:
     there = finite.to(log_student.dtype)
     others = block.student_probabilities(temperature).scatter(-1, signal.ids, 0)
     rest = others.sum(-1)  # summed over them, and so right however small it is
-    log_others = rest.clamp(min=torch.finfo(rest.dtype).tiny).log()
+    lowest = math.log(torch.finfo(rest.dtype).tiny)
     return Seen(
         signal.ids,
-        _with(log_t, log_rest.clamp(min=LOWEST_LOGIT)),
-        _with(log_s, log_others),
+        _with(log_t, log_rest.clamp(min=lowest)),
+        _with(log_s, rest.log().clamp(min=lowest)),
         _with(log_t.exp() * there, log_rest.exp()),
         _with(log_s.exp() * there, rest),
         others,

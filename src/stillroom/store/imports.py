@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stillroom import tokenizers
 from stillroom.errors import ConfigError, DataError, MismatchError
-from stillroom.selection import Selection
+from stillroom.selection import Selection, subtracted_rests
 from stillroom.store.config import SAMPLED, TopK, side_columns
 from stillroom.store.distillkit import CONFIG_FILE, check_vocabulary, read_compression
 from stillroom.store.folder import check_out, new_store
@@ -244,7 +244,7 @@ def _add(writer: StoreWriter, number: int, row: Row, config: ImportConfig, signa
     labels = row.tokens[places + 1]
     imported.labels_kept += int(((ids == labels[:, None]) & np.isfinite(log_probs)).any(1).sum())
     nothing = np.zeros((len(ids), 0), np.float32)
-    levels, error = quantise(_selection(ids, log_probs, further), signal, nothing)
+    levels, error = quantise(_selection(ids, log_probs, further, writer.manifest.num_columns), signal, nothing)
     keep = np.zeros(len(row.tokens), bool)
     keep[places] = True
     document = number if row.document is None else row.document
@@ -334,20 +334,19 @@ def _refused(row: Row, places: np.ndarray, log_probs: np.ndarray, wrong: np.ndar
     )
 
 
-def _selection(ids: np.ndarray, log_probs: np.ndarray, further: Mapping[str, np.ndarray]) -> Selection:
+def _selection(
+    ids: np.ndarray, log_probs: np.ndarray, further: Mapping[str, np.ndarray], num_columns: int
+) -> Selection:
     """The entries, and the mass that they leave out: what the file says of it, or else 1 − their mass."""
-    rests = {float(name.partition("@")[2] or 1): values for name, values in further.items() if "log_rest" in name}
+    told = {name: torch.from_numpy(values) for name, values in further.items()}
+    kept = torch.from_numpy(log_probs)
+    rests = {float(name.partition("@")[2] or 1): values for name, values in told.items() if "log_rest" in name}
     if 1.0 not in rests:
-        mass = np.exp(log_probs).sum(1)
-        rests[1.0] = np.where(mass < 1, np.log1p(-np.minimum(mass, np.nextafter(1, 0))), -np.inf)
-
-    def column(name: str) -> torch.Tensor | None:
-        return torch.from_numpy(further[name]) if name in further else None
-
+        rests[1.0] = subtracted_rests(kept, num_columns)
     return Selection(
         torch.from_numpy(ids),
-        torch.from_numpy(log_probs),
-        {temperature: torch.from_numpy(values) for temperature, values in rests.items()},
-        entropy=column("entropy"),
-        label_log_probs=column("label_log_prob"),
+        kept,
+        rests,
+        entropy=told.get("entropy"),
+        label_log_probs=told.get("label_log_prob"),
     )

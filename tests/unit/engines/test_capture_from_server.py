@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import fake_server as fake_server_module
 import numpy as np
 import pytest
 from fake_server import FakeServer, fake_server, status, toy_log_probs
@@ -119,3 +120,19 @@ def test_openai_tells_twenty_at_the_most(capture):
     with pytest.raises(ConfigError) as caught:
         capture("x", "signal={kind: top_k, k: 21}", dialect="openai")
     assert "tells 20 tokens a position at the most" in str(caught.value)
+
+
+def test_a_confident_server_leaves_something_out(capture, tmp_path, monkeypatch):
+    """Its log-probabilities are float32, and of a confident token their mass comes to 1; yet there are other tokens."""
+
+    def sure(tokens: list[int], vocabulary: Any) -> np.ndarray:
+        logits = 30 * toy_log_probs(tokens, vocabulary)
+        logits -= logits.max()
+        return (logits - np.log(np.exp(logits).sum())).astype(np.float32).astype(float)
+
+    monkeypatch.setattr(fake_server_module, "toy_log_probs", sure)
+    capture("a", "signal={kind: top_k, k: 7}")
+    store = Store(tmp_path / "a" / "store")
+    for i in range(len(store)):
+        rests = to_sparse(store.levels([i]), store.signal_config).log_rests[1.0]
+        assert (rests >= np.log(7 * 2**-24) - 0.01).all()

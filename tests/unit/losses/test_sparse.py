@@ -231,6 +231,19 @@ def test_a_student_that_is_certain_still_learns_of_the_bucket(name):
         assert gradient[0, 0].item() == pytest.approx(2 / 3, rel=1e-5)
 
 
+@both_types
+def test_a_bucket_of_nothing_is_bounded(dtype):
+    """Half of the student lies where the teacher says that there is nothing; its reverse KL is large, not boundless."""
+    student = torch.zeros(1, 4, dtype=dtype)
+    rests = {1.0: torch.tensor([-torch.inf], dtype=dtype)}
+    signal = Sparse(torch.tensor([[0, 1]]), torch.full((1, 2), 0.5, dtype=dtype).log(), rests)
+    nats, gradient = value_and_gradient("reverse_kl", student, signal)
+    least = math.log(torch.finfo(dtype).tiny)
+    assert nats.item() == pytest.approx(math.log(0.5) - 0.5 * least, rel=1e-5)
+    assert gradient.abs().max() < -least
+    assert gradient[0, 2:].tolist() == [pytest.approx(-0.125 * least, rel=1e-5)] * 2
+
+
 @every_loss
 @pytest.mark.parametrize("left_out", [1e-7, 1e-8, 1e-20])
 def test_confident_tokens_in_float32_are_right(name, left_out):
