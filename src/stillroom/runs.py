@@ -9,13 +9,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from stillroom.errors import ConfigError, DataError, StorageError
+from stillroom.errors import ConfigError, DataError, StillroomError, StorageError
 from stillroom.files import lock, read_json, write_json, writing
 from stillroom.recipe import differences
 
@@ -44,6 +45,7 @@ class RunFolder:
     ) -> None:
         self.path = Path(path)
         check_place(self.path, may_exist=resume or overwrite)
+        self._made = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         busy = StorageError(
             f"another run is at work in {self.path}",
@@ -110,6 +112,9 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._made and isinstance(error, StillroomError) and _visible(self.path) == ["run.json"]:
+            with suppress(OSError):  # nothing was made yet, so the mended command may have the same `out`
+                shutil.rmtree(self.path)
         self.close()
 
 

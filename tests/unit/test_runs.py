@@ -452,3 +452,25 @@ def test_the_folder_can_be_moved_between_resumes(earlier, tmp_path):
     shutil.move(earlier, moved)
     with RunFolder(moved, {"steps": 3, "optimizer": {"rate": 0.5}}, resume=True) as folder:
         assert folder.resumed
+
+
+def test_a_run_that_fails_before_it_makes_anything_leaves_nothing_in_the_way(tmp_path):
+    """The mended command may have the same `out`. What was made, or was there before, stays."""
+    error = DataError("nothing to read", {"rows": 0}, why="There is nothing.", fix="Give it some.")
+
+    def fail(place: Path, *products: str, **settings: bool) -> None:
+        with RunFolder(place, {"a": 1}, **settings) as folder:
+            for product in products:
+                (folder.path / product).touch()
+            raise error
+
+    with pytest.raises(DataError):
+        fail(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(DataError):
+        fail(tmp_path / "b", "metrics.jsonl")
+    assert (tmp_path / "b" / "run.json").exists()
+    (tmp_path / "c").mkdir()
+    with pytest.raises(DataError):
+        fail(tmp_path / "c", overwrite=True)
+    assert (tmp_path / "c" / "run.json").exists()

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from stillroom.config import Config, PathText
-from stillroom.data.config import DataConfig
+from stillroom.data.config import DataConfig, TextData
 from stillroom.engines import MOST_OPENAI
 from stillroom.store.config import SHARD_POSITIONS, HeadAndSample, SignalConfig, TopK, TopP
 
@@ -138,6 +138,11 @@ class CaptureConfig(Config):
             if self.generate.answers > 1 and not self.generate.temperature:
                 raise ValueError(
                     "generate.temperature=0 gives the same answer each time, so generate.answers must be 1"
+                )
+            if isinstance(self.data, TextData) and self.data.overlong == "split":
+                raise ValueError(
+                    "generate with data.overlong=split would take each piece of a long text for a prompt: set "
+                    "data.overlong=cut, or drop"
                 )
             if (self.data.format == "text") == (self.generate.prompt_tokens is None):
                 raise ValueError(

@@ -62,7 +62,7 @@ def test_the_fields_of_a_server(loaded):
 
 
 def test_the_fields_of_answers(loaded):
-    config = loaded("generate={prompt_tokens: 3, max_tokens: 8}").generate
+    config = loaded("data.overlong=cut", "generate={prompt_tokens: 3, max_tokens: 8}").generate
     assert config is not None
     assert config.model_dump() == {
         "max_tokens": 8, "temperature": 1.0, "top_p": 1.0, "answers": 1, "prompt_tokens": 3,
@@ -95,9 +95,12 @@ def test_what_is_kept_besides_the_entries(loaded, signal, columns, temperatures)
         [],
         ["part={index: 0, of: 1}"],
         ["part={index: 6, of: 7}"],
-        ["generate={max_tokens: 63, prompt_tokens: 1}"],
-        ["generate={max_tokens: 8, prompt_tokens: 1, temperature: 0}"],
-        ["generate={max_tokens: 8, prompt_tokens: 1, temperature: 0.5, answers: 1000, top_p: 0.1}"],
+        ["data.overlong=cut", "generate={max_tokens: 63, prompt_tokens: 1}"],
+        ["data.overlong=cut", "generate={max_tokens: 8, prompt_tokens: 1, temperature: 0}"],
+        [
+            "data.overlong=cut",
+            "generate={max_tokens: 8, prompt_tokens: 1, temperature: 0.5, answers: 1000, top_p: 0.1}",
+        ],
         ["data={path: d, format: chat, length: 64}", "generate={max_tokens: 8}"],
         ["data={path: d, format: prompt_completion, length: 64}", "generate={max_tokens: 8, answers: 3}"],
         [VLLM, "signal={kind: top_k, k: 65536, label: true}"],
@@ -129,17 +132,23 @@ PROMPT_OF_TEXT = "generate.prompt_tokens says where the prompt of plain text end
     ("overrides", "message"),
     [
         (
-            ["generate={max_tokens: 8, prompt_tokens: 1, answers: 2, temperature: 0}"],
+            ["data.overlong=cut", "generate={max_tokens: 8, prompt_tokens: 1, answers: 2, temperature: 0}"],
             "generate.temperature=0 gives the same answer each time, so generate.answers must be 1",
         ),
-        (["generate={max_tokens: 8}"], PROMPT_OF_TEXT),
+        (["data.overlong=cut", "generate={max_tokens: 8}"], PROMPT_OF_TEXT),
+        (
+            ["generate={max_tokens: 8, prompt_tokens: 1}"],
+            "generate with data.overlong=split would take each piece of a long text for a prompt: set data.overlong=cut, "
+            "or drop",
+        ),
+        (["data.weight=score"], "data.weight: a store holds what the teacher said, and no weights of the data's own"),
         (["data={path: d, format: chat, length: 64}", "generate={max_tokens: 8, prompt_tokens: 1}"], PROMPT_OF_TEXT),
         (
             ["data={path: d, format: prompt_completion, length: 64}", "generate={max_tokens: 8, prompt_tokens: 1}"],
             PROMPT_OF_TEXT,
         ),
         (
-            ["generate={max_tokens: 64, prompt_tokens: 1}"],
+            ["data.overlong=cut", "generate={max_tokens: 64, prompt_tokens: 1}"],
             "generate.max_tokens (64) leaves no room for a prompt in data.length (64)",
         ),
         (["part={index: 2, of: 2}"], "part.index (2) counts from 0, so it is less than part.of (2)"),

@@ -182,7 +182,7 @@ def test_another_teacher_is_not_gone_on_with(capture, saved_model, power_out):
 
 def test_the_teacher_answers_and_says_what_it_thinks_of_its_answers(capture, tmp_path):
     settings = ("signal={kind: top_k, k: 4, label: true}", "data.length=48", "data.max_documents=5",
-                "generate={max_tokens: 6, answers: 2, prompt_tokens: 4}")  # fmt: skip
+                "data.overlong=cut", "generate={max_tokens: 6, answers: 2, prompt_tokens: 4}")  # fmt: skip
     capture("a", *settings)
     capture("b", *settings)
     assert contents(tmp_path / "a" / "store") == contents(tmp_path / "b" / "store")
@@ -196,7 +196,7 @@ def test_the_teacher_answers_and_says_what_it_thinks_of_its_answers(capture, tmp
         assert keep[3:-1].all()
     assert {tuple(store.tokens(i)[:4]) for i in (0, 1)} == {tuple(store.tokens(0)[:4])}
     capture("greedy", "signal={kind: top_k, k: 4}", "data.length=48", "data.max_documents=5",
-            "generate={max_tokens: 6, temperature: 0, prompt_tokens: 4}")  # fmt: skip
+            "data.overlong=cut", "generate={max_tokens: 6, temperature: 0, prompt_tokens: 4}")  # fmt: skip
     store = Store(tmp_path / "greedy" / "store")
     for i in range(len(store)):
         kept = store.tokens(i)[1:][store.keep(i)[:-1]]
@@ -310,9 +310,9 @@ def test_a_capture_is_not_gone_on_with_by_other_settings(capture, monkeypatch, s
 
     monkeypatch.setattr(ModelTeacher, "say", fail)
     with pytest.raises(OSError, match="the power is out"):
-        capture("a", "signal={kind: top_k, k: 5}")
+        capture("a", "signal={kind: top_k, k: 5}", "data.overlong=cut")
     with pytest.raises(ConfigError, match="other settings") as raised:
-        capture("a", "signal={kind: top_k, k: 5}", setting, resume=True)
+        capture("a", "signal={kind: top_k, k: 5}", "data.overlong=cut", setting, resume=True)
     assert any(found.startswith(key) for found in raised.value.values)
 
 
@@ -330,7 +330,12 @@ def test_a_setting_that_may_change_changes_nothing_of_what_is_said(capture, tmp_
 
 
 def test_answers_are_not_gone_on_with_in_other_batches(capture, monkeypatch):
-    words = ("signal={kind: top_k, k: 4}", "data.length=48", "generate={max_tokens: 6, prompt_tokens: 4}")
+    words = (
+        "signal={kind: top_k, k: 4}",
+        "data.length=48",
+        "data.overlong=cut",
+        "generate={max_tokens: 6, prompt_tokens: 4}",
+    )
 
     def fail(*_: Any) -> Any:
         raise OSError("the power is out")
@@ -343,7 +348,12 @@ def test_answers_are_not_gone_on_with_in_other_batches(capture, monkeypatch):
 
 
 def test_answers_go_on_after_a_failure_as_if_there_had_been_none(capture, tmp_path, power_out):
-    words = ("signal={kind: top_k, k: 4}", "data.length=48", "generate={max_tokens: 6, answers: 3, prompt_tokens: 4}")
+    words = (
+        "signal={kind: top_k, k: 4}",
+        "data.length=48",
+        "data.overlong=cut",
+        "generate={max_tokens: 6, answers: 3, prompt_tokens: 4}",
+    )
     capture("whole", *words, "shard_positions=50")
     power_out(3)
     with pytest.raises(OSError, match="the power is out"):

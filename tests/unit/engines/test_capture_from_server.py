@@ -66,7 +66,12 @@ def test_what_a_server_says_is_stored(capture, server, tmp_path, signal):
 
 
 def test_a_servers_answers_are_stored_with_what_it_said_of_them(capture, server, tmp_path):
-    capture("a", "signal={kind: top_k, k: 5, label: true}", "generate={max_tokens: 4, answers: 2, prompt_tokens: 3}")
+    capture(
+        "a",
+        "signal={kind: top_k, k: 5, label: true}",
+        "data.overlong=cut",
+        "generate={max_tokens: 4, answers: 2, prompt_tokens: 3}",
+    )
     store = Store(tmp_path / "a" / "store")
     assert [store.document(i) for i in range(len(store))] == list(range(len(store)))
     for i in range(len(store)):
@@ -105,9 +110,9 @@ def test_a_server_that_fails_loses_nothing(capture, server, tmp_path, code):
         (["signal={kind: top_k, k: 5, temperatures: [2.0]}"], "does not tell the entropy"),
         (["signal={kind: top_k, k: 5, entropy: true}"], "does not tell the entropy"),
         (["part={index: 2, of: 2}"], "counts from 0"),
-        (["generate={max_tokens: 4}"], "prompt_tokens"),
-        (["generate={max_tokens: 4, temperature: 0, answers: 2, prompt_tokens: 2}"], "must be 1"),
-        (["generate={max_tokens: 32, prompt_tokens: 2}"], "no room"),
+        (["data.overlong=cut", "generate={max_tokens: 4}"], "prompt_tokens"),
+        (["data.overlong=cut", "generate={max_tokens: 4, temperature: 0, answers: 2, prompt_tokens: 2}"], "must be 1"),
+        (["data.overlong=cut", "generate={max_tokens: 32, prompt_tokens: 2}"], "no room"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_in_words(capture, settings, words):
