@@ -138,8 +138,8 @@ PROMPT_OF_TEXT = "generate.prompt_tokens says where the prompt of plain text end
         (["data.overlong=cut", "generate={max_tokens: 8}"], PROMPT_OF_TEXT),
         (
             ["generate={max_tokens: 8, prompt_tokens: 1}"],
-            "generate with data.overlong=split would take each piece of a long text for a prompt: set data.overlong=cut, "
-            "or drop",
+            "generate with data.overlong=split would take each piece of a long text for a prompt: set "
+            "data.overlong=cut, or drop",
         ),
         (["data.weight=score"], "data.weight: a store holds what the teacher said, and no weights of the data's own"),
         (["data={path: d, format: chat, length: 64}", "generate={max_tokens: 8, prompt_tokens: 1}"], PROMPT_OF_TEXT),

@@ -427,9 +427,10 @@ def test_secrets_are_not_written_down(capture, tmp_path, tokenizer_folder, monke
     """An address with a password, and a key in a variable, stay out of every file, though nobody is at home there."""
     monkeypatch.setenv("MY_KEY", "k3y-of-mine")
     engine = "{kind: vllm, url: 'http://me:hunter2@127.0.0.1:9/v1?token=s3cret', key_variable: MY_KEY, retries: 0}"
+    (tmp_path / "a").mkdir()  # a folder that the run made itself would be gone after the failure
     with pytest.raises(StillroomError) as raised:
         capture("a", "teacher.model=toy", f"teacher.tokenizer={tokenizer_folder}", f"teacher.engine={engine}",
-                "signal={kind: top_k, k: 3}")  # fmt: skip
+                "signal={kind: top_k, k: 3}", overwrite=True)  # fmt: skip
     files = [p for p in (tmp_path / "a").rglob("*") if p.is_file()]
     assert json.loads((tmp_path / "a" / "run.json").read_text())["config"]["teacher"]["engine"]["key_variable"]
     for text in [str(raised.value), *(p.read_text(errors="replace") for p in files)]:
