@@ -35,7 +35,8 @@ def diverge(
     """``T² · D`` of the distributions at temperature T, and its gradient ``T (w − s Σ w)`` with the pulls w.
 
     Of a truncated sparse signal the outcomes are its entries and, as one further outcome, all the others together. So
-    the divergence is at most the full one (data-processing inequality), and reaches it as entries are added.
+    an f-divergence is at most the full one (data-processing inequality), and reaches it as entries are added. The α-β
+    divergence with α + β other than 1 and the adaptive KL are none, and may come out larger.
     """
     if block.sparse is not None:
         nats, gradient = _truncated(block, divergence, temperature)

@@ -145,7 +145,7 @@ def completed(
     """Targets on distinct ids that stand for the whole of a truncated signal, each by a rule for its missing mass:
 
     - ``renormalise``: the entries are scaled up to a sum of 1, as if the teacher said nothing else;
-    - ``zero``: the entries as they are, with a sum below 1, so the student is not pushed off other ids;
+    - ``zero``: the entries as they are, with a sum below 1: the gradient of ``renormalise`` times the mass kept;
     - ``label``: the mass is put on the data's own next token.
     """
     log_targets, log_rest = signal.log_targets(temperature)
