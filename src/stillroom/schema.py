@@ -13,6 +13,8 @@ from pydantic_core import ErrorDetails
 from stillroom.errors import ConfigError
 
 Model = type[BaseModel]
+PLAIN = ("constrained-float", "float", "int", "str")
+"""What pydantic calls the branch of a union that takes a plain value."""
 
 
 def strip(annotation: Any) -> list[Any]:
@@ -134,7 +136,7 @@ def _locate(config_class: Model, location: Sequence[str | int]) -> tuple[str, li
         following = _members(annotations, step)
         if following is not None:
             annotations, key = following, [*key, str(step)]
-        elif any(step == branch for branch in ("constrained-float", "float", "int", "str")):
+        elif len(annotations) > 1 and step in PLAIN:
             continue  # the plain value, where settings may stand too
         elif position == len(location) - 1 and any(_is_config(a) for a in annotations):
             known = [name for a in annotations if _is_config(a) for name in a.model_fields]

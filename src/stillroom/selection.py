@@ -1,10 +1,9 @@
 """Selection: which entries of the teacher's distribution are kept. Tensors in, tensors out, on any device."""
 
 import math
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -162,7 +161,7 @@ def _head_and_sample_on_cpu(
 
 
 def _run(kernel: Callable[..., None], *tensors: Tensor) -> None:
-    """Has each of torch's threads do a part of the rows of the tensors. Those that are filled in are contiguous."""
+    """Has each of as many threads as torch uses do a part of the rows. Tensors to be filled in are contiguous."""
     arrays = [tensor.contiguous().numpy() for tensor in tensors]
     threads = torch.get_num_threads()
     edges = [len(arrays[0]) * i // threads for i in range(threads + 1)]
@@ -170,12 +169,8 @@ def _run(kernel: Callable[..., None], *tensors: Tensor) -> None:
     def part(start: int, stop: int) -> None:
         kernel(*(array[start:stop] for array in arrays))
 
-    others = [threading.Thread(target=part, args=edge) for edge in pairwise(edges[1:])]
-    for thread in others:
-        thread.start()
-    part(*edges[:2])
-    for thread in others:
-        thread.join()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(part, edges[:-1], edges[1:]))  # which raises what a part raised
 
 
 def entropy(logits: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:

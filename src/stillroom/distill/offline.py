@@ -9,6 +9,7 @@ from stillroom.distill.config import DistillConfig
 from stillroom.distill.objective_config import ObjectiveConfig
 from stillroom.errors import ConfigError, DataError, MismatchError
 from stillroom.losses import check_sparse
+from stillroom.losses.sparse import NEEDS_NO_TEACHER
 from stillroom.store.config import SAMPLED, Full, QuantisedSignal, known_temperatures, side_columns
 from stillroom.store.reader import Store
 from stillroom.tokenizers import fingerprint, load_tokenizer, num_columns, template_fingerprint, template_of
@@ -34,15 +35,15 @@ def open_store(path: str, config: DistillConfig) -> Store:
     signal = store.signal_config
     if not isinstance(signal, Full):
         for objective in config.objectives:
-            for temperature in objective.temperatures:
-                check_sparse(
-                    objective.kind,
-                    temperature,
-                    sampled=signal.kind in SAMPLED,
-                    temperatures=known_temperatures(signal) if len(objective.temperatures) == 1 else (),
-                    missing=getattr(objective, "missing", "bucket"),
-                    name=f"the store {path}",
-                )
+            _check_temperature(objective, signal, path)
+            check_sparse(
+                objective.kind,
+                objective.temperatures[0],
+                sampled=signal.kind in SAMPLED,
+                temperatures=known_temperatures(signal),
+                missing=getattr(objective, "missing", "bucket"),
+                name=f"the store {path}",
+            )
             _check_entropy(objective, signal, path)
     length = config.data.length
     if length != "auto" and length < (longest := int(store.lengths.max(initial=1)) - 1):
@@ -62,6 +63,19 @@ def open_store(path: str, config: DistillConfig) -> Store:
                 fix=f"Set batch.{name} to at least {row}.",
             )
     return store
+
+
+def _check_temperature(objective: ObjectiveConfig, signal: QuantisedSignal, path: str) -> None:
+    """Raises MismatchError where a temperature changes over the run, which a few entries cannot follow."""
+    if len(objective.temperatures) == 1 or objective.kind in NEEDS_NO_TEACHER:
+        return
+    start, stop = objective.temperatures
+    raise MismatchError(
+        f"the store {path} cannot follow a temperature that changes",
+        {f"{objective.kind}.temperature": f"{start} to {stop}", "signal.kind": signal.kind},
+        why="What was left out is known at the temperatures that were stored, and at none between them.",
+        fix="Give the objective one stored temperature, use a live teacher, or a store of signal.kind=full.",
+    )
 
 
 def _check_entropy(objective: ObjectiveConfig, signal: QuantisedSignal, path: str) -> None:

@@ -4,10 +4,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from stillroom.errors import ConfigError
 from stillroom.losses.block import Block
 from stillroom.losses.kl import of_student, of_teacher
-from stillroom.losses.pointwise import Outcomes, diverge
+from stillroom.losses.pointwise import Outcomes, between, diverge
 
 HALVINGS = 10
 """After so many, what the head's border lies between is a factor of at most 2 ** (log2(2 v) / 1024)."""
@@ -26,13 +25,7 @@ def adaptive_kl(
     Raises:
         ConfigError: mu is not strictly between 0 and 1.
     """
-    if not 0 < mu < 1:
-        raise ConfigError(
-            "mu must lie strictly between 0 and 1",
-            {"mu": mu, "allowed": "0 < … < 1"},
-            why="With mu = 0 the head holds no token and with mu = 1 every one, so the loss would not adapt.",
-            fix="Use 0.5, as the paper does; or name reverse_kl or forward_kl.",
-        )
+    between("mu", mu, "reverse_kl", "forward_kl")
 
     def divergence(o: Outcomes) -> tuple[Tensor, Tensor]:
         gap = (o.t - o.s).abs_()

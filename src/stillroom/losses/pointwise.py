@@ -77,6 +77,6 @@ def between(name: str, value: float, low: str, high: str) -> None:
         raise ConfigError(
             f"{name} must lie strictly between 0 and 1",
             {name: value, "allowed": "0 < … < 1"},
-            why=f"At 0 the loss is {low}, at 1 {high}; the formula itself tends to 0 or is undefined there.",
-            fix=f"Name the loss that is meant: {low} or {high}.",
+            why=f"At 0 the loss is {low}, at 1 {high}.",
+            fix="Choose a value between them, or name the loss that is meant.",
         )

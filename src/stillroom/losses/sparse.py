@@ -57,7 +57,7 @@ def check_sparse(
             {"objective": loss, name: "sampled"},
             why="A sample is right on average only where the loss is linear in the target, and this one is not: its "
             "gradient would be biased, at every number of draws.",
-            fix="Use forward_kl, or capture with signal.kind=top_k, whose bucket makes other divergences exact bounds.",
+            fix="Use forward_kl, or capture with signal.kind=top_k, from which the other divergences can be learnt.",
         )
     if sampled and missing != "bucket":
         raise MismatchError(

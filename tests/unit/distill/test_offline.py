@@ -372,7 +372,10 @@ def test_a_refused_run_leaves_nothing(recipe, stored, tmp_path):
     ("objective", "says"),
     [
         ("{kind: logit_mse}", "logit_mse cannot be learnt from a few entries"),
-        ("{kind: forward_kl, temperature: {kind: linear, start: 2.0, stop: 1.0}}", "cannot be used at temperature 2.0"),
+        (
+            "{kind: forward_kl, temperature: {kind: linear, start: 2.0, stop: 1.0}}",
+            "cannot follow a temperature that changes",
+        ),
         ("{kind: forward_kl, token_weight: {kind: teacher_entropy}}", "does not hold the teacher's entropy"),
     ],
 )
@@ -387,6 +390,7 @@ def test_objectives_that_the_store_cannot_teach_are_refused(stored, plan, object
         "{kind: jensen_shannon, beta: 0.3, temperature: 2.0}",
         "{kind: forward_kl, missing: label}",
         "{kind: hinge_ranking, k: 4}",
+        "{kind: cross_entropy, temperature: {kind: linear, start: 2.0, stop: 1.0}}",
         "{kind: forward_kl, token_weight: {kind: student_entropy}}",
     ],
 )
