@@ -16,7 +16,7 @@ from torch.nn.functional import kl_div, linear
 
 from stillroom.head import Head
 from stillroom.losses import LOSSES, Objective, linear_losses
-from stillroom.losses.linear import CHUNK_BYTES
+from stillroom.losses.linear import CHUNK_BYTES, Buffers
 from stillroom.signals import Dense, Signal, Sparse
 
 ARGUMENTS: dict[str, dict[str, float]] = {
@@ -59,9 +59,11 @@ class Problem:
     def dense(self) -> Dense:
         return Dense(self.teacher, Head(self.teacher_head))
 
-    def losses(self, objectives: list[Objective], signal: Signal | None):
+    def losses(self, objectives: list[Objective], signal: Signal | None, buffers: Buffers | None = None):
         weights = torch.full((len(self.student),), 1 / len(self.student), device=self.student.device)
-        return linear_losses(self.student, Head(self.head), objectives, self.next_tokens, weights, signal)
+        return linear_losses(
+            self.student, Head(self.head), objectives, self.next_tokens, weights, signal, buffers=buffers
+        )
 
 
 Job = Callable[[Problem], Callable[[], Tensor]]
@@ -101,8 +103,8 @@ def objective(name: str) -> Objective:
 
 def ours(name: str, signal: Callable[[Problem], Signal | None] = Problem.dense) -> Job:
     def job(p: Problem) -> Callable[[], Tensor]:
-        said = signal(p)
-        return lambda: p.losses([objective(name)], said).total
+        said, buffers = signal(p), Buffers()
+        return lambda: p.losses([objective(name)], said, buffers).total
 
     return job
 

@@ -80,13 +80,20 @@ def multiply_into(out: Float[Tensor, "n c"], rows: Float[Tensor, "n d"], weight:
             torch.mm(wide, weight[tile].to(out.dtype).T, out=out[:, tile])
 
 
-def add_product(total: Float[Tensor, "n m"], left: Float[Tensor, "n k"], right: Float[Tensor, "k m"]) -> None:
-    """``total += left @ right``, accumulated in the type of ``total`` and ``left``; ``right`` may be narrower."""
+def add_product(
+    total: Float[Tensor, "n m"], left: Float[Tensor, "n k"], right: Float[Tensor, "k m"], *, first: bool = False
+) -> None:
+    """``total += left @ right``, accumulated in the type of ``total`` and ``left``; ``right`` may be narrower.
+
+    Args:
+        first: nothing is in ``total`` yet: it counts as 0, whatever it holds.
+    """
     if right.dtype == total.dtype:
-        total.addmm_(left, right)
+        total.addmm_(left, right, beta=0 if first else 1)
     elif right.is_cuda:
-        total += torch.mm(left.to(right.dtype), right, out_dtype=total.dtype)
+        product = torch.mm(left.to(right.dtype), right, out_dtype=total.dtype)
+        total.copy_(product) if first else total.add_(product)
     else:
         for start in range(0, len(right), TILE_ROWS):
             tile = slice(start, start + TILE_ROWS)
-            total.addmm_(left[:, tile], right[tile].to(total.dtype))
+            total.addmm_(left[:, tile], right[tile].to(total.dtype), beta=0 if first and start == 0 else 1)

@@ -1,13 +1,13 @@
 """Selection: which entries of the teacher's distribution are kept. Tensors in, tensors out, on any device."""
 
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from stillroom.threads import over_rows
 
 
 @dataclass
@@ -138,39 +138,26 @@ def _on_cpu(values: Float[Tensor, "n v"]) -> bool:
 
 
 def _likeliest_on_cpu(values: Float[Tensor, "n v"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    from stillroom.selection_kernels import largest_of_rows
+    from stillroom.kernels.selection import largest_of_rows
 
     n, k = len(values), min(k, values.shape[1])
     ids, found = torch.zeros(n, k, dtype=torch.long), torch.empty(n, k)
-    _run(largest_of_rows, values, ids, found)
+    over_rows(largest_of_rows, values, ids, found)
     return found, ids
 
 
 def _head_and_sample_on_cpu(
     probabilities: Float[Tensor, "n v"], head: int, most_draws: int, least: float, uniforms: Float[Tensor, " n"]
 ) -> Selection:
-    from stillroom.selection_kernels import head_and_draws
+    from stillroom.kernels.selection import head_and_draws
 
     n, head = len(probabilities), min(head, probabilities.shape[1])
     ids, values = torch.zeros(n, head, dtype=torch.long), torch.zeros(n, head)
     rests, units = torch.empty(n), torch.empty(n)
     draws, of_draws = torch.full((n, most_draws), -1), torch.ones(n, most_draws)
     lowest = torch.full((n,), least)
-    _run(head_and_draws, probabilities, lowest, uniforms.float(), ids, values, rests, units, draws, of_draws)
+    over_rows(head_and_draws, probabilities, lowest, uniforms.float(), ids, values, rests, units, draws, of_draws)
     return Selection(ids, values.log_(), {1.0: rests.log()}, draws, of_draws.log_(), units.log())
-
-
-def _run(kernel: Callable[..., None], *tensors: Tensor) -> None:
-    """Has each of as many threads as torch uses do a part of the rows. Tensors to be filled in are contiguous."""
-    arrays = [tensor.contiguous().numpy() for tensor in tensors]
-    threads = torch.get_num_threads()
-    edges = [len(arrays[0]) * i // threads for i in range(threads + 1)]
-
-    def part(start: int, stop: int) -> None:
-        kernel(*(array[start:stop] for array in arrays))
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(part, edges[:-1], edges[1:]))  # which raises what a part raised
 
 
 def entropy(logits: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:

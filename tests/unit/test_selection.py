@@ -100,23 +100,6 @@ def test_the_kernel_does_what_the_tensors_do(v, head, draws, least, spread, seed
         assert differ <= 1 + 0.02 * found.draws.numel()
 
 
-def test_what_goes_wrong_in_a_part_of_the_rows_is_heard():
-    """Its rows would else be zeros, and nobody would know."""
-
-    def fail(rows, *_):
-        if len(rows) and rows[0, 0] == 1:
-            raise RuntimeError("the last part")
-
-    values = torch.arange(2.0).unsqueeze(1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with pytest.raises(RuntimeError, match="the last part"):
-            module._run(fail, values, torch.zeros(2, 1))
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_the_kernel_takes_the_largest_of_columns_of_any_number():
     for v in (1, 63, 64, 65, 1000, 151_665):
         values = random_logits(3, v) - 10

@@ -8,8 +8,8 @@ from stillroom.batch import Batch
 from stillroom.distill.step import StudentStep
 from stillroom.distill.teacher import LiveTeacher, StoredTeacher
 from stillroom.losses import Objective, cross_entropy, forward_kl
-from stillroom.losses.linear import Measure
 from stillroom.losses.measures import accepted_mass, student_entropy, teacher_cross_entropy, top1_agreement
+from stillroom.losses.objective import Measure
 from stillroom.store.config import SAMPLED, Full
 
 MEASURES: dict[Measure, str] = {

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from stillroom import models
 from stillroom.batch import Batch
-from stillroom.losses.linear import Measure, Objective, linear_losses
+from stillroom.losses.linear import Buffers, linear_losses
+from stillroom.losses.objective import Measure, Objective
 from stillroom.losses.reduce import position_weights
 from stillroom.signals import Signal
 
@@ -48,6 +49,7 @@ class StudentStep(nn.Module):
         self.model = model
         self.objectives, self.measures = tuple(objectives), tuple(measures)
         self.num_columns, self.logits_bytes, self.precision = num_columns, logits_bytes, precision
+        self.logit_buffers = Buffers()
 
     def forward(
         self,
@@ -69,6 +71,7 @@ class StudentStep(nn.Module):
                 num_columns=self.num_columns,
                 measures=self.measures,
                 chunk_bytes=self.logits_bytes,
+                buffers=self.logit_buffers,
                 data_weights=None if batch.weights is None else batch.weights.flatten()[batch.kept],
             )
         return StepResult(losses.total, torch.cat([losses.nats, losses.measures]).sum(-1))

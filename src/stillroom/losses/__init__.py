@@ -5,9 +5,10 @@ from stillroom.losses.alpha_beta import alpha_beta
 from stillroom.losses.block import Block, Loss
 from stillroom.losses.cross_entropy import cross_entropy
 from stillroom.losses.kl import forward_kl, reverse_kl
-from stillroom.losses.linear import LinearLosses, Objective, linear_losses
+from stillroom.losses.linear import LinearLosses, linear_losses
 from stillroom.losses.logits import hinge_ranking, logistic_ranking, logit_mse
 from stillroom.losses.mixtures import jensen_shannon, skew_kl, skew_reverse_kl
+from stillroom.losses.objective import Objective
 from stillroom.losses.sparse import check_sparse
 from stillroom.losses.total_variation import total_variation
 

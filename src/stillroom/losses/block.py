@@ -6,10 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from stillroom.kernels.terms import LOWEST_LOGIT
 from stillroom.signals import Sparse
-
-LOWEST_LOGIT = -1e30
-"""Stands for −inf: its probability is 0 too, but 0 · (−1e30) is 0 where 0 · (−inf) is not a number."""
 
 
 class Block:

@@ -6,8 +6,8 @@ its value and its gradient, which takes the place of the student's logits; two m
 gradients of the hidden state and of the head. So the whole costs four matrix products, and backward only scales.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from stillroom.errors import MismatchError
 from stillroom.head import Head, accumulator, add_product, logits_into
-from stillroom.losses.block import Block, Loss
+from stillroom.losses.block import Block
+from stillroom.losses.fused import fused_for
+from stillroom.losses.objective import Measure, Objective
 from stillroom.signals import Signal, Sparse
 
 CHUNK_BYTES = 256 * 2**20
@@ -26,20 +28,23 @@ BLOCK_BYTES = 2 * 2**20
 """The budget for one tensor of the element-wise part, on a CPU: it should stay in the cache between two operations."""
 
 
-@dataclass(frozen=True)
-class Objective:
-    """A loss with its weight in the sum, and the loss's keyword arguments."""
+class Buffers:
+    """Memory for logits, used again by one caller: on a CPU new memory costs time."""
 
-    name: str
-    loss: Loss
-    weight: float = 1.0
-    arguments: dict[str, Any] = field(default_factory=dict)
-    token_weight: "Measure | None" = None
-    """What each position counts in it besides; 1 by default."""
+    def __init__(self) -> None:
+        self._flat: dict[tuple[int, torch.dtype], Tensor] = {}
 
-
-Measure = Callable[[Block], Tensor]
-"""A number for each position that is only reported, such as agreement."""
+    def take(self, number: int, rows: int, columns: int, like: Tensor) -> list[Float[Tensor, "rows columns"]]:
+        """So many tensors that hold anything, of the type of ``like`` and where it is."""
+        if like.device.type != "cpu":
+            return [like.new_empty(rows, columns) for _ in range(number)]
+        found = []
+        for i in range(number):
+            flat = self._flat.get((i, like.dtype))
+            if flat is None or len(flat) < rows * columns:
+                flat = self._flat[i, like.dtype] = like.new_empty(rows * columns)
+            found.append(flat[: rows * columns].view(rows, columns))
+        return found
 
 
 class LinearLosses(NamedTuple):
@@ -63,6 +68,7 @@ def linear_losses(
     measures: Sequence[Measure] = (),
     chunk_bytes: int = CHUNK_BYTES,
     data_weights: Float[Tensor, " n"] | None = None,
+    buffers: Buffers | None = None,
 ) -> LinearLosses:
     """Objectives (and measures) of ``n`` positions, differentiable in ``hidden`` and in the head's weight and bias.
 
@@ -71,13 +77,15 @@ def linear_losses(
         signal: the teacher's, for the same positions; None where no objective needs it.
         num_columns: only the first so many columns of both heads exist for softmax and loss; all by default.
         data_weights: what the data say that each position counts, for objectives that go by it.
+        buffers: those of the calls before; new ones by default.
         chunk_bytes: budget for the buffers of logits; the result does not depend on it but for rounding.
     """
     columns = head.columns(num_columns)
     if signal is not None:
         _check_columns(columns, signal)
     _check_positions(len(hidden), next_tokens, weights, signal)
-    work = _Work(head, objectives, measures, next_tokens, weights, signal, columns, chunk_bytes, data_weights)
+    buffers = buffers or Buffers()
+    work = _Work(head, objectives, measures, next_tokens, weights, signal, columns, chunk_bytes, data_weights, buffers)
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     work.differentiate = torch.is_grad_enabled()
@@ -134,7 +142,13 @@ class _Work:
     columns: int
     chunk_bytes: int
     data_weights: Tensor | None
+    buffers: Buffers
     differentiate: bool = False
+
+    @property
+    def factors(self) -> Tensor:
+        """What each objective's gradient counts, [m, 1]; the head's own scale is in it."""
+        return torch.tensor([[objective.weight * self.head.scale] for objective in self.objectives])
 
     @property
     def num_buffers(self) -> int:
@@ -160,6 +174,8 @@ class _LinearLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if upstream.device.type == "cpu" and upstream == 1:  # as it is of a loss that is minimised: nothing is copied
+            return (*ctx.saved_tensors, None)
         return (*(None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors), None)
 
 
@@ -168,28 +184,41 @@ def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, ne
     dtype, n = accumulator(hidden.dtype), len(hidden)
     head = Head(weight.to(hidden.dtype), bias, work.head.scale, work.head.softcap)
     wanted = [need and work.differentiate for need in needs[:3]]
-    hidden_grad = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if wanted[0] else None
-    weight_grad = torch.zeros(weight.shape, dtype=dtype, device=hidden.device) if wanted[1] else None
+    hidden_grad = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if wanted[0] else None
+    weight_grad = torch.empty(weight.shape, dtype=dtype, device=hidden.device) if wanted[1] else None
+    if weight_grad is not None:
+        weight_grad[work.columns if n else 0 :] = 0
     bias_grad = torch.zeros(len(weight), dtype=dtype, device=hidden.device) if wanted[2] else None
     nats = torch.empty(len(work.objectives), n, dtype=dtype, device=hidden.device)
     measured = torch.empty(len(work.measures), n, dtype=dtype, device=hidden.device)
     counts = work.weights.to(dtype).repeat(len(work.objectives), 1)
+    fused = None
+    if work.head.softcap is None:
+        fused = fused_for(work.objectives, work.measures, work.signal, dtype=dtype, device=hidden.device)
+    if fused is not None:
+        _count_by_data(counts, work)
 
     size = work.rows_of_chunk(nats.itemsize)
-    buffers = [
-        torch.empty(min(size, n), work.columns, dtype=dtype, device=hidden.device) for _ in range(work.num_buffers)
-    ]
+    buffers = work.buffers.take(work.num_buffers, min(size, n), work.columns, nats)
     for start in range(0, n, size):
         rows = slice(start, min(start + size, n))
         student, *teacher = (buffer[: rows.stop - start] for buffer in buffers)
         logits_into(student, hidden[rows], head)
         if work.signal is not None and not isinstance(work.signal, Sparse):
             work.signal.logits_into(teacher[0], rows)
-        _blocks(student, teacher[0] if teacher else None, rows, work, nats, counts, measured, any(wanted))
+        of_teacher = teacher[0] if teacher else None
+        if fused is None:
+            _blocks(student, of_teacher, rows, work, nats, counts, measured, any(wanted))
+        else:
+            weights = work.factors.to(counts) * counts[:, rows]
+            sparse = work.signal.at(rows) if isinstance(work.signal, Sparse) else None
+            nats[:, rows], measured[:, rows] = fused(
+                student, of_teacher, work.next_tokens[rows], sparse, weights, gradient=any(wanted)
+            )
         if hidden_grad is not None:
-            add_product(hidden_grad[rows], student, head.weight[: work.columns])
+            add_product(hidden_grad[rows], student, head.weight[: work.columns], first=True)
         if weight_grad is not None:
-            add_product(weight_grad[: work.columns], student.T, hidden[rows])
+            add_product(weight_grad[: work.columns], student.T, hidden[rows], first=start == 0)
         if bias_grad is not None:
             bias_grad[: work.columns] += student.sum(0)
 
@@ -197,6 +226,13 @@ def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, ne
     total = factors @ (nats * counts).sum(-1)
     gradients = zip((hidden_grad, weight_grad, bias_grad), (hidden, weight, bias), strict=True)
     return total, nats, measured, [None if g is None or x is None else g.to(x.dtype) for g, x in gradients]
+
+
+def _count_by_data(counts: Tensor, work: _Work) -> None:
+    for count, objective in zip(counts, work.objectives, strict=True):
+        if objective.token_weight is not None:
+            empty = counts.new_empty(len(work.next_tokens), 0)
+            count *= objective.token_weight(Block(empty, None, work.next_tokens, None, work.data_weights))
 
 
 def _blocks(

@@ -30,7 +30,7 @@ def teacher_entropy(block: Block) -> Float[Tensor, " r"]:
             why="From a sample it comes with the noise of the same draws as the loss, so their product is biased.",
             fix="Capture with signal.kind=top_k or top_p and signal.entropy=true, or use a live teacher.",
         )
-    return signal.entropy.to(block.student().dtype)
+    return signal.entropy.to(block.logits("student").dtype)
 
 
 def top1_agreement(block: Block) -> Float[Tensor, " r"]:
@@ -55,5 +55,5 @@ def teacher_cross_entropy(block: Block) -> Float[Tensor, " r"]:
     """``−log t[next token]``: the teacher's own cross-entropy with the data, in nats."""
     if block.sparse is not None:
         assert block.sparse.label_log_probs is not None  # it is measured only where it was kept
-        return block.sparse.label_log_probs.to(block.student().dtype).neg()
+        return block.sparse.label_log_probs.to(block.logits("student").dtype).neg()
     return block.teacher().gather(-1, block.next_tokens.unsqueeze(-1)).squeeze(-1).neg()

@@ -123,20 +123,29 @@ def forward_kl(
 
     Sampled: y are the weights. A single position's value may be negative, and so may it be with ``missing="zero"``.
     """
+    ids, y, entropy = targets(block, signal, temperature, missing)
+    nats = -(y * block.student(temperature).gather(-1, ids)).sum(-1) - entropy
+    gradient = block.student_probabilities(temperature) * y.sum(-1, keepdim=True)
+    gradient.scatter_add_(-1, ids, -y)
+    return (nats, gradient) if temperature == 1.0 else (nats * temperature**2, gradient.mul_(temperature))
+
+
+def targets(
+    block: Block, signal: Sparse, temperature: float, missing: Missing
+) -> tuple[Int[Tensor, "r k"], Float[Tensor, "r k"], Float[Tensor, " r"]]:
+    """The targets ``y`` on their ids, and ``−Σ y log y``, of which a sample gives the expectation.
+
+    Raises:
+        MismatchError: the signal has none at this temperature, or of this kind.
+    """
     check_sparse(
         "forward_kl", temperature, sampled=signal.sampled, temperatures=tuple(signal.log_rests), missing=missing
     )
-    log_student = block.student(temperature)
+    dtype = block.logits("student").dtype
     if signal.sampled:
-        ids, targets = signal.ids, signal.log_probs.to(log_student.dtype).exp()
-        entropy = _entropy_of_sample(signal).to(log_student.dtype)
-    else:
-        ids, targets = completed(block, signal, temperature, missing)
-        entropy = torch.special.entr(targets).sum(-1)
-    nats = -(targets * log_student.gather(-1, ids)).sum(-1) - entropy
-    gradient = block.student_probabilities(temperature) * targets.sum(-1, keepdim=True)
-    gradient.scatter_add_(-1, ids, -targets)
-    return (nats, gradient) if temperature == 1.0 else (nats * temperature**2, gradient.mul_(temperature))
+        return signal.ids, signal.log_probs.to(dtype).exp(), _entropy_of_sample(signal).to(dtype)
+    ids, y = completed(block, signal, temperature, missing)
+    return ids, y, torch.special.entr(y).sum(-1)
 
 
 def completed(
@@ -149,7 +158,7 @@ def completed(
     - ``label``: the mass is put on the data's own next token.
     """
     log_targets, log_rest = signal.log_targets(temperature)
-    targets = log_targets.to(block.student(temperature).dtype).exp()
+    targets = log_targets.to(block.logits("student").dtype).exp()
     if missing == "renormalise":
         return signal.ids, targets / targets.sum(-1, keepdim=True)
     if missing == "zero":

@@ -1,0 +1,119 @@
+"""Divergences on a CPU: of each column the summand φ(t, s) and the pull ``s ∂φ/∂s``. Needs numba.
+
+The formulas are told in the losses' own modules. Each has x = log s, y = log t, s, t, and two numbers of its own. They
+are compiled as they stand, so that what is exactly 0 where student and teacher are equal stays so; only the sums over
+columns are reassociated.
+"""
+
+from collections.abc import Callable
+
+from numba import njit
+
+from stillroom.kernels.cpu_math import SCALAR, SUMS, exp, expm1, f32, log1p, shifted
+
+OUTER = {key: value for key, value in SUMS.items() if key != "cache"}  # each is a part of what calls it, which is kept
+
+
+def over_columns(formula: Callable) -> Callable:
+    """A function of a stretch of columns: it gives the sums of summands and of pulls, and the pulls into ``out``.
+
+    Its ``norms`` are scale, and most and log_sum of student and of teacher, as ``softmax`` gives them.
+    """
+
+    @njit(**OUTER)
+    def columns(student, teacher, norms, s, t, a, b, out):
+        value, pulls = f32(0), f32(0)
+        for j in range(len(out)):
+            x, y = logs(student[j], teacher[j], norms)
+            summand, pull = formula(x, y, s[j], t[j], a, b)
+            value += summand
+            pulls += pull
+            out[j] = pull
+        return value, pulls
+
+    return columns
+
+
+@njit(**SCALAR)
+def logs(student, teacher, norms):
+    scale, most_s, log_s, most_t, log_t = norms
+    return shifted(student, scale, most_s) - log_s, shifted(teacher, scale, most_t) - log_t
+
+
+@over_columns
+@njit(**SCALAR)
+def forward_kl(x, y, s, t, _a, _b):
+    pull = s - t
+    return t * (y - x) + pull, pull
+
+
+@over_columns
+@njit(**SCALAR)
+def reverse_kl(x, y, s, t, _a, _b):
+    pull = s * (x - y)
+    return pull + (t - s), pull
+
+
+@over_columns
+@njit(**SCALAR)
+def adaptive_kl(x, y, s, t, share, _b):
+    """``share`` is that of forward KL."""
+    away, reverse, other = s - t, s * (x - y), f32(1) - share
+    return share * (t * (y - x) + away) + other * (reverse - away), share * away + other * reverse
+
+
+@njit(**SCALAR)
+def over_mixture(x, y, share_of_teacher):
+    """``log(t / m)`` and ``log(s / m)``."""
+    gap = y - x
+    up = gap > f32(0)
+    smaller = f32(1) - share_of_teacher if up else share_of_teacher
+    down = -log1p(smaller * expm1(-abs(gap)))
+    return (down if up else down + gap), (down - gap if up else down)
+
+
+@over_columns
+@njit(**SCALAR)
+def jensen_shannon(x, y, s, t, beta, _b):
+    of_t, of_s = over_mixture(x, y, beta)
+    pull = of_s * s * (f32(1) - beta)
+    return of_t * t * beta + pull, pull
+
+
+@over_columns
+@njit(**SCALAR)
+def skew_kl(x, y, s, t, alpha, _b):
+    of_t, _ = over_mixture(x, y, alpha)
+    other = f32(1) - alpha
+    return of_t * t + (s - t) * other, -expm1(of_t) * s * other
+
+
+@over_columns
+@njit(**SCALAR)
+def skew_reverse_kl(x, y, s, t, alpha, _b):
+    other = f32(1) - alpha
+    _, of_s = over_mixture(x, y, other)
+    return of_s * s + (t - s) * other, (of_s - expm1(of_s) * alpha) * s
+
+
+@njit(**SCALAR)
+def product(x, a, y, b):
+    """``exp(a x + b y)``."""
+    return exp(x * a + y * b)
+
+
+@over_columns
+@njit(**SCALAR)
+def alpha_beta(x, y, _s, _t, alpha, beta):
+    total = alpha + beta
+    cross = product(y, alpha, x, beta)
+    gap = product(x, alpha, x, beta) - cross
+    value = (product(y, alpha, y, beta) - cross) * (f32(1) / (beta * total)) + gap * (f32(1) / (alpha * total))
+    return value, gap * (f32(1) / alpha)
+
+
+@over_columns
+@njit(**SCALAR)
+def total_variation(_x, _y, s, t, _a, _b):
+    gap, half = s - t, f32(0.5) * s
+    return f32(0.5) * abs(gap), (half if gap > f32(0) else (-half if gap < f32(0) else f32(0)))

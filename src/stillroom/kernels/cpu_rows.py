@@ -1,0 +1,333 @@
+"""All terms and measures of rows of logits, and their gradient in the logits' place; for a CPU. Needs numba.
+
+A row stays in the cache while every sweep passes over it. What the kinds are called is said in cpu.py.
+"""
+
+import numpy as np
+from numba import njit
+
+from stillroom.kernels.cpu_divergences import (
+    adaptive_kl,
+    alpha_beta,
+    forward_kl,
+    jensen_shannon,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+    total_variation,
+)
+from stillroom.kernels.cpu_head import head_share
+from stillroom.kernels.cpu_math import COPY, INNER, LEAST, LOWEST_LOGIT, STRETCH, SUMS, f32, shifted, softmax
+
+CROSS_ENTROPY, LOGIT_MSE, FROM_TARGETS, WITH_BUCKET = 8, 9, 10, 11
+"""Kinds beyond the divergences, whose numbers are those of :func:`stretch`."""
+OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
+
+
+@njit(**INNER)
+def stretch(kind, *columns):
+    if kind == 0:
+        return forward_kl(*columns)
+    if kind == 1:
+        return reverse_kl(*columns)
+    if kind == 2:
+        return adaptive_kl(*columns)
+    if kind == 3:
+        return jensen_shannon(*columns)
+    if kind == 4:
+        return skew_kl(*columns)
+    if kind == 5:
+        return skew_reverse_kl(*columns)
+    if kind == 6:
+        return alpha_beta(*columns)
+    return total_variation(*columns)
+
+
+@njit(**INNER)
+def divergence(kind, student, teacher, norms, s, t, a, b, out):
+    """The value; the pulls w go into ``out``. Returns Σ w as well."""
+    value, pulls = 0.0, 0.0
+    for start in range(0, len(student), STRETCH):
+        here = slice(start, start + STRETCH)
+        of_value, of_pulls = stretch(kind, student[here], teacher[here], norms, s[here], t[here], a, b, out[here])
+        value += of_value
+        pulls += of_pulls
+    return 0.0 if value < 0 else value, f32(pulls)
+
+
+@njit(**COPY)
+def gradient_of(pulls, s, total, factor, out):
+    """``factor · (w − s Σ w)``."""
+    for j in range(len(out)):
+        out[j] = (pulls[j] - s[j] * total) * factor
+
+
+@njit(**COPY)
+def multiple_of(x, factor, out):
+    for j in range(len(out)):
+        out[j] = x[j] * factor
+
+
+@njit(**COPY)
+def add_to(out, x):
+    for j in range(len(out)):
+        out[j] += x[j]
+
+
+@njit(**INNER)
+def cross_entropy(student, norms, s, label, smoothing, factor, out):
+    """The value; ``factor · (s − y)`` goes into ``out``."""
+    scale, most, log_sum = norms[0], norms[1], norms[2]
+    multiple_of(s, factor, out)
+    if not 0 <= label < len(student):
+        return np.nan
+    value = -np.float64(shifted(student[label], scale, most) - log_sum)
+    if smoothing > 0:
+        count, total = 0, 0.0
+        for j in range(len(student)):
+            if not student[j] <= LOWEST_LOGIT:
+                count += 1
+                total += shifted(student[j], scale, most) - log_sum
+        share = smoothing / f32(count)
+        value = value * (1 - smoothing) - total * share
+        for j in range(len(student)):
+            if not student[j] <= LOWEST_LOGIT:
+                out[j] -= share * factor
+    out[label] -= (f32(1) - smoothing) * factor
+    return value
+
+
+@njit(**SUMS)
+def logit_gaps(student, teacher, out):
+    """The differences of logits that both hold possible, into ``out``; returns how many and their sum."""
+    count, total = f32(0), f32(0)
+    for j in range(len(out)):
+        off = (student[j] <= LOWEST_LOGIT) | (teacher[j] <= LOWEST_LOGIT)
+        gap = f32(0) if off else student[j] - teacher[j]
+        count += f32(0) if off else f32(1)
+        total += gap
+        out[j] = gap
+    return count, total
+
+
+@njit(**SUMS)
+def centre(student, teacher, mean, factor, out):
+    """Of differences: ``factor · (gap − mean)`` in their place; returns the sum of squares of ``gap − mean``."""
+    total = f32(0)
+    for j in range(len(out)):
+        off = (student[j] <= LOWEST_LOGIT) | (teacher[j] <= LOWEST_LOGIT)
+        gap = f32(0) if off else out[j] - mean
+        total += gap * gap
+        out[j] = gap * factor
+    return total
+
+
+@njit(**INNER)
+def logit_mse(student, teacher, factor, out):
+    count, total, squares = 0.0, 0.0, 0.0
+    for start in range(0, len(out), STRETCH):
+        here = slice(start, start + STRETCH)
+        of_count, of_total = logit_gaps(student[here], teacher[here], out[here])
+        count += of_count
+        total += of_total
+    count = max(count, 1.0)
+    for start in range(0, len(out), STRETCH):
+        here = slice(start, start + STRETCH)
+        squares += centre(student[here], teacher[here], f32(total / count), f32(2 / count) * factor, out[here])
+    return squares / count
+
+
+@njit(**INNER)
+def from_targets(student, norms, s, ids, targets, entropy, factor, out):
+    """``Σ y (log y − log s)`` with targets on a few ids; ``factor · (s Σ y − y)`` goes into ``out``."""
+    scale, most, log_sum = norms[0], norms[1], norms[2]
+    value, total = 0.0, 0.0
+    for k in range(len(ids)):
+        value -= targets[k] * np.float64(shifted(student[ids[k]], scale, most) - log_sum)
+        total += targets[k]
+    multiple_of(s, f32(total) * factor, out)
+    for k in range(len(ids)):
+        out[ids[k]] -= targets[k] * factor
+    return value - entropy
+
+
+@njit(**SUMS)
+def sum_of(row):
+    total = f32(0)
+    for j in range(len(row)):
+        total += row[j]
+    return total
+
+
+@njit(**INNER)
+def rest_of(s, ids, there):
+    """What a row sums to beside some of its ids: summed over them, and so right however small it is."""
+    for k in range(len(ids)):
+        if there[k] > 0:
+            s[ids[k]] = 0
+    total = 0.0
+    for start in range(0, len(s), STRETCH):
+        total += sum_of(s[start : start + STRETCH])
+    return total
+
+
+@njit(**INNER)
+def with_bucket(student, norms, s, ids, targets, rest, factor, out):
+    """Forward KL of the entries, a target of 0 being none, and of all others as one outcome of mass ``rest``.
+
+    Its gradient goes into ``out``; the probabilities of the entries in ``s`` become 0.
+    """
+    scale, most, log_sum = norms[0], norms[1], norms[2]
+    value, pulls = 0.0, 0.0
+    of_rest = f32(rest_of(s, ids, targets))
+    for k in range(len(ids)):
+        if targets[k] > 0:
+            x = shifted(student[ids[k]], scale, most) - log_sum
+            pull = f32(np.exp(x)) - targets[k]
+            value += targets[k] * (np.log(np.float64(targets[k])) - x) + pull
+            pulls += pull
+    gap = np.log(np.float64(max(rest, LEAST))) - np.log(np.float64(max(of_rest, LEAST)))
+    value += rest * gap + (of_rest - rest)
+    pulls += of_rest - rest
+    multiple_of(s, f32((of_rest - rest) / max(of_rest, LEAST) - pulls) * factor, out)
+    for k in range(len(ids)):
+        if targets[k] > 0:
+            p = f32(np.exp(shifted(student[ids[k]], scale, most) - log_sum))
+            out[ids[k]] = (p - targets[k] - p * f32(pulls)) * factor
+    return 0.0 if value < 0 else value
+
+
+# Measures.
+
+
+@njit(**SUMS)
+def plogp(logits, norms, p):
+    scale, most, log_sum = norms
+    total = f32(0)
+    for j in range(len(p)):
+        total += p[j] * (shifted(logits[j], scale, most) - log_sum)
+    return total
+
+
+@njit(**INNER)
+def entropy(logits, norms, p):
+    total = 0.0
+    for start in range(0, len(p), STRETCH):
+        total -= plogp(logits[start : start + STRETCH], norms, p[start : start + STRETCH])
+    return total
+
+
+@njit(**SUMS)
+def overlap_of(s, t):
+    total = f32(0)
+    for j in range(len(t)):
+        total += s[j] if s[j] < t[j] else t[j]
+    return total
+
+
+@njit(**INNER)
+def overlap(s, t):
+    total = 0.0
+    for start in range(0, len(t), STRETCH):
+        total += overlap_of(s[start : start + STRETCH], t[start : start + STRETCH])
+    return total
+
+
+@njit(**INNER)
+def overlap_of_entries(student, norms, s, ids, targets, rest):
+    """``Σ min(t, s)`` over entries and bucket. The probabilities of the entries in ``s`` become 0."""
+    scale, most, log_sum = norms[0], norms[1], norms[2]
+    total = min(rest_of(s, ids, targets), np.float64(rest))
+    for k in range(len(ids)):
+        total += min(targets[k], f32(np.exp(shifted(student[ids[k]], scale, most) - log_sum)))
+    return total
+
+
+@njit(**INNER)
+def first_of(row, value):
+    for j in range(len(row)):
+        if row[j] == value:
+            return j
+    return -1
+
+
+@njit(**OPTIONS)
+def rows(table, wanted, gradient, student, teacher, labels, ids, targets, rests, entropies, weights, nats, measured):
+    """Every term of each row, and its gradient in the place of the student's logits.
+
+    Args:
+        table: of the terms: kinds [m] in order of their temperatures, scales 1 / T, first and second numbers.
+        wanted: [5], the measures of ``terms.MEASURES`` that are wanted.
+        gradient: whether the student's logits become the weighted sum of the terms' gradients.
+        student, teacher: [r, v]; teacher [r, 0] where there is none.
+        ids, targets, rests, entropies: a sparse signal: [r, k], [r, k], [r], [r].
+        weights: [r, m].
+        nats, measured: [r, m] and [r, 5], to be filled; what depends on a label that is none of the columns is NaN.
+    """
+    kinds, scales, firsts, seconds = table
+    num_columns, dense = student.shape[1], teacher.shape[1] > 0
+    s, t = np.empty(num_columns, np.float32), np.empty(teacher.shape[1], np.float32)
+    pulls, total = np.empty(num_columns, np.float32), np.zeros(num_columns, np.float32)
+    for i in range(len(student)):
+        a, b = student[i], teacher[i]
+        scale, fresh = f32(0), False
+        most_s = log_s = most_t = log_t = f32(0)
+        for m in range(-1, len(kinds)):
+            kind = kinds[m]
+            if m < 0 and not wanted.any():
+                continue
+            now = f32(1) if m < 0 else scales[m]
+            if (m < 0 or kind != LOGIT_MSE) and (now != scale or not fresh):
+                most_s, log_s = softmax(a, now, s)
+                if dense and now != scale:
+                    most_t, log_t = softmax(b, now, t)
+                scale, fresh = now, True
+            norms = (scale, most_s, log_s, most_t, log_t)
+            if m < 0:
+                measure(wanted, a, b, labels[i], norms, s, t, ids[i], targets[i], rests[i], measured[i])
+                fresh = dense or not wanted[3]
+                continue
+            # The last term's gradient alone may go where the logits are.
+            alone = gradient and len(kinds) == 1 and kind <= 7
+            out = a if alone else pulls
+            factor = weights[i, m] / now
+            if kind <= 7:
+                first = firsts[m] if kind != 2 else f32(head_share(t, s, firsts[m]))
+                value, of_pulls = divergence(kind, a, b, norms, s, t, first, seconds[m], pulls)
+                gradient_of(pulls, s, of_pulls, factor, out)
+            elif kind == CROSS_ENTROPY:
+                value = cross_entropy(a, norms, s, labels[i], firsts[m], factor, out)
+            elif kind == LOGIT_MSE:
+                value = logit_mse(a, b, factor, out)
+            elif kind == FROM_TARGETS:
+                value = from_targets(a, norms, s, ids[i], targets[i], entropies[i], factor, out)
+            else:
+                value = with_bucket(a, norms, s, ids[i], targets[i], rests[i], factor, out)
+                fresh = False
+            nats[i, m] = value / (np.float64(now) * now)
+            if gradient and not alone:
+                if m == 0:
+                    total[:] = out
+                else:
+                    add_to(total, out)
+        if gradient and not weights[i].any():
+            a[:] = 0
+        elif gradient and not (len(kinds) == 1 and kinds[0] <= 7):
+            a[:] = total
+
+
+@njit(**INNER)
+def measure(wanted, student, teacher, label, norms, s, t, ids, targets, rest, out):
+    scale, most_s, log_s, most_t, log_t = norms
+    dense = len(teacher) > 0
+    if wanted[0]:
+        out[0] = entropy(student, (scale, most_s, log_s), s)
+    if wanted[1] and dense:
+        out[1] = entropy(teacher, (scale, most_t, log_t), t)
+    if wanted[2]:
+        likeliest = first_of(teacher, most_t) if dense else ids[0]
+        out[2] = 1 if first_of(student, most_s) == likeliest else 0
+    if wanted[3]:
+        out[3] = overlap(s, t) if dense else overlap_of_entries(student, norms, s, ids, targets, rest)
+    if wanted[4] and dense:
+        out[4] = log_t - shifted(teacher[label], scale, most_t) if 0 <= label < len(teacher) else np.nan

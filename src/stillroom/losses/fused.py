@@ -1,0 +1,170 @@
+"""Fused: whether kernels can do the element-wise part of some losses, and having them do it."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from stillroom.kernels.terms import MEASURES, Term
+from stillroom.losses import measures, sparse
+from stillroom.losses.adaptive_kl import adaptive_kl
+from stillroom.losses.alpha_beta import alpha_beta
+from stillroom.losses.block import Block, Loss
+from stillroom.losses.cross_entropy import cross_entropy
+from stillroom.losses.kl import forward_kl, reverse_kl
+from stillroom.losses.logits import logit_mse
+from stillroom.losses.mixtures import jensen_shannon, skew_kl, skew_reverse_kl
+from stillroom.losses.objective import Measure, Objective
+from stillroom.losses.total_variation import total_variation
+from stillroom.losses.weighting import by_data
+from stillroom.signals import Signal, Sparse
+
+KNOWN: dict[str, tuple[Loss, tuple[str, ...]]] = {
+    "forward_kl": (forward_kl, ()),
+    "reverse_kl": (reverse_kl, ()),
+    "jensen_shannon": (jensen_shannon, ("beta",)),
+    "skew_kl": (skew_kl, ("alpha",)),
+    "skew_reverse_kl": (skew_reverse_kl, ("alpha",)),
+    "adaptive_kl": (adaptive_kl, ("mu",)),
+    "alpha_beta": (alpha_beta, ("alpha", "beta")),
+    "total_variation": (total_variation, ()),
+    "cross_entropy": (cross_entropy, ("smoothing",)),
+    "logit_mse": (logit_mse, ()),
+}
+"""The losses that kernels know, and which of their arguments are the numbers of a term."""
+OF_SIGNAL, ACCEPTED_MASS = (1, 4), 3
+"""In ``terms.MEASURES``: what a sparse signal tells by itself, and what needs its bucket."""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Losses and measures that kernels can do on a device."""
+
+    terms: tuple[Term, ...]
+    measures: tuple[Measure, ...]
+    rows: tuple[int, ...]
+    """Where the measures stand in ``terms.MEASURES``."""
+    missing: sparse.Missing
+    """Of the forward KL, where the signal is sparse."""
+
+    def __call__(
+        self,
+        student: Float[Tensor, "r v"],
+        teacher: Float[Tensor, "r v"] | None,
+        next_tokens: Int[Tensor, " r"],
+        signal: Sparse | None,
+        weights: Float[Tensor, "m r"],
+        *,
+        gradient: bool,
+    ) -> tuple[Float[Tensor, "m r"], Float[Tensor, "measures r"]]:
+        """Values of losses and measures; with ``gradient`` the student's logits become the weighted sum of the losses'
+        gradients by them."""
+        if student.is_cuda:
+            from stillroom.kernels import cuda
+
+            nats, measured = cuda.fused(student, teacher, next_tokens, self.terms, weights, gradient=gradient)
+            return nats, measured[list(self.rows)]
+        from stillroom.kernels import cpu
+
+        entries = None if signal is None else self._entries(student, next_tokens, signal)
+        nats, measured = cpu.fused(
+            student, teacher, next_tokens, self.terms, weights, gradient=gradient, measures=self.rows, entries=entries
+        )
+        measured = measured[list(self.rows)]
+        if signal is not None:
+            block = Block(student.new_zeros(len(student), 1), None, next_tokens, signal)
+            for i, row in enumerate(self.rows):
+                if row in OF_SIGNAL:
+                    measured[i] = self.measures[i](block)
+        return nats, measured
+
+    def _entries(self, student: Tensor, next_tokens: Tensor, signal: Sparse) -> Any:
+        from stillroom.kernels.cpu import Entries
+
+        temperature = next((t.temperature for t in self.terms if t.name == "forward_kl"), 1.0)
+        block = Block(student.new_zeros(len(student), 1), None, next_tokens, signal)
+        if not signal.sampled and self.missing == "bucket":
+            log_targets, log_rest = signal.log_targets(temperature)
+            return Entries(signal.ids, log_targets.float().exp(), log_rest.float().exp(), log_rest.float())
+        ids, targets, entropy = sparse.targets(block, signal, temperature, self.missing)
+        return Entries(ids, targets, None, entropy)
+
+
+def fused_for(
+    objectives: Sequence[Objective],
+    measures: Sequence[Measure],
+    signal: Signal | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Fused | None:
+    """The kernels for losses and measures of a signal; None where these must be taken on tensors.
+
+    Raises:
+        ConfigError: a loss does not accept its arguments.
+    """
+    if dtype != torch.float32 or any(o.token_weight not in (None, by_data) for o in objectives):
+        return None
+    terms, rows = [_term(o.loss, o.arguments) for o in objectives], _rows_of(measures)
+    known = _known(device.type)
+    if not terms or rows is None or any(t is None or t.name not in known for t in terms):
+        return None
+    missing: Any = next((o.arguments["missing"] for o in objectives if "missing" in o.arguments), "bucket")
+    fused = Fused(tuple(t for t in terms if t is not None), tuple(measures), tuple(rows), missing)
+    return fused if _fits(fused, signal, device) else None
+
+
+def _fits(fused: Fused, signal: Signal | None, device: torch.device) -> bool:
+    """Whether the signal has all that the kernels need."""
+    names = [t.name for t in fused.terms]
+    if signal is None:
+        return set(names) == {"cross_entropy"} and set(fused.rows) <= {0}
+    if not isinstance(signal, Sparse):
+        return True
+    if device.type != "cpu" or names.count("forward_kl") != 1 or set(names) - {"forward_kl", "cross_entropy"}:
+        return False
+    sees_bucket = not signal.sampled and fused.missing == "bucket"
+    at_one = all(t.temperature == 1 for t in fused.terms if t.name == "forward_kl")
+    return ACCEPTED_MASS not in fused.rows or (sees_bucket and at_one)
+
+
+@cache
+def _known(device: str) -> frozenset[str]:
+    """The losses that the kernels of a device know."""
+    if device == "cpu":
+        from stillroom.kernels import cpu
+
+        return frozenset(cpu.KINDS)
+    if device == "cuda" and find_spec("triton"):
+        from stillroom.kernels import cuda
+
+        return frozenset(cuda.KINDS)
+    return frozenset()
+
+
+def _term(loss: Loss, arguments: dict[str, Any]) -> Term | None:
+    """The term of a loss with its arguments; None where kernels do not know it.
+
+    Raises:
+        ConfigError: the loss does not accept its arguments.
+    """
+    name = next((name for name, (known, _) in KNOWN.items() if known is loss), None)
+    if name is None:
+        return None
+    column = torch.zeros(1, 1)
+    loss(Block(column, column.clone(), torch.zeros(1, dtype=torch.long)), **arguments)  # which checks them
+    defaults = {name: p.default for name, p in inspect.signature(loss).parameters.items()}
+    values = defaults | arguments
+    return Term(name, values.get("temperature", 1.0), *(values[number] for number in KNOWN[name][1]))
+
+
+def _rows_of(wanted: Sequence[Callable[[Block], Any]]) -> list[int] | None:
+    """Where the measures stand in MEASURES; None where one of them is another function."""
+    known = [getattr(measures, name) for name in MEASURES]
+    return [known.index(measure) for measure in wanted] if all(m in known for m in wanted) else None

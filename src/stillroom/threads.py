@@ -1,0 +1,34 @@
+"""Threads: rows of tensors divided among as many as torch uses, for kernels that hold no lock."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+def over_rows(kernel: Callable[..., None], *tensors: Tensor) -> None:
+    """Calls ``kernel`` on NumPy views of the same rows of all tensors; each thread does a part of the rows.
+
+    A tensor that the kernel fills in has contiguous rows; others may be copied.
+    """
+    arrays = [(x if x.ndim == 1 or x.stride(-1) == 1 else x.contiguous()).numpy() for x in tensors]
+    num_rows = len(arrays[0])
+    parts = max(1, min(torch.get_num_threads(), num_rows))
+    edges = [num_rows * i // parts for i in range(parts + 1)]
+
+    def part(start: int, stop: int) -> None:
+        kernel(*(array[start:stop] for array in arrays))
+
+    others = [_pool().submit(part, *edges[i : i + 2]) for i in range(1, parts)]
+    try:
+        part(edges[0], edges[1])
+    finally:
+        for other in others:
+            other.result()  # which raises what a part raised, and leaves none at work
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(64, thread_name_prefix="stillroom-rows")

@@ -1,0 +1,136 @@
+"""Which losses the kernels take, and that these give what the losses on tensors give."""
+
+import pytest
+import torch
+
+from stillroom.head import Head
+from stillroom.losses import LOSSES, Block, Objective, fused, linear_losses, measures
+from stillroom.losses.objective import Measure
+from stillroom.losses.weighting import by_data, by_entropy
+from stillroom.selection import likeliest
+from stillroom.signals import Logits, Signal, Sparse
+
+ALL: list[Measure] = [
+    measures.top1_agreement,
+    measures.accepted_mass,
+    measures.student_entropy,
+    measures.teacher_cross_entropy,
+    measures.teacher_entropy,
+]
+DENSE = [
+    [Objective("a", LOSSES["adaptive_kl"], 0.7, {"mu": 0.3}), Objective("b", LOSSES["cross_entropy"], 0.3)],
+    [Objective("a", LOSSES["adaptive_kl"], 1.0, {"temperature": 2.0})],
+    [Objective("a", LOSSES["logit_mse"]), Objective("b", LOSSES["skew_kl"], 0.5, token_weight=by_data)],
+    [Objective("a", LOSSES["alpha_beta"], 1.0, {"temperature": 3.0}), Objective("b", LOSSES["reverse_kl"])],
+]
+FROM_ENTRIES = [
+    [Objective("a", LOSSES["forward_kl"], 0.9, {"missing": missing}), Objective("b", LOSSES["cross_entropy"], 0.1)]
+    for missing in ("bucket", "renormalise", "zero", "label")
+]
+TEMPERED = [Objective("a", LOSSES["forward_kl"], 1.0, {"temperature": 2.0})]
+
+
+def problem(n: int = 9, d: int = 5, v: int = 4103) -> tuple[torch.Tensor, ...]:
+    """Hidden states, a head, the teacher's logits, next tokens, what the data say of each; more than one stretch."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(n, d, generator=g), torch.randn(v, d, generator=g)
+    teacher = 3 * torch.randn(n, v, generator=g)
+    teacher[0, 2] = -torch.inf
+    return hidden, weight, teacher, torch.randint(3, v, (n,), generator=g), torch.rand(n, generator=g)
+
+
+def truncated(teacher: torch.Tensor, k: int = 7) -> Sparse:
+    def seen(temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        p = (teacher.double() / temperature).softmax(-1)
+        values, ids = likeliest(p, k)
+        return ids, values.log(), p.scatter(-1, ids, 0).sum(-1).log().float()
+
+    ids, log_probs, rest = seen(1.0)
+    log_probs[1, 4:] = -torch.inf
+    ids[1, 4:] = ids[1, 0]
+    kept = log_probs.exp().sum(-1)
+    rests = {1.0: (1 - kept).log().float(), 2.0: seen(2.0)[2]}
+    label = teacher.double().log_softmax(-1)[:, 0].float()
+    return Sparse(ids, log_probs.float(), rests, torch.ones(len(teacher)), label, num_columns=teacher.shape[1])
+
+
+def run(objectives, signal: Signal | None, wanted: list[Measure], dtype: torch.dtype):
+    hidden, weight, _, next_tokens, of_data = (x.to(dtype) if x.is_floating_point() else x for x in problem())
+    if isinstance(signal, Logits):
+        signal = Logits(signal.logits.to(dtype))
+    trained = hidden.requires_grad_(), weight.requires_grad_()
+    head, weights = Head(weight, scale=0.5), of_data + 0.5
+    found = linear_losses(
+        hidden, head, objectives, next_tokens, weights, signal, measures=wanted, data_weights=of_data,
+        chunk_bytes=4 * len(weight) * 4,
+    )  # fmt: skip
+    return found, torch.autograd.grad(found.total, trained)
+
+
+def assert_equals_tensors(objectives, signal: Signal | None, wanted: list[Measure]):
+    """float32 goes through kernels, float64 does not."""
+    assert chosen(objectives, signal, wanted)
+    (found, gradients), (exact, exact_gradients) = (
+        run(objectives, signal, wanted, dtype) for dtype in (torch.float32, torch.float64)
+    )
+    for x, y in zip((*found, *gradients), (*exact, *exact_gradients), strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=2e-5, atol=2e-6)
+
+
+def chosen(objectives, signal: Signal | None, wanted: list[Measure], dtype=torch.float32) -> bool:
+    device = torch.device("cpu")
+    return fused.fused_for(objectives, wanted, signal, dtype=dtype, device=device) is not None
+
+
+@pytest.mark.parametrize("objectives", DENSE, ids=lambda some: "+".join(o.loss.__name__ for o in some))
+def test_of_a_dense_teacher(objectives):
+    assert_equals_tensors(objectives, Logits(problem()[2]), ALL)
+
+
+@pytest.mark.parametrize("objectives", [*FROM_ENTRIES, TEMPERED], ids=lambda some: str(some[0].arguments))
+def test_of_a_truncated_signal(objectives):
+    tells_bucket = objectives is FROM_ENTRIES[0]
+    wanted = ALL if tells_bucket else [m for m in ALL if m is not measures.accepted_mass]
+    assert_equals_tensors(objectives, truncated(problem()[2]), wanted)
+
+
+def test_of_a_sampled_signal():
+    entries = truncated(problem()[2])
+    signal = Sparse(entries.ids, entries.log_probs, entropy=entries.entropy, sampled=True)
+    objectives = [Objective("a", LOSSES["forward_kl"], 0.9), Objective("b", LOSSES["cross_entropy"], 0.1)]
+    assert_equals_tensors(objectives, signal, [measures.student_entropy, measures.top1_agreement])
+
+
+def test_of_no_teacher():
+    objectives = [Objective("a", LOSSES["cross_entropy"], 1.0, {"smoothing": 0.2, "temperature": 2.0})]
+    assert_equals_tensors(objectives, None, [measures.student_entropy])
+
+
+def test_of_equals_at_the_border_the_head_has_the_first():
+    """As many as are needed: of four equally likely, two hold 0.4."""
+    teacher, student = torch.zeros(1, 4), torch.tensor([[2.0, 0.0, 1.0, 0.0]])
+    objectives = [Objective("a", LOSSES["adaptive_kl"], 1.0, {"mu": 0.4})]
+    kernels = fused.fused_for(objectives, [], Logits(teacher), dtype=torch.float32, device=torch.device("cpu"))
+    assert kernels is not None
+    token, weights = torch.zeros(1, dtype=torch.long), torch.ones(1, 1)
+    nats, _ = kernels(student.clone(), teacher, token, None, weights, gradient=False)
+    wanted, _ = LOSSES["adaptive_kl"](Block(student.double(), teacher.double(), token), mu=0.4)
+    torch.testing.assert_close(nats[0].double(), wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("objective", "signal"),
+    [
+        (Objective("a", LOSSES["hinge_ranking"]), "dense"),
+        (Objective("a", LOSSES["forward_kl"], token_weight=by_entropy("teacher", certain=0.0, uncertain=1.0)), "dense"),
+        (Objective("a", lambda block: LOSSES["forward_kl"](block)), "dense"),
+        (Objective("a", LOSSES["reverse_kl"]), "truncated"),
+        (Objective("a", LOSSES["forward_kl"]), "none"),
+    ],
+)
+def test_what_kernels_do_not_know_is_left_to_tensors(objective, signal):
+    teacher = problem()[2]
+    signals = {"dense": Logits(teacher), "truncated": truncated(teacher), "none": None}
+    assert not chosen([objective], signals[signal], [])
+    assert not chosen([Objective("a", LOSSES["forward_kl"])], Logits(teacher), [], torch.float64)
+    assert not chosen([Objective("a", LOSSES["forward_kl"])], Logits(teacher), [lambda block: block.next_tokens])
