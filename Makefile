@@ -3,14 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+EVERY_CORE := OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test check e2e gpu bench docs clean
+.PHONY: demo test coverage check e2e gpu bench docs clean
 
 demo: .venv/.stillroom  ## a teacher and two students on this machine's own Python source, in about five minutes
 	$(OFFLINE) $(BIN)/python examples/demo.py
 
-test: .venv/.tools  ## unit tests with coverage: no GPU, no network
-	$(OFFLINE) $(BIN)/python -m pytest tests/unit --cov --cov-report=term
+test: .venv/.tools  ## unit tests: no GPU, no network
+	$(EVERY_CORE) tests/unit
+
+coverage: .venv/.tools  ## the unit tests once more, in twice the time, and which lines they reach
+	$(EVERY_CORE) tests/unit --cov --cov-report=term
 
 check: .venv/.tools  ## style, types, and which module may import which
 	$(BIN)/ruff check .
@@ -19,7 +23,7 @@ check: .venv/.tools  ## style, types, and which module may import which
 	$(BIN)/lint-imports
 
 e2e: .venv/.tools  ## whole runs by the real command line
-	$(OFFLINE) $(BIN)/python -m pytest tests/e2e
+	$(EVERY_CORE) tests/e2e
 
 gpu: .venv/.tools  ## what needs a CUDA device, against the CPU
 	$(OFFLINE) $(BIN)/python -m pytest tests/gpu

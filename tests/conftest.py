@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from stillroom.batch import Batch
+from stillroom.cli.main import main
 from stillroom.data.documents import SCHEMA, Counts, Documents, _record_batch
 from stillroom.data.formats import Encoded
 from stillroom.data.stream import BatchStream
@@ -245,7 +246,7 @@ optimizer: {{learning_rate: 1e-2, warmup: 0.2}}
 
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
-"""The type of the fixture ``command``."""
+"""The type of the fixtures ``command`` and ``here``."""
 
 
 @pytest.fixture(scope="session")
@@ -268,6 +269,20 @@ def command(environment: dict[str, str]) -> Command:
         )
         assert done.returncode == code, f"exit code {done.returncode}, not {code}:\n{done.stdout}\n{done.stderr}"
         return done
+
+    return run
+
+
+@pytest.fixture
+def here(capfd: pytest.CaptureFixture[str]) -> Command:
+    """As ``command``, but in this process, which saves the imports of another: for all but signals and limits."""
+
+    def run(*words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        capfd.readouterr()
+        found = main(words)
+        printed = capfd.readouterr()
+        assert found == code, f"exit code {found}, not {code}:\n{printed.out}\n{printed.err}"
+        return subprocess.CompletedProcess(words, found, printed.out, printed.err)
 
     return run
 

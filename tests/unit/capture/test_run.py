@@ -118,8 +118,7 @@ def test_what_is_said_does_not_depend_on_how_it_is_batched(capture, tmp_path, si
     assert same >= len(one) - 2  # a logit that is rounded otherwise may fall on another level
 
 
-@pytest.mark.parametrize("signal", KINDS, ids=lambda text: text.split()[1])
-@pytest.mark.parametrize("last", [1, 2, 3])
+@pytest.mark.parametrize(("signal", "last"), list(zip(KINDS, (1, 2, 3, 2), strict=True)))
 def test_a_capture_that_failed_goes_on_and_ends_the_same(capture, tmp_path, power_out, signal, last):
     small = ("shard_positions=150",)
     capture("whole", signal, *small)

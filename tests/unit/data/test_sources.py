@@ -31,10 +31,10 @@ def write_parquet(path: Path, rows: list[dict] = ROWS) -> None:
         ("a.jsonl", JSONL.rstrip(b"\n")),
         ("a.jsonl", JSONL.replace(b"\n{", b"\r\n\r\n{") + b"\n"),
         ("a.jsonl", b"\xef\xbb\xbf" + JSONL),
-        ("a.jsonl.gz", gzip.compress(JSONL)),
+        ("a.jsonl.gz", gzip.compress(JSONL, mtime=0)),
         ("a.json", json.dumps(ROWS).encode()),
         ("a.json", json.dumps({"about": "x", "data": ROWS}).encode()),
-        ("a.json.gz", gzip.compress(json.dumps(ROWS).encode())),
+        ("a.json.gz", gzip.compress(json.dumps(ROWS).encode(), mtime=0)),
     ],
 )
 def test_json_files_give_their_rows(tmp_path: Path, name: str, content: bytes) -> None:
@@ -110,7 +110,7 @@ def test_fingerprint_follows_bytes_and_names(tmp_path: Path) -> None:
         ("a.json", b'[{"text": "x"}, 3]', r"a\.json item 2 is not a JSON object"),
         ("a.json", b'{"a": [], "b": []}', r"not a list of rows"),
         ("a.txt", b"x\ny\n\xc3(", r"not UTF-8\n  line 3"),
-        ("a.txt.gz", gzip.compress(b"x" * 999)[:-9], r"not a whole gzip file"),
+        ("a.txt.gz", gzip.compress(b"x" * 999, mtime=0)[:-9], r"not a whole gzip file"),
         ("a.jsonl.gz", JSONL, r"not a whole gzip file"),
         ("a.parquet", b"PAR1 nothing PAR1", r"not whole parquet"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", r"git-lfs pointer"),

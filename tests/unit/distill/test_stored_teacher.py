@@ -310,8 +310,7 @@ def test_the_held_out_measures_of_each_kind(stored, saved_model):
 # --- going on --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["full", "top_p"])
-@pytest.mark.parametrize("at", [1, 4])
+@pytest.mark.parametrize(("kind", "at"), [("full", 1), ("top_p", 4)])
 def test_a_run_that_failed_goes_on_bit_for_bit(recipe, stored, tmp_path, monkeypatch, kind, at):
     """Two steps were read ahead that were never made."""
     words = [f"teacher={{kind: store, path: {stored(kind, 'shard_positions=60').path}}}", "data={format: store}",

@@ -255,7 +255,7 @@ def test_merged_adapters_give_the_adapted_model(targets, tied, student, saved_mo
         wanted = own_logits(built.adapters, batch)
         built.save(tmp_path / "model", tiny_tokenizer)
         found = own_logits(models.load_model(str(tmp_path / "model"), dtype=torch.float32), batch)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
     assert not list((tmp_path / "model").glob("adapter*"))
 
 

@@ -197,6 +197,8 @@ def fake_server(tokenizer: PreTrainedTokenizerBase, **settings: Any) -> Iterator
     fake = FakeServer(Vocabulary(tokenizer), tokenizer, **settings)
 
     class Handling(BaseHTTPRequestHandler):
+        disable_nagle_algorithm = True  # or each answer's second packet waits 40 ms for the client's acknowledgement
+
         def do_GET(self) -> None:
             self.reply({})
 

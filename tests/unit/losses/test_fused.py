@@ -45,7 +45,7 @@ def truncated(teacher: torch.Tensor, k: int = 7) -> Sparse:
         values, ids = likeliest(p, k)
         return ids, values.log(), p.scatter(-1, ids, 0).sum(-1).log().float()
 
-    ids, log_probs, rest = seen(1.0)
+    ids, log_probs, _ = seen(1.0)
     log_probs[1, 4:] = -torch.inf
     ids[1, 4:] = ids[1, 0]
     kept = log_probs.exp().sum(-1)

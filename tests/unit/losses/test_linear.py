@@ -1,6 +1,7 @@
 """The fused head and divergence: its values, in every chunking, and what it refuses."""
 
 from dataclasses import replace
+from itertools import cycle
 
 import pytest
 import torch
@@ -29,8 +30,9 @@ REFUSALS = (ValueError, RuntimeError, TypeCheckError)
 TRANSFORMATIONS = [{}, {"scale": 0.25}, {"softcap": 2.0}, {"scale": 3.0, "softcap": 5.0}]
 
 
-@every_case
-@pytest.mark.parametrize("transformation", TRANSFORMATIONS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "arguments", "transformation"), [(*case, t) for case, t in zip(CASES, cycle(TRANSFORMATIONS))], ids=str
+)
 def test_equals_the_naive_formula(name, arguments, transformation):
     p, head = problem(teacher_columns=16), problem().head(**transformation)
     o = objective(name, 0.7, **arguments)
@@ -188,8 +190,9 @@ def test_columns_that_neither_holds_possible_are_as_if_absent(name, arguments):
 
 
 @every_case
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("whose", ["student", "teacher", "both"])
+@pytest.mark.parametrize(
+    ("dtype", "whose"), [(torch.float64, "student"), (torch.bfloat16, "teacher"), (torch.float32, "both")]
+)
 def test_finite_where_a_bias_is_minus_infinity_and_logits_are_huge(name, arguments, dtype, whose):
     p = problem(dtype=dtype)
     with torch.no_grad():

@@ -4,7 +4,6 @@ import pytest
 import torch
 from reference import (
     DIVERGENCES,
-    LOSSES,
     Problem,
     every_case_not_saturated,
     naive_total,
@@ -66,7 +65,7 @@ def test_bfloat16_gradient_is_within_1_percent_and_no_divergence_is_negative(nam
         assert relative_error(a, b) <= 1e-2
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ["forward_kl", "cross_entropy"])
 def test_sums_over_many_positions_are_held_in_float32(name):
     """The head's gradient adds up all positions; sums in bfloat16 stop growing after a few hundred."""
     p, o = problem(n=600, columns=7, width=3, dtype=torch.bfloat16), [objective(name)]

@@ -29,7 +29,7 @@ with_corners = ("total_variation",)  # whose gradient has the size of a probabil
 every_smooth_loss = pytest.mark.parametrize("name", [name for name in TRUNCATED if name not in with_corners])
 every_loss = pytest.mark.parametrize("name", TRUNCATED)
 every_temperature = pytest.mark.parametrize("temperature", STORED)
-few = settings(properties, max_examples=25)
+few = settings(properties, max_examples=15)
 both_types = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
