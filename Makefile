@@ -35,9 +35,10 @@ bench: .venv/.bench  ## start-up, losses, throughput, store and quality, as told
 	$(OFFLINE) $(BIN)/python benchmarks/store.py
 	$(OFFLINE) $(BIN)/python benchmarks/quality.py
 
-docs: .venv/.stillroom  ## the reference of settings, from the code
+docs: .venv/.docs  ## the reference of settings and the pictures of the losses, from the code
 	$(BIN)/stillroom distill --help > docs/guide/distill-settings.txt
 	$(BIN)/stillroom capture --help > docs/guide/capture-settings.txt
+	$(BIN)/python docs/guide/plot_losses.py
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
@@ -56,4 +57,8 @@ clean:
 
 .venv/.bench: .venv/.tools
 	$(PIP) -e '.[bench]'
+	touch $@
+
+.venv/.docs: .venv/.stillroom
+	$(PIP) -e '.[docs]'
 	touch $@

@@ -58,7 +58,8 @@ def test_every_command_line_means_something(words, monkeypatch):
     arguments = parse(words[1:], tuple(VERBS))
     assert arguments.verb in VERBS
     if arguments.recipe is not None and arguments.recipe != "recipe.yaml":  # the guide's stand-in for the reader's own
-        assert isinstance(load(DistillConfig, arguments.recipe, arguments.overrides), Config)
+        settings = {"capture": CaptureConfig, "distill": DistillConfig}[arguments.verb]
+        assert isinstance(load(settings, arguments.recipe, arguments.overrides), Config)
 
 
 def test_the_recipe_in_the_readme_is_a_recipe_and_agrees_with_the_file(tmp_path):
