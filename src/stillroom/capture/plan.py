@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from stillroom import models
-from stillroom.capture.config import CaptureConfig, Transformers
+from stillroom.capture.config import CaptureConfig, TeacherConfig, Transformers
 from stillroom.config import replace
 from stillroom.data.documents import cache_folder, cache_path
 from stillroom.data.formats import needs_template
@@ -14,7 +14,7 @@ from stillroom.data.sources import open_source
 from stillroom.errors import ConfigError, MismatchError, MissingError
 from stillroom.recipe import to_yaml
 from stillroom.runs import check_outside, scrub
-from stillroom.tokenizers import is_local, load_tokenizer, num_columns, template_of
+from stillroom.tokenizers import compare, has_tokenizer, is_local, load_tokenizer, num_columns, template_of
 
 LOGITS_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 
@@ -60,7 +60,7 @@ def make_plan(config: CaptureConfig) -> Plan:
 
     Raises:
         MissingError: a model, a tokenizer, a data file or a device is not there.
-        MismatchError: the tokenizer has tokens that the teacher has no column for.
+        MismatchError: the tokenizer is not the teacher's own, or has tokens that the teacher has no column for.
         ConfigError: settings contradict what the headers say.
     """
     config = _resolve(config)
@@ -77,6 +77,7 @@ def make_plan(config: CaptureConfig) -> Plan:
         teacher_config = models.read_config(teacher.model, revision=teacher.revision, trust_remote_code=remote_code)
         width = teacher_config.get_text_config().vocab_size
         _check_width(needed, width)
+        _check_own(teacher, tokenizer)
         models.check_length(config.data.length, teacher_config, "teacher")
     columns = needed if teacher.columns == "auto" else teacher.columns
     if columns < needed or (width is not None and columns > width):
@@ -128,6 +129,21 @@ def _check_width(needed: int, width: int) -> None:
             why="The teacher would read ids that it does not have.",
             fix="Use the tokenizer that the teacher was trained with.",
         )
+
+
+def _check_own(teacher: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises MismatchError where the teacher has a tokenizer of its own that makes other ids than the one named."""
+    if teacher.tokenizer is None or not has_tokenizer(teacher.model, revision=teacher.revision):
+        return
+    own = load_tokenizer(teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
+    compare(
+        tokenizer,
+        own,
+        ("teacher.tokenizer", "teacher's own"),
+        roles=False,
+        fix="Leave out teacher.tokenizer; it is for a teacher that comes without one, and for its own with another "
+        "chat template or other special tokens.",
+    )
 
 
 def _template(config: CaptureConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -1,5 +1,6 @@
 """The plan of a capture: every "auto" resolved, everything checked that headers tell, and nothing written."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -176,12 +177,17 @@ def chat(tmp_path: Path) -> str:
     return f"data={{path: {path}, format: chat, length: 32}}"
 
 
-def test_conversations_go_through_the_tokenizers_template(plan, chat, chat_tokenizer_folder):
-    assert plan(chat, f"teacher.tokenizer={chat_tokenizer_folder}").template == CHATML
+@pytest.fixture
+def chat_teacher(saved_model, chat_tokenizer_folder) -> str:
+    return f"teacher.model={saved_model('llama', seed=2, tokenizer=chat_tokenizer_folder)}"
 
 
-def test_text_goes_through_no_template(plan, chat_tokenizer_folder):
-    assert plan(f"teacher.tokenizer={chat_tokenizer_folder}").template is None
+def test_conversations_go_through_the_tokenizers_template(plan, chat, chat_teacher):
+    assert plan(chat, chat_teacher).template == CHATML
+
+
+def test_text_goes_through_no_template(plan, chat_teacher):
+    assert plan(chat_teacher).template is None
 
 
 @pytest.mark.parametrize("data_format", ["chat", "prompt_completion"])
@@ -194,8 +200,8 @@ def test_no_template_at_all(plan, chat, data_format):
 
 
 @pytest.mark.parametrize("whose", ["student", "teacher"])
-def test_whose_template_is_no_question_where_there_is_no_student(plan, chat, chat_tokenizer_folder, whose):
-    words = (chat, f"teacher.tokenizer={chat_tokenizer_folder}", f"data.template={whose}")
+def test_whose_template_is_no_question_where_there_is_no_student(plan, chat, chat_teacher, whose):
+    words = (chat, chat_teacher, f"data.template={whose}")
     if whose == "teacher":
         assert plan(*words).template == CHATML
         return
@@ -220,7 +226,30 @@ def test_nothing_that_is_read_lies_where_the_capture_writes(plan, tmp_path, save
     assert raised.value.values == {key: str(inside), "out": str(tmp_path / "run")}
 
 
-def test_the_tokenizer_of_a_plan_is_the_one_that_is_named(plan, chat_tokenizer_folder):
-    made = plan(f"teacher.tokenizer={chat_tokenizer_folder}")
+# --- a tokenizer that is named ---------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_that_is_not_the_teachers_own(plan, saved_model, chat_tokenizer_folder):
+    """Its ids would go into the wrong rows of the embedding, though there are rows enough."""
+    with pytest.raises(MismatchError, match="different tokenizers") as raised:
+        plan(f"teacher.tokenizer={chat_tokenizer_folder}")
+    assert f"({saved_model('llama', seed=2)})" in str(raised.value)
+    assert f"({chat_tokenizer_folder})" in str(raised.value)
+    assert "'<|im_start|>' in the teacher.tokenizer" in raised.value.values["id 2"]
+    assert raised.value.fix.startswith("Leave out teacher.tokenizer")
+
+
+def test_the_teachers_own_with_a_chat_template(plan, chat, tiny_tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(tmp_path / "chat")
+    assert plan(chat, f"teacher.tokenizer={tmp_path}/chat").template == CHATML
+
+
+def test_any_that_fits_where_the_teacher_comes_without_one(plan, saved_model, chat_tokenizer_folder, tmp_path):
+    bare = Path(shutil.copytree(saved_model("llama", seed=2), tmp_path / "bare"))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / file).unlink()
+    made = plan(f"teacher.model={bare}", f"teacher.tokenizer={chat_tokenizer_folder}")
     assert made.tokenizer.get_vocab() == PreTrainedTokenizerFast.from_pretrained(chat_tokenizer_folder).get_vocab()
     assert made.config.teacher.columns == max(made.tokenizer.get_vocab().values()) + 1

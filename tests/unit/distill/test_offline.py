@@ -338,9 +338,9 @@ def test_a_held_out_store_of_another_vocabulary(plan, stored):
         plan(stored(), f"held_out.path={stored('valid', 'teacher.columns=302')}")
 
 
-def test_a_held_out_store_of_another_tokenizer(plan, stored, chat_tokenizer_folder):
-    """As many tokens, so that the columns are equal."""
-    other = stored("valid", f"teacher.tokenizer={chat_tokenizer_folder}")
+def test_a_held_out_store_of_another_tokenizer(plan, stored, saved_model, chat_tokenizer_folder):
+    """The same weights, and as many tokens, so that the columns are equal."""
+    other = stored("valid", f"teacher.model={saved_model('llama', seed=2, tokenizer=chat_tokenizer_folder)}")
     with pytest.raises(MismatchError, match="has another tokenizer"):
         plan(stored(), f"held_out.path={other}")
 
