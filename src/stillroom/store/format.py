@@ -81,7 +81,8 @@ class Manifest(_Part):
     draws: Count = 0
     """Different drawn ids."""
     codec_error_nats: float = 0.0
-    """Mean over positions of the divergence between what the teacher said of the kept entries and what is read back."""
+    """Mean over positions of the divergence between what the teacher said of the kept entries and what is read back; of
+    a truncated signal at the stored temperature where a position's is the most."""
     shards: tuple[Shard, ...] = ()
     versions: dict[str, str] = Field(default_factory=dict)
 
