@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from stillroom.errors import DataError, MissingError, require
+from stillroom.store.batches import check_uncompressed
 from stillroom.store.config import AnySignal, Full
 from stillroom.store.format import (
     MANIFEST,
@@ -226,9 +227,11 @@ class StoredShard:
     def batches(self) -> list[pa.RecordBatch]:
         name = f"{self.shard.name}.arrow"
         try:
-            file = pa.ipc.open_file(self.place.open(name))
+            source = self.place.open(name)
+            file = pa.ipc.open_file(source)
             if not file.schema.equals(schema(self.manifest.num_columns)):
                 raise damaged(self.place.path, f"columns of {name}", file.schema, schema(self.manifest.num_columns))
+            check_uncompressed(source, self.shard.size_bytes)
             batches = [file.get_batch(i) for i in range(file.num_record_batches)]
             for batch in batches:
                 batch.validate(full=True)

@@ -289,6 +289,28 @@ def test_an_arrow_file_of_something_else(what, copy):
         read_all(path)
 
 
+@pytest.mark.parametrize(("how", "magic"), [("lz4", "04224d18"), ("zstd", "28b52ffd")])
+def test_a_compressed_body_is_refused_before_it_is_inflated(how, magic, copy):
+    """What it claims to become stands before it, and would be allocated."""
+    path = copy()
+    data = arrow_bytes(read_table(path), pa.ipc.IpcWriteOptions(compression=how))
+    buffers = data.split(bytes.fromhex(magic))
+    assert len(buffers) > 5
+    hostile = bytes.fromhex(magic).join([*(b[:-8] + (2**50).to_bytes(8, "little") for b in buffers[:-1]), buffers[-1]])
+    for file in (data, hostile):
+        replace_file(path, "00000.arrow", file)
+        with pytest.raises(DataError, match="a body is compressed"):
+            read_all(path)
+
+
+def test_the_older_way_to_say_that_a_body_is_compressed_is_not_known(copy):
+    path = copy()
+    old = pa.ipc.IpcWriteOptions(metadata_version=pa.ipc.MetadataVersion.V4)
+    replace_file(path, "00000.arrow", arrow_bytes(read_table(path), old))
+    with pytest.raises(DataError, match=r"not a record batch of Arrow's format 1\.0"):
+        read_all(path)
+
+
 def test_a_stream_of_arrow_is_not_a_file_of_it(copy):
     path = copy()
     table, sink = read_table(path), pa.BufferOutputStream()
