@@ -137,7 +137,7 @@ class ModelTeacher:
         else:
             random = torch.from_numpy(uniforms).to(logits.device)
             if isinstance(signal, Sampled):
-                chosen = selection.sampled(logits, random)
+                chosen = selection.sampled(logits, random[:, : signal.draws])
             else:
                 chosen = selection.head_and_sample(logits, signal.head, signal.draws, signal.least, random[:, 0])
         chosen.label_log_probs = label

@@ -4,7 +4,8 @@ log-probabilities lie on a grid of ``step`` nats: level ``i`` stands for ``−i 
 nearest level, which keeps the order and, at a step Δ, costs about Δ²/24 nats; reading them scales the entries so that
 they and the bucket sum to 1. The bucket's mass r lies on a grid of log(r / (1 − r)), which is fine where r is small
 and where what is kept is: at high temperatures nearly all is left out. Sampled signals round up or down at random, so
-that the *probability* is right on average and the estimate stays unbiased. Side columns have finer grids of their own.
+that the *probability* is right on average and the estimate stays unbiased, and so is its entropy. Side columns have
+finer grids of their own.
 """
 
 import numpy as np
@@ -30,10 +31,11 @@ HIGHEST = 2**20
 
 
 def num_uniforms(signal: QuantisedSignal) -> int:
-    """How many uniform random numbers a position takes: those of its draws first, then those of its rounding."""
+    """How many uniform random numbers a position takes: those of its draws first, then those of its rounding: of the
+    entries, of what a draw weighs, and of the entropy."""
     if isinstance(signal, Sampled):
-        return signal.draws
-    return signal.head + 2 if isinstance(signal, HeadAndSample) else 0
+        return signal.draws + 1
+    return signal.head + 3 if isinstance(signal, HeadAndSample) else 0
 
 
 def quantise(selection: Selection, signal: QuantisedSignal, uniforms: np.ndarray) -> tuple[Levels, float]:
@@ -57,7 +59,8 @@ def quantise(selection: Selection, signal: QuantisedSignal, uniforms: np.ndarray
     side = [_side(name, selection, signal, uniforms) for name in side_columns(signal)]
     if signal.kind in SAMPLED:
         weights = np.where(there, np.exp(levels * -step), 0)
-        side[1] = _self_information(selection, np.where(there, log_probs, 0), weights, log_unit_of(side[0], signal))
+        nats = _self_information(selection, np.where(there, log_probs, 0), weights, log_unit_of(side[0], signal))
+        side[1] = np.floor(nats / ENTROPY_STEP + uniforms[:, -1]).clip(0, HIGHEST - 1)
     stored = Levels(
         counts=there.sum(1, dtype=np.int32),
         ids=ids[there].astype(np.int32),
@@ -92,10 +95,10 @@ def _times(selection: Selection) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _self_information(
     selection: Selection, log_probs: np.ndarray, weights: np.ndarray, log_unit: np.ndarray
 ) -> np.ndarray:
-    """Levels of ``−Σ w log t`` over the entries with the weights that will be read, whose mean is the entropy."""
+    """``−Σ w log t`` over the entries with the weights that will be read, whose mean is the entropy."""
     assert selection.draw_log_probs is not None
     of_draws = np.exp(log_unit) * selection.draw_log_probs.double().cpu().numpy().sum(1)
-    return _finely(torch.from_numpy(-(weights * log_probs).sum(1) - of_draws), ENTROPY_STEP)
+    return -(weights * log_probs).sum(1) - of_draws
 
 
 def _base(signal: QuantisedSignal) -> float:
@@ -114,10 +117,10 @@ def _side(name: str, selection: Selection, signal: QuantisedSignal, uniforms: np
             return np.zeros(len(log_unit), np.int32)
         assert isinstance(signal, HeadAndSample)
         if not signal.least:  # levels count downwards from a weight of 1
-            return _round_at_random(-log_unit / signal.step, signal.step, uniforms[:, -1])
+            return _round_at_random(-log_unit / signal.step, signal.step, uniforms[:, -2])
         above = (log_unit - _base(signal)).clip(min=0) / signal.step  # and else upwards from the least weight
         upper = np.ceil(above - 1e-9)
-        return (upper - _round_at_random(upper - above, signal.step, uniforms[:, -1])).astype(np.int32)
+        return (upper - _round_at_random(upper - above, signal.step, uniforms[:, -2])).astype(np.int32)
     if name == "entropy":
         if selection.entropy is None:
             return np.zeros(len(selection.ids), np.int32)  # of a sample it is made of the weights

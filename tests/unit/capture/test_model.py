@@ -213,7 +213,7 @@ def test_draws_are_those_of_the_plain_distribution(model, pack):
     asked, asks = documents(first=40), teacher(model, signal, pack=pack)
     for document, said in zip(asked, asks.say(asked), strict=True):
         p = plain_logits(model, document).softmax(-1).numpy()
-        uniforms = asks._uniforms(document.number, document.num_kept)
+        uniforms = asks._uniforms(document.number, document.num_kept)[:, : signal.draws]
         levels = levels_of(said)
         assert not levels.counts.any()
         for row in range(len(p)):

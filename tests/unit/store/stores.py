@@ -51,7 +51,7 @@ def select(logits: torch.Tensor, config: AnySignal, uniforms: np.ndarray) -> Sel
         case TopP():
             selection = top_p(logits, config.mass, config.most, (1.0, *config.temperatures))
         case Sampled():
-            selection = sampled(logits, torch.from_numpy(uniforms))
+            selection = sampled(logits, torch.from_numpy(uniforms[:, : config.draws].copy()))
         case HeadAndSample():
             first = torch.from_numpy(uniforms[:, 0].copy())
             selection = head_and_sample(logits, config.head, config.draws, config.least, first)
