@@ -4,6 +4,7 @@ import posixpath
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -229,8 +230,7 @@ class StoredShard:
         try:
             source = self.place.open(name)
             file = pa.ipc.open_file(source)
-            if not file.schema.equals(schema(self.manifest.num_columns)):
-                raise damaged(self.place.path, f"columns of {name}", file.schema, schema(self.manifest.num_columns))
+            self._check_columns(file.schema)
             check_uncompressed(source, self.shard.size_bytes)
             batches = [file.get_batch(i) for i in range(file.num_record_batches)]
             for batch in batches:
@@ -245,6 +245,15 @@ class StoredShard:
         if found != self.num_documents:
             raise damaged(self.place.path, f"documents in {name}", found, self.num_documents)
         return batches
+
+    def _check_columns(self, found: pa.Schema) -> None:
+        expected = schema(self.manifest.num_columns)
+        if found.equals(expected):
+            return
+        pairs = list(zip_longest(map(str, found), map(str, expected), fillvalue="none"))
+        number = next((i for i, (one, other) in enumerate(pairs) if one != other), 0)
+        where = f"column {number} of {self.shard.name}.arrow"
+        raise damaged(self.place.path, where, *(text.removeprefix("pyarrow.Field")[:80] for text in pairs[number]))
 
     @cached_property
     def _starts(self) -> np.ndarray:

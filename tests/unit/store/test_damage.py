@@ -289,6 +289,16 @@ def test_an_arrow_file_of_something_else(what, copy):
         read_all(path)
 
 
+def test_the_first_column_that_is_another_is_named(copy):
+    path = copy()
+    replace_file(path, "00000.arrow", arrow_bytes(other_type(read_table(path))))
+    with pytest.raises(DataError) as raised:
+        read_all(path)
+    wanted = {"column 0 of 00000.arrow: found": "<document: int32>",
+              "expected": "<document: int64 not null>"}  # fmt: skip
+    assert raised.value.values == wanted
+
+
 @pytest.mark.parametrize(("how", "magic"), [("lz4", "04224d18"), ("zstd", "28b52ffd")])
 def test_a_compressed_body_is_refused_before_it_is_inflated(how, magic, copy):
     """What it claims to become stands before it, and would be allocated."""
