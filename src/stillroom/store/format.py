@@ -118,6 +118,8 @@ def read_manifest(data: bytes, where: object) -> Manifest:
     Raises:
         DataError: it is broken, was changed, or is of a version that is not known.
     """
+    if not data:
+        raise emptied(where, MANIFEST)
     try:
         values = json.loads(data)
         version = values["format"]
@@ -147,6 +149,17 @@ def damaged(where: object, what: str, found: object, expected: object) -> DataEr
         {f"{what}: found": found, "expected": expected},
         why="Its files were changed, cut or mixed with others since they were written; nothing in them can be trusted.",
         fix="`stillroom store check` names all that is wrong; copy the store again, or capture it anew.",
+    )
+
+
+def emptied(where: object, name: str) -> DataError:
+    """The error of a file that has its name and no bytes."""
+    return DataError(
+        f"{name} of the store {where} is empty",
+        {name: "0 bytes"},
+        why="Its writing was interrupted before anything reached the disk: by a copy that broke off, a full disk, or a "
+        "machine that lost its power.",
+        fix="Copy that file again from where the store came from, or capture it anew.",
     )
 
 

@@ -21,6 +21,7 @@ from stillroom.store.format import (
     Manifest,
     Shard,
     damaged,
+    emptied,
     read_manifest,
     row_crc32,
     schema,
@@ -221,7 +222,10 @@ class StoredShard:
         self.num_documents = shard.documents
         self.files = {f"{shard.name}.arrow": shard.size_bytes, f"{shard.name}.tables": shard.tables_bytes}
         for name, size in self.files.items():
-            if (found := place.size(name)) != size:
+            found = place.size(name)
+            if not found and not (name.endswith(".tables") and isinstance(manifest.signal, Full)):
+                raise emptied(place.path, name)
+            if found != size:
                 raise damaged(place.path, f"{name} in bytes", found, size)
 
     @cached_property

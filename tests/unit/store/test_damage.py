@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from stillroom.errors import DataError, MissingError
+from stillroom.store.check import check
 from stillroom.store.config import Full
 from stillroom.store.format import MOST_MANIFEST_BYTES, row_crc32, schema
 from stillroom.store.levels import Levels
@@ -52,6 +53,19 @@ def test_a_missing_file(name, copy):
     with pytest.raises(MissingError, match="lacks a file") as refusal:
         read_all(path)
     assert name in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["00000.arrow", "00001.tables", "manifest.json"])
+@pytest.mark.parametrize("size_is_known", [False, True])
+def test_an_empty_file_is_told_as_such(name, size_is_known, copy):
+    path = copy()
+    if size_is_known and name != "manifest.json":
+        replace_file(path, name, b"")
+    (path / name).write_bytes(b"")
+    with pytest.raises(DataError, match=f"{name} of the store .* is empty\n") as raised:
+        read_all(path)
+    assert raised.value.why.startswith("Its writing was interrupted before anything reached the disk")
+    assert raised.value.what in [problem.what for problem in check(path).problems]
 
 
 @pytest.mark.parametrize("kind", ["head_and_sample", "full"])
