@@ -1,5 +1,6 @@
 """Offline: whether a store fits the run that is to learn from it, told by its manifest and its tokenizer alone."""
 
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -106,15 +107,19 @@ def check_held_out(store: Store, held_out: Store) -> None:
                 why="The student would be measured against something else than it learns from.",
                 fix="Capture the held-out text with the same teacher.",
             )
-    (i, of), (j, others) = ours.part, theirs.part
-    shared = i * others < (j + 1) * of and j * of < (i + 1) * others  # [i, i + 1) / of meets [j, j + 1) / others
-    if ours.data.fingerprint == theirs.data.fingerprint and shared:
-        raise MismatchError(
-            "the held-out store holds the data that are trained on",
-            {"teacher.path": f"part {i} of {of}", "held_out.path": f"part {j} of {others} of the same data"},
-            why="What is measured must not be trained on.",
-            fix="Capture other text for held_out.",
-        )
+    for (data, (i, of)), (other, (j, others)) in product(ours.origins, theirs.origins):
+        shared = i * others < (j + 1) * of and j * of < (i + 1) * others  # [i, i + 1) / of meets [j, j + 1) / others
+        if data.fingerprint == other.fingerprint and shared:
+            raise MismatchError(
+                "the held-out store holds the data that are trained on",
+                {
+                    "teacher.path": f"part {i} of {of} of {data.name}",
+                    "held_out.path": f"part {j} of {others} of the same data",
+                },
+                why="What is measured must not be trained on.",
+                fix="Capture other text for held_out"
+                + (", or merge the store that is learnt from anew without it." if ours.merged else "."),
+            )
 
 
 def load_stored_tokenizer(store: Store) -> PreTrainedTokenizerBase:

@@ -64,6 +64,8 @@ class Manifest(_Part):
     data: Source
     part: tuple[Count, Annotated[int, Field(gt=0)]] = (0, 1)
     """Which part of the data this is, and of how many."""
+    merged: tuple[Source, ...] = ()
+    """Of a store that was merged of stores of other data: the data of each."""
     num_columns: Annotated[int, Field(gt=0, lt=2**24)]
     """The columns over which the teacher's softmax was taken."""
     length: Annotated[int, Field(gt=0, lt=2**31)]
@@ -93,6 +95,11 @@ class Manifest(_Part):
         if list(self.side) != side_columns(self.signal):
             raise ValueError(f"the side columns of such a signal are {side_columns(self.signal)}")
         return self
+
+    @property
+    def origins(self) -> list[tuple[Source, tuple[int, int]]]:
+        """All data whose documents are here, each with the part that is."""
+        return [(data, (0, 1)) for data in self.merged] or [(self.data, self.part)]
 
     @property
     def size_bytes(self) -> int:

@@ -173,6 +173,7 @@ def _manifest(stores: Sequence[Store], parts: bool, versions: Mapping[str, str] 
             "complete": False,
             "data": data,
             "part": (0, 1),
+            "merged": () if parts else tuple(data for m in all_of_them for data, _ in m.origins),
             "length": max(m.length for m in all_of_them),
             "versions": dict(first.versions if versions is None else versions),
             "shards": (),

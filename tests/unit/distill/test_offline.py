@@ -19,6 +19,7 @@ from stillroom.distill.plan import Plan, make_plan
 from stillroom.distill.run import run
 from stillroom.errors import ConfigError, DataError, MismatchError, MissingError
 from stillroom.store.format import MANIFEST, seal
+from stillroom.store.merge import merge
 
 TOP_K = "{kind: top_k, k: 8, label: true, temperatures: [2.0]}"
 MakeStore = Callable[..., Path]
@@ -319,6 +320,21 @@ def test_held_out_data_of_the_training_store(plan, stored):
     for place in (f"{stored()}/../store", stored("train", "seed=1")):
         with pytest.raises(MismatchError, match="holds the data that are trained on"):
             plan(stored(), f"held_out.path={place}")
+
+
+def test_held_out_data_that_were_merged_into_the_training_store(plan, stored, tmp_path):
+    """Also where they were merged with others before that, and where a part of them alone is held out."""
+    merge([stored(), stored("valid")], tmp_path / "merged")
+    merge([stored("valid", "data.max_documents=2"), tmp_path / "merged"], tmp_path / "again")
+    for place in (tmp_path / "merged", tmp_path / "again"):
+        for held in (stored("valid"), stored("valid", "part={index: 1, of: 2}"), stored("valid", "seed=1")):
+            with pytest.raises(MismatchError, match="holds the data that are trained on") as raised:
+                plan(place, f"held_out.path={held}")
+            assert "valid.jsonl" in str(raised.value.values["teacher.path"])
+            assert "merge the store" in raised.value.fix
+        with pytest.raises(MismatchError, match="holds the data that are trained on"):
+            plan(stored(), f"held_out.path={place}")
+    assert plan(tmp_path / "merged", f"held_out.path={stored('valid', 'data.max_documents=3')}").held_out_store
 
 
 def test_parts_that_share_no_document_may_be_held_out(plan, stored):

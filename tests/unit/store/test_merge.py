@@ -46,6 +46,7 @@ def test_parts_in_any_order_become_one_store_whose_shards_are_copied(kind, make,
     stores = [Store(path) for path in paths]
     assert merged.part == (0, 1)
     assert merged.data == stores[0].manifest.data
+    assert merged.merged == ()
     assert merged.complete
     says_the_same(Store(tmp_path / "out"), stores, [(i, row) for i in range(3) for row in range(8)])
     copied = files_of_shards(tmp_path / "out")
@@ -76,6 +77,7 @@ def test_other_data_is_put_behind_and_numbered_anew(kind, make, tmp_path):
     numbers = first + [max(first) + 1 + stores[1].document(row) for row in range(8)]
     says_the_same(Store(tmp_path / "out"), stores, [(i, row) for i in range(2) for row in range(8)], numbers)
     assert merged.data.name == "data0 + data1"
+    assert merged.merged == (source("data0"), source("data1"))
     assert merged.data.fingerprint not in [s.manifest.data.fingerprint for s in stores]
     assert merged.length == 65
     assert merged.entries == sum(s.manifest.entries for s in stores)
