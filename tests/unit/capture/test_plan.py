@@ -134,9 +134,11 @@ def test_a_servers_head_may_be_as_wide_as_it_is(plan, tokenizer_folder):
 
 
 def test_a_tokenizer_that_is_wider_than_the_head(plan, saved_model):
+    narrow = saved_model("llama", seed=3, vocab_size=299)
     with pytest.raises(MismatchError, match="tokens that the teacher has no column for") as raised:
-        plan(f"teacher.model={saved_model('llama', seed=3, vocab_size=299)}")
-    assert list(raised.value.values.values()) == ["300 tokens", "299 columns"]
+        plan(f"teacher.model={narrow}")
+    own = f"300 tokens: the teacher's own, by default ({narrow})"
+    assert list(raised.value.values.values()) == [own, "299 columns"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -147,6 +149,23 @@ def test_rows_that_are_longer_than_the_teacher_can_read(plan, saved_model, famil
         plan(f"teacher.model={short}")
     assert list(raised.value.values.values()) == [32, 31]
     assert plan(f"teacher.model={short}", "data.length=31").config.data.length == 31
+
+
+def test_a_length_that_nobody_gave_is_told_as_the_default(saved_model, text_files, tmp_path):
+    words = [f"teacher.model={saved_model('llama', seed=2)}", f"data.path={text_files}/train.jsonl",
+             "data.format=text", f"out={tmp_path}/run"]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"data\.length is longer than the teacher can read") as raised:
+        make_plan(load(CaptureConfig, None, words))
+    assert raised.value.values["data.length"] == "1024, by default"
+    words.append("teacher.engine={kind: transformers, batch_tokens: 31}")
+    with pytest.raises(ConfigError, match="batch_tokens is less than a row") as raised:
+        make_plan(load(CaptureConfig, None, words))
+    assert raised.value.values["data.length"] == "1024, by default"
+
+
+def test_a_cache_that_nobody_named_is_told_as_the_default(plan, own_cache):
+    with pytest.raises(ConfigError, match=r"data\.cache, by default, lies inside the output folder"):
+        plan(f"out={own_cache.parent}")
 
 
 def test_a_batch_that_does_not_hold_a_row(plan):
@@ -196,6 +215,7 @@ def test_no_template_at_all(plan, chat, data_format):
     with pytest.raises(MissingError, match="the tokenizer has no chat template") as raised:
         plan(setting)
     assert raised.value.values["data.format"] == data_format
+    assert str(raised.value.values["tokenizer"]).startswith("the teacher's own, by default (")
     assert "prompt_completion" in raised.value.fix
 
 

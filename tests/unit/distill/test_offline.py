@@ -191,7 +191,8 @@ def test_a_head_that_lacks_columns(plan, stored, saved_model):
     with pytest.raises(MismatchError, match="have different vocabularies") as raised:
         plan(stored("train", "teacher.columns=302"), f"student.model={narrow}")
     assert raised.value.values == {
-        "store": "302 columns", "student's head": "300 columns", "tokenizer": "300 tokens",
+        "store": "302 columns", "student's head": "300 columns",
+        "tokenizer": f"300 tokens: the student's own, by default ({narrow})",
     }  # fmt: skip
 
 
@@ -296,8 +297,10 @@ def test_a_row_that_does_not_hold_a_document(plan, stored):
 
 def test_a_held_out_document_that_the_rows_do_not_hold(plan, stored):
     """The length is that of the training store, and the held-out documents are longer."""
-    with pytest.raises(ConfigError, match=r"data\.length is less than a document"):
+    with pytest.raises(ConfigError, match=r"data\.length is less than a document") as raised:
         plan(stored("train", "data.length=30"), f"held_out.path={stored('valid')}", "data.length=auto")
+    assert raised.value.values["data.length"] == "30, the teacher's store's"
+    assert raised.value.fix == "Set data.length to at least 32."
 
 
 @pytest.mark.parametrize("settings", [("batch.tokens=31", "batch.micro_tokens=auto"), ("batch.micro_tokens=31",)])
@@ -309,8 +312,9 @@ def test_a_batch_that_does_not_hold_a_row(plan, stored, settings):
 
 def test_a_student_that_cannot_read_so_much(plan, stored, saved_model):
     short = saved_model("llama", seed=3, max_position_embeddings=31)
-    with pytest.raises(ConfigError, match=r"data\.length is longer than the student can read"):
+    with pytest.raises(ConfigError, match=r"data\.length is longer than the student can read") as raised:
         plan(stored(), f"student.model={short}")
+    assert raised.value.values["data.length"] == "32, the teacher's store's"
 
 
 # --- held-out stores -------------------------------------------------------------------------------------------------
