@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Val
 from stillroom.recipe import line_of, override, read_recipe
 from stillroom.schema import explain, explain_error
 
-__all__ = ["Config", "PathText", "explain", "load", "replace"]
+__all__ = ["Config", "PathText", "explain", "load", "quoted", "replace"]
 
 
 class Config(BaseModel):
@@ -63,6 +63,19 @@ def load(config_class: type[C], recipe: str | Path | None = None, overrides: Seq
         return config_class.model_validate(values)
     except ValidationError as error:
         raise explain_error(config_class, error, place) from None
+
+
+def quoted(config: Config, key: str) -> object:
+    """The value at a dotted key as an error quotes it: with a note where nobody gave it.
+
+    ``config`` must be as it was loaded, since whatever is replaced counts as given.
+    """
+    node: Any = config
+    given = True
+    for step in key.split("."):
+        given = given and step in node.model_fields_set
+        node = getattr(node, step)
+    return node if given else f"{node}, by default"
 
 
 def replace(config: C, values: Mapping[str, Any]) -> C:

@@ -284,8 +284,8 @@ def num_parameters(model: nn.Module, *, trained_only: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained_only)
 
 
-def check_length(length: int, config: PretrainedConfig, who: str) -> None:
-    """Returns where a model can read rows of ``length`` tokens.
+def check_length(length: int, config: PretrainedConfig, who: str, shown: object = None) -> None:
+    """Returns where a model can read rows of ``length`` tokens; an error quotes them as ``shown``.
 
     Raises:
         ConfigError: it has fewer positions.
@@ -294,7 +294,7 @@ def check_length(length: int, config: PretrainedConfig, who: str) -> None:
     if limit is not None and length > limit:
         raise ConfigError(
             f"data.length is longer than the {who} can read",
-            {"data.length": length, f"the {who}'s max_position_embeddings": limit},
+            {"data.length": shown or length, f"the {who}'s max_position_embeddings": limit},
             why="Positions beyond that have no embedding, or one that the model never saw.",
             fix=f"Set data.length to at most {limit}.",
         )

@@ -73,11 +73,11 @@ def top_p(logits: Float[Tensor, "n v"], mass: float, most: int, temperatures: tu
 def _log_rests(
     others: Float[Tensor, "n v"], kept: Float[Tensor, "n k"], temperatures: tuple[float, ...]
 ) -> dict[float, Tensor]:
-    """log(mass of the others / mass of all) at each temperature."""
+    """log(mass of the others / mass of all) at each temperature, so that what is kept is right too, however small."""
     rests = {}
     for temperature in temperatures:
         rest = (others / temperature if temperature != 1.0 else others).logsumexp(-1)
-        rests[temperature] = rest - torch.logaddexp(rest, (kept / temperature).logsumexp(-1))
+        rests[temperature] = torch.nn.functional.logsigmoid(rest - (kept / temperature).logsumexp(-1))
     return rests
 
 

@@ -114,9 +114,7 @@ class Sparse:
         if temperature not in self.log_rests:
             raise untempered(temperature, ", ".join(map(str, sorted(self.log_rests))))
         log_rest = self.log_rests[temperature]
-        scaled = self.log_probs / temperature
-        log_kept = torch.log1p(-log_rest.exp().clamp(max=1 - 1e-7))
-        return scaled - (torch.logsumexp(scaled, -1) - log_kept).unsqueeze(-1), log_rest
+        return tempered(self.log_probs, log_rest, temperature), log_rest
 
     def _map(self, change) -> "Sparse":
         def optional(tensor: Tensor | None) -> Tensor | None:
@@ -131,6 +129,16 @@ class Sparse:
             self.sampled,
             self.num_columns,
         )
+
+
+def tempered(
+    log_probs: Float[Tensor, "n k"], log_rest: Float[Tensor, " n"], temperature: float
+) -> Float[Tensor, "n k"]:
+    """log of the entries' targets at a temperature, beside a bucket of ``log_rest``: together they sum to 1."""
+    scaled = log_probs / temperature
+    log_rest = log_rest.clamp(max=-torch.finfo(log_rest.dtype).tiny)
+    log_kept = torch.where(log_rest > -0.7, (-log_rest.expm1()).log(), (-log_rest.exp()).log1p())  # each where exact
+    return scaled - (torch.logsumexp(scaled, -1) - log_kept).unsqueeze(-1)
 
 
 def untempered(temperature: float, known: str) -> MismatchError:

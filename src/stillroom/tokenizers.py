@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
 from stillroom.errors import DataError, MismatchError, MissingError
 
@@ -22,6 +23,8 @@ PROBE = (
 """What the fingerprint encodes: scripts, whitespace, digits, code, emoji and forms that normalisers change."""
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token", "mask_token")
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+"""Of which a model's folder has at least one, where it has a tokenizer."""
 _LFS = b"version https://git-lfs.github.com/spec/"
 
 
@@ -75,6 +78,24 @@ def load_tokenizer(
             fix="Convert it with transformers' `convert_slow_tokenizer` and save it beside the model.",
         )
     return tokenizer
+
+
+def has_tokenizer(model: str, *, revision: str | None = None) -> bool:
+    """Whether a model's folder, here or on the hub, holds a tokenizer too.
+
+    Raises:
+        MissingError: the hub does not tell.
+    """
+    look = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    try:
+        return any(cached_file(model, name, **look) is not None for name in _FILES)
+    except OSError as error:
+        raise MissingError(
+            f"whether {model} has a tokenizer is not known",
+            {"hub": _first_line(error)},
+            why="A tokenizer that is not the model's own would feed it the wrong tokens.",
+            fix="Check the connection; or give a local folder.",
+        ) from None
 
 
 def _check_folder(path: str) -> None:
@@ -156,11 +177,12 @@ def compare(
     names: tuple[str, str] = ("teacher", "student"),
     *,
     roles: bool = True,
+    fix: str | None = None,
 ) -> None:
     """Returns where both tokenizers turn every text into the same ids with the same meaning.
 
     With ``roles`` off, only the text's own tokens count: which token begins or ends a sequence may differ, as it does
-    between a base model and one tuned for chat.
+    between a base model and one tuned for chat. ``fix`` is what the error says is to be done.
 
     Raises:
         MismatchError: they differ; it bears both fingerprints and the first differences: of tokens by id, or else of
@@ -181,7 +203,8 @@ def compare(
         f"the {names[0]} and the {names[1]} have different tokenizers",
         values,
         why=f"{count} {kind} differ, so the same column of their logits does not mean the same token in the same text.",
-        fix=f"Use models that share one tokenizer; where only special tokens differ, set student.tokenizer to the one "
+        fix=fix
+        or f"Use models that share one tokenizer; where only special tokens differ, set student.tokenizer to the one "
         f"that counts for both, usually the {names[0]}'s.",
     )
 

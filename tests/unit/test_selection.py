@@ -151,6 +151,14 @@ def test_the_mass_left_out_is_right_however_small(mass):
             assert found.isfinite().all()
 
 
+def test_the_mass_that_is_kept_is_right_however_small():
+    """At a high temperature nearly all is left out: log(mass left out) is as near 0 as the kept mass is."""
+    logits = random_logits(5, 4096) * 0.01 + 30
+    for temperature, found in top_k(logits.clone(), 1, (1.0, 8.0, 100.0)).log_rests.items():
+        kept = (logits.double() / temperature).softmax(-1).amax(-1)
+        torch.testing.assert_close(-found.double().expm1(), kept, rtol=1e-5, atol=0)
+
+
 def test_nothing_is_left_out_where_all_are_kept():
     for found in (
         top_k(random_logits(3, 6), 6),

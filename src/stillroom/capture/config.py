@@ -70,7 +70,7 @@ class TeacherConfig(Config):
     engine: EngineConfig = Transformers(kind="transformers")
     """What runs it."""
     tokenizer: PathText | None = None
-    """Hub name or folder of its tokenizer; null is the model's own."""
+    """Hub name or folder of its tokenizer; null is the model's own. One that makes other ids than that is refused."""
     columns: Positive | Literal["auto"] = "auto"
     """How many columns of its head make up its distribution; auto is those that the tokenizer has tokens for."""
     revision: str | None = None

@@ -1,18 +1,19 @@
 """ModelTeacher: a teacher in this process. It answers prompts, and says what it thinks of documents."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from stillroom import models, selection
 from stillroom.batch import Batch
 from stillroom.capture.config import Generate, Transformers
 from stillroom.capture.windows import Document, batches
+from stillroom.errors import NonFiniteError
 from stillroom.head import Head, accumulator, logits_into
 from stillroom.selection import Selection
 from stillroom.store.config import AnySignal, Full, HeadAndSample, Sampled, TopK, TopP, known_temperatures
@@ -55,7 +56,11 @@ class ModelTeacher:
 
     @torch.no_grad()
     def say(self, documents: Sequence[Document]) -> list[Said]:
-        """What it says of each document."""
+        """What it says of each document.
+
+        Raises:
+            NonFiniteError: at a kept position it says nothing that can be a distribution.
+        """
         said: dict[int, Said] = {}
         most = self.engine.batch_tokens
         assert most != "auto"
@@ -73,17 +78,31 @@ class ModelTeacher:
         edges = [*starts.tolist(), len(places)]
         runs = list(zip(places[starts].tolist(), edges[:-1], edges[1:], strict=True))
         next_tokens = moved.next_tokens.flatten()[moved.kept]
+
+        def check(logits: Tensor, first: int) -> None:
+            if (p := _not_finite(logits)) is not None:
+                position = int(batch.positions.flatten()[batch.kept[first + p]])
+                raise _says_nothing(documents[int(places[first + p])].number, position, logits[p])
+
         if isinstance(self.signal, Full):
-            logits = head.logits(hidden, self.columns).cpu().numpy()
-            return {d: Said(logits[a:b], 0.0) for d, a, b in runs}
+            logits = head.logits(hidden, self.columns)
+            check(logits, 0)
+            return {d: Said(logits[a:b].cpu().numpy(), 0.0) for d, a, b in runs}
         uniforms = np.concatenate(
             [np.zeros((0, num_uniforms(self.signal)), np.float32)]
             + [self._uniforms(documents[d].number, b - a) for d, a, b in runs]
         )
-        levels, cost = self._levels(hidden, head, next_tokens, uniforms)
+        levels, cost = self._levels(hidden, head, next_tokens, uniforms, check)
         return {d: Said(levels.slice(a, b), cost * (b - a) / len(places)) for d, a, b in runs}
 
-    def _levels(self, hidden: Tensor, head: Head, next_tokens: Tensor, uniforms: np.ndarray) -> tuple[Levels, float]:
+    def _levels(
+        self,
+        hidden: Tensor,
+        head: Head,
+        next_tokens: Tensor,
+        uniforms: np.ndarray,
+        check: Callable[[Tensor, int], None],
+    ) -> tuple[Levels, float]:
         """What is stored of each position, chunk by chunk: no ``[tokens, vocabulary]`` tensor is held."""
         assert self.engine.logits_bytes != "auto"
         assert not isinstance(self.signal, Full)
@@ -95,6 +114,7 @@ class ModelTeacher:
             rows = slice(start, min(start + size, len(hidden)))
             logits = room[: rows.stop - start]
             logits_into(logits, hidden[rows], head)
+            check(logits, start)
             chosen = self._select(logits, next_tokens[rows], uniforms[rows])
             levels, cost = quantise(chosen, self.signal, uniforms[rows])
             parts.append(levels)
@@ -117,7 +137,7 @@ class ModelTeacher:
         else:
             random = torch.from_numpy(uniforms).to(logits.device)
             if isinstance(signal, Sampled):
-                chosen = selection.sampled(logits, random)
+                chosen = selection.sampled(logits, random[:, : signal.draws])
             else:
                 chosen = selection.head_and_sample(logits, signal.head, signal.draws, signal.least, random[:, 0])
         chosen.label_log_probs = label
@@ -174,12 +194,51 @@ class ModelTeacher:
             write: Any = self.model.generate
             own, self.model.generation_config = self.model.generation_config, settings  # its own habits do not count
             try:
-                written = write(torch.from_numpy(ids).to(device), attention_mask=torch.from_numpy(mask).to(device))
+                written = write(
+                    torch.from_numpy(ids).to(device),
+                    attention_mask=torch.from_numpy(mask).to(device),
+                    logits_processor=LogitsProcessorList([_Sayable(prompts, width, generate.answers)]),
+                )
             finally:
                 self.model.generation_config = own
         ends = ends if isinstance(ends, list) else [ends]
         rows = [_until(row, ends) for row in written[:, width:].cpu().numpy().astype(np.int32)]
         return [rows[i : i + generate.answers] for i in range(0, len(rows), generate.answers)]
+
+
+class _Sayable(LogitsProcessor):
+    """Changes nothing of what is generated; stops where there is no distribution to take a token from."""
+
+    def __init__(self, prompts: Sequence[tuple[int, np.ndarray]], width: int, answers: int) -> None:
+        self.prompts, self.width, self.answers = prompts, width, answers
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if (row := _not_finite(scores)) is not None:
+            number, prompt = self.prompts[row // self.answers]
+            raise _says_nothing(number, len(prompt) + input_ids.shape[1] - self.width - 1, scores[row])
+        return scores
+
+
+def _not_finite(logits: Tensor) -> int | None:
+    """The first row that is no distribution: with a logit that is not a number or +∞, or with −∞ alone."""
+    wrong = (~logits.amax(-1).isfinite()).nonzero()
+    return int(wrong[0]) if len(wrong) else None
+
+
+def _says_nothing(number: int, position: int, logits: Tensor) -> NonFiniteError:
+    wrong = logits.isnan() | (logits == torch.inf)
+    return NonFiniteError(
+        f"the teacher's logits are not finite in document {number}",
+        {
+            "position": f"{position} (from 0)",
+            "columns": f"{int(wrong.sum()) or len(logits)} of {len(logits)} are "
+            f"{'not a number' if logits.isnan().any() else 'infinite' if wrong.any() else '-infinity'}",
+        },
+        why="It says nothing there that a student could learn. What is in whole shards is kept.",
+        fix="Check its weights. Where they are good, teacher.engine.dtype=float32 or another teacher.engine.attention "
+        "may mend it, with --overwrite; so may leaving out that document, or one that shares its row. --resume goes on "
+        "with the same settings, if the fault was the machine's.",
+    )
 
 
 def _until(tokens: np.ndarray, ends: Sequence[int | None]) -> np.ndarray:

@@ -6,15 +6,15 @@ from pathlib import Path
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from stillroom import models
-from stillroom.capture.config import CaptureConfig, Transformers
-from stillroom.config import replace
+from stillroom.capture.config import CaptureConfig, TeacherConfig, Transformers
+from stillroom.config import quoted, replace
 from stillroom.data.documents import cache_folder, cache_path
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.errors import ConfigError, MismatchError, MissingError
 from stillroom.recipe import to_yaml
 from stillroom.runs import check_outside, scrub
-from stillroom.tokenizers import is_local, load_tokenizer, num_columns, template_of
+from stillroom.tokenizers import compare, has_tokenizer, is_local, load_tokenizer, num_columns, template_of
 
 LOGITS_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 
@@ -60,10 +60,10 @@ def make_plan(config: CaptureConfig) -> Plan:
 
     Raises:
         MissingError: a model, a tokenizer, a data file or a device is not there.
-        MismatchError: the tokenizer has tokens that the teacher has no column for.
+        MismatchError: the tokenizer is not the teacher's own, or has tokens that the teacher has no column for.
         ConfigError: settings contradict what the headers say.
     """
-    config = _resolve(config)
+    given, config = config, _resolve(config)
     teacher = config.teacher
     local = isinstance(teacher.engine, Transformers)
     remote_code = teacher.trust_remote_code
@@ -76,8 +76,9 @@ def make_plan(config: CaptureConfig) -> Plan:
     if local:
         teacher_config = models.read_config(teacher.model, revision=teacher.revision, trust_remote_code=remote_code)
         width = teacher_config.get_text_config().vocab_size
-        _check_width(needed, width)
-        models.check_length(config.data.length, teacher_config, "teacher")
+        _check_width(needed, width, _whose(teacher))
+        _check_own(teacher, tokenizer)
+        models.check_length(config.data.length, teacher_config, "teacher", quoted(given, "data.length"))
     columns = needed if teacher.columns == "auto" else teacher.columns
     if columns < needed or (width is not None and columns > width):
         raise ConfigError(
@@ -90,7 +91,7 @@ def make_plan(config: CaptureConfig) -> Plan:
     template = _template(config, tokenizer)
     if is_local(config.data.path):
         open_source(config.data)  # which says where it is not there
-    _check_outside(config)
+    _check_outside(config, "data.cache" if given.data.cache != "auto" else "data.cache, by default,")
     return Plan(config, tokenizer, template, teacher_config)
 
 
@@ -111,7 +112,7 @@ def _resolve(config: CaptureConfig) -> CaptureConfig:
         elif engine.batch_tokens < config.data.length:
             raise ConfigError(
                 "teacher.engine.batch_tokens is less than a row",
-                {"teacher.engine.batch_tokens": engine.batch_tokens, "data.length": config.data.length},
+                {"teacher.engine.batch_tokens": engine.batch_tokens, "data.length": quoted(config, "data.length")},
                 why="A row goes through the teacher whole.",
                 fix=f"Set it to at least {config.data.length}.",
             )
@@ -120,14 +121,34 @@ def _resolve(config: CaptureConfig) -> CaptureConfig:
     return replace(config, values)
 
 
-def _check_width(needed: int, width: int) -> None:
+def _whose(teacher: TeacherConfig) -> str:
+    """The tokenizer of a capture, as an error names it."""
+    return teacher.tokenizer or f"the teacher's own, by default ({teacher.model})"
+
+
+def _check_width(needed: int, width: int, whose: str) -> None:
     if needed > width:
         raise MismatchError(
             "the tokenizer has tokens that the teacher has no column for",
-            {"tokenizer": f"{needed} tokens", "the teacher's head": f"{width} columns"},
+            {"tokenizer": f"{needed} tokens: {whose}", "the teacher's head": f"{width} columns"},
             why="The teacher would read ids that it does not have.",
             fix="Use the tokenizer that the teacher was trained with.",
         )
+
+
+def _check_own(teacher: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises MismatchError where the teacher has a tokenizer of its own that makes other ids than the one named."""
+    if teacher.tokenizer is None or not has_tokenizer(teacher.model, revision=teacher.revision):
+        return
+    own = load_tokenizer(teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
+    compare(
+        tokenizer,
+        own,
+        ("teacher.tokenizer", "teacher's own"),
+        roles=False,
+        fix="Leave out teacher.tokenizer; it is for a teacher that comes without one, and for its own with another "
+        "chat template or other special tokens.",
+    )
 
 
 def _template(config: CaptureConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -137,19 +158,20 @@ def _template(config: CaptureConfig, tokenizer: PreTrainedTokenizerBase) -> str 
     if template is None:
         raise MissingError(
             "the tokenizer has no chat template",
-            {"tokenizer": config.teacher.tokenizer or config.teacher.model, "data.format": config.data.format},
+            {"tokenizer": _whose(config.teacher), "data.format": config.data.format},
             why="Without one nobody knows how a conversation becomes text for the teacher.",
             fix="Give the tokenizer a chat_template.jinja, or use data.format=prompt_completion or text.",
         )
     return template
 
 
-def _check_outside(config: CaptureConfig) -> None:
-    """Nothing that is read lies in the folder that is written, where --overwrite would delete it."""
+def _check_outside(config: CaptureConfig, cache: str) -> None:
+    """Nothing that is read lies in the folder that is written, where --overwrite would delete it; ``cache`` is what an
+    error calls that setting."""
     paths = {
         "teacher.model": config.teacher.model,
         "teacher.tokenizer": config.teacher.tokenizer,
         "data.path": config.data.path,
-        "data.cache": config.data.cache,
+        cache: config.data.cache,
     }
     check_outside(config.out, paths)

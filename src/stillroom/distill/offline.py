@@ -1,10 +1,12 @@
 """Offline: whether a store fits the run that is to learn from it, told by its manifest and its tokenizer alone."""
 
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from stillroom.config import quoted
 from stillroom.distill.config import DistillConfig
 from stillroom.distill.objective_config import ObjectiveConfig
 from stillroom.errors import ConfigError, DataError, MismatchError
@@ -15,8 +17,11 @@ from stillroom.store.reader import Store
 from stillroom.tokenizers import fingerprint, load_tokenizer, num_columns, template_fingerprint, template_of
 
 
-def open_store(path: str, config: DistillConfig) -> Store:
+def open_store(path: str, config: DistillConfig, given: DistillConfig) -> Store:
     """A store, after a look at whether its signals serve the objectives and its documents fit into the rows.
+
+    Args:
+        given: the settings as they were loaded, which errors quote.
 
     Raises:
         MissingError: there is none.
@@ -49,20 +54,27 @@ def open_store(path: str, config: DistillConfig) -> Store:
     if length != "auto" and length < (longest := int(store.lengths.max(initial=1)) - 1):
         raise ConfigError(
             "data.length is less than a document of the store",
-            {"data.length": length, f"the longest in {path}": longest},
+            {"data.length": shown_length(config, given), f"the longest in {path}": longest},
             why="A document's signals belong to the whole of it; cut, they would speak of what the student cannot see.",
-            fix=f"Set data.length=auto, or to at least {longest}.",
+            fix=f"Set data.length to at least {longest}"
+            + ("." if given.data.length == "auto" else ", or leave it at auto."),
         )
     row = store.manifest.length if length == "auto" else length
     for name, tokens in (("tokens", config.batch.tokens), ("micro_tokens", config.batch.micro_tokens)):
         if isinstance(tokens, int) and tokens < row:
             raise ConfigError(
                 f"batch.{name} is less than a row",
-                {f"batch.{name}": tokens, f"a row of {path}": row},
+                {f"batch.{name}": quoted(given, f"batch.{name}"), f"a row of {path}": row},
                 why="A row goes through the student whole.",
                 fix=f"Set batch.{name} to at least {row}.",
             )
     return store
+
+
+def shown_length(config: DistillConfig, given: DistillConfig) -> object:
+    """data.length as an error quotes it."""
+    of_store = given.data.length == "auto" and config.data.length != "auto"
+    return f"{config.data.length}, the teacher's store's" if of_store else quoted(given, "data.length")
 
 
 def _check_temperature(objective: ObjectiveConfig, signal: QuantisedSignal, path: str) -> None:
@@ -106,15 +118,19 @@ def check_held_out(store: Store, held_out: Store) -> None:
                 why="The student would be measured against something else than it learns from.",
                 fix="Capture the held-out text with the same teacher.",
             )
-    (i, of), (j, others) = ours.part, theirs.part
-    shared = i * others < (j + 1) * of and j * of < (i + 1) * others  # [i, i + 1) / of meets [j, j + 1) / others
-    if ours.data.fingerprint == theirs.data.fingerprint and shared:
-        raise MismatchError(
-            "the held-out store holds the data that are trained on",
-            {"teacher.path": f"part {i} of {of}", "held_out.path": f"part {j} of {others} of the same data"},
-            why="What is measured must not be trained on.",
-            fix="Capture other text for held_out.",
-        )
+    for (data, (i, of)), (other, (j, others)) in product(ours.origins, theirs.origins):
+        shared = i * others < (j + 1) * of and j * of < (i + 1) * others  # [i, i + 1) / of meets [j, j + 1) / others
+        if data.fingerprint == other.fingerprint and shared:
+            raise MismatchError(
+                "the held-out store holds the data that are trained on",
+                {
+                    "teacher.path": f"part {i} of {of} of {data.name}",
+                    "held_out.path": f"part {j} of {others} of the same data",
+                },
+                why="What is measured must not be trained on.",
+                fix="Capture other text for held_out"
+                + (", or merge the store that is learnt from anew without it." if ours.merged else "."),
+            )
 
 
 def load_stored_tokenizer(store: Store) -> PreTrainedTokenizerBase:
@@ -136,8 +152,9 @@ def load_stored_tokenizer(store: Store) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_columns(store: Store, student: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises MismatchError where the student's head lacks some of the store's columns, or its tokenizer needs more."""
+def check_columns(store: Store, student: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, whose: str) -> None:
+    """Raises MismatchError where the student's head lacks some of the store's columns, or its tokenizer (``whose``, as
+    an error names it) needs more."""
     stored, width = store.manifest.num_columns, student.get_text_config().vocab_size
     if not num_columns(tokenizer) <= stored <= width:
         raise MismatchError(
@@ -145,7 +162,7 @@ def check_columns(store: Store, student: PretrainedConfig, tokenizer: PreTrained
             {
                 "store": f"{stored} columns",
                 "student's head": f"{width} columns",
-                "tokenizer": f"{num_columns(tokenizer)} tokens",
+                "tokenizer": f"{num_columns(tokenizer)} tokens: {whose}",
             },
             why="The teacher's distribution is over the store's columns: each must be in the student's head, and each "
             "token must have one.",

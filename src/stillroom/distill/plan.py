@@ -18,6 +18,7 @@ from stillroom.distill.offline import (
     check_held_out,
     load_stored_tokenizer,
     open_store,
+    shown_length,
     stored_template,
 )
 from stillroom.distill.student import new_config
@@ -110,9 +111,9 @@ def make_plan(config: DistillConfig) -> Plan:
         MissingError: a model, a tokenizer, a data file or a device is not there.
         MismatchError: the tokenizers, the chat templates or the heads of teacher and student do not fit.
     """
-    config = _resolve_device(config)
-    _check_outside(config)
-    store, held_out_store, config = _stores(config)
+    given, config = config, _resolve_device(config)
+    _check_outside(config, given)
+    store, held_out_store, config = _stores(config, given)
     tokenizer, teacher_tokenizer = _tokenizers(config, store)
     teacher_config = None
     if isinstance(teacher := config.teacher, LiveTeacher):
@@ -120,13 +121,14 @@ def make_plan(config: DistillConfig) -> Plan:
             teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
         )
     fresh, student_config = _student_config(config, teacher_config, tokenizer)
-    _check_vocabulary(student_config, tokenizer, "student")
+    whose_tokenizer = _whose_tokenizer(config)
+    _check_vocabulary(student_config, tokenizer, "student", whose_tokenizer)
     if teacher_config is not None:
-        _check_vocabulary(teacher_config, tokenizer, "teacher")
+        _check_vocabulary(teacher_config, tokenizer, "teacher", whose_tokenizer)
         config = _resolve_columns(config, student_config, teacher_config, tokenizer)
-    _check_length(config, student_config, teacher_config)
+    _check_length(config, student_config, teacher_config, shown_length(config, given))
     if store is not None:
-        check_columns(store, student_config, tokenizer)
+        check_columns(store, student_config, tokenizer, whose_tokenizer)
         whose, template = None, stored_template(store, tokenizer, teacher_tokenizer)
     else:
         whose, template = _template(config.data, tokenizer, teacher_tokenizer)
@@ -140,7 +142,7 @@ def make_plan(config: DistillConfig) -> Plan:
     return plan
 
 
-def _check_outside(config: DistillConfig) -> None:
+def _check_outside(config: DistillConfig, given: DistillConfig) -> None:
     """Nothing that is read lies in the folder that is written, where --overwrite would delete it."""
     student, init = config.student, config.student.init
     paths = {
@@ -149,21 +151,24 @@ def _check_outside(config: DistillConfig) -> None:
         "student.model": student.model,
         "student.tokenizer": student.tokenizer,
         "student.init.like": init.like if init else None,
-        **_data_paths(config.data),
+        **_data_paths(config.data, given.data),
         "held_out.path": config.held_out.path if config.held_out else None,
     }
     check_outside(config.out, paths)
 
 
-def _data_paths(data: AnyData | StoredData) -> dict[str, str]:
-    return {} if isinstance(data, StoredData) else {"data.path": data.path, "data.cache": str(cache_folder(data))}
+def _data_paths(data: AnyData | StoredData, given: AnyData | StoredData) -> dict[str, str]:
+    if isinstance(data, StoredData):
+        return {}
+    by_default = ", by default," if getattr(given, "cache", None) == "auto" else ""
+    return {"data.path": data.path, f"data.cache{by_default}": str(cache_folder(data))}
 
 
-def _stores(config: DistillConfig) -> tuple[Store | None, Store | None, DistillConfig]:
+def _stores(config: DistillConfig, given: DistillConfig) -> tuple[Store | None, Store | None, DistillConfig]:
     """The store that is learnt from, the held-out one, and the settings with what they say filled in."""
     if not isinstance(config.teacher, StoreTeacher) or not isinstance(config.data, StoredData):
         return None, None, config
-    store = open_store(config.teacher.path, config)
+    store = open_store(config.teacher.path, config, given)
     length = store.manifest.length if config.data.length == "auto" else config.data.length
     values: dict[str, Any] = {"data.length": length}
     if config.batch.micro_tokens == "auto":
@@ -171,7 +176,7 @@ def _stores(config: DistillConfig) -> tuple[Store | None, Store | None, DistillC
     config = replace(config, values)
     held_out = None
     if config.held_out is not None:
-        held_out = open_store(config.held_out.path, config)
+        held_out = open_store(config.held_out.path, config, given)
         check_held_out(store, held_out)
     return store, held_out, config
 
@@ -244,11 +249,21 @@ def _width(config: PretrainedConfig) -> int:
     return config.get_text_config().vocab_size
 
 
-def _check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, who: str) -> None:
+def _whose_tokenizer(config: DistillConfig) -> str:
+    """The student's tokenizer, as an error names it."""
+    student = config.student
+    if student.tokenizer is not None:
+        return student.tokenizer
+    if student.model is not None:
+        return f"the student's own, by default ({student.model})"
+    return f"the {'store' if isinstance(config.teacher, StoreTeacher) else 'teacher'}'s, by default"
+
+
+def _check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, who: str, whose: str) -> None:
     if num_columns(tokenizer) > _width(config):
         raise MismatchError(
             f"the tokenizer has tokens that the {who} has no column for",
-            {"tokenizer": f"{num_columns(tokenizer)} tokens", f"{who}'s head": f"{_width(config)} columns"},
+            {"tokenizer": f"{num_columns(tokenizer)} tokens: {whose}", f"{who}'s head": f"{_width(config)} columns"},
             why="The model would read and predict ids that it does not have; it is never resized behind your back.",
             fix="Use the tokenizer that the model was trained with, or set vocab_size in student.init.settings.",
         )
@@ -276,11 +291,13 @@ def _resolve_columns(
     return replace(config, {"teacher.columns": columns})
 
 
-def _check_length(config: DistillConfig, student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
+def _check_length(
+    config: DistillConfig, student: PretrainedConfig, teacher: PretrainedConfig | None, shown: object
+) -> None:
     assert config.data.length != "auto"
-    models.check_length(config.data.length, student, "student")
+    models.check_length(config.data.length, student, "student", shown)
     if teacher is not None:
-        models.check_length(config.data.length, teacher, "teacher")
+        models.check_length(config.data.length, teacher, "teacher", shown)
 
 
 def _template(

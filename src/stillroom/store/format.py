@@ -64,6 +64,8 @@ class Manifest(_Part):
     data: Source
     part: tuple[Count, Annotated[int, Field(gt=0)]] = (0, 1)
     """Which part of the data this is, and of how many."""
+    merged: tuple[Source, ...] = ()
+    """Of a store that was merged of stores of other data: the data of each."""
     num_columns: Annotated[int, Field(gt=0, lt=2**24)]
     """The columns over which the teacher's softmax was taken."""
     length: Annotated[int, Field(gt=0, lt=2**31)]
@@ -81,7 +83,8 @@ class Manifest(_Part):
     draws: Count = 0
     """Different drawn ids."""
     codec_error_nats: float = 0.0
-    """Mean over positions of the divergence between what the teacher said of the kept entries and what is read back."""
+    """Mean over positions of the divergence between what the teacher said of the kept entries and what is read back; of
+    a truncated signal at the stored temperature where a position's is the most."""
     shards: tuple[Shard, ...] = ()
     versions: dict[str, str] = Field(default_factory=dict)
 
@@ -92,6 +95,11 @@ class Manifest(_Part):
         if list(self.side) != side_columns(self.signal):
             raise ValueError(f"the side columns of such a signal are {side_columns(self.signal)}")
         return self
+
+    @property
+    def origins(self) -> list[tuple[Source, tuple[int, int]]]:
+        """All data whose documents are here, each with the part that is."""
+        return [(data, (0, 1)) for data in self.merged] or [(self.data, self.part)]
 
     @property
     def size_bytes(self) -> int:
@@ -117,6 +125,8 @@ def read_manifest(data: bytes, where: object) -> Manifest:
     Raises:
         DataError: it is broken, was changed, or is of a version that is not known.
     """
+    if not data:
+        raise emptied(where, MANIFEST)
     try:
         values = json.loads(data)
         version = values["format"]
@@ -146,6 +156,17 @@ def damaged(where: object, what: str, found: object, expected: object) -> DataEr
         {f"{what}: found": found, "expected": expected},
         why="Its files were changed, cut or mixed with others since they were written; nothing in them can be trusted.",
         fix="`stillroom store check` names all that is wrong; copy the store again, or capture it anew.",
+    )
+
+
+def emptied(where: object, name: str) -> DataError:
+    """The error of a file that has its name and no bytes."""
+    return DataError(
+        f"{name} of the store {where} is empty",
+        {name: "0 bytes"},
+        why="Its writing was interrupted before anything reached the disk: by a copy that broke off, a full disk, or a "
+        "machine that lost its power.",
+        fix="Copy that file again from where the store came from, or capture it anew.",
     )
 
 

@@ -112,10 +112,11 @@ def _fitting(stores: list[Store]) -> tuple[list[Store], bool]:
 
 def _same(a: Store, b: Store, names: Sequence[str]) -> None:
     for name in names:
-        in_a, in_b = (_compared(getattr(store.manifest, name)) for store in (a, b))
-        if in_a != in_b:
+        of_a, of_b = (getattr(store.manifest, name) for store in (a, b))
+        if _compared(of_a) != _compared(of_b):
+            where, in_a, in_b = _first_difference(name, _shown(of_a), _shown(of_b))
             raise MismatchError(
-                f"the stores differ in their {name}",
+                f"the stores differ in their {where}",
                 {a.path: in_a, b.path: in_b},
                 why="A store says one kind of thing of one teacher in the tokens of one tokenizer."
                 if name in SAME
@@ -126,9 +127,22 @@ def _same(a: Store, b: Store, names: Sequence[str]) -> None:
 
 def _compared(value: Any) -> Any:
     """A model or a tokenizer is the same under another name, or in another folder, if its fingerprint is."""
+    return value.fingerprint if isinstance(value, Source) else value
+
+
+def _shown(value: Any) -> Any:
+    """A value as an error quotes it, the settings of a signal by name."""
     if isinstance(value, Source):
-        return value.fingerprint
+        return f"{value.name} ({value.fingerprint[:32]})"
     return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+
+
+def _first_difference(name: str, a: Any, b: Any) -> tuple[str, Any, Any]:
+    """The first setting in which two values differ, by its dotted name, with both of its values."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        key = next(key for key in ("kind", *a, *b) if a.get(key) != b.get(key))
+        return _first_difference(f"{name}.{key}", a.get(key), b.get(key))
+    return name, a, b
 
 
 def _check_different(stores: Sequence[Store]) -> None:
@@ -159,6 +173,7 @@ def _manifest(stores: Sequence[Store], parts: bool, versions: Mapping[str, str] 
             "complete": False,
             "data": data,
             "part": (0, 1),
+            "merged": () if parts else tuple(data for m in all_of_them for data, _ in m.origins),
             "length": max(m.length for m in all_of_them),
             "versions": dict(first.versions if versions is None else versions),
             "shards": (),

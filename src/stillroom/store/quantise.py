@@ -2,20 +2,28 @@
 
 log-probabilities lie on a grid of ``step`` nats: level ``i`` stands for ``−i · step``. Truncated signals round to the
 nearest level, which keeps the order and, at a step Δ, costs about Δ²/24 nats; reading them scales the entries so that
-they and the bucket sum to 1. Sampled signals round up or down at random, so that the *probability* is right on average
-and the estimate stays unbiased. Side columns have finer grids of their own.
+they and the bucket sum to 1. The bucket's mass r lies on a grid of log(r / (1 − r)), which is fine where r is small
+and where what is kept is: at high temperatures nearly all is left out. Sampled signals round up or down at random, so
+that the *probability* is right on average and the estimate stays unbiased, and so is its entropy. Side columns have
+finer grids of their own.
 """
 
 import numpy as np
 import torch
 
 from stillroom.selection import Selection
-from stillroom.signals import Sparse
+from stillroom.signals import Sparse, tempered
 from stillroom.store.config import SAMPLED, HeadAndSample, QuantisedSignal, Sampled, known_temperatures, side_columns
 from stillroom.store.levels import Levels
 
+LABEL_STEP = 0.01
+"""Nats between two levels of the label's log-probability."""
 REST_STEP = 0.01
-"""Nats between two levels of the mass left out, and of the label's log-probability."""
+"""Nats between two levels of log(r / (1 − r)), r being the mass left out."""
+LOWEST_REST = -16.64
+"""What level 1 stands for: a mass of 2^−24, which is as little as float32 probabilities tell from none."""
+HIGHEST_REST = 3329
+"""The highest level of the mass left out, at which 2^−24 is kept."""
 ENTROPY_STEP = 1 / 64
 """Nats between two levels of the entropy."""
 HIGHEST = 2**20
@@ -23,15 +31,16 @@ HIGHEST = 2**20
 
 
 def num_uniforms(signal: QuantisedSignal) -> int:
-    """How many uniform random numbers a position takes: those of its draws first, then those of its rounding."""
+    """How many uniform random numbers a position takes: those of its draws first, then those of its rounding: of the
+    entries, of what a draw weighs, and of the entropy."""
     if isinstance(signal, Sampled):
-        return signal.draws
-    return signal.head + 2 if isinstance(signal, HeadAndSample) else 0
+        return signal.draws + 1
+    return signal.head + 3 if isinstance(signal, HeadAndSample) else 0
 
 
 def quantise(selection: Selection, signal: QuantisedSignal, uniforms: np.ndarray) -> tuple[Levels, float]:
     """What is stored of a selection, and what storing it cost: Σ over positions of the (generalised) Kullback-Leibler
-    divergence in nats between the entries as they were and as they will be read.
+    divergence in nats between the entries as they were and as they will be read, at the worst temperature.
 
     Args:
         uniforms: float32 [n, num_uniforms(signal)], in [0, 1).
@@ -50,7 +59,8 @@ def quantise(selection: Selection, signal: QuantisedSignal, uniforms: np.ndarray
     side = [_side(name, selection, signal, uniforms) for name in side_columns(signal)]
     if signal.kind in SAMPLED:
         weights = np.where(there, np.exp(levels * -step), 0)
-        side[1] = _self_information(selection, np.where(there, log_probs, 0), weights, log_unit_of(side[0], signal))
+        nats = _self_information(selection, np.where(there, log_probs, 0), weights, log_unit_of(side[0], signal))
+        side[1] = np.floor(nats / ENTROPY_STEP + uniforms[:, -1]).clip(0, HIGHEST - 1)
     stored = Levels(
         counts=there.sum(1, dtype=np.int32),
         ids=ids[there].astype(np.int32),
@@ -85,10 +95,10 @@ def _times(selection: Selection) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _self_information(
     selection: Selection, log_probs: np.ndarray, weights: np.ndarray, log_unit: np.ndarray
 ) -> np.ndarray:
-    """Levels of ``−Σ w log t`` over the entries with the weights that will be read, whose mean is the entropy."""
+    """``−Σ w log t`` over the entries with the weights that will be read, whose mean is the entropy."""
     assert selection.draw_log_probs is not None
     of_draws = np.exp(log_unit) * selection.draw_log_probs.double().cpu().numpy().sum(1)
-    return _finely(torch.from_numpy(-(weights * log_probs).sum(1) - of_draws), ENTROPY_STEP)
+    return -(weights * log_probs).sum(1) - of_draws
 
 
 def _base(signal: QuantisedSignal) -> float:
@@ -107,19 +117,31 @@ def _side(name: str, selection: Selection, signal: QuantisedSignal, uniforms: np
             return np.zeros(len(log_unit), np.int32)
         assert isinstance(signal, HeadAndSample)
         if not signal.least:  # levels count downwards from a weight of 1
-            return _round_at_random(-log_unit / signal.step, signal.step, uniforms[:, -1])
+            return _round_at_random(-log_unit / signal.step, signal.step, uniforms[:, -2])
         above = (log_unit - _base(signal)).clip(min=0) / signal.step  # and else upwards from the least weight
         upper = np.ceil(above - 1e-9)
-        return (upper - _round_at_random(upper - above, signal.step, uniforms[:, -1])).astype(np.int32)
+        return (upper - _round_at_random(upper - above, signal.step, uniforms[:, -2])).astype(np.int32)
     if name == "entropy":
         if selection.entropy is None:
             return np.zeros(len(selection.ids), np.int32)  # of a sample it is made of the weights
         return _finely(selection.entropy, ENTROPY_STEP)
     if name == "label":
         assert selection.label_log_probs is not None
-        return _finely(-selection.label_log_probs, REST_STEP)
-    log_rest = selection.log_rests[float(name.removeprefix("rest@"))]
-    return np.where(np.isneginf(log_rest.cpu().numpy()), 0, 1 + _finely(-log_rest, REST_STEP))
+        return _finely(-selection.label_log_probs, LABEL_STEP)
+    return _rest_level(selection.log_rests[float(name.removeprefix("rest@"))].double().cpu().numpy())
+
+
+def _rest_level(log_rest: np.ndarray) -> np.ndarray:
+    log_rest = np.minimum(log_rest, 0)
+    with np.errstate(divide="ignore"):
+        log_odds = log_rest - np.log(-np.expm1(log_rest))
+    level = 1 + np.rint((log_odds - LOWEST_REST) / REST_STEP).clip(0, HIGHEST_REST - 1)
+    return np.where(np.isneginf(log_rest), 0, level).astype(np.int32)
+
+
+def _log_rest_of(level: np.ndarray) -> np.ndarray:
+    log_odds = LOWEST_REST + (level - 1) * REST_STEP
+    return np.where(level, -np.logaddexp(0, -log_odds), -np.inf)
 
 
 def _finely(values: torch.Tensor, step: float) -> np.ndarray:
@@ -127,24 +149,35 @@ def _finely(values: torch.Tensor, step: float) -> np.ndarray:
 
 
 def _cost(selection: Selection, log_probs: np.ndarray, stored: Levels, signal: QuantisedSignal) -> float:
-    """Σ t (log t − log t̂) − t + t̂ over all outcomes that are stored, of all positions."""
-    read = to_sparse(stored, signal)
-    there = np.isfinite(log_probs)
-    width = there.shape[1]
-    t, t_read = np.where(there, log_probs, -np.inf), np.full(there.shape, -np.inf)
-    if width:
-        wide = np.full((len(there), max(width, read.ids.shape[1])), -np.inf)
-        wide[:, : read.ids.shape[1]] = read.log_targets()[0].double().numpy()
-        t_read = np.where(there, wide[:, :width], -np.inf)
-    cost = _divergence(t, t_read).sum()
+    """Σ t (log t − log t̂) − t + t̂ over all outcomes that are stored, of all positions; of truncated ones at the
+    temperature, of those that are stored, where it is the most."""
+    read, log_probs = to_sparse(stored, signal), np.where(np.isfinite(log_probs), log_probs, -np.inf)
     if signal.kind not in SAMPLED:
-        rest = selection.log_rests[1.0].double().cpu().numpy()
-        return float(cost + _divergence(rest, read.log_rests[1.0].double().numpy()).sum())
+        costs = [_cost_at(t, log_probs, selection.log_rests[t], read) for t in known_temperatures(signal)]
+        return float(np.max(costs, axis=0).sum())
     assert selection.log_unit is not None
     times = np.add.reduceat(np.append(stored.draw_times, 0), np.cumsum(stored.draw_counts) - stored.draw_counts)
     times = np.where(stored.draw_counts > 0, times, 0)
     unit = selection.log_unit.double().cpu().numpy()
-    return float(cost + (times * _divergence(unit, log_unit_of(stored.side[:, 0], signal))).sum())
+    of_draws = times * _divergence(unit, log_unit_of(stored.side[:, 0], signal))
+    return float((_cost_of_entries(log_probs, read.log_probs) + of_draws).sum())
+
+
+def _cost_at(temperature: float, log_probs: np.ndarray, log_rest: torch.Tensor, read: Sparse) -> np.ndarray:
+    """Of each position of a truncated signal, float64 [n]."""
+    log_rest = log_rest.double().cpu()
+    if temperature != 1.0:
+        log_probs = tempered(torch.from_numpy(log_probs), log_rest, temperature).numpy()
+    targets, rest = read.log_targets(temperature)
+    return _cost_of_entries(log_probs, targets) + _divergence(log_rest.numpy(), rest.double().numpy())
+
+
+def _cost_of_entries(log_probs: np.ndarray, log_read: torch.Tensor) -> np.ndarray:
+    """Of each position's exact entries, float64 [n]; they are the first of those that are read."""
+    same = np.full(log_probs.shape, -np.inf)
+    width = min(log_probs.shape[1], log_read.shape[1])
+    same[:, :width] = log_read[:, :width].double().numpy()
+    return _divergence(log_probs, np.where(np.isfinite(log_probs), same, -np.inf)).sum(1)
 
 
 def _divergence(log_t: np.ndarray, log_read: np.ndarray) -> np.ndarray:
@@ -180,11 +213,11 @@ def to_sparse(stored: Levels, signal: QuantisedSignal, num_columns: int | None =
             torch.from_numpy((stored.side[:, names.index(name)] * size).astype(np.float32)) if name in names else None
         )
 
-    label = column("label", -REST_STEP)
+    label = column("label", -LABEL_STEP)
     rests = {}
     for temperature in known_temperatures(signal):
         level = stored.side[:, names.index(f"rest@{temperature}")]
-        rests[temperature] = torch.from_numpy(np.where(level, (1 - level) * REST_STEP, -np.inf).astype(np.float32))
+        rests[temperature] = torch.from_numpy(_log_rest_of(level).astype(np.float32))
     return Sparse(
         ids=torch.from_numpy(ids),
         log_probs=torch.from_numpy(log_probs),

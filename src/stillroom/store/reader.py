@@ -4,6 +4,7 @@ import posixpath
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from stillroom.errors import DataError, MissingError, require
+from stillroom.store.batches import check_uncompressed
 from stillroom.store.config import AnySignal, Full
 from stillroom.store.format import (
     MANIFEST,
@@ -19,6 +21,7 @@ from stillroom.store.format import (
     Manifest,
     Shard,
     damaged,
+    emptied,
     read_manifest,
     row_crc32,
     schema,
@@ -219,16 +222,20 @@ class StoredShard:
         self.num_documents = shard.documents
         self.files = {f"{shard.name}.arrow": shard.size_bytes, f"{shard.name}.tables": shard.tables_bytes}
         for name, size in self.files.items():
-            if (found := place.size(name)) != size:
+            found = place.size(name)
+            if not found and not (name.endswith(".tables") and isinstance(manifest.signal, Full)):
+                raise emptied(place.path, name)
+            if found != size:
                 raise damaged(place.path, f"{name} in bytes", found, size)
 
     @cached_property
     def batches(self) -> list[pa.RecordBatch]:
         name = f"{self.shard.name}.arrow"
         try:
-            file = pa.ipc.open_file(self.place.open(name))
-            if not file.schema.equals(schema(self.manifest.num_columns)):
-                raise damaged(self.place.path, f"columns of {name}", file.schema, schema(self.manifest.num_columns))
+            source = self.place.open(name)
+            file = pa.ipc.open_file(source)
+            self._check_columns(file.schema)
+            check_uncompressed(source, self.shard.size_bytes)
             batches = [file.get_batch(i) for i in range(file.num_record_batches)]
             for batch in batches:
                 batch.validate(full=True)
@@ -242,6 +249,15 @@ class StoredShard:
         if found != self.num_documents:
             raise damaged(self.place.path, f"documents in {name}", found, self.num_documents)
         return batches
+
+    def _check_columns(self, found: pa.Schema) -> None:
+        expected = schema(self.manifest.num_columns)
+        if found.equals(expected):
+            return
+        pairs = list(zip_longest(map(str, found), map(str, expected), fillvalue="none"))
+        number = next((i for i, (one, other) in enumerate(pairs) if one != other), 0)
+        where = f"column {number} of {self.shard.name}.arrow"
+        raise damaged(self.place.path, where, *(text.removeprefix("pyarrow.Field")[:80] for text in pairs[number]))
 
     @cached_property
     def _starts(self) -> np.ndarray:

@@ -3,6 +3,8 @@
 The models are in float64, where how documents are batched changes no number that is stored.
 """
 
+import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,9 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from conftest import build_documents, build_model
+from stillroom import models
+from stillroom.batch import Batch
 from stillroom.capture.config import Generate, Transformers
 from stillroom.capture.model import ModelTeacher, Said
 from stillroom.capture.windows import Document
+from stillroom.errors import NonFiniteError
 from stillroom.store.config import AnySignal, Full, HeadAndSample, Sampled, TopK, TopP
 from stillroom.store.levels import Levels
 from stillroom.store.quantise import to_sparse
@@ -68,6 +73,65 @@ def plain_logits(model: PreTrainedModel, document: Document) -> Tensor:
     with torch.no_grad():
         logits = model(torch.from_numpy(document.tokens.astype(np.int64))[None]).logits[0, :, :COLUMNS]
     return logits[torch.from_numpy(document.keep)].double()
+
+
+# --- what cannot be said -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signal", [*SIGNALS, Full(kind="full")], ids=[*NAMES, "full"])
+def test_a_teacher_that_says_nothing_is_heard(model, signal, monkeypatch):
+    """The document and the position are named; what is not to be learnt may be anything."""
+    asked = documents(first=40)
+    positions = np.flatnonzero(asked[4].keep)[[5, 6]].tolist()
+    hidden_states = models.hidden_states
+
+    def broken(model: PreTrainedModel, batch: Batch) -> Tensor:
+        at = (batch.documents == 4) & torch.isin(batch.positions, torch.tensor(positions)) & batch.keep | ~batch.keep
+        return hidden_states(model, batch).masked_fill(at.unsqueeze(-1), math.nan)
+
+    monkeypatch.setattr(models, "hidden_states", broken)
+    with pytest.raises(NonFiniteError, match=r"not finite in document 44\n") as raised:
+        teacher(model, signal, logits_bytes=8 * 300 * 4).say(asked)
+    assert raised.value.values["position"] == f"{positions[0]} (from 0)"
+    assert raised.value.values["columns"] == "300 of 300 are not a number"
+    positions.clear()
+    assert len(teacher(model, signal).say(asked)) == len(asked)
+
+
+@pytest.mark.parametrize("signal", [*SIGNALS, Full(kind="full")], ids=[*NAMES, "full"])
+def test_impossible_tokens_and_columns_that_do_not_count(signal):
+    model = build_model("phi", seed=2).double()
+    with torch.no_grad():
+        model.lm_head.bias[3], model.lm_head.bias[COLUMNS] = -math.inf, math.nan
+    for said in teacher(model, signal).say(documents()):
+        if isinstance(said.signal, Levels):
+            assert 3 not in (*said.signal.ids, *said.signal.draw_ids)
+        else:
+            assert np.isneginf(said.signal[:, 3]).all()
+            assert np.isfinite(np.delete(said.signal, 3, axis=1)).all()
+
+
+@pytest.mark.parametrize(
+    ("bias", "columns"), [(math.inf, "1 of 300 are infinite"), (-math.inf, "300 of 300 are -infinity")]
+)
+def test_one_token_that_is_infinitely_likely_and_none_that_is_possible(bias, columns):
+    model = build_model("phi", seed=2).double()
+    with torch.no_grad():
+        model.lm_head.bias[3 if bias > 0 else slice(None)] = bias
+    with pytest.raises(NonFiniteError) as raised:
+        teacher(model, SIGNALS[3]).say(documents())
+    assert raised.value.values["columns"] == columns
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_that_cannot_be_taken_from_anything(model, temperature):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.get_input_embeddings().weight[9] = math.nan
+    prompts = [(7, np.array([1, 2, 3, 4])), (8, np.array([5, 9]))]
+    with pytest.raises(NonFiniteError, match="not finite in document 8") as raised:
+        teacher(broken, Full(kind="full")).answer(prompts, Generate(max_tokens=2, temperature=temperature, answers=1))
+    assert raised.value.values["position"] == "1 (from 0)"
 
 
 # --- what is said ----------------------------------------------------------------------------------------------------
@@ -149,7 +213,7 @@ def test_draws_are_those_of_the_plain_distribution(model, pack):
     asked, asks = documents(first=40), teacher(model, signal, pack=pack)
     for document, said in zip(asked, asks.say(asked), strict=True):
         p = plain_logits(model, document).softmax(-1).numpy()
-        uniforms = asks._uniforms(document.number, document.num_kept)
+        uniforms = asks._uniforms(document.number, document.num_kept)[:, : signal.draws]
         levels = levels_of(said)
         assert not levels.counts.any()
         for row in range(len(p)):

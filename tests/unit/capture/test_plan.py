@@ -1,5 +1,6 @@
 """The plan of a capture: every "auto" resolved, everything checked that headers tell, and nothing written."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -133,9 +134,11 @@ def test_a_servers_head_may_be_as_wide_as_it_is(plan, tokenizer_folder):
 
 
 def test_a_tokenizer_that_is_wider_than_the_head(plan, saved_model):
+    narrow = saved_model("llama", seed=3, vocab_size=299)
     with pytest.raises(MismatchError, match="tokens that the teacher has no column for") as raised:
-        plan(f"teacher.model={saved_model('llama', seed=3, vocab_size=299)}")
-    assert list(raised.value.values.values()) == ["300 tokens", "299 columns"]
+        plan(f"teacher.model={narrow}")
+    own = f"300 tokens: the teacher's own, by default ({narrow})"
+    assert list(raised.value.values.values()) == [own, "299 columns"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -146,6 +149,23 @@ def test_rows_that_are_longer_than_the_teacher_can_read(plan, saved_model, famil
         plan(f"teacher.model={short}")
     assert list(raised.value.values.values()) == [32, 31]
     assert plan(f"teacher.model={short}", "data.length=31").config.data.length == 31
+
+
+def test_a_length_that_nobody_gave_is_told_as_the_default(saved_model, text_files, tmp_path):
+    words = [f"teacher.model={saved_model('llama', seed=2)}", f"data.path={text_files}/train.jsonl",
+             "data.format=text", f"out={tmp_path}/run"]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"data\.length is longer than the teacher can read") as raised:
+        make_plan(load(CaptureConfig, None, words))
+    assert raised.value.values["data.length"] == "1024, by default"
+    words.append("teacher.engine={kind: transformers, batch_tokens: 31}")
+    with pytest.raises(ConfigError, match="batch_tokens is less than a row") as raised:
+        make_plan(load(CaptureConfig, None, words))
+    assert raised.value.values["data.length"] == "1024, by default"
+
+
+def test_a_cache_that_nobody_named_is_told_as_the_default(plan, own_cache):
+    with pytest.raises(ConfigError, match=r"data\.cache, by default, lies inside the output folder"):
+        plan(f"out={own_cache.parent}")
 
 
 def test_a_batch_that_does_not_hold_a_row(plan):
@@ -176,12 +196,17 @@ def chat(tmp_path: Path) -> str:
     return f"data={{path: {path}, format: chat, length: 32}}"
 
 
-def test_conversations_go_through_the_tokenizers_template(plan, chat, chat_tokenizer_folder):
-    assert plan(chat, f"teacher.tokenizer={chat_tokenizer_folder}").template == CHATML
+@pytest.fixture
+def chat_teacher(saved_model, chat_tokenizer_folder) -> str:
+    return f"teacher.model={saved_model('llama', seed=2, tokenizer=chat_tokenizer_folder)}"
 
 
-def test_text_goes_through_no_template(plan, chat_tokenizer_folder):
-    assert plan(f"teacher.tokenizer={chat_tokenizer_folder}").template is None
+def test_conversations_go_through_the_tokenizers_template(plan, chat, chat_teacher):
+    assert plan(chat, chat_teacher).template == CHATML
+
+
+def test_text_goes_through_no_template(plan, chat_teacher):
+    assert plan(chat_teacher).template is None
 
 
 @pytest.mark.parametrize("data_format", ["chat", "prompt_completion"])
@@ -190,12 +215,13 @@ def test_no_template_at_all(plan, chat, data_format):
     with pytest.raises(MissingError, match="the tokenizer has no chat template") as raised:
         plan(setting)
     assert raised.value.values["data.format"] == data_format
+    assert str(raised.value.values["tokenizer"]).startswith("the teacher's own, by default (")
     assert "prompt_completion" in raised.value.fix
 
 
 @pytest.mark.parametrize("whose", ["student", "teacher"])
-def test_whose_template_is_no_question_where_there_is_no_student(plan, chat, chat_tokenizer_folder, whose):
-    words = (chat, f"teacher.tokenizer={chat_tokenizer_folder}", f"data.template={whose}")
+def test_whose_template_is_no_question_where_there_is_no_student(plan, chat, chat_teacher, whose):
+    words = (chat, chat_teacher, f"data.template={whose}")
     if whose == "teacher":
         assert plan(*words).template == CHATML
         return
@@ -220,7 +246,30 @@ def test_nothing_that_is_read_lies_where_the_capture_writes(plan, tmp_path, save
     assert raised.value.values == {key: str(inside), "out": str(tmp_path / "run")}
 
 
-def test_the_tokenizer_of_a_plan_is_the_one_that_is_named(plan, chat_tokenizer_folder):
-    made = plan(f"teacher.tokenizer={chat_tokenizer_folder}")
+# --- a tokenizer that is named ---------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_that_is_not_the_teachers_own(plan, saved_model, chat_tokenizer_folder):
+    """Its ids would go into the wrong rows of the embedding, though there are rows enough."""
+    with pytest.raises(MismatchError, match="different tokenizers") as raised:
+        plan(f"teacher.tokenizer={chat_tokenizer_folder}")
+    assert f"({saved_model('llama', seed=2)})" in str(raised.value)
+    assert f"({chat_tokenizer_folder})" in str(raised.value)
+    assert "'<|im_start|>' in the teacher.tokenizer" in raised.value.values["id 2"]
+    assert raised.value.fix.startswith("Leave out teacher.tokenizer")
+
+
+def test_the_teachers_own_with_a_chat_template(plan, chat, tiny_tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(tmp_path / "chat")
+    assert plan(chat, f"teacher.tokenizer={tmp_path}/chat").template == CHATML
+
+
+def test_any_that_fits_where_the_teacher_comes_without_one(plan, saved_model, chat_tokenizer_folder, tmp_path):
+    bare = Path(shutil.copytree(saved_model("llama", seed=2), tmp_path / "bare"))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / file).unlink()
+    made = plan(f"teacher.model={bare}", f"teacher.tokenizer={chat_tokenizer_folder}")
     assert made.tokenizer.get_vocab() == PreTrainedTokenizerFast.from_pretrained(chat_tokenizer_folder).get_vocab()
     assert made.config.teacher.columns == max(made.tokenizer.get_vocab().values()) + 1

@@ -12,13 +12,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from stillroom import models
 from stillroom.capture import run as module
 from stillroom.capture import windows
 from stillroom.capture.config import CaptureConfig
 from stillroom.capture.model import ModelTeacher
 from stillroom.capture.run import run
 from stillroom.config import load
-from stillroom.errors import ConfigError, DataError, Interrupted, MismatchError, StillroomError, StorageError
+from stillroom.errors import (
+    ConfigError,
+    DataError,
+    Interrupted,
+    MismatchError,
+    NonFiniteError,
+    StillroomError,
+    StorageError,
+)
 from stillroom.store.quantise import to_sparse
 from stillroom.store.reader import Store
 from stillroom.store.writer import StoreWriter
@@ -116,6 +125,20 @@ def test_what_is_said_does_not_depend_on_how_it_is_batched(capture, tmp_path, si
     same = sum(a == b for a, b in zip(one, other, strict=True))
     assert [a[:3] for a in one] == [b[:3] for b in other]
     assert same >= len(one) - 2  # a logit that is rounded otherwise may fall on another level
+
+
+def test_a_teacher_that_says_nothing_stops_a_capture_that_goes_on_when_it_speaks_again(capture, tmp_path, monkeypatch):
+    small, hidden_states, calls = "shard_positions=150", models.hidden_states, count()
+    capture("whole", KINDS[3], small)
+    with monkeypatch.context() as patch:
+        nan = lambda *of: hidden_states(*of) * (torch.nan if next(calls) == 3 else 1)  # noqa: E731
+        patch.setattr(models, "hidden_states", nan)
+        with pytest.raises(NonFiniteError, match=r"not finite in document \d+\n") as raised:
+            capture("a", KINDS[3], small)
+    assert {"position", "columns"} == raised.value.values.keys()
+    assert 0 < len(Store(tmp_path / "a" / "store", partial=True)) < len(Store(tmp_path / "whole" / "store"))
+    capture("a", KINDS[3], small, resume=True)
+    assert contents(tmp_path / "a" / "store") == contents(tmp_path / "whole" / "store")
 
 
 @pytest.mark.parametrize(("signal", "last"), list(zip(KINDS, (1, 2, 3, 2), strict=True)))

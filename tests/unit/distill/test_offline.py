@@ -19,6 +19,7 @@ from stillroom.distill.plan import Plan, make_plan
 from stillroom.distill.run import run
 from stillroom.errors import ConfigError, DataError, MismatchError, MissingError
 from stillroom.store.format import MANIFEST, seal
+from stillroom.store.merge import merge
 
 TOP_K = "{kind: top_k, k: 8, label: true, temperatures: [2.0]}"
 MakeStore = Callable[..., Path]
@@ -190,7 +191,8 @@ def test_a_head_that_lacks_columns(plan, stored, saved_model):
     with pytest.raises(MismatchError, match="have different vocabularies") as raised:
         plan(stored("train", "teacher.columns=302"), f"student.model={narrow}")
     assert raised.value.values == {
-        "store": "302 columns", "student's head": "300 columns", "tokenizer": "300 tokens",
+        "store": "302 columns", "student's head": "300 columns",
+        "tokenizer": f"300 tokens: the student's own, by default ({narrow})",
     }  # fmt: skip
 
 
@@ -295,8 +297,10 @@ def test_a_row_that_does_not_hold_a_document(plan, stored):
 
 def test_a_held_out_document_that_the_rows_do_not_hold(plan, stored):
     """The length is that of the training store, and the held-out documents are longer."""
-    with pytest.raises(ConfigError, match=r"data\.length is less than a document"):
+    with pytest.raises(ConfigError, match=r"data\.length is less than a document") as raised:
         plan(stored("train", "data.length=30"), f"held_out.path={stored('valid')}", "data.length=auto")
+    assert raised.value.values["data.length"] == "30, the teacher's store's"
+    assert raised.value.fix == "Set data.length to at least 32."
 
 
 @pytest.mark.parametrize("settings", [("batch.tokens=31", "batch.micro_tokens=auto"), ("batch.micro_tokens=31",)])
@@ -308,8 +312,9 @@ def test_a_batch_that_does_not_hold_a_row(plan, stored, settings):
 
 def test_a_student_that_cannot_read_so_much(plan, stored, saved_model):
     short = saved_model("llama", seed=3, max_position_embeddings=31)
-    with pytest.raises(ConfigError, match=r"data\.length is longer than the student can read"):
+    with pytest.raises(ConfigError, match=r"data\.length is longer than the student can read") as raised:
         plan(stored(), f"student.model={short}")
+    assert raised.value.values["data.length"] == "32, the teacher's store's"
 
 
 # --- held-out stores -------------------------------------------------------------------------------------------------
@@ -319,6 +324,21 @@ def test_held_out_data_of_the_training_store(plan, stored):
     for place in (f"{stored()}/../store", stored("train", "seed=1")):
         with pytest.raises(MismatchError, match="holds the data that are trained on"):
             plan(stored(), f"held_out.path={place}")
+
+
+def test_held_out_data_that_were_merged_into_the_training_store(plan, stored, tmp_path):
+    """Also where they were merged with others before that, and where a part of them alone is held out."""
+    merge([stored(), stored("valid")], tmp_path / "merged")
+    merge([stored("valid", "data.max_documents=2"), tmp_path / "merged"], tmp_path / "again")
+    for place in (tmp_path / "merged", tmp_path / "again"):
+        for held in (stored("valid"), stored("valid", "part={index: 1, of: 2}"), stored("valid", "seed=1")):
+            with pytest.raises(MismatchError, match="holds the data that are trained on") as raised:
+                plan(place, f"held_out.path={held}")
+            assert "valid.jsonl" in str(raised.value.values["teacher.path"])
+            assert "merge the store" in raised.value.fix
+        with pytest.raises(MismatchError, match="holds the data that are trained on"):
+            plan(stored(), f"held_out.path={place}")
+    assert plan(tmp_path / "merged", f"held_out.path={stored('valid', 'data.max_documents=3')}").held_out_store
 
 
 def test_parts_that_share_no_document_may_be_held_out(plan, stored):
@@ -338,9 +358,9 @@ def test_a_held_out_store_of_another_vocabulary(plan, stored):
         plan(stored(), f"held_out.path={stored('valid', 'teacher.columns=302')}")
 
 
-def test_a_held_out_store_of_another_tokenizer(plan, stored, chat_tokenizer_folder):
-    """As many tokens, so that the columns are equal."""
-    other = stored("valid", f"teacher.tokenizer={chat_tokenizer_folder}")
+def test_a_held_out_store_of_another_tokenizer(plan, stored, saved_model, chat_tokenizer_folder):
+    """The same weights, and as many tokens, so that the columns are equal."""
+    other = stored("valid", f"teacher.model={saved_model('llama', seed=2, tokenizer=chat_tokenizer_folder)}")
     with pytest.raises(MismatchError, match="has another tokenizer"):
         plan(stored(), f"held_out.path={other}")
 

@@ -51,7 +51,7 @@ def select(logits: torch.Tensor, config: AnySignal, uniforms: np.ndarray) -> Sel
         case TopP():
             selection = top_p(logits, config.mass, config.most, (1.0, *config.temperatures))
         case Sampled():
-            selection = sampled(logits, torch.from_numpy(uniforms))
+            selection = sampled(logits, torch.from_numpy(uniforms[:, : config.draws].copy()))
         case HeadAndSample():
             first = torch.from_numpy(uniforms[:, 0].copy())
             selection = head_and_sample(logits, config.head, config.draws, config.least, first)
@@ -189,9 +189,9 @@ def read_table(path: Path, name: str = "00000.arrow") -> pa.Table:
         return reader.read_all()
 
 
-def arrow_bytes(table: pa.Table) -> bytes:
+def arrow_bytes(table: pa.Table, options: pa.ipc.IpcWriteOptions | None = None) -> bytes:
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
+    with pa.ipc.new_file(sink, table.schema, options=options) as writer:
         writer.write_table(table)
     return sink.getvalue().to_pybytes()
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from stillroom.errors import DataError, MissingError
+from stillroom.store.check import check
 from stillroom.store.config import Full
 from stillroom.store.format import MOST_MANIFEST_BYTES, row_crc32, schema
 from stillroom.store.levels import Levels
@@ -52,6 +53,19 @@ def test_a_missing_file(name, copy):
     with pytest.raises(MissingError, match="lacks a file") as refusal:
         read_all(path)
     assert name in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["00000.arrow", "00001.tables", "manifest.json"])
+@pytest.mark.parametrize("size_is_known", [False, True])
+def test_an_empty_file_is_told_as_such(name, size_is_known, copy):
+    path = copy()
+    if size_is_known and name != "manifest.json":
+        replace_file(path, name, b"")
+    (path / name).write_bytes(b"")
+    with pytest.raises(DataError, match=f"{name} of the store .* is empty\n") as raised:
+        read_all(path)
+    assert raised.value.why.startswith("Its writing was interrupted before anything reached the disk")
+    assert raised.value.what in [problem.what for problem in check(path).problems]
 
 
 @pytest.mark.parametrize("kind", ["head_and_sample", "full"])
@@ -286,6 +300,38 @@ def test_an_arrow_file_of_something_else(what, copy):
     assert len(table) >= 3
     replace_file(path, "00000.arrow", arrow_bytes(WRONG_TABLES[what](table)))
     with pytest.raises(DataError):
+        read_all(path)
+
+
+def test_the_first_column_that_is_another_is_named(copy):
+    path = copy()
+    replace_file(path, "00000.arrow", arrow_bytes(other_type(read_table(path))))
+    with pytest.raises(DataError) as raised:
+        read_all(path)
+    wanted = {"column 0 of 00000.arrow: found": "<document: int32>",
+              "expected": "<document: int64 not null>"}  # fmt: skip
+    assert raised.value.values == wanted
+
+
+@pytest.mark.parametrize(("how", "magic"), [("lz4", "04224d18"), ("zstd", "28b52ffd")])
+def test_a_compressed_body_is_refused_before_it_is_inflated(how, magic, copy):
+    """What it claims to become stands before it, and would be allocated."""
+    path = copy()
+    data = arrow_bytes(read_table(path), pa.ipc.IpcWriteOptions(compression=how))
+    buffers = data.split(bytes.fromhex(magic))
+    assert len(buffers) > 5
+    hostile = bytes.fromhex(magic).join([*(b[:-8] + (2**50).to_bytes(8, "little") for b in buffers[:-1]), buffers[-1]])
+    for file in (data, hostile):
+        replace_file(path, "00000.arrow", file)
+        with pytest.raises(DataError, match="a body is compressed"):
+            read_all(path)
+
+
+def test_the_older_way_to_say_that_a_body_is_compressed_is_not_known(copy):
+    path = copy()
+    old = pa.ipc.IpcWriteOptions(metadata_version=pa.ipc.MetadataVersion.V4)
+    replace_file(path, "00000.arrow", arrow_bytes(read_table(path), old))
+    with pytest.raises(DataError, match=r"not a record batch of Arrow's format 1\.0"):
         read_all(path)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from stillroom.errors import ConfigError, DataError, MismatchError, MissingError, StillroomError, StorageError
 from stillroom.store.check import check
+from stillroom.store.config import side_columns
 from stillroom.store.format import Source
 from stillroom.store.merge import merge
 from stillroom.store.reader import Store
@@ -45,6 +46,7 @@ def test_parts_in_any_order_become_one_store_whose_shards_are_copied(kind, make,
     stores = [Store(path) for path in paths]
     assert merged.part == (0, 1)
     assert merged.data == stores[0].manifest.data
+    assert merged.merged == ()
     assert merged.complete
     says_the_same(Store(tmp_path / "out"), stores, [(i, row) for i in range(3) for row in range(8)])
     copied = files_of_shards(tmp_path / "out")
@@ -75,6 +77,7 @@ def test_other_data_is_put_behind_and_numbered_anew(kind, make, tmp_path):
     numbers = first + [max(first) + 1 + stores[1].document(row) for row in range(8)]
     says_the_same(Store(tmp_path / "out"), stores, [(i, row) for i in range(2) for row in range(8)], numbers)
     assert merged.data.name == "data0 + data1"
+    assert merged.merged == (source("data0"), source("data1"))
     assert merged.data.fingerprint not in [s.manifest.data.fingerprint for s in stores]
     assert merged.length == 65
     assert merged.entries == sum(s.manifest.entries for s in stores)
@@ -108,9 +111,24 @@ def test_stores_that_do_not_fit_are_refused(name, make, tmp_path):
     refused(paths, tmp_path, MismatchError, f"the stores differ in their {name}")
 
 
-def test_other_signals_are_refused(make, tmp_path):
-    paths = [make("a"), make("b", "top_k", data=source("b"))]
-    refused(paths, tmp_path, MismatchError, "the stores differ in their signal")
+@pytest.mark.parametrize(
+    ("change", "where", "values"),
+    [
+        ({"kind": "top_p"}, "signal.kind", ["top_k", "top_p"]),
+        ({"label": False}, "signal.label", [True, False]),
+        ({"temperatures": (2.0, 4.0)}, "signal.temperatures", [[2.0], [2.0, 4.0]]),
+    ],
+    ids=str,
+)
+def test_other_signals_are_refused_by_the_first_setting_that_differs(change, where, values, make, tmp_path):
+    a = make("a", "top_k")
+    signal = Store(a).signal_config.model_copy(update=change)
+    kind = change.get("kind", "top_k")
+    settings = {} if "kind" in change else {"signal": signal, "side": tuple(side_columns(signal)), "lengths": ()}
+    b = make("b", kind, data=source("b"), **settings)
+    with pytest.raises(MismatchError, match=rf"the stores differ in their {where}\n") as raised:
+        merge([a, b], tmp_path / "refused")
+    assert raised.value.values == dict(zip(map(str, (a, b)), values, strict=True))
 
 
 @pytest.mark.parametrize("name", ["data", "length", "seed"])

@@ -13,7 +13,15 @@ from stillroom.selection import Selection
 from stillroom.signals import Sparse
 from stillroom.store.config import HeadAndSample, Sampled, TopK, side_columns
 from stillroom.store.levels import Levels
-from stillroom.store.quantise import ENTROPY_STEP, REST_STEP, quantise, to_sparse
+from stillroom.store.quantise import (
+    ENTROPY_STEP,
+    HIGHEST_REST,
+    LABEL_STEP,
+    LOWEST_REST,
+    REST_STEP,
+    quantise,
+    to_sparse,
+)
 
 from .stores import CONFIGS, random_logits, random_uniforms, select
 
@@ -118,25 +126,45 @@ def test_targets_read_back_sum_to_one_with_their_bucket(kind):
             assert ((total - 1).abs() <= 1e-6).all()
 
 
+def log_odds(log_rest: torch.Tensor) -> torch.Tensor:
+    return log_rest.double() - (-log_rest.double().expm1()).log()
+
+
 def test_the_rest_at_each_temperature_is_read_within_half_its_step():
     config = CONFIGS["top_k"]
-    for spread in (1.0, 30.0):
+    for spread in (1.0, 6.0):
         selection, levels, _ = stored(random_logits(50, 80, spread=spread), config)
         signal = to_sparse(levels, config)
         assert set(signal.log_rests) == {1.0, 2.0}
         for temperature, rest in signal.log_rests.items():
-            assert ((rest - selection.log_rests[temperature]).abs() <= REST_STEP / 2 + 1e-5).all()
+            wanted = log_odds(selection.log_rests[temperature]).clamp(LOWEST_REST, -LOWEST_REST)
+            assert ((log_odds(rest) - wanted).abs() <= REST_STEP / 2 + 1e-5).all()
 
 
-@pytest.mark.parametrize("rest", [1.0, 1 - 1e-7, 0.995, 1e-9, 1e-300])
+@pytest.mark.parametrize("kept", [1e-2, 1e-4, 1e-6, 1e-7])
+def test_what_is_kept_is_read_however_little_it_is(kept):
+    """At a high temperature nearly all is left out, and what the entries hold there is what a student learns."""
+    rests = {1.0: torch.tensor([0.1]).log(), 8.0: torch.tensor([-kept]).double().log1p()}
+    selection = Selection(torch.tensor([[3, 1]]), torch.tensor([[0.6, 0.3]]).log(), rests)
+    config = TopK(kind="top_k", k=2, temperatures=(8.0,))
+    levels, cost = quantise(selection, config, np.zeros((1, 0), np.float32))
+    targets, rest = to_sparse(levels, config).log_targets(8.0)
+    assert targets.double().exp().sum().item() == pytest.approx(kept, rel=REST_STEP / 2 + 1e-4)
+    assert -rest.double().expm1().item() == pytest.approx(kept, rel=REST_STEP / 2 + 1e-4)
+    assert cost < 1e-3
+
+
+@pytest.mark.parametrize("rest", [1.0, 1 - 1e-7, 0.995, 1e-6, 1e-9, 1e-300])
 def test_a_rest_is_not_taken_for_nothing_nor_nothing_for_a_rest(rest):
-    """Level 0 means that nothing was left out."""
+    """Level 0 means that nothing was left out, and of a position with entries something is kept."""
     config = TopK(kind="top_k", k=1)
     log_rests = {1.0: torch.tensor([math.log(rest), -math.inf], dtype=torch.float64)}
     selection = Selection(torch.zeros(2, 1, dtype=torch.long), torch.tensor([[-2.0], [0.0]]), log_rests)
     levels, _ = quantise(selection, config, np.zeros((2, 0), np.float32))
+    assert 1 <= levels.side[0, 0] <= HIGHEST_REST
     found = to_sparse(levels, config).log_rests[1.0]
-    assert found[0].item() == pytest.approx(math.log(rest), abs=REST_STEP / 2 + 1e-5)
+    assert found[0].item() == pytest.approx(math.log(max(rest, 2.0**-24)), abs=0.01)
+    assert found[0].item() <= -5e-8
     assert found[1].item() == -math.inf
 
 
@@ -144,7 +172,7 @@ def test_entropy_and_label_are_read_within_half_their_steps():
     for kind in ("top_k", "sampled"):
         selection, levels, _ = stored(random_logits(50, 80), CONFIGS[kind])
         signal = to_sparse(levels, CONFIGS[kind])
-        assert ((signal.label_log_probs - selection.label_log_probs).abs() <= REST_STEP / 2 + 1e-5).all()
+        assert ((signal.label_log_probs - selection.label_log_probs).abs() <= LABEL_STEP / 2 + 1e-5).all()
         if kind == "top_k":
             assert ((signal.entropy - selection.entropy).abs() <= ENTROPY_STEP / 2 + 1e-5).all()
     assert to_sparse(stored(random_logits(5, 80), CONFIGS["top_p"])[1], CONFIGS["top_p"]).label_log_probs is None
@@ -157,7 +185,19 @@ def test_the_entropy_of_a_sample_is_that_of_its_entries_with_the_weights_that_ar
     signal = to_sparse(stored(logits, config)[1], config)
     logs = logits.double().log_softmax(-1).gather(1, signal.ids)
     wanted = -(signal.log_probs.double().exp() * logs).sum(1)
-    assert ((signal.entropy - wanted).abs() <= ENTROPY_STEP / 2 + 1e-4).all()
+    assert ((signal.entropy - wanted).abs() <= ENTROPY_STEP + 1e-4).all()
+
+
+@pytest.mark.parametrize("kind", ["sampled", "head_and_sample", "all_head_and_sample"])
+def test_the_entropy_of_a_sample_is_right_on_average(kind):
+    """Rounded to the nearest level it would be off by the same for all positions alike, and so would be the loss."""
+    config, n = CONFIGS[kind], 20_000
+    logits = torch.tensor([[0.4, 0.1]]) if kind == "sampled" else torch.tensor([[6.9, 0.1, 0.0]])
+    signal = to_sparse(stored(logits.expand(n, -1), config)[1], config)
+    logs = logits.double().log_softmax(-1).expand(n, -1).gather(1, signal.ids)
+    off = signal.entropy.double() + (signal.log_probs.double().exp() * logs).sum(1)
+    assert off.abs().mean() > ENTROPY_STEP / 50
+    assert off.mean().abs() <= 4 * off.std() / n**0.5
 
 
 def test_side_columns_are_named_in_their_order():
@@ -167,16 +207,19 @@ def test_side_columns_are_named_in_their_order():
 
 
 def naive_cost(selection: Selection, signal: Sparse) -> float:
-    """Σ t (log t − log t̂) − t + t̂ over kept ids and bucket, in float64, one after another."""
-    targets, rests = signal.log_targets()
+    """Σ t (log t − log t̂) − t + t̂ over kept ids and bucket, in float64, one after another, at the worst temperature."""
     total = 0.0
     for i in range(len(signal)):
-        pairs = [(selection.log_rests[1.0][i].item(), rests[i].item())]
-        kept = zip(selection.log_probs[i].tolist(), targets[i].tolist(), strict=False)  # fewer columns may be stored
-        pairs += [(log_t, log_read) for log_t, log_read in kept if log_t > -math.inf]
-        for log_t, log_read in pairs:
-            t, read = math.exp(log_t), math.exp(log_read)
-            total += (t * (log_t - log_read) if t else 0.0) - t + read
+        costs = []
+        for temperature, log_rests in selection.log_rests.items():
+            targets, rests = signal.log_targets(temperature)
+            log_rest, log_probs = log_rests[i].item(), [x for x in selection.log_probs[i].tolist() if x > -math.inf]
+            scale = (1 - math.exp(log_rest)) / sum(math.exp(x / temperature) for x in log_probs)
+            log_ts = [x / temperature + math.log(scale) for x in log_probs] if scale else []
+            pairs = [(log_rest, rests[i].item()), *zip(log_ts, targets[i].tolist(), strict=False)]
+            there = [(math.exp(t), math.exp(read), t - read) for t, read in pairs if t > -math.inf]
+            costs.append(sum(t * gap - t + read for t, read, gap in there))
+        total += max(costs)
     return total
 
 
@@ -187,6 +230,15 @@ def test_the_cost_of_truncated_signals_is_that_of_the_naive_formula(kind, step):
     selection, levels, cost = stored(random_logits(40, 50), config)
     assert cost == pytest.approx(naive_cost(selection, to_sparse(levels, config)), rel=1e-4, abs=1e-7)
     assert cost > 0
+
+
+def test_the_cost_is_that_of_the_temperature_where_it_is_the_most():
+    """A teacher who is sure at T = 1 is not so at T = 8, and a student may learn from both."""
+    logits = torch.arange(50).repeat(20, 1) * -7.0 + torch.rand(20, 50, generator=torch.Generator().manual_seed(0))
+    config = TopK(kind="top_k", k=6, step=0.5)
+    _, _, at_1 = stored(logits, config)
+    _, _, at_both = stored(logits, config.model_copy(update={"temperatures": (8.0,)}))
+    assert at_both > 2 * at_1
 
 
 @pytest.mark.parametrize("kind", ["sampled", "head_and_sample", "all_head_and_sample"])
@@ -264,7 +316,7 @@ def test_repeated_draws_become_one_entry_with_their_number():
         none.long(), none, draws=draws, draw_log_probs=torch.zeros(3, 5), log_unit=torch.full((3,), -math.log(5))
     )
     config = Sampled(kind="sampled", draws=5)
-    levels, _ = quantise(selection, config, np.zeros((3, 5), np.float32))
+    levels, _ = quantise(selection, config, np.zeros((3, 6), np.float32))
     assert levels.draw_counts.tolist() == [2, 0, 1]
     assert levels.draw_ids.tolist() == [1, 4, 0]
     assert levels.draw_times.tolist() == [1, 3, 5]
