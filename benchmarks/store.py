@@ -191,6 +191,34 @@ def timed(work: Callable[[], Any], repeats: int) -> tuple[float, float]:
     return statistics.median(wall), statistics.median(cpu)
 
 
+Times = list[tuple[float, float]]
+"""Seconds by the clock and of the processor, of each round."""
+
+
+def in_turn(jobs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Times]:
+    """Every job once to warm up, then in every round each once: so that what disturbs the machine disturbs all."""
+    for job in jobs.values():
+        job()
+    times: dict[str, Times] = {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            job()
+            times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return times
+
+
+def medians(times: Times) -> tuple[float, float]:
+    wall, cpu = (statistics.median(x) for x in zip(*times, strict=True))
+    return wall, cpu
+
+
+def ratios(one: Times, other: Times) -> tuple[float, float]:
+    """The medians of the rounds' own ratios."""
+    wall, cpu = medians([(a / c, b / d) for (a, b), (c, d) in zip(one, other, strict=True)])
+    return wall, cpu
+
+
 def codec_speed(model: Any, documents: Documents, repeats: int) -> dict[str, Any]:
     """Positions a second of one core, coded with 24 entries; and plain columns of top-32 in bfloat16 through Arrow."""
     torch.set_num_threads(1)
@@ -283,13 +311,12 @@ def capture_overhead(model: Any, documents: Documents, repeats: int) -> dict[str
             "forward and selection": lambda: teacher_of(model, DEFAULT).say(window),
             "capture": lambda: capture(model, documents, 256, DEFAULT, Path(folder) / str(next(numbers))),
         }
-        for name, job in jobs.items():
-            wall, cpu = timed(job, repeats)
-            result[name] = {"positions_per_s": n / wall, "positions_per_cpu_s": n / cpu}
-    bare_speed = result["bare forward"]
-    result["capture of bare forward"] = {
-        key: result["capture"][key] / bare_speed[key] for key in ("positions_per_s", "positions_per_cpu_s")
-    }
+        times = in_turn(jobs, repeats)
+    for name in jobs:
+        wall, cpu = medians(times[name])
+        result[name] = {"positions_per_s": n / wall, "positions_per_cpu_s": n / cpu}
+    wall, cpu = ratios(times["bare forward"], times["capture"])
+    result["capture of bare forward"] = {"positions_per_s": wall, "positions_per_cpu_s": cpu}
     return result
 
 
@@ -327,15 +354,16 @@ def step_time(model: Any, documents: Documents, repeats: int) -> dict[str, Any]:
             return run
 
         result: dict[str, Any] = {"positions": int(sum(store.keep(i).sum() for i in range(len(store))))}
-        for name, key in (("cross_entropy", "hard labels"), ("forward_kl", "from the store")):
-            wall, cpu = timed(epoch(name), repeats)
-            result[key] = {
-                "positions_per_s": result["positions"] / wall,
-                "positions_per_cpu_s": result["positions"] / cpu,
-            }
-    for key in ("positions_per_s", "positions_per_cpu_s"):
-        result[f"time of hard labels', by {key}"] = result["hard labels"][key] / result["from the store"][key]
-    return result
+        jobs = {"hard labels": epoch("cross_entropy"), "from the store": epoch("forward_kl")}
+        times = in_turn(jobs, repeats)
+    for name in jobs:
+        wall, cpu = medians(times[name])
+        result[name] = {"positions_per_s": result["positions"] / wall, "positions_per_cpu_s": result["positions"] / cpu}
+    wall, cpu = ratios(times["from the store"], times["hard labels"])
+    return result | {
+        "time of hard labels', by positions_per_s": wall,
+        "time of hard labels', by positions_per_cpu_s": cpu,
+    }
 
 
 def large_vocabulary(repeats: int, columns: int = 128_256, n: int = 4096) -> dict[str, Any]:
