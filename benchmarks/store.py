@@ -64,7 +64,7 @@ def main() -> None:
     print("unbiasedness", result["unbiasedness"], flush=True)
     result["codec"] = codec_speed(model, documents, options.repeats)
     print("codec", result["codec"], flush=True)
-    result["capture"] = capture_overhead(model, documents, options.repeats)
+    result["capture"] = capture_overhead(model, documents, stop, options.repeats)
     print("capture", result["capture"], flush=True)
     result["training"] = step_time(model, documents, options.repeats)
     print("training", result["training"], flush=True)
@@ -291,25 +291,31 @@ def plain_read(path: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 @torch.no_grad()
-def capture_overhead(model: Any, documents: Documents, repeats: int) -> dict[str, Any]:
+def capture_overhead(model: Any, documents: Documents, stop: int, repeats: int) -> dict[str, Any]:
     """Tokens a second of a whole capture, against the teacher's bare forward pass: backbone and head."""
-    (window,) = windows(documents, 0, 256)
-    n = sum(document.num_kept for document in window)
+    all_windows = list(windows(documents, 0, stop))
+    n = sum(document.num_kept for window in all_windows for document in window)
     head = models.head(model)
 
     def bare() -> None:
-        for batch in batches(window, length=256, pack=True, most=16384, pad_token=0):
-            hidden = models.hidden_states(model, batch).flatten(0, 1)[batch.kept]
-            for start in range(0, len(hidden), 512):
-                head.logits(hidden[start : start + 512])
+        for window in all_windows:
+            for batch in batches(window, length=256, pack=True, most=16384, pad_token=0):
+                hidden = models.hidden_states(model, batch).flatten(0, 1)[batch.kept]
+                for start in range(0, len(hidden), 512):
+                    head.logits(hidden[start : start + 512])
+
+    def say() -> None:
+        teacher = teacher_of(model, DEFAULT)
+        for window in all_windows:
+            teacher.say(window)
 
     result: dict[str, Any] = {"positions": n}
     with tempfile.TemporaryDirectory() as folder:
         numbers = iter(range(10**6))
         jobs = {
             "bare forward": bare,
-            "forward and selection": lambda: teacher_of(model, DEFAULT).say(window),
-            "capture": lambda: capture(model, documents, 256, DEFAULT, Path(folder) / str(next(numbers))),
+            "forward and selection": say,
+            "capture": lambda: capture(model, documents, stop, DEFAULT, Path(folder) / str(next(numbers))),
         }
         times = in_turn(jobs, repeats)
     for name in jobs:

@@ -28,6 +28,11 @@ class Selection:
     entropy: Float[Tensor, " n"] | None = None
     label_log_probs: Float[Tensor, " n"] | None = None
 
+    def is_defined(self) -> bool:
+        """Whether there was a distribution at every position: no logit not a number or +∞, and not −∞ alone."""
+        found = (self.log_probs, self.draw_log_probs, self.log_unit)
+        return not any(x is not None and bool(x.isnan().any()) for x in found)
+
 
 def likeliest(values: Float[Tensor, "n v"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """The k largest of each row and their columns, largest first.
@@ -97,14 +102,14 @@ def head_and_sample(
 ) -> Selection:
     """The ``head`` likeliest entries that are at least ``least``, exactly, and draws from the tail.
 
-    The logits are changed. The draws are systematic: of a tail of mass r, points ``(u + 0) w, (u + 1) w, …`` below r
+    The logits may be changed. The draws are systematic: of a tail of mass r, points ``(u + 0) w, (u + 1) w, …`` below r
     fall on the tail's cumulative distribution, with one uniform number u and weight ``w = max(least, r / most_draws)``.
     So a tail token of probability p is drawn ``p / w`` times in expectation (and never a whole time more or less), for
     an expected weight of exactly p.
     """
+    if _on_cpu(logits):
+        return _head_and_sample_on_cpu(logits, head, most_draws, least, uniforms)
     probabilities = torch.softmax(logits, -1, out=logits)
-    if _on_cpu(probabilities):
-        return _head_and_sample_on_cpu(probabilities, head, most_draws, least, uniforms)
     values, ids = likeliest(probabilities, head)
     there = values >= least
     there[:, 0] = True
@@ -147,16 +152,16 @@ def _likeliest_on_cpu(values: Float[Tensor, "n v"], k: int) -> tuple[Float[Tenso
 
 
 def _head_and_sample_on_cpu(
-    probabilities: Float[Tensor, "n v"], head: int, most_draws: int, least: float, uniforms: Float[Tensor, " n"]
+    logits: Float[Tensor, "n v"], head: int, most_draws: int, least: float, uniforms: Float[Tensor, " n"]
 ) -> Selection:
     from stillroom.kernels.selection import head_and_draws
 
-    n, head = len(probabilities), min(head, probabilities.shape[1])
+    n, head = len(logits), min(head, logits.shape[1])
     ids, values = torch.zeros(n, head, dtype=torch.long), torch.zeros(n, head)
     rests, units = torch.empty(n), torch.empty(n)
     draws, of_draws = torch.full((n, most_draws), -1), torch.ones(n, most_draws)
     lowest = torch.full((n,), least)
-    over_rows(head_and_draws, probabilities, lowest, uniforms.float(), ids, values, rests, units, draws, of_draws)
+    over_rows(head_and_draws, logits, lowest, uniforms.float(), ids, values, rests, units, draws, of_draws)
     return Selection(ids, values.log_(), {1.0: rests.log()}, draws, of_draws.log_(), units.log())
 
 

@@ -114,8 +114,10 @@ class ModelTeacher:
             rows = slice(start, min(start + size, len(hidden)))
             logits = room[: rows.stop - start]
             logits_into(logits, hidden[rows], head)
-            check(logits, start)
             chosen = self._select(logits, next_tokens[rows], uniforms[rows])
+            if not chosen.is_defined():
+                logits_into(logits, hidden[rows], head)  # which the selection may have changed
+                check(logits, start)
             levels, cost = quantise(chosen, self.signal, uniforms[rows])
             parts.append(levels)
             total += cost

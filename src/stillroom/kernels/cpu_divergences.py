@@ -17,7 +17,7 @@ OUTER = {key: value for key, value in SUMS.items() if key != "cache"}  # each is
 def over_columns(formula: Callable) -> Callable:
     """A function of a stretch of columns: it gives the sums of summands and of pulls, and the pulls into ``out``.
 
-    Its ``norms`` are scale, and most and log_sum of student and of teacher, as ``softmax`` gives them.
+    Its ``norms`` are scale, and reference and log_sum of student and of teacher, as ``softmax`` gives them.
     """
 
     @njit(**OUTER)
@@ -36,15 +36,32 @@ def over_columns(formula: Callable) -> Callable:
 
 @njit(**SCALAR)
 def logs(student, teacher, norms):
-    scale, most_s, log_s, most_t, log_t = norms
-    return shifted(student, scale, most_s) - log_s, shifted(teacher, scale, most_t) - log_t
+    scale, from_s, log_s, from_t, log_t = norms
+    return shifted(student, scale, from_s) - log_s, shifted(teacher, scale, from_t) - log_t
 
 
-@over_columns
 @njit(**SCALAR)
-def forward_kl(x, y, s, t, _a, _b):
+def of_teacher(x, y, s, t, _a, _b):
     pull = s - t
     return t * (y - x) + pull, pull
+
+
+forward_kl = over_columns(of_teacher)
+
+
+@njit(**OUTER)
+def forward_kl_in_place(student, teacher, norms, s, t, of_s, of_t, factor):
+    """The sum of summands; s and t are yet to be multiplied by their factors.
+
+    ``factor · (s − t)``, which is the gradient as it stands, takes the student's place.
+    """
+    value = f32(0)
+    for j in range(len(student)):
+        x, y = logs(student[j], teacher[j], norms)
+        summand, pull = of_teacher(x, y, s[j] * of_s, t[j] * of_t, f32(0), f32(0))
+        value += summand
+        student[j] = pull * factor
+    return value
 
 
 @over_columns

@@ -22,44 +22,43 @@ f32, i32 = np.float32, np.int32
 LOWEST_LOGIT = f32(terms.LOWEST_LOGIT)
 LOWEST = f32(-87.33)
 """The exponential of anything below is taken for 0; it would be below the least normal number."""
+HIGHEST = f32(40)
+"""So much may a logit be above what exponentials are taken from."""
+ROUND = f32(1.5 * 2**23)
+"""Added to a small number and taken away again, it leaves the nearest whole one, whose bits are the last of the sum."""
 LEAST = f32(1.1754944e-38)
 LOG2_E, LN_2_HIGH, LN_2_LOW, SQRT_HALF = f32(1.44269504), f32(0.693359375), f32(-2.12194440e-4), f32(0.70710678)
 
 
-@njit(**SCALAR)
-def two_to(i):
-    return i32((i + i32(127)) << i32(23)).view(np.float32)
-
-
 @njit(**EXACT)
 def split(x):
-    """``x = i ln 2 + r`` with a whole number i and a small r; and ``exp(r) − 1``."""
-    i = i32(x * LOG2_E + (f32(0.5) if x > f32(0) else f32(-0.5)))
-    r = x - f32(i) * LN_2_HIGH
-    r = r - f32(i) * LN_2_LOW
+    """Of ``x = i ln 2 + r`` with a whole number i and a small r: ``2^i`` and ``exp(r) − 1``."""
+    z = x * LOG2_E + ROUND
+    i = z - ROUND
+    scale = i32((i32(f32(z).view(np.int32)) << i32(23)) + i32(0x3F800000)).view(np.float32)
+    r = x - i * LN_2_HIGH
+    r = r - i * LN_2_LOW
     p = f32(1.9875691500e-4)
     p = p * r + f32(1.3981999507e-3)
     p = p * r + f32(8.3334519073e-3)
     p = p * r + f32(4.1665795894e-2)
     p = p * r + f32(1.6666665459e-1)
     p = p * r + f32(5.0000001201e-1)
-    return i, p * r * r + r
+    return scale, p * r * r + r
 
 
 @njit(**EXACT)
 def exp(x):
     """Of a number of at most 88."""
-    inside = LOWEST if x < LOWEST else x  # what is not a number stays so
-    i, less_one = split(inside)
-    e = (less_one + f32(1)) * two_to(i)
+    scale, less_one = split(LOWEST if x < LOWEST else x)  # what is not a number stays so
+    e = less_one * scale + scale
     return f32(0) if x < LOWEST else e
 
 
 @njit(**EXACT)
 def expm1(x):
     """Of a number of at most 88."""
-    i, less_one = split(LOWEST if x < LOWEST else x)
-    scale = two_to(i)
+    scale, less_one = split(LOWEST if x < LOWEST else x)
     return less_one * scale + (scale - f32(1))
 
 
@@ -115,24 +114,46 @@ def shifted(logit, scale, most):
 
 
 @njit(**SUMS)
-def exponentials(row, scale, most, out):
-    """``exp(scale · row − most)`` of a stretch; returns the sum."""
-    total = f32(0)
+def exponentials(row, bits, scale, reference, out):
+    """``exp(scale · row − reference)`` of a stretch; returns the sum, and the largest ``ordered`` bits."""
+    total, top = f32(0), ordered(bits[0])
     for j in range(len(row)):
-        e = exp(shifted(row[j], scale, most))
+        e = exp(shifted(row[j], scale, reference))
         out[j] = e
         total += e
-    return total
+        top = max(top, ordered(bits[j]))
+    return total, top
 
 
 @njit(**INNER)
-def softmax(row, scale, out):
-    """Of ``scale · row``, into ``out``; its logarithm is ``(scale · row − most) − log_sum`` with what it returns."""
-    most, total = finite(largest(row)) * scale, 0.0
+def all_exponentials(row, scale, reference, out):
+    """The same of the whole row; the largest as a number."""
+    bits, total, top = row.view(np.int32), 0.0, ordered(i32(f32(-np.inf).view(np.int32)))
     for start in range(0, len(row), STRETCH):
-        total += exponentials(row[start : start + STRETCH], scale, most, out[start : start + STRETCH])
+        here = slice(start, start + STRETCH)
+        of_stretch, top_of_stretch = exponentials(row[here], bits[here], scale, reference, out[here])
+        total += of_stretch
+        top = max(top, top_of_stretch)
+    return total, i32(ordered(i32(top))).view(np.float32)
+
+
+@njit(**INNER)
+def softmax(row, scale, out, whole):
+    """Of ``scale · row``, into ``out``; its logarithm is ``(scale · row − reference) − log_sum`` with what it returns.
+
+    Where it is not to be ``whole``, the factor that it returns is yet to be multiplied with. The reference is the
+    largest of the first stretch: so the row is read from memory while its exponentials are taken, and not before.
+    Where others are much larger, they are taken anew.
+    """
+    reference = finite(largest(row[:STRETCH])) * scale
+    total, top = all_exponentials(row, scale, reference, out)
+    if not shifted(top, scale, reference) < HIGHEST:
+        reference = finite(top) * scale
+        total, _ = all_exponentials(row, scale, reference, out)
     log_sum = f32(np.log(total))
     factor = f32(np.exp(-np.float64(log_sum)))  # of the rounded sum: so that logs and probabilities agree
+    if not whole:
+        return reference, log_sum, factor
     for j in range(len(out)):
         out[j] *= factor
-    return most, log_sum
+    return reference, log_sum, f32(1)

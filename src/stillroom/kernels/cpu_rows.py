@@ -10,6 +10,7 @@ from stillroom.kernels.cpu_divergences import (
     adaptive_kl,
     alpha_beta,
     forward_kl,
+    forward_kl_in_place,
     jensen_shannon,
     reverse_kl,
     skew_kl,
@@ -17,7 +18,7 @@ from stillroom.kernels.cpu_divergences import (
     total_variation,
 )
 from stillroom.kernels.cpu_head import head_share
-from stillroom.kernels.cpu_math import COPY, INNER, LEAST, LOWEST_LOGIT, STRETCH, SUMS, f32, shifted, softmax
+from stillroom.kernels.cpu_math import COPY, INNER, LEAST, LOWEST_LOGIT, STRETCH, SUMS, f32, largest, shifted, softmax
 
 CROSS_ENTROPY, LOGIT_MSE, FROM_TARGETS, WITH_BUCKET = 8, 9, 10, 11
 """Kinds beyond the divergences, whose numbers are those of :func:`stretch`."""
@@ -55,6 +56,16 @@ def divergence(kind, student, teacher, norms, s, t, a, b, out):
     return 0.0 if value < 0 else value, f32(pulls)
 
 
+@njit(**INNER)
+def forward_kl_alone(student, teacher, norms, s, t, of_s, of_t, factor):
+    """The value; ``factor`` times the gradient takes the student's place. One sweep less."""
+    value = 0.0
+    for start in range(0, len(student), STRETCH):
+        here = slice(start, start + STRETCH)
+        value += forward_kl_in_place(student[here], teacher[here], norms, s[here], t[here], of_s, of_t, factor)
+    return 0.0 if value < 0 else value
+
+
 @njit(**COPY)
 def gradient_of(pulls, s, total, factor, out):
     """``factor · (w − s Σ w)``."""
@@ -77,17 +88,17 @@ def add_to(out, x):
 @njit(**INNER)
 def cross_entropy(student, norms, s, label, smoothing, factor, out):
     """The value; ``factor · (s − y)`` goes into ``out``."""
-    scale, most, log_sum = norms[0], norms[1], norms[2]
+    scale, reference, log_sum = norms[0], norms[1], norms[2]
     multiple_of(s, factor, out)
     if not 0 <= label < len(student):
         return np.nan
-    value = -np.float64(shifted(student[label], scale, most) - log_sum)
+    value = -np.float64(shifted(student[label], scale, reference) - log_sum)
     if smoothing > 0:
         count, total = 0, 0.0
         for j in range(len(student)):
             if not student[j] <= LOWEST_LOGIT:
                 count += 1
-                total += shifted(student[j], scale, most) - log_sum
+                total += shifted(student[j], scale, reference) - log_sum
         share = smoothing / f32(count)
         value = value * (1 - smoothing) - total * share
         for j in range(len(student)):
@@ -140,10 +151,10 @@ def logit_mse(student, teacher, factor, out):
 @njit(**INNER)
 def from_targets(student, norms, s, ids, targets, entropy, factor, out):
     """``Σ y (log y − log s)`` with targets on a few ids; ``factor · (s Σ y − y)`` goes into ``out``."""
-    scale, most, log_sum = norms[0], norms[1], norms[2]
+    scale, reference, log_sum = norms[0], norms[1], norms[2]
     value, total = 0.0, 0.0
     for k in range(len(ids)):
-        value -= targets[k] * np.float64(shifted(student[ids[k]], scale, most) - log_sum)
+        value -= targets[k] * np.float64(shifted(student[ids[k]], scale, reference) - log_sum)
         total += targets[k]
     multiple_of(s, f32(total) * factor, out)
     for k in range(len(ids)):
@@ -177,12 +188,12 @@ def with_bucket(student, norms, s, ids, targets, rest, factor, out):
 
     Its gradient goes into ``out``; the probabilities of the entries in ``s`` become 0.
     """
-    scale, most, log_sum = norms[0], norms[1], norms[2]
+    scale, reference, log_sum = norms[0], norms[1], norms[2]
     value, pulls = 0.0, 0.0
     of_rest = f32(rest_of(s, ids, targets))
     for k in range(len(ids)):
         if targets[k] > 0:
-            x = shifted(student[ids[k]], scale, most) - log_sum
+            x = shifted(student[ids[k]], scale, reference) - log_sum
             pull = f32(np.exp(x)) - targets[k]
             value += targets[k] * (np.log(np.float64(targets[k])) - x) + pull
             pulls += pull
@@ -192,7 +203,7 @@ def with_bucket(student, norms, s, ids, targets, rest, factor, out):
     multiple_of(s, f32((of_rest - rest) / max(of_rest, LEAST) - pulls) * factor, out)
     for k in range(len(ids)):
         if targets[k] > 0:
-            p = f32(np.exp(shifted(student[ids[k]], scale, most) - log_sum))
+            p = f32(np.exp(shifted(student[ids[k]], scale, reference) - log_sum))
             out[ids[k]] = (p - targets[k] - p * f32(pulls)) * factor
     return 0.0 if value < 0 else value
 
@@ -202,10 +213,10 @@ def with_bucket(student, norms, s, ids, targets, rest, factor, out):
 
 @njit(**SUMS)
 def plogp(logits, norms, p):
-    scale, most, log_sum = norms
+    scale, reference, log_sum = norms
     total = f32(0)
     for j in range(len(p)):
-        total += p[j] * (shifted(logits[j], scale, most) - log_sum)
+        total += p[j] * (shifted(logits[j], scale, reference) - log_sum)
     return total
 
 
@@ -236,10 +247,10 @@ def overlap(s, t):
 @njit(**INNER)
 def overlap_of_entries(student, norms, s, ids, targets, rest):
     """``Σ min(t, s)`` over entries and bucket. The probabilities of the entries in ``s`` become 0."""
-    scale, most, log_sum = norms[0], norms[1], norms[2]
+    scale, reference, log_sum = norms[0], norms[1], norms[2]
     total = min(rest_of(s, ids, targets), np.float64(rest))
     for k in range(len(ids)):
-        total += min(targets[k], f32(np.exp(shifted(student[ids[k]], scale, most) - log_sum)))
+        total += min(targets[k], f32(np.exp(shifted(student[ids[k]], scale, reference) - log_sum)))
     return total
 
 
@@ -268,66 +279,69 @@ def rows(table, wanted, gradient, student, teacher, labels, ids, targets, rests,
     num_columns, dense = student.shape[1], teacher.shape[1] > 0
     s, t = np.empty(num_columns, np.float32), np.empty(teacher.shape[1], np.float32)
     pulls, total = np.empty(num_columns, np.float32), np.zeros(num_columns, np.float32)
+    alone = gradient and len(kinds) == 1
+    only_forward = alone and kinds[0] == 0 and not wanted.any()
     for i in range(len(student)):
         a, b = student[i], teacher[i]
         scale, fresh = f32(0), False
-        most_s = log_s = most_t = log_t = f32(0)
+        from_s = log_s = of_s = from_t = log_t = of_t = f32(0)
         for m in range(-1, len(kinds)):
             kind = kinds[m]
             if m < 0 and not wanted.any():
                 continue
             now = f32(1) if m < 0 else scales[m]
             if (m < 0 or kind != LOGIT_MSE) and (now != scale or not fresh):
-                most_s, log_s = softmax(a, now, s)
+                from_s, log_s, of_s = softmax(a, now, s, not only_forward)
                 if dense and now != scale:
-                    most_t, log_t = softmax(b, now, t)
+                    from_t, log_t, of_t = softmax(b, now, t, not only_forward)
                 scale, fresh = now, True
-            norms = (scale, most_s, log_s, most_t, log_t)
+            norms = (scale, from_s, log_s, from_t, log_t)
             if m < 0:
                 measure(wanted, a, b, labels[i], norms, s, t, ids[i], targets[i], rests[i], measured[i])
                 fresh = dense or not wanted[3]
                 continue
-            # The last term's gradient alone may go where the logits are.
-            alone = gradient and len(kinds) == 1 and kind <= 7
-            out = a if alone else pulls
             factor = weights[i, m] / now
-            if kind <= 7:
+            if only_forward:
+                value = forward_kl_alone(a, b, norms, s, t, of_s, of_t, factor)
+            elif kind <= 7:
                 first = firsts[m] if kind != 2 else f32(head_share(t, s, firsts[m]))
                 value, of_pulls = divergence(kind, a, b, norms, s, t, first, seconds[m], pulls)
-                gradient_of(pulls, s, of_pulls, factor, out)
+                gradient_of(pulls, s, of_pulls, factor, a if alone else pulls)
             elif kind == CROSS_ENTROPY:
-                value = cross_entropy(a, norms, s, labels[i], firsts[m], factor, out)
+                value = cross_entropy(a, norms, s, labels[i], firsts[m], factor, pulls)
             elif kind == LOGIT_MSE:
-                value = logit_mse(a, b, factor, out)
+                value = logit_mse(a, b, factor, pulls)
             elif kind == FROM_TARGETS:
-                value = from_targets(a, norms, s, ids[i], targets[i], entropies[i], factor, out)
+                value = from_targets(a, norms, s, ids[i], targets[i], entropies[i], factor, pulls)
             else:
-                value = with_bucket(a, norms, s, ids[i], targets[i], rests[i], factor, out)
+                value = with_bucket(a, norms, s, ids[i], targets[i], rests[i], factor, pulls)
                 fresh = False
             nats[i, m] = value / (np.float64(now) * now)
             if gradient and not alone:
                 if m == 0:
-                    total[:] = out
+                    total[:] = pulls
                 else:
-                    add_to(total, out)
+                    add_to(total, pulls)
         if gradient and not weights[i].any():
             a[:] = 0
-        elif gradient and not (len(kinds) == 1 and kinds[0] <= 7):
+        elif alone and kinds[0] > 7:
+            a[:] = pulls
+        elif gradient and not alone:
             a[:] = total
 
 
 @njit(**INNER)
 def measure(wanted, student, teacher, label, norms, s, t, ids, targets, rest, out):
-    scale, most_s, log_s, most_t, log_t = norms
+    scale, from_s, log_s, from_t, log_t = norms
     dense = len(teacher) > 0
     if wanted[0]:
-        out[0] = entropy(student, (scale, most_s, log_s), s)
+        out[0] = entropy(student, (scale, from_s, log_s), s)
     if wanted[1] and dense:
-        out[1] = entropy(teacher, (scale, most_t, log_t), t)
+        out[1] = entropy(teacher, (scale, from_t, log_t), t)
     if wanted[2]:
-        likeliest = first_of(teacher, most_t) if dense else ids[0]
-        out[2] = 1 if first_of(student, most_s) == likeliest else 0
+        likeliest = first_of(teacher, largest(teacher)) if dense else ids[0]
+        out[2] = 1 if first_of(student, largest(student)) == likeliest else 0
     if wanted[3]:
         out[3] = overlap(s, t) if dense else overlap_of_entries(student, norms, s, ids, targets, rest)
     if wanted[4] and dense:
-        out[4] = log_t - shifted(teacher[label], scale, most_t) if 0 <= label < len(teacher) else np.nan
+        out[4] = log_t - shifted(teacher[label], scale, from_t) if 0 <= label < len(teacher) else np.nan

@@ -70,6 +70,8 @@ def quantise(selection: Selection, signal: QuantisedSignal, uniforms: np.ndarray
         draw_times=draw_times,
         side=np.stack(side, 1).astype(np.int32) if side else np.zeros((len(ids), 0), np.int32),
     )
+    if signal.kind in SAMPLED:
+        return stored, _cost_of_sample(selection, log_probs, levels, there, stored, signal)
     return stored, _cost(selection, log_probs, stored, signal)
 
 
@@ -149,18 +151,29 @@ def _finely(values: torch.Tensor, step: float) -> np.ndarray:
 
 
 def _cost(selection: Selection, log_probs: np.ndarray, stored: Levels, signal: QuantisedSignal) -> float:
-    """Σ t (log t − log t̂) − t + t̂ over all outcomes that are stored, of all positions; of truncated ones at the
-    temperature, of those that are stored, where it is the most."""
+    """Σ t (log t − log t̂) − t + t̂ over entries and bucket, of all positions, each at the temperature, of those that are
+    stored, where it is the most."""
     read, log_probs = to_sparse(stored, signal), np.where(np.isfinite(log_probs), log_probs, -np.inf)
-    if signal.kind not in SAMPLED:
-        costs = [_cost_at(t, log_probs, selection.log_rests[t], read) for t in known_temperatures(signal)]
-        return float(np.max(costs, axis=0).sum())
+    costs = [_cost_at(t, log_probs, selection.log_rests[t], read) for t in known_temperatures(signal)]
+    return float(np.max(costs, axis=0).sum())
+
+
+def _cost_of_sample(
+    selection: Selection,
+    log_probs: np.ndarray,
+    levels: np.ndarray,
+    there: np.ndarray,
+    stored: Levels,
+    signal: QuantisedSignal,
+) -> float:
+    """The same sum over the exact entries, and over the draws by what they weigh."""
     assert selection.log_unit is not None
+    of_entries = _divergence(log_probs[there], levels[there] * -signal.step)
     times = np.add.reduceat(np.append(stored.draw_times, 0), np.cumsum(stored.draw_counts) - stored.draw_counts)
     times = np.where(stored.draw_counts > 0, times, 0)
     unit = selection.log_unit.double().cpu().numpy()
     of_draws = times * _divergence(unit, log_unit_of(stored.side[:, 0], signal))
-    return float((_cost_of_entries(log_probs, read.log_probs) + of_draws).sum())
+    return float(of_entries.sum() + of_draws.sum())
 
 
 def _cost_at(temperature: float, log_probs: np.ndarray, log_rest: torch.Tensor, read: Sparse) -> np.ndarray:
