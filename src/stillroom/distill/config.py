@@ -215,6 +215,11 @@ class DistillConfig(Config):
         for i, objective in enumerate(self.objectives):
             if self.teacher is None and objective.needs_teacher:
                 raise ValueError(f"objectives.{i} ({objective.kind}) needs a `teacher`")
+            missing = getattr(objective, "missing", "bucket")
+            if missing != "bucket" and isinstance(self.teacher, LiveTeacher):
+                raise ValueError(
+                    f"objectives.{i}.missing is `{missing}`, and a live teacher leaves nothing out: nobody reads it"
+                )
             if isinstance(objective.token_weight, ByColumn) and getattr(self.data, "weight", None) is None:
                 raise ValueError(f"objectives.{i}.token_weight is `data`, and data.weight names no column")
         if isinstance(self.teacher, StoreTeacher) != isinstance(self.data, StoredData):

@@ -1,5 +1,6 @@
 """Offline: whether a store fits the run that is to learn from it, told by its manifest and its tokenizer alone."""
 
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -75,6 +76,19 @@ def shown_length(config: DistillConfig, given: DistillConfig) -> object:
     """data.length as an error quotes it."""
     of_store = given.data.length == "auto" and config.data.length != "auto"
     return f"{config.data.length}, the teacher's store's" if of_store else quoted(given, "data.length")
+
+
+def check_missing(store: Store, objectives: Sequence[ObjectiveConfig]) -> None:
+    """Raises ConfigError where it is said what stands for missing entries, and the store to learn from is full."""
+    for objective in objectives:
+        missing = getattr(objective, "missing", "bucket")
+        if missing != "bucket" and isinstance(store.signal_config, Full):
+            raise ConfigError(
+                f"{objective.kind}.missing has no meaning for a full store",
+                {"missing": missing, str(store.path): "signal.kind=full"},
+                why="Nothing was left out, so that nobody would read it.",
+                fix="Leave out `missing`.",
+            )
 
 
 def _check_temperature(objective: ObjectiveConfig, signal: QuantisedSignal, path: str) -> None:

@@ -16,6 +16,7 @@ from stillroom.distill.config import DistillConfig, LiveTeacher, StoredData, Sto
 from stillroom.distill.offline import (
     check_columns,
     check_held_out,
+    check_missing,
     load_stored_tokenizer,
     open_store,
     shown_length,
@@ -169,6 +170,7 @@ def _stores(config: DistillConfig, given: DistillConfig) -> tuple[Store | None, 
     if not isinstance(config.teacher, StoreTeacher) or not isinstance(config.data, StoredData):
         return None, None, config
     store = open_store(config.teacher.path, config, given)
+    check_missing(store, config.objectives)
     length = store.manifest.length if config.data.length == "auto" else config.data.length
     values: dict[str, Any] = {"data.length": length}
     if config.batch.micro_tokens == "auto":

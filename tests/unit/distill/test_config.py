@@ -82,6 +82,11 @@ def test_settings_that_go_together(loaded, overrides):
             "settings",
             "objectives.1 (reverse_kl) needs a `teacher`",
         ),
+        (
+            ["objectives=[{kind: forward_kl, missing: zero}]"],
+            "settings",
+            "objectives.0.missing is `zero`, and a live teacher leaves nothing out: nobody reads it",
+        ),
         (["batch.tokens=7"], "settings", "batch.tokens (7) is less than a row, data.length (8)"),
         (["batch.micro_tokens=7"], "settings", "batch.micro_tokens (7) is less than a row, data.length (8)"),
         (

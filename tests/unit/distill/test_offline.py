@@ -283,6 +283,13 @@ def test_what_the_signals_tell(plan, stored, signal, objective):
     assert plan(stored("train", signal=signal), f"objectives=[{objective}]").store is not None
 
 
+def test_what_stands_for_missing_entries_is_refused_where_none_are(plan, stored):
+    missing = "objectives=[{kind: forward_kl, missing: label}]"
+    with pytest.raises(ConfigError, match=r"forward_kl\.missing has no meaning for a full store"):
+        plan(stored(signal="{kind: full}"), missing)
+    assert plan(stored(), missing, f"held_out.path={stored('valid', signal='{kind: full}')}").held_out is not None
+
+
 # --- lengths ---------------------------------------------------------------------------------------------------------
 
 
