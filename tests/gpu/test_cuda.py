@@ -6,6 +6,7 @@ import torch
 from stillroom.batch import Batch
 from stillroom.head import Head
 from stillroom.losses import Objective, cross_entropy, forward_kl, linear_losses, reverse_kl
+from stillroom.losses.fused import fused_for
 from stillroom.signals import Dense
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -29,11 +30,11 @@ def problem(dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor
     return hidden, weight, bias, signal, torch.randint(5000, (300,), generator=generator).to(device)
 
 
-def losses_and_gradients(inputs, **options):
+def losses_and_gradients(inputs, softcap: float | None, **options):
     hidden, weight, bias, signal, next_tokens = inputs
     leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight, bias)]
     weights = torch.full((len(hidden),), 1 / len(hidden), device=hidden.device)
-    head = Head(leaves[1], leaves[2], scale=0.9, softcap=20.0)
+    head = Head(leaves[1], leaves[2], scale=0.9, softcap=softcap)
     result = linear_losses(leaves[0], head, OBJECTIVES, next_tokens, weights, signal, num_columns=4990, **options)
     result.total.backward()
     return result.total, result.nats, *(leaf.grad for leaf in leaves)
@@ -41,15 +42,19 @@ def losses_and_gradients(inputs, **options):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("chunk_bytes", [1 << 20, 1 << 28])
-def test_losses_and_gradients_equal_float64_on_the_cpu(dtype, tolerance, chunk_bytes):
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_losses_and_gradients_equal_float64_on_the_cpu(dtype, tolerance, chunk_bytes, softcap):
+    """Without a softcap by the kernel, with one on tensors."""
     rounded = problem(dtype, "cpu")
+    by_kernel = fused_for(OBJECTIVES, [], rounded[3], dtype=torch.float32, device=torch.device("cuda"))
+    assert by_kernel is not None
     wanted = losses_and_gradients([x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else
                                    Dense(x.hidden.double(), Head(x.head.weight.double(), softcap=30.0)) if
-                                   isinstance(x, Dense) else x for x in rounded])  # fmt: skip
+                                   isinstance(x, Dense) else x for x in rounded], softcap)  # fmt: skip
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        found = losses_and_gradients(problem(dtype, "cuda"), chunk_bytes=chunk_bytes)
+        found = losses_and_gradients(problem(dtype, "cuda"), softcap, chunk_bytes=chunk_bytes)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
     for a, b in zip(found, wanted, strict=True):
