@@ -40,7 +40,7 @@ def likeliest(values: Float[Tensor, "n v"], k: int) -> tuple[Float[Tensor, "n k"
     The k blocks with the largest maxima hold them all, so only those are searched: one cheap pass over the row instead
     of a selection from all of it.
     """
-    if _on_cpu(values):
+    if _on_cpu(values) and k > 0:
         return _likeliest_on_cpu(values, k)
     n, v = values.shape
     size = 1 << round(math.log2(v) / 2)
@@ -107,7 +107,7 @@ def head_and_sample(
     So a tail token of probability p is drawn ``p / w`` times in expectation (and never a whole time more or less), for
     an expected weight of exactly p.
     """
-    if _on_cpu(logits):
+    if _on_cpu(logits) and head > 0:
         return _head_and_sample_on_cpu(logits, head, most_draws, least, uniforms)
     probabilities = torch.softmax(logits, -1, out=logits)
     values, ids = likeliest(probabilities, head)

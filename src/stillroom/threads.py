@@ -1,7 +1,8 @@
 """Threads: rows of tensors divided among as many as torch uses, for kernels that hold no lock."""
 
+import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 
 import torch
@@ -13,7 +14,7 @@ def over_rows(kernel: Callable[..., None], *tensors: Tensor) -> None:
 
     A tensor that the kernel fills in has contiguous rows; others may be copied.
     """
-    arrays = [(x if x.ndim == 1 or x.stride(-1) == 1 else x.contiguous()).numpy() for x in tensors]
+    arrays = [(x if x.ndim == 1 or x.stride(-1) == 1 else x.contiguous()).detach().numpy() for x in tensors]
     num_rows = len(arrays[0])
     parts = max(1, min(torch.get_num_threads(), num_rows))
     edges = [num_rows * i // parts for i in range(parts + 1)]
@@ -21,14 +22,16 @@ def over_rows(kernel: Callable[..., None], *tensors: Tensor) -> None:
     def part(start: int, stop: int) -> None:
         kernel(*(array[start:stop] for array in arrays))
 
-    others = [_pool().submit(part, *edges[i : i + 2]) for i in range(1, parts)]
+    others = [_pool(os.getpid()).submit(part, *edges[i : i + 2]) for i in range(1, parts)]
     try:
         part(edges[0], edges[1])
     finally:
-        for other in others:
-            other.result()  # which raises what a part raised, and leaves none at work
+        wait(others)  # none is at work on tensors that the caller believes free
+    for other in others:
+        other.result()  # which raises what a part raised
 
 
 @cache
-def _pool() -> ThreadPoolExecutor:
+def _pool(_process: int) -> ThreadPoolExecutor:
+    """Of this process: a forked one inherits no threads."""
     return ThreadPoolExecutor(64, thread_name_prefix="stillroom-rows")

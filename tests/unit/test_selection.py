@@ -411,3 +411,8 @@ def test_a_subtracted_rest_is_the_mass_left_out_but_never_less_than_the_noise_of
     assert subtracted_rests(kept, 5).tolist() == [-math.inf] * 4
     kept[:, 3:] = -torch.inf
     assert subtracted_rests(kept, 50)[2].item() == pytest.approx(math.log(3 * 2**-24))
+
+
+def test_none_at_all_can_be_asked_for():
+    logits = torch.randn(40, 500, generator=torch.Generator().manual_seed(0))
+    assert likeliest(logits, 0)[1].shape == (40, 0)

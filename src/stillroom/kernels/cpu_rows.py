@@ -18,7 +18,19 @@ from stillroom.kernels.cpu_divergences import (
     total_variation,
 )
 from stillroom.kernels.cpu_head import head_share
-from stillroom.kernels.cpu_math import COPY, INNER, LEAST, LOWEST_LOGIT, STRETCH, SUMS, f32, largest, shifted, softmax
+from stillroom.kernels.cpu_math import (
+    COPY,
+    INNER,
+    LEAST,
+    LOWEST_LOGIT,
+    SCALAR,
+    STRETCH,
+    SUMS,
+    f32,
+    largest,
+    shifted,
+    softmax,
+)
 
 CROSS_ENTROPY, LOGIT_MSE, FROM_TARGETS, WITH_BUCKET = 8, 9, 10, 11
 """Kinds beyond the divergences, whose numbers are those of :func:`stretch`."""
@@ -74,9 +86,10 @@ def gradient_of(pulls, s, total, factor, out):
 
 
 @njit(**COPY)
-def multiple_of(x, factor, out):
+def multiple_of(x, first, second, out):
+    """``(x · first) · second``: the first factor may be so large that only its product with x is not."""
     for j in range(len(out)):
-        out[j] = x[j] * factor
+        out[j] = (x[j] * first) * second
 
 
 @njit(**COPY)
@@ -89,7 +102,7 @@ def add_to(out, x):
 def cross_entropy(student, norms, s, label, smoothing, factor, out):
     """The value; ``factor · (s − y)`` goes into ``out``."""
     scale, reference, log_sum = norms[0], norms[1], norms[2]
-    multiple_of(s, factor, out)
+    multiple_of(s, f32(1), factor, out)
     if not 0 <= label < len(student):
         return np.nan
     value = -np.float64(shifted(student[label], scale, reference) - log_sum)
@@ -156,7 +169,7 @@ def from_targets(student, norms, s, ids, targets, entropy, factor, out):
     for k in range(len(ids)):
         value -= targets[k] * np.float64(shifted(student[ids[k]], scale, reference) - log_sum)
         total += targets[k]
-    multiple_of(s, f32(total) * factor, out)
+    multiple_of(s, f32(total), factor, out)
     for k in range(len(ids)):
         out[ids[k]] -= targets[k] * factor
     return value - entropy
@@ -200,7 +213,7 @@ def with_bucket(student, norms, s, ids, targets, rest, factor, out):
     gap = np.log(np.float64(max(rest, LEAST))) - np.log(np.float64(max(of_rest, LEAST)))
     value += rest * gap + (of_rest - rest)
     pulls += of_rest - rest
-    multiple_of(s, f32((of_rest - rest) / max(of_rest, LEAST) - pulls) * factor, out)
+    multiple_of(s, f32((of_rest - rest) / max(of_rest, LEAST) - pulls), factor, out)
     for k in range(len(ids)):
         if targets[k] > 0:
             p = f32(np.exp(shifted(student[ids[k]], scale, reference) - log_sum))
@@ -211,12 +224,17 @@ def with_bucket(student, norms, s, ids, targets, rest, factor, out):
 # Measures.
 
 
+@njit(**SCALAR)
+def log_of(logit, norms):
+    scale, reference, log_sum = norms
+    return shifted(logit, scale, reference) - log_sum
+
+
 @njit(**SUMS)
 def plogp(logits, norms, p):
-    scale, reference, log_sum = norms
     total = f32(0)
     for j in range(len(p)):
-        total += p[j] * (shifted(logits[j], scale, reference) - log_sum)
+        total += p[j] * log_of(logits[j], norms)
     return total
 
 
@@ -340,7 +358,8 @@ def measure(wanted, student, teacher, label, norms, s, t, ids, targets, rest, ou
         out[1] = entropy(teacher, (scale, from_t, log_t), t)
     if wanted[2]:
         likeliest = first_of(teacher, largest(teacher)) if dense else ids[0]
-        out[2] = 1 if first_of(student, largest(student)) == likeliest else 0
+        numbers = log_s == log_s and log_t == log_t  # where a logit is none, nothing is the likeliest
+        out[2] = 1 if numbers and first_of(student, largest(student)) == likeliest else 0
     if wanted[3]:
         out[3] = overlap(s, t) if dense else overlap_of_entries(student, norms, s, ids, targets, rest)
     if wanted[4] and dense:

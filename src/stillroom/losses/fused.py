@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from stillroom.errors import MismatchError
 from stillroom.kernels.terms import MEASURES, Term
 from stillroom.losses import measures, sparse
 from stillroom.losses.adaptive_kl import adaptive_kl
@@ -73,6 +74,8 @@ class Fused:
         from stillroom.kernels import cpu
 
         entries = None if signal is None else self._entries(student, next_tokens, signal)
+        if entries is not None:
+            _check_ids(entries.ids, student.shape[1])
         nats, measured = cpu.fused(
             student, teacher, next_tokens, self.terms, weights, gradient=gradient, measures=self.rows, entries=entries
         )
@@ -94,6 +97,18 @@ class Fused:
             return Entries(signal.ids, log_targets.float().exp(), log_rest.float().exp(), log_rest.float())
         ids, targets, entropy = sparse.targets(block, signal, temperature, self.missing)
         return Entries(ids, targets, None, entropy)
+
+
+def _check_ids(ids: Int[Tensor, "r k"], columns: int) -> None:
+    """Raises MismatchError where an id is none of the columns: kernels would read and write beside them."""
+    lowest, highest = (int(x) for x in ids.aminmax()) if ids.numel() else (0, 0)
+    if lowest < 0 or highest >= columns:
+        raise MismatchError(
+            "the teacher's entries are not in the student's vocabulary",
+            {"ids": f"{lowest} to {highest}", "columns": f"0 to {columns - 1}"},
+            why="Their logits do not exist. With missing=label, a next token counts as an entry too.",
+            fix="Compare the columns that the signal was taken over, and keep only positions whose next token is one.",
+        )
 
 
 def fused_for(

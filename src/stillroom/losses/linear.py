@@ -42,7 +42,8 @@ class Buffers:
         for i in range(number):
             flat = self._flat.get((i, like.dtype))
             if flat is None or len(flat) < rows * columns:
-                flat = self._flat[i, like.dtype] = like.new_empty(rows * columns)
+                with torch.inference_mode(False):  # or later calls could not train
+                    flat = self._flat[i, like.dtype] = torch.empty(rows * columns, dtype=like.dtype)
             found.append(flat[: rows * columns].view(rows, columns))
         return found
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from stillroom.errors import MismatchError
 from stillroom.head import Head
 from stillroom.losses import LOSSES, Block, Objective, fused, linear_losses, measures
+from stillroom.losses.linear import Buffers
 from stillroom.losses.objective import Measure
 from stillroom.losses.weighting import by_data, by_entropy
 from stillroom.selection import likeliest
@@ -134,3 +136,49 @@ def test_what_kernels_do_not_know_is_left_to_tensors(objective, signal):
     assert not chosen([objective], signals[signal], [])
     assert not chosen([Objective("a", LOSSES["forward_kl"])], Logits(teacher), [], torch.float64)
     assert not chosen([Objective("a", LOSSES["forward_kl"])], Logits(teacher), [lambda block: block.next_tokens])
+
+
+@pytest.mark.parametrize("place", [-1, 4103, 10**9])
+def test_ids_that_are_no_columns_are_refused(place):
+    """They would be read, and written, beside the logits."""
+    entries = truncated(problem()[2])
+    entries.ids[3, 2] = place
+    with pytest.raises(MismatchError, match="not in the student's vocabulary") as raised:
+        run(FROM_ENTRIES[0], entries, [], torch.float32)
+    assert str(place) in raised.value.values["ids"]
+
+
+def test_of_a_student_that_leaves_next_to_nothing_beside_the_entries():
+    """The bucket's ratio is as large as the type can hold, and may not be multiplied by anything first."""
+    student, token = torch.full((1, 300), -100.0), torch.zeros(1, dtype=torch.long)
+    student[0, :4] = 0
+    signal = Sparse(torch.arange(4)[None], torch.full((1, 4), 0.125).log(), {1.0: torch.tensor([0.5]).log()})
+    kernels = fused.fused_for([Objective("a", LOSSES["forward_kl"])], [], signal, dtype=torch.float32,
+                              device=torch.device("cpu"))  # fmt: skip
+    assert kernels is not None
+    gradient = student.clone()
+    kernels(gradient, None, token, signal, torch.full((1, 1), 10.0), gradient=True)
+    assert gradient.isfinite().all()
+
+
+def test_entropy_does_not_depend_on_what_all_logits_have_in_common():
+    """Of a sure position it lies in the logarithm of the sum, which is nothing beside large logits."""
+    near = torch.tensor([[0.0, -12.0, -60.0]])
+    objectives = [Objective("a", LOSSES["cross_entropy"])]
+    kernels = fused.fused_for(objectives, [measures.student_entropy], None, dtype=torch.float32,
+                              device=torch.device("cpu"))  # fmt: skip
+    assert kernels is not None
+    token, weights = torch.zeros(1, dtype=torch.long), torch.ones(1, 1)
+    found = [kernels(near + more, None, token, None, weights, gradient=False)[1] for more in (0.0, 1024.0)]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=0)
+
+
+def test_buffers_of_an_evaluation_can_be_trained_with():
+    hidden, weight, teacher, next_tokens, of_data = problem()
+    buffers, head = Buffers(), Head(weight)
+    objectives = [Objective("a", LOSSES["forward_kl"])]
+    with torch.inference_mode():
+        linear_losses(hidden, head, objectives, next_tokens, of_data, Logits(teacher), buffers=buffers)
+    trained = hidden.requires_grad_()
+    linear_losses(trained, head, objectives, next_tokens, of_data, Logits(teacher), buffers=buffers).total.backward()
+    assert trained.grad is not None
