@@ -9,21 +9,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stillroom.kernels.cpu_rows import CROSS_ENTROPY, FROM_TARGETS, LOGIT_MSE, WITH_BUCKET, rows
+from stillroom.kernels import cpu_rows
 from stillroom.kernels.terms import MEASURES, Term
 from stillroom.threads import over_rows
 
 KINDS = {
-    "forward_kl": 0,
-    "reverse_kl": 1,
-    "adaptive_kl": 2,
-    "jensen_shannon": 3,
-    "skew_kl": 4,
-    "skew_reverse_kl": 5,
-    "alpha_beta": 6,
-    "total_variation": 7,
-    "cross_entropy": CROSS_ENTROPY,
-    "logit_mse": LOGIT_MSE,
+    "forward_kl": cpu_rows.FORWARD_KL,
+    "reverse_kl": cpu_rows.REVERSE_KL,
+    "adaptive_kl": cpu_rows.ADAPTIVE_KL,
+    "jensen_shannon": cpu_rows.JENSEN_SHANNON,
+    "skew_kl": cpu_rows.SKEW_KL,
+    "skew_reverse_kl": cpu_rows.SKEW_REVERSE_KL,
+    "alpha_beta": cpu_rows.ALPHA_BETA,
+    "total_variation": cpu_rows.TOTAL_VARIATION,
+    "cross_entropy": cpu_rows.CROSS_ENTROPY,
+    "logit_mse": cpu_rows.LOGIT_MSE,
 }
 """What can be done with a dense teacher, by its number in cpu_rows.py."""
 
@@ -36,8 +36,8 @@ class Entries(NamedTuple):
     """0 is no entry."""
     rest: Float[Tensor, " r"] | None
     """The mass of all others as one outcome; None: there is no such outcome."""
-    entropy: Float[Tensor, " r"]
-    """Σ y log y of the targets, negated; not used where there is a rest."""
+    entropy: Float[Tensor, " r"] | None
+    """``−Σ y log y`` of the targets; None where there is a rest."""
 
 
 def fused(
@@ -58,26 +58,26 @@ def fused(
     r, order = len(student), sorted(range(len(terms)), key=lambda i: terms[i].temperature)
     wanted = np.zeros(len(MEASURES), np.bool_)
     wanted[list(measures)] = True
+    none = student.new_zeros(r)
     if entries is None:
-        none = student.new_zeros(r)
         entries = Entries(next_tokens.new_zeros(r, 1), student.new_zeros(r, 1), none, none)
         wanted[1:] &= teacher is not None
         kinds = [KINDS[terms[i].name] for i in order]
     else:
-        of_entries = FROM_TARGETS if entries.rest is None else WITH_BUCKET
-        kinds = [CROSS_ENTROPY if terms[i].name == "cross_entropy" else of_entries for i in order]
+        of_entries = cpu_rows.FROM_TARGETS if entries.rest is None else cpu_rows.WITH_BUCKET
+        kinds = [cpu_rows.CROSS_ENTROPY if terms[i].name == "cross_entropy" else of_entries for i in order]
     numbers = np.array([(1 / terms[i].temperature, terms[i].a, terms[i].b) for i in order], np.float32)
     table = (np.array(kinds, np.int64), *numbers.T.copy())
     nats, measured = student.new_empty(r, len(terms)), student.new_full((r, len(MEASURES)), torch.nan)
     over_rows(
-        partial(rows, table, wanted, gradient),
+        partial(cpu_rows.rows, table, wanted, gradient),
         student,
         student.new_empty(r, 0) if teacher is None else teacher,
         next_tokens,
         entries.ids,
         entries.targets,
-        entries.entropy if entries.rest is None else entries.rest,
-        entries.entropy,
+        none if entries.rest is None else entries.rest,
+        none if entries.entropy is None else entries.entropy,
         weights.T[:, order].contiguous(),
         nats,
         measured,

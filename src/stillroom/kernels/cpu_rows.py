@@ -32,26 +32,27 @@ from stillroom.kernels.cpu_math import (
     softmax,
 )
 
-CROSS_ENTROPY, LOGIT_MSE, FROM_TARGETS, WITH_BUCKET = 8, 9, 10, 11
-"""Kinds beyond the divergences, whose numbers are those of :func:`stretch`."""
+FORWARD_KL, REVERSE_KL, ADAPTIVE_KL, JENSEN_SHANNON, SKEW_KL, SKEW_REVERSE_KL, ALPHA_BETA, TOTAL_VARIATION = range(8)
+CROSS_ENTROPY, LOGIT_MSE, FROM_TARGETS, WITH_BUCKET = range(8, 12)
+"""The kinds of terms: first the divergences from a dense teacher, up to TOTAL_VARIATION."""
 OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
 
 
 @njit(**INNER)
 def stretch(kind, *columns):
-    if kind == 0:
+    if kind == FORWARD_KL:
         return forward_kl(*columns)
-    if kind == 1:
+    if kind == REVERSE_KL:
         return reverse_kl(*columns)
-    if kind == 2:
+    if kind == ADAPTIVE_KL:
         return adaptive_kl(*columns)
-    if kind == 3:
+    if kind == JENSEN_SHANNON:
         return jensen_shannon(*columns)
-    if kind == 4:
+    if kind == SKEW_KL:
         return skew_kl(*columns)
-    if kind == 5:
+    if kind == SKEW_REVERSE_KL:
         return skew_reverse_kl(*columns)
-    if kind == 6:
+    if kind == ALPHA_BETA:
         return alpha_beta(*columns)
     return total_variation(*columns)
 
@@ -79,10 +80,10 @@ def forward_kl_alone(student, teacher, norms, s, t, of_s, of_t, factor):
 
 
 @njit(**COPY)
-def gradient_of(pulls, s, total, factor, out):
-    """``factor · (w − s Σ w)``."""
-    for j in range(len(out)):
-        out[j] = (pulls[j] - s[j] * total) * factor
+def finish(pulls, s, total, factor):
+    """``factor · (w − s Σ w)`` in the place of the pulls w."""
+    for j in range(len(pulls)):
+        pulls[j] = (pulls[j] - s[j] * total) * factor
 
 
 @njit(**COPY)
@@ -296,9 +297,8 @@ def rows(table, wanted, gradient, student, teacher, labels, ids, targets, rests,
     kinds, scales, firsts, seconds = table
     num_columns, dense = student.shape[1], teacher.shape[1] > 0
     s, t = np.empty(num_columns, np.float32), np.empty(teacher.shape[1], np.float32)
-    pulls, total = np.empty(num_columns, np.float32), np.zeros(num_columns, np.float32)
-    alone = gradient and len(kinds) == 1
-    only_forward = alone and kinds[0] == 0 and not wanted.any()
+    pulls, total = np.empty(num_columns, np.float32), np.empty(num_columns, np.float32)
+    only_forward = gradient and len(kinds) == 1 and kinds[0] == FORWARD_KL and not wanted.any()
     for i in range(len(student)):
         a, b = student[i], teacher[i]
         scale, fresh = f32(0), False
@@ -321,31 +321,38 @@ def rows(table, wanted, gradient, student, teacher, labels, ids, targets, rests,
             factor = weights[i, m] / now
             if only_forward:
                 value = forward_kl_alone(a, b, norms, s, t, of_s, of_t, factor)
-            elif kind <= 7:
-                first = firsts[m] if kind != 2 else f32(head_share(t, s, firsts[m]))
-                value, of_pulls = divergence(kind, a, b, norms, s, t, first, seconds[m], pulls)
-                gradient_of(pulls, s, of_pulls, factor, a if alone else pulls)
-            elif kind == CROSS_ENTROPY:
-                value = cross_entropy(a, norms, s, labels[i], firsts[m], factor, pulls)
-            elif kind == LOGIT_MSE:
-                value = logit_mse(a, b, factor, pulls)
-            elif kind == FROM_TARGETS:
-                value = from_targets(a, norms, s, ids[i], targets[i], entropies[i], factor, pulls)
             else:
-                value = with_bucket(a, norms, s, ids[i], targets[i], rests[i], factor, pulls)
-                fresh = False
-            nats[i, m] = value / (np.float64(now) * now)
-            if gradient and not alone:
-                if m == 0:
-                    total[:] = pulls
-                else:
+                numbers, sparse = (firsts[m], seconds[m]), (ids[i], targets[i], rests[i], entropies[i])
+                out = total if m == 0 else pulls
+                value = term(kind, a, b, labels[i], norms, s, t, numbers, sparse, factor, out)
+                fresh = fresh and kind != WITH_BUCKET
+                if m > 0:
                     add_to(total, pulls)
+            nats[i, m] = value / (np.float64(now) * now)
         if gradient and not weights[i].any():
             a[:] = 0
-        elif alone and kinds[0] > 7:
-            a[:] = pulls
-        elif gradient and not alone:
+        elif gradient and not only_forward:
             a[:] = total
+
+
+@njit(**INNER)
+def term(kind, student, teacher, label, norms, s, t, numbers, sparse, factor, out):
+    """The value of one term; ``factor`` times its gradient goes into ``out``."""
+    first, second = numbers
+    ids, targets, rest, entropy_of_targets = sparse
+    if kind == CROSS_ENTROPY:
+        return cross_entropy(student, norms, s, label, first, factor, out)
+    if kind == LOGIT_MSE:
+        return logit_mse(student, teacher, factor, out)
+    if kind == FROM_TARGETS:
+        return from_targets(student, norms, s, ids, targets, entropy_of_targets, factor, out)
+    if kind == WITH_BUCKET:
+        return with_bucket(student, norms, s, ids, targets, rest, factor, out)
+    if kind == ADAPTIVE_KL:
+        first = f32(head_share(t, s, first))
+    value, pulls = divergence(kind, student, teacher, norms, s, t, first, second, out)
+    finish(out, s, pulls, factor)
+    return value
 
 
 @njit(**INNER)

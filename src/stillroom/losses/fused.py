@@ -1,7 +1,7 @@
 """Fused: whether kernels can do the element-wise part of some losses, and having them do it."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -39,8 +39,8 @@ KNOWN: dict[str, tuple[Loss, tuple[str, ...]]] = {
     "logit_mse": (logit_mse, ()),
 }
 """The losses that kernels know, and which of their arguments are the numbers of a term."""
-OF_SIGNAL, ACCEPTED_MASS = (1, 4), 3
-"""In ``terms.MEASURES``: what a sparse signal tells by itself, and what needs its bucket."""
+STUDENT_ENTROPY, TEACHER_ENTROPY, _, ACCEPTED_MASS, TEACHER_CROSS_ENTROPY = range(len(MEASURES))
+"""Where these measures stand in MEASURES."""
 
 
 @dataclass(frozen=True)
@@ -73,28 +73,26 @@ class Fused:
             return nats, measured[list(self.rows)]
         from stillroom.kernels import cpu
 
-        entries = None if signal is None else self._entries(student, next_tokens, signal)
+        block = Block(student.new_zeros(len(student), 1), None, next_tokens, signal)  # for what no column is needed
+        entries = None if signal is None else self._entries(block, signal)
         if entries is not None:
             _check_ids(entries.ids, student.shape[1])
         nats, measured = cpu.fused(
             student, teacher, next_tokens, self.terms, weights, gradient=gradient, measures=self.rows, entries=entries
         )
         measured = measured[list(self.rows)]
-        if signal is not None:
-            block = Block(student.new_zeros(len(student), 1), None, next_tokens, signal)
-            for i, row in enumerate(self.rows):
-                if row in OF_SIGNAL:
-                    measured[i] = self.measures[i](block)
+        for i, row in enumerate(self.rows):
+            if signal is not None and row in (TEACHER_ENTROPY, TEACHER_CROSS_ENTROPY):  # which it tells by itself
+                measured[i] = self.measures[i](block)
         return nats, measured
 
-    def _entries(self, student: Tensor, next_tokens: Tensor, signal: Sparse) -> Any:
+    def _entries(self, block: Block, signal: Sparse) -> Any:
         from stillroom.kernels.cpu import Entries
 
-        temperature = next((t.temperature for t in self.terms if t.name == "forward_kl"), 1.0)
-        block = Block(student.new_zeros(len(student), 1), None, next_tokens, signal)
+        (temperature,) = (t.temperature for t in self.terms if t.name == "forward_kl")
         if not signal.sampled and self.missing == "bucket":
             log_targets, log_rest = signal.log_targets(temperature)
-            return Entries(signal.ids, log_targets.float().exp(), log_rest.float().exp(), log_rest.float())
+            return Entries(signal.ids, log_targets.float().exp(), log_rest.float().exp(), None)
         ids, targets, entropy = sparse.targets(block, signal, temperature, self.missing)
         return Entries(ids, targets, None, entropy)
 
@@ -139,7 +137,7 @@ def _fits(fused: Fused, signal: Signal | None, device: torch.device) -> bool:
     """Whether the signal has all that the kernels need."""
     names = [t.name for t in fused.terms]
     if signal is None:
-        return set(names) == {"cross_entropy"} and set(fused.rows) <= {0}
+        return set(names) == {"cross_entropy"} and set(fused.rows) <= {STUDENT_ENTROPY}
     if not isinstance(signal, Sparse):
         return True
     if device.type != "cpu" or names.count("forward_kl") != 1 or set(names) - {"forward_kl", "cross_entropy"}:
@@ -179,7 +177,7 @@ def _term(loss: Loss, arguments: dict[str, Any]) -> Term | None:
     return Term(name, values.get("temperature", 1.0), *(values[number] for number in KNOWN[name][1]))
 
 
-def _rows_of(wanted: Sequence[Callable[[Block], Any]]) -> list[int] | None:
+def _rows_of(wanted: Sequence[Measure]) -> list[int] | None:
     """Where the measures stand in MEASURES; None where one of them is another function."""
     known = [getattr(measures, name) for name in MEASURES]
     return [known.index(measure) for measure in wanted] if all(m in known for m in wanted) else None

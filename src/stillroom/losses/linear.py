@@ -147,11 +147,6 @@ class _Work:
     differentiate: bool = False
 
     @property
-    def factors(self) -> Tensor:
-        """What each objective's gradient counts, [m, 1]; the head's own scale is in it."""
-        return torch.tensor([[objective.weight * self.head.scale] for objective in self.objectives])
-
-    @property
     def num_buffers(self) -> int:
         """The student's logits have one, and the teacher's where there are any."""
         return 1 if self.signal is None or isinstance(self.signal, Sparse) else 2
@@ -193,6 +188,7 @@ def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, ne
     nats = torch.empty(len(work.objectives), n, dtype=dtype, device=hidden.device)
     measured = torch.empty(len(work.measures), n, dtype=dtype, device=hidden.device)
     counts = work.weights.to(dtype).repeat(len(work.objectives), 1)
+    factors = torch.tensor([o.weight for o in work.objectives], dtype=dtype, device=hidden.device)
     fused = None
     if work.head.softcap is None:
         fused = fused_for(work.objectives, work.measures, work.signal, dtype=dtype, device=hidden.device)
@@ -211,7 +207,7 @@ def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, ne
         if fused is None:
             _blocks(student, of_teacher, rows, work, nats, counts, measured, any(wanted))
         else:
-            weights = work.factors.to(counts) * counts[:, rows]
+            weights = factors.unsqueeze(-1) * work.head.scale * counts[:, rows]
             sparse = work.signal.at(rows) if isinstance(work.signal, Sparse) else None
             nats[:, rows], measured[:, rows] = fused(
                 student, of_teacher, work.next_tokens[rows], sparse, weights, gradient=any(wanted)
@@ -223,7 +219,6 @@ def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, ne
         if bias_grad is not None:
             bias_grad[: work.columns] += student.sum(0)
 
-    factors = torch.tensor([o.weight for o in work.objectives], dtype=dtype, device=hidden.device)
     total = factors @ (nats * counts).sum(-1)
     gradients = zip((hidden_grad, weight_grad, bias_grad), (hidden, weight, bias), strict=True)
     return total, nats, measured, [None if g is None or x is None else g.to(x.dtype) for g, x in gradients]
