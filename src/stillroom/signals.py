@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from stillroom.errors import MismatchError
 from stillroom.head import Head, logits_into
+from stillroom.layers import Layer
 
 
 @dataclass(frozen=True)
@@ -153,3 +155,41 @@ def untempered(temperature: float, known: str) -> MismatchError:
 
 
 Signal = Dense | Logits | Sparse
+"""What a teacher said of the next token."""
+
+
+class Attention(NamedTuple):
+    """What a block's attention reads: its projections, before positions are turned into them."""
+
+    queries: Float[Tensor, "n q"]
+    keys: Float[Tensor, "n k"]
+    values: Float[Tensor, "n v"]
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Inner states of a model at some of its layers."""
+
+    states: Mapping[Layer, Float[Tensor, "n d"]] = field(default_factory=dict)
+    attention: Mapping[int, Attention] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> "Hidden":
+        """The same states on a device."""
+        return Hidden(
+            {layer: state.to(device, non_blocking=True) for layer, state in self.states.items()},
+            {layer: Attention(*(x.to(device, non_blocking=True) for x in a)) for layer, a in self.attention.items()},
+        )
+
+
+class Told(NamedTuple):
+    """All that a teacher told of the same positions."""
+
+    signal: Signal | None = None
+    """Of the next token."""
+    hidden: Hidden | None = None
+    """Its inner states, where they are asked for."""
+
+    def to(self, device: torch.device | str) -> "Told":
+        """The same on a device."""
+        signal, hidden = self
+        return Told(None if signal is None else signal.to(device), None if hidden is None else hidden.to(device))
