@@ -189,6 +189,8 @@ def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, ne
     measured = torch.empty(len(work.measures), n, dtype=dtype, device=hidden.device)
     counts = work.weights.to(dtype).repeat(len(work.objectives), 1)
     factors = torch.tensor([o.weight for o in work.objectives], dtype=dtype, device=hidden.device)
+    if not (work.objectives or work.measures):  # nothing is asked of the logits
+        return nats.new_zeros(()), nats, measured, [None, None, None]
     fused = None
     if work.head.softcap is None:
         fused = fused_for(work.objectives, work.measures, work.signal, dtype=dtype, device=hidden.device)
