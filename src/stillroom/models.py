@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -187,13 +187,17 @@ def fingerprint(name: str, config: PretrainedConfig) -> str:
 def load_model(
     name: str,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | Literal["auto"],
     device: torch.device | str = "cpu",
     attention: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model from a folder or the hub, in evaluation mode. Every weight must be there."""
+    """A causal language model from a folder or the hub, in evaluation mode. Every weight must be there.
+
+    Args:
+        dtype: of its weights; auto is what its config.json says, or else what they are stored in.
+    """
     if is_local(name):
         check_folder(Path(name).expanduser())
     try:

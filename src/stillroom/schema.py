@@ -13,8 +13,8 @@ from pydantic_core import ErrorDetails
 from stillroom.errors import ConfigError
 
 Model = type[BaseModel]
-PLAIN = ("constrained-float", "float", "int", "str")
-"""What pydantic calls the branch of a union that takes a plain value."""
+PLAIN = ("constrained-float", "float", "int", "str", "list", "settings")
+"""What the branches of a union are called that are no keys: of a plain value by pydantic, others by their Tag."""
 
 
 def strip(annotation: Any) -> list[Any]:
@@ -221,7 +221,9 @@ def _type_text(field: FieldInfo) -> str:
         if typing.get_origin(annotation) in (list, tuple):
             return f"list of {' or '.join(text(a) for a in strip(typing.get_args(annotation)[0]))}"
         if _is_config(annotation):
-            return next(iter(sorted(_tags(annotation))), "settings")
+            tag, tags = _tag_field(annotation), sorted(_tags(annotation))
+            plain = len(tags) > 1 and tag is not None and not annotation.model_fields[tag].is_required()
+            return tags[0] if tags and not plain else "settings"  # a field like any other, of what is no choice
         if typing.get_origin(annotation) is dict:
             return "keys with values"
         return {str: "text", bool: "true | false", int: "integer", float: "number"}.get(annotation, str(annotation))

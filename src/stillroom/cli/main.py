@@ -15,6 +15,7 @@ from stillroom.errors import StillroomError
 VERBS = {
     "capture": "ask a teacher once, and store what it said",
     "distill": "train a student to predict as its teacher does",
+    "prune": "cut a smaller model out of a bigger one",
     "store": "check, show, export, import and merge stores of what teachers said",
 }
 

@@ -32,6 +32,7 @@ usage: stillroom VERB [RECIPE.yaml] [key=value …] [flags]
 verbs
   capture     ask a teacher once, and store what it said
   distill     train a student to predict as its teacher does
+  prune       cut a smaller model out of a bigger one
   store       check, show, export, import and merge stores of what teachers said
 
 Any setting can come from the recipe or from key=value, with dots into the tree:
@@ -124,7 +125,7 @@ ERRORS = {
         "distil r.yaml",
         """\
 error: `distil` is not a verb
-  did you mean: distill     verbs: capture, distill, store
+  did you mean: distill     verbs: capture, distill, prune, store
   The first word says what to do.
   See `stillroom --help`; settings are written as key=value.
 """,

@@ -1,0 +1,177 @@
+"""`stillroom prune`: model -> smaller model."""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from stillroom import models
+from stillroom.cut.cut import Cut, choose, cut_model, report, write_cut
+from stillroom.cut.importance import loss_nats
+from stillroom.cut.text import text_batches
+from stillroom.data.config import AnyData
+from stillroom.data.documents import Documents, prepare
+from stillroom.errors import OutOfMemoryError
+from stillroom.files import writing
+from stillroom.prune.config import PruneConfig
+from stillroom.prune.plan import Plan, make_plan
+from stillroom.runs import RunFolder, check_place
+from stillroom.tokenizers import fingerprint, template_fingerprint
+
+Report = Callable[[str, Mapping[str, Any]], None]
+FREE_TO_CHANGE = ("out", "data.cache", "device", "batch_tokens")
+"""Settings that change nothing of what is chosen, but for rounding."""
+
+
+def run(
+    config: PruneConfig, *, resume: bool = False, overwrite: bool = False, report: Report = lambda *_: None
+) -> dict[str, Any]:
+    """Cuts the model and writes ``out/model``; returns what run.json says.
+
+    Args:
+        resume: where the run in ``out`` is done, say so; else do it from its beginning.
+        overwrite: delete what is in ``out`` first.
+        report: is told of what is done.
+
+    Raises:
+        StillroomError: something that the user can mend.
+        KeyboardInterrupt: Ctrl-C; no model was written.
+    """
+    check_place(config.out, may_exist=resume or overwrite)
+    plan = make_plan(config)
+    settings = plan.config.model_dump(mode="json")
+    folder = RunFolder(config.out, settings, resume=resume, overwrite=overwrite, free=FREE_TO_CHANGE)
+    with folder:
+        if folder.done:
+            report("note", {"text": f"the cut in {folder.path} is done already"})
+            return folder.record
+        try:
+            _prune(plan, folder, report)
+        except BaseException as error:
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            with suppress(OSError):  # what went wrong is told by the error that is under way
+                folder.update(status=status)
+            if isinstance(error, torch.OutOfMemoryError):
+                raise _out_of_memory(plan.config, error) from error
+            raise
+        return folder.record
+
+
+def _prune(plan: Plan, folder: RunFolder, say: Report) -> None:
+    start, config = time.monotonic(), plan.config
+
+    def note(text: str) -> None:
+        say("note", {"text": text})
+
+    documents, held_out = (None if data is None else _prepare(data, plan, say) for data in (plan.data, plan.held_out))
+    model = models.load_model(
+        config.model,
+        dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
+        device=config.device,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    models.verify(model, "the model", pack=config.data is not None and config.data.pack)
+    facts = _facts(plan, model, documents, held_out)
+    folder.update(status="started", **facts)
+    batches = []
+    if documents is not None:
+        batches = list(_batches(plan, documents, config.documents))
+        note(f"measuring on {min(config.documents, len(documents))} documents")
+    cut = choose(plan.cut, model, batches, teacher=facts["model"]["fingerprint"], say=note)
+    before = models.num_parameters(model)
+    losses = {"model": _loss(plan, model, held_out)}
+    smaller = cut_model(model, cut, plan.cut)
+    del model
+    losses["cut"] = _loss(plan, smaller, held_out)
+    after = models.num_parameters(smaller)
+    note(f"writing {folder.path / 'model'}")
+    _save(folder.path / "model", smaller, plan, cut)
+    results: dict[str, Any] = {
+        "cut": {"layers": list(cut.layers), "num_parameters": after},
+        "report": report(cut, plan.cut, before, after),
+        "time_s": round(time.monotonic() - start, 3),
+    }
+    if losses["model"] is not None and losses["cut"] is not None:
+        (whole, num_tokens), (left, _) = losses["model"], losses["cut"]
+        found = {"model_cross_entropy_nats": whole, "cut_cross_entropy_nats": left, "num_tokens": num_tokens}
+        results["held_out"] = found
+    folder.update(status="done", **results)
+
+
+def _prepare(data: AnyData, plan: Plan, say: Report) -> Documents:
+    return prepare(
+        data,
+        plan.tokenizer,
+        template=plan.template,
+        report=lambda rows: say("tokenise", {"rows": rows, "path": data.path}),
+    )
+
+
+def _batches(plan: Plan, documents: Documents, number: int | None = None):
+    data, batch_tokens = plan.config.data, plan.config.batch_tokens
+    assert data is not None
+    assert batch_tokens != "auto"
+    return text_batches(
+        documents,
+        number=number,
+        length=data.length,
+        pack=data.pack,
+        batch_tokens=batch_tokens,
+        pad_token=plan.tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def _loss(plan: Plan, model: PreTrainedModel, held_out: Documents | None) -> tuple[float, int] | None:
+    return None if held_out is None else loss_nats(model, _batches(plan, held_out))
+
+
+def _facts(plan: Plan, model: PreTrainedModel, data: Documents | None, held_out: Documents | None) -> dict[str, Any]:
+    """What run.json says of the things that went in."""
+    name = plan.config.model
+    facts: dict[str, Any] = {
+        "model": {
+            "fingerprint": models.fingerprint(name, model.config),
+            "num_parameters": models.num_parameters(model),
+        },
+        "tokenizer": {"fingerprint": fingerprint(plan.tokenizer)},
+    }
+    for key, documents in (("data", data), ("held_out_data", held_out)):
+        if documents is not None:
+            facts[key] = {"fingerprint": documents.fingerprint, **documents.counts}
+    if plan.template is not None:
+        facts["template"] = {"fingerprint": template_fingerprint(plan.template)}
+    return facts
+
+
+def _save(folder: Path, model: PreTrainedModel, plan: Plan, cut: Cut) -> None:
+    """Writes the model, its tokenizer and cut.json under a temporary name and renames it."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
+    try:
+        with writing(folder):
+            try:
+                model.save_pretrained(temporary)
+            except SafetensorError as error:
+                raise OSError(str(error)) from error  # what it says of a disk
+            plan.tokenizer.save_pretrained(temporary)
+            write_cut(temporary, cut)
+            shutil.rmtree(folder, ignore_errors=True)  # a whole one, whose run was killed before it said so
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _out_of_memory(config: PruneConfig, error: Exception) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        "the device has too little memory to measure the model",
+        {"batch_tokens": config.batch_tokens, "device": str(error).split(". ")[0][:160]},
+        why="The model and what its layers give out must fit.",
+        fix="Lower batch_tokens, or set dtype=bfloat16 or device=cpu, and go on with --resume.",
+    )
