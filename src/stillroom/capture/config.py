@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from stillroom.config import Config, PathText
 from stillroom.data.config import DataConfig, TextData
 from stillroom.engines import MOST_OPENAI
-from stillroom.store.config import SHARD_POSITIONS, HeadAndSample, SignalConfig, TopK, TopP
+from stillroom.store.config import SHARD_POSITIONS, HeadAndSample, HiddenStates, SignalConfig, TopK, TopP
 
 Positive = Annotated[int, Field(gt=0)]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
@@ -116,6 +116,8 @@ class CaptureConfig(Config):
     """What it reads."""
     signal: SignalConfig = HeadAndSample(kind="head_and_sample")
     """What is kept of each of its distributions."""
+    hidden: HiddenStates | None = None
+    """Keep states of its layers too, for objectives of kind hidden; null keeps none. --dry-run tells the bytes."""
     generate: Generate | None = None
     """Let it answer the prompts of the data first; null takes the data as they are."""
     part: Part | None = None
@@ -159,6 +161,11 @@ class CaptureConfig(Config):
             )
         if isinstance(engine, Transformers):
             return self
+        if self.hidden is not None:
+            raise ValueError(
+                "hidden needs the teacher in this process, since no server tells its hidden states: use "
+                "teacher.engine.kind=transformers, or leave it out"
+            )
         if not isinstance(signal, TopK | TopP):
             raise ValueError(
                 f"signal.kind={signal.kind} needs the whole distribution, and a server tells its likeliest tokens "

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from stillroom import models, selection
+from stillroom import models, selection, states
 from stillroom.batch import Batch
 from stillroom.capture.config import Generate, Transformers
+from stillroom.capture.hidden import encoded
 from stillroom.capture.windows import Document, batches
 from stillroom.errors import NonFiniteError
 from stillroom.head import Head, accumulator, logits_into
 from stillroom.selection import Selection
-from stillroom.store.config import AnySignal, Full, HeadAndSample, Sampled, TopK, TopP, known_temperatures
+from stillroom.store.config import AnySignal, Full, HeadAndSample, HiddenStates, Sampled, TopK, TopP, known_temperatures
 from stillroom.store.levels import Levels
 from stillroom.store.quantise import num_uniforms, quantise
 
@@ -28,6 +29,8 @@ class Said(NamedTuple):
     """Levels; or, of a full store, the logits, float32 [kept, columns]."""
     error_nats: float
     """What quantising cost, summed over the positions."""
+    hidden: bytes | None = None
+    """Its inner states, as a store keeps them, where some are kept."""
 
 
 class ModelTeacher:
@@ -37,6 +40,7 @@ class ModelTeacher:
         columns: the columns of its head that make up its distribution.
         seed: of draws and answers. A document's draws depend on it and on the document's number alone, however it is
             batched.
+        hidden: the inner states that are kept besides.
     """
 
     def __init__(
@@ -50,16 +54,19 @@ class ModelTeacher:
         pack: bool,
         seed: int,
         pad_token: int,
+        hidden: HiddenStates | None = None,
     ) -> None:
         self.model, self.engine, self.signal = model.eval().requires_grad_(False), engine, signal
         self.columns, self.length, self.pack, self.seed, self.pad_token = columns, length, pack, seed, pad_token
+        self.hidden, self.width = hidden, model.config.get_text_config().hidden_size
 
     @torch.no_grad()
     def say(self, documents: Sequence[Document]) -> list[Said]:
         """What it says of each document.
 
         Raises:
-            NonFiniteError: at a kept position it says nothing that can be a distribution.
+            NonFiniteError: at a kept position it says nothing that can be a distribution, or has a state that is no
+                number.
         """
         said: dict[int, Said] = {}
         most = self.engine.batch_tokens
@@ -71,7 +78,8 @@ class ModelTeacher:
 
     def _say_batch(self, batch: Batch, documents: Sequence[Document]) -> dict[int, Said]:
         moved = batch.to(self.engine.device)
-        hidden = models.hidden_states(self.model, moved).flatten(0, 1)[moved.kept]
+        layers = () if self.hidden is None else self.hidden.layers
+        hidden, inner = states.hidden_and_inner(self.model, moved, layers)
         head = models.head(self.model)
         places = batch.documents.flatten()[batch.kept].numpy()
         starts = np.flatnonzero(np.append(True, places[1:] != places[:-1])) if len(places) else np.zeros(0, np.int64)
@@ -79,21 +87,28 @@ class ModelTeacher:
         runs = list(zip(places[starts].tolist(), edges[:-1], edges[1:], strict=True))
         next_tokens = moved.next_tokens.flatten()[moved.kept]
 
+        def where(row: int) -> tuple[int, int]:
+            return documents[int(places[row])].number, int(batch.positions.flatten()[batch.kept[row]])
+
         def check(logits: Tensor, first: int) -> None:
             if (p := _not_finite(logits)) is not None:
-                position = int(batch.positions.flatten()[batch.kept[first + p]])
-                raise _says_nothing(documents[int(places[first + p])].number, position, logits[p])
+                raise _says_nothing(*where(first + p), logits[p])
+
+        def inside(first: int, stop: int) -> bytes | None:
+            if self.hidden is None:
+                return None
+            return encoded(inner, self.hidden, self.width, slice(first, stop), where)
 
         if isinstance(self.signal, Full):
             logits = head.logits(hidden, self.columns)
             check(logits, 0)
-            return {d: Said(logits[a:b].cpu().numpy(), 0.0) for d, a, b in runs}
+            return {d: Said(logits[a:b].cpu().numpy(), 0.0, inside(a, b)) for d, a, b in runs}
         uniforms = np.concatenate(
             [np.zeros((0, num_uniforms(self.signal)), np.float32)]
             + [self._uniforms(documents[d].number, b - a) for d, a, b in runs]
         )
         levels, cost = self._levels(hidden, head, next_tokens, uniforms, check)
-        return {d: Said(levels.slice(a, b), cost * (b - a) / len(places)) for d, a, b in runs}
+        return {d: Said(levels.slice(a, b), cost * (b - a) / len(places), inside(a, b)) for d, a, b in runs}
 
     def _levels(
         self,

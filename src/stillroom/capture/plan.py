@@ -7,11 +7,13 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from stillroom import models
 from stillroom.capture.config import CaptureConfig, TeacherConfig, Transformers
+from stillroom.capture.hidden import size_text
 from stillroom.config import quoted, replace
-from stillroom.data.documents import cache_folder, cache_path
+from stillroom.data.documents import cache_folder, cache_path, prepared
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.errors import ConfigError, MismatchError, MissingError
+from stillroom.layers import check_layers
 from stillroom.recipe import to_yaml
 from stillroom.runs import check_outside, scrub
 from stillroom.tokenizers import compare, has_tokenizer, is_local, load_tokenizer, num_columns, template_of
@@ -50,6 +52,9 @@ class Plan:
             path = cache_path(data, self.tokenizer, self.template)
             cached = f"{path} ({'there already' if path.exists() else 'new'})"
         found = {"tokenised data": cached, "run": str(out / "run.json"), "store": str(out / "store")}
+        if self.config.hidden is not None:
+            known = prepared(data, self.tokenizer, template=self.template) if is_local(data.path) else None
+            found["hidden states"] = size_text(self.config, self.teacher_config, known)
         if out.exists():
             found["note"] = f"{out} exists: it needs --resume or --overwrite"
         return found
@@ -60,7 +65,8 @@ def make_plan(config: CaptureConfig) -> Plan:
 
     Raises:
         MissingError: a model, a tokenizer, a data file or a device is not there.
-        MismatchError: the tokenizer is not the teacher's own, or has tokens that the teacher has no column for.
+        MismatchError: the tokenizer is not the teacher's own, or has tokens that the teacher has no column for; or
+            hidden.layers names a layer that it does not have.
         ConfigError: settings contradict what the headers say.
     """
     given, config = config, _resolve(config)
@@ -78,6 +84,10 @@ def make_plan(config: CaptureConfig) -> Plan:
         width = teacher_config.get_text_config().vocab_size
         _check_width(needed, width, _whose(teacher))
         _check_own(teacher, tokenizer)
+        if config.hidden is not None:
+            check_layers(
+                config.hidden.layers, teacher_config.get_text_config().num_hidden_layers, "teacher", "hidden.layers"
+            )
         models.check_length(config.data.length, teacher_config, "teacher", quoted(given, "data.length"))
     columns = needed if teacher.columns == "auto" else teacher.columns
     if columns < needed or (width is not None and columns > width):

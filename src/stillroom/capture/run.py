@@ -13,6 +13,7 @@ import torch
 from stillroom import models
 from stillroom.capture.answers import answered, prompts
 from stillroom.capture.config import CaptureConfig, Generate, Transformers
+from stillroom.capture.hidden import part_range, size_text, window_documents
 from stillroom.capture.model import ModelTeacher, Said
 from stillroom.capture.plan import Plan, make_plan
 from stillroom.capture.windows import WINDOW_DOCUMENTS, Document, windows
@@ -21,7 +22,8 @@ from stillroom.errors import Interrupted, OutOfMemoryError
 from stillroom.interrupt import deferred_interrupts
 from stillroom.runs import RunFolder, check_place, scrub, versions
 from stillroom.store.config import TopK, TopP, side_columns
-from stillroom.store.format import FORMAT, TOKENIZER, Manifest, Source
+from stillroom.store.format import TOKENIZER, Manifest, Source, format_of
+from stillroom.store.hidden import bytes_per_position
 from stillroom.store.writer import StoreWriter
 from stillroom.tokenizers import fingerprint, template_fingerprint
 
@@ -78,6 +80,8 @@ def run(
             "data": {"fingerprint": documents.fingerprint, **documents.counts},
         }
         folder.update(status="started", **facts)
+        if config.hidden is not None:
+            report("note", {"text": f"hidden states: {size_text(config, plan.teacher_config, documents)}"})
         store = folder.path / "store"
         with StoreWriter(store, manifest, shard_positions=config.shard_positions) as writer:
             plan.tokenizer.save_pretrained(store / TOKENIZER)
@@ -124,6 +128,7 @@ def _teacher(plan: Plan) -> "ModelTeacher | ServerTeacher":
         pack=config.data.pack,
         seed=config.seed,
         pad_token=pad if isinstance(pad, int) else 0,
+        hidden=config.hidden,
     )
 
 
@@ -139,8 +144,9 @@ def _manifest(plan: Plan, documents: Documents) -> Manifest:
     if config.generate is not None:
         asked = f"{print_of_data} {config.generate.model_dump_json()} {print_of_teacher} {config.seed}"
         print_of_data = hashlib.sha256(asked.encode()).hexdigest()[:32]
+    text = None if config.hidden is None or plan.teacher_config is None else plan.teacher_config.get_text_config()
     return Manifest(
-        format=FORMAT,
+        format=format_of(config.hidden),
         complete=False,
         teacher=Source(name=teacher.model, fingerprint=print_of_teacher),
         engine=teacher.engine.kind,
@@ -154,6 +160,9 @@ def _manifest(plan: Plan, documents: Documents) -> Manifest:
         side=tuple(side_columns(config.signal)),
         seed=config.seed,
         versions=versions(),
+        hidden=config.hidden,
+        hidden_width=0 if text is None else text.hidden_size,
+        num_layers=0 if text is None else text.num_hidden_layers,
     )
 
 
@@ -166,14 +175,14 @@ def _capture(
 ) -> None:
     """Window by window; what one says is put away by a thread of its own while the teacher reads the next."""
     config = plan.config
-    index, of = writer.manifest.part
-    first, stop = len(documents) * index // of, len(documents) * (index + 1) // of
+    first, stop = part_range(config, documents)
     answers = 1 if config.generate is None else config.generate.answers
     done, tokens, start = writer.num_documents, 0, time.monotonic()
     before = done
     if done:
         report("note", {"text": f"resumed after {done} documents, which are in whole shards"})
-    first_window = first + done // answers // WINDOW_DOCUMENTS * WINDOW_DOCUMENTS
+    size = window_documents(config, plan.teacher_config, WINDOW_DOCUMENTS)
+    first_window = first + done // answers // size * size
     skip = done - (first_window - first) * answers
     asked = "finishing these documents, then saving; press Ctrl-C again to stop at once, without saving"
     with (
@@ -181,7 +190,7 @@ def _capture(
         deferred_interrupts(lambda: report("note", {"text": asked})) as interrupted,
     ):
         pending: deque[Future[None]] = deque()
-        for window in windows(documents, first_window, stop):
+        for window in windows(documents, first_window, stop, size):
             wanted = _written(window, teacher, config.generate, config.data.length)
             if not isinstance(teacher, ModelTeacher):  # which would say something else in another batch
                 wanted, skip = wanted[skip:], 0
@@ -218,8 +227,8 @@ def _written(
 
 
 def _put_away(writer: StoreWriter, documents: Sequence[Document], said: Sequence[Said]) -> None:
-    for document, (signal, error) in zip(documents, said, strict=True):
-        writer.add(document.number, document.tokens, document.keep, signal, error)
+    for document, (signal, error, hidden) in zip(documents, said, strict=True):
+        writer.add(document.number, document.tokens, document.keep, signal, error, hidden)
 
 
 @contextmanager
@@ -266,6 +275,8 @@ class _Spent:
 
 
 def _results(manifest: Manifest) -> dict[str, Any]:
+    config = manifest.hidden
+    hidden = {} if config is None else {"hidden_bytes_per_position": bytes_per_position(config, manifest.hidden_width)}
     return {
         "store": {
             "fingerprint": manifest.fingerprint,
@@ -273,6 +284,7 @@ def _results(manifest: Manifest) -> dict[str, Any]:
             "positions": manifest.positions,
             "size_bytes": manifest.size_bytes,
             "bytes_per_position": round(manifest.size_bytes / max(1, manifest.positions), 3),
+            **hidden,
             "entries_per_position": round((manifest.entries + manifest.draws) / max(1, manifest.positions), 3),
             "codec_error_nats": manifest.codec_error_nats,
         }

@@ -11,7 +11,8 @@ from stillroom.data.rows import plan_rows
 from stillroom.data.stream import collate, group
 
 WINDOW_DOCUMENTS = 256
-"""Documents that are batched together. Windows begin at multiples of it, so a resumed capture makes the same ones."""
+"""Documents that are batched together at most. Windows begin at multiples of their size, so a resumed capture makes
+the same ones."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,10 @@ class Document:
         return int(self.learn[1:].sum())
 
 
-def windows(documents: Documents, first: int, stop: int) -> Iterator[list[Document]]:
-    """The documents ``first`` to ``stop`` (excluded), in lists of up to 256."""
-    for start in range(first, stop, WINDOW_DOCUMENTS):
-        numbers = range(start, min(start + WINDOW_DOCUMENTS, stop))
+def windows(documents: Documents, first: int, stop: int, size: int) -> Iterator[list[Document]]:
+    """The documents ``first`` to ``stop`` (excluded), in lists of up to ``size``."""
+    for start in range(first, stop, size):
+        numbers = range(start, min(start + size, stop))
         yield [Document(i, documents.tokens(i), documents.learn(i)) for i in numbers]
 
 

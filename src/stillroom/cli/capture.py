@@ -14,10 +14,13 @@ def main(arguments: Arguments) -> int:
 def summary(record: dict[str, Any]) -> str:
     """The result of a capture in a few lines."""
     store = record["store"]
+    hidden = store.get("hidden_bytes_per_position")
+    of_hidden = "" if hidden is None else f", {hidden:,} of them hidden states"
     lines = [
         f"store     {record['config']['out']}/store",
         f"holds     {store['documents']:,} documents, {store['positions']:,} positions",
-        f"size      {store['size_bytes'] / 2**20:.1f} MiB, {store['bytes_per_position']:.1f} bytes a position",
+        f"size      {store['size_bytes'] / 2**20:.1f} MiB, {store['bytes_per_position']:.1f} bytes a position"
+        + of_hidden,
         f"kept      {store['entries_per_position']:.1f} entries a position; storing them cost "
         f"{store['codec_error_nats']:.1e} nats",
     ]

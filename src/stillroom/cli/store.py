@@ -104,7 +104,7 @@ def show(words: Sequence[str], arguments: Arguments) -> int:
 
 def export(words: Sequence[str], arguments: Arguments) -> int:
     path, out = _exactly(words, arguments, "export", "DIR", "OUT.parquet")
-    from stillroom.store.export import check_file, export
+    from stillroom.store.export import check_file, export, left_out
     from stillroom.store.reader import Store
 
     check_file(out, overwrite="overwrite" in arguments.flags)
@@ -112,6 +112,8 @@ def export(words: Sequence[str], arguments: Arguments) -> int:
     size_bytes = export(store, out, overwrite="overwrite" in arguments.flags, report=_report(arguments))
     print(f"exported  {len(store):,} documents, {store.manifest.positions:,} positions")
     print(f"size      {out} ({size_bytes / 2**20:.1f} MiB)")
+    if (rest := left_out(store)) is not None:
+        print(f"left out  {rest}")
     return 0
 
 

@@ -179,6 +179,17 @@ def prepare(
     return _open(plan)
 
 
+def prepared(config: AnyData, tokenizer: PreTrainedTokenizerBase, *, template: str | None = None) -> Documents | None:
+    """The tokenised documents of a config where the cache has them. Writes nothing.
+
+    Raises:
+        MissingError: the source is not there.
+        DataError: the folder in the cache is damaged.
+    """
+    plan = _Plan(config, tokenizer, template)
+    return _open(plan) if plan.folder.exists() else None
+
+
 # --- making them -----------------------------------------------------------------------------------------------------
 
 

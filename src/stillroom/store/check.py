@@ -12,7 +12,8 @@ import numpy as np
 from stillroom.errors import DataError, MismatchError, MissingError, StillroomError
 from stillroom.store.config import Full
 from stillroom.store.format import MANIFEST, MOST_MANIFEST_BYTES, TOKENIZER, Manifest, damaged, read_manifest
-from stillroom.store.reader import Place, StoredShard
+from stillroom.store.place import Place
+from stillroom.store.reader import StoredShard
 
 ROWS_AT_ONCE = 64
 """Rows that are decoded together, while nothing is wrong with them."""
@@ -161,6 +162,9 @@ class ShardCheck:
         where = f"{self.shard.name}.arrow row {row}"
         if len(tokens) > self.manifest.length + 1:
             raise damaged(self.place.path, f"tokens of {where}", len(tokens), f"at most {self.manifest.length + 1}")
+        if (hidden := self.manifest.hidden) is not None:
+            data, shape = shard.hidden_bytes(row), (int(keep.sum()), self.manifest.hidden_width)
+            shard.decode_hidden(row, data, {layer: np.empty(shape, np.float32) for layer in hidden.layers})
         self.counts["documents"] += 1
         self.counts["tokens"] += len(tokens)
         self.counts["positions"] += int(keep.sum())

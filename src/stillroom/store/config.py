@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from stillroom.config import Config
+from stillroom.layers import Layer, in_order
 
 SHARD_POSITIONS = 2**20
 """The default size of a shard, in positions."""
@@ -76,6 +77,22 @@ SignalConfig = Annotated[TopK | TopP | Sampled | HeadAndSample | Full, Field(dis
 QuantisedSignal = TopK | TopP | Sampled | HeadAndSample
 AnySignal = QuantisedSignal | Full
 SAMPLED = ("sampled", "head_and_sample")
+
+
+class HiddenStates(Config):
+    """States of some of the teacher's layers at each position."""
+
+    layers: Annotated[tuple[Layer, ...], Field(strict=False, min_length=1)]
+    """Which, each once: blocks by their number from 0, meaning their output; `embeddings`; `final_norm`."""
+    format: Literal["int8", "bfloat16"] = "int8"
+    """int8 keeps whole numbers from -127 to 127, with a scale for each position and layer: half the bytes."""
+
+    @field_validator("layers")
+    @classmethod
+    def _each_once(cls, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+        if len(set(layers)) < len(layers):
+            raise ValueError("a layer is named twice")
+        return in_order(layers)
 
 
 def side_columns(signal: AnySignal) -> list[str]:

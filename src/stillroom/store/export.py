@@ -28,7 +28,8 @@ def export(
     """Writes one row a document, under a temporary name, synced and renamed; returns the file's size in bytes.
 
     ``ids`` and ``log_probs`` hold one list for each kept position, likeliest exact entries first; those of a truncated
-    signal and its ``log_rest`` sum to 1. Those of a sampled one are weights, which sum to 1 on average.
+    signal and its ``log_rest`` sum to 1. Those of a sampled one are weights, which sum to 1 on average. Hidden states
+    are left out (``left_out``).
 
     Raises:
         StorageError: the file exists and ``overwrite`` is off, or it cannot be written.
@@ -58,6 +59,13 @@ def export(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def left_out(store: Store) -> str | None:
+    """What the store holds and an export does not, in words; None where that is nothing."""
+    if not store.layers:
+        return None
+    return f"the hidden states of layers {', '.join(map(str, store.layers))}: plain columns have no place for them"
 
 
 def check_file(out: str | Path, *, overwrite: bool) -> None:

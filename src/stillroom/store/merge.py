@@ -17,11 +17,23 @@ import pyarrow as pa
 from stillroom.errors import ConfigError, MismatchError, MissingError
 from stillroom.files import write_json, writing
 from stillroom.store.folder import check_out, new_store
-from stillroom.store.format import MANIFEST, TOKENIZER, Manifest, Shard, Source, damaged, row_crc32, schema, values_of
+from stillroom.store.format import (
+    MANIFEST,
+    TOKENIZER,
+    Manifest,
+    Shard,
+    Source,
+    damaged,
+    hidden_crc32,
+    row_crc32,
+    schema,
+    values_of,
+)
 from stillroom.store.reader import Store, StoredShard
 from stillroom.store.writer import StoreWriter
 
-SAME = ("teacher", "engine", "tokenizer", "template", "num_columns", "signal", "side")
+SAME = ("teacher", "engine", "tokenizer", "template", "num_columns", "signal", "side", "hidden", "hidden_width",
+        "num_layers")  # fmt: skip
 """What all stores must share."""
 SAME_OF_PARTS = ("data", "length", "seed")
 """What the parts of one capture must share besides."""
@@ -250,24 +262,18 @@ def _copy(shard: StoredShard, kind: str, to: Path, expected: int) -> tuple[int, 
 
 
 def _renumber(shard: StoredShard, first: int, to: Path) -> tuple[int, int]:
-    """Writes a shard whose documents have other numbers; the signals stay as they are, since none depends on them."""
-    columns = schema(shard.manifest.num_columns)
+    """Writes a shard whose documents have other numbers; all else stays as it is, since nothing depends on them."""
+    columns = schema(shard.manifest.num_columns, hidden=shard.manifest.hidden is not None)
     with writing(to):
         file = to.open("wb")
     row = 0
     with file:
         with pa.ipc.new_file(file, columns) as writer:
             for batch in shard.batches:
-                numbers, checksums = [], []
-                for _ in range(len(batch)):
-                    signal = shard.signal(row)
-                    number = shard.column(row, "document").as_py() + first
-                    numbers.append(number)
-                    checksums.append(row_crc32(number, shard.tokens(row), shard.keep(row), signal))
-                    row += 1
-                arrays = [pa.array(numbers, pa.int64()), *(batch[name] for name in ("tokens", "keep", "signal"))]
+                renumbered = _renumbered(shard, batch, row, first)
+                row += len(batch)
                 with writing(to):
-                    writer.write_batch(pa.record_batch([*arrays, pa.array(checksums, pa.uint32())], schema=columns))
+                    writer.write_batch(pa.record_batch(renumbered, schema=columns))
         with writing(to):
             file.flush()
             os.fsync(file.fileno())
@@ -276,6 +282,25 @@ def _renumber(shard: StoredShard, first: int, to: Path) -> tuple[int, int]:
         while block := written.read(BLOCK_BYTES):
             checksum = zlib.crc32(block, checksum)
     return checksum, to.stat().st_size
+
+
+def _renumbered(shard: StoredShard, batch: pa.RecordBatch, start: int, first: int) -> list[pa.Array]:
+    """The columns of a record batch, which begins at row ``start``, with other numbers and so other checksums."""
+    numbers, checksums, of_hidden, hidden = [], [], [], []
+    for row in range(start, start + len(batch)):
+        number = shard.column(row, "document").as_py() + first
+        document = number, shard.tokens(row), shard.keep(row)
+        states = None
+        if shard.manifest.hidden is not None:
+            hidden.append(shard.hidden_bytes(row))
+            of_hidden.append(states := hidden_crc32(*document, hidden[-1]))
+        numbers.append(number)
+        checksums.append(row_crc32(*document, shard.signal(row), states))
+    arrays = [pa.array(numbers, pa.int64()), *(batch[name] for name in ("tokens", "keep", "signal"))]
+    arrays.append(pa.array(checksums, pa.uint32()))
+    if shard.manifest.hidden is not None:
+        arrays += [pa.array(of_hidden, pa.uint32()), pa.array(hidden, pa.large_binary())]
+    return arrays
 
 
 def _interleave(stores: Sequence[Store], folder: Path, manifest: Manifest, report: Report) -> Manifest:
@@ -298,7 +323,8 @@ def _interleave(stores: Sequence[Store], folder: Path, manifest: Manifest, repor
         for document, number, row, said in heapq.merge(*streams, key=lambda item: item[:2]):
             store = stores[number]
             error = store.manifest.codec_error_nats * len(said)
-            writer.add(document, np.asarray(store.tokens(row), np.int32), store.keep(row), said, error)
+            hidden = bytes(store.hidden_bytes(row)) if store.layers else None
+            writer.add(document, np.asarray(store.tokens(row), np.int32), store.keep(row), said, error, hidden)
             report(f"merged {writer.num_documents:,} of {sum(map(len, stores)):,} documents")
         return writer.finish()
 

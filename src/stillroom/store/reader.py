@@ -1,8 +1,8 @@
 """Store: a store opened for reading. Any row by itself, memory-mapped; nothing is loaded but what is asked for."""
 
-import posixpath
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from stillroom.errors import DataError, MissingError, require
+from stillroom.errors import DataError, MismatchError
+from stillroom.layers import Layer
 from stillroom.store.batches import check_uncompressed
 from stillroom.store.config import AnySignal, Full
 from stillroom.store.format import (
@@ -22,11 +23,14 @@ from stillroom.store.format import (
     Shard,
     damaged,
     emptied,
+    hidden_crc32,
     read_manifest,
     row_crc32,
     schema,
 )
+from stillroom.store.hidden import bytes_per_position, decode
 from stillroom.store.levels import Levels
+from stillroom.store.place import Place
 
 
 class Store:
@@ -143,6 +147,51 @@ class Store:
         return np.concatenate([shard.logits(row) for shard, row in found])
 
     @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers whose hidden states are stored, in the order of a model; empty where none are."""
+        return () if self.manifest.hidden is None else self.manifest.hidden.layers
+
+    def hidden(self, indices: Sequence[int], layers: Sequence[Layer] | None = None) -> dict[Layer, np.ndarray]:
+        """The teacher's states at the kept positions of some documents, one after the other: float32 [kept, width].
+
+        Args:
+            layers: those that are wanted; by default all that are stored.
+
+        Raises:
+            MismatchError: one of them is not stored.
+            DataError: a row's checksum is wrong, or its states cannot be decoded.
+        """
+        wanted: tuple[Layer, ...] = self.layers if layers is None else tuple(layers)
+        for layer in wanted:
+            if layer not in self.layers:
+                raise self._lacks(layer)
+        if not wanted:
+            return {}
+        found = [self._find(index) for index in indices]
+        rows = [shard.hidden_bytes(row) for shard, row in found]  # no more is allocated than is there
+        edges = np.cumsum([0, *(int(shard.keep(row).sum()) for shard, row in found)]).tolist()
+        shape = edges[-1], self.manifest.hidden_width
+        states: dict[Layer, np.ndarray] = {layer: np.empty(shape, np.float32) for layer in wanted}
+        for (shard, row), data, start, stop in zip(found, rows, edges[:-1], edges[1:], strict=True):
+            shard.decode_hidden(row, data, {layer: states[layer][start:stop] for layer in wanted})
+        return states
+
+    def hidden_bytes(self, index: int) -> memoryview:
+        """A document's hidden states as they are stored."""
+        shard, row = self._find(index)
+        return shard.hidden_bytes(row)
+
+    def _lacks(self, layer: Layer) -> MismatchError:
+        stored = ", ".join(map(str, self.layers))
+        return MismatchError(
+            f"the store {self.path} does not hold layer {layer}",
+            {"asked for": layer, "stored": stored or "no hidden states"},
+            why="What a layer of the teacher gave out is known only where the capture kept it.",
+            fix=(f"Take one of the stored layers ({stored}), or capture" if stored else "Capture")
+            + f" anew with hidden={{layers: [{', '.join(map(str, (*self.layers, layer)))}]}}.",
+        )
+
+    @property
     def num_shards(self) -> int:
         return len(self.shards)
 
@@ -153,73 +202,13 @@ class Store:
         return self.shards[number], index - int(self._starts[number])
 
 
-class Place:
-    """A folder, here or wherever fsspec reaches."""
-
-    def __init__(self, path: str) -> None:
-        self.path, self.remote = path.rstrip("/"), "://" in path
-        self._files: Any = None
-        if self.remote:
-            require("fsspec", "hub", f"reading {path}")
-            import fsspec
-
-            try:
-                self._files, self.path = fsspec.core.url_to_fs(self.path)
-            except ImportError as error:
-                raise MissingError(
-                    f"the store {path} cannot be reached",
-                    {"needed": str(error)},
-                    why="Each kind of address has a package of its own.",
-                    fix="Install that package, or copy the store to this machine.",
-                ) from None
-
-    def of(self, name: str) -> str:
-        return posixpath.join(self.path, name)
-
-    def size(self, name: str) -> int:
-        try:
-            return self._files.size(self.of(name)) if self.remote else Path(self.of(name)).stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            raise self._missing(name) from None
-
-    def read(self, name: str, most: int) -> bytes:
-        size = self.size(name)
-        if size > most:
-            raise damaged(self.path, f"{name} in bytes", size, f"at most {most}")
-        if not self.remote:
-            return Path(self.of(name)).read_bytes()
-        return self._files.cat_file(self.of(name))
-
-    def fetch(self, name: str, folder: Path) -> str:
-        """A folder of small files, as one on this machine."""
-        if not self.remote:
-            return self.of(name)
-        for file in self._files.ls(self.of(name), detail=True):
-            if file["type"] == "file" and file["size"] <= MOST_MANIFEST_BYTES:
-                (folder / posixpath.basename(file["name"])).write_bytes(self._files.cat_file(file["name"]))
-        return str(folder)
-
-    def open(self, name: str) -> Any:
-        """The file as Arrow reads it: memory-mapped where it is here."""
-        if not self.remote:
-            return pa.memory_map(self.of(name))
-        return pa.PythonFile(self._files.open(self.of(name), "rb"), mode="r")
-
-    def _missing(self, name: str) -> MissingError:
-        return MissingError(
-            f"{self.path} is not a store" if name == MANIFEST else f"the store {self.path} lacks a file",
-            {"missing": name},
-            why="A store is a folder with manifest.json and the shards that it names.",
-            fix="Check the path; the store of a capture is OUT/store. A missing shard has to be copied again.",
-        )
-
-
 class StoredShard:
     """One Arrow file and its tables, opened when first needed."""
 
     def __init__(self, place: Place, shard: Shard, manifest: Manifest) -> None:
         self.place, self.shard, self.manifest = place, shard, manifest
         self.num_documents = shard.documents
+        self._held: tuple[int, pa.RecordBatch] | None = None
         self.files = {f"{shard.name}.arrow": shard.size_bytes, f"{shard.name}.tables": shard.tables_bytes}
         for name, size in self.files.items():
             found = place.size(name)
@@ -230,28 +219,60 @@ class StoredShard:
 
     @cached_property
     def batches(self) -> list[pa.RecordBatch]:
+        """All but the hidden states."""
         name = f"{self.shard.name}.arrow"
-        try:
+        with self._readable():
             source = self.place.open(name)
             file = pa.ipc.open_file(source)
             self._check_columns(file.schema)
             check_uncompressed(source, self.shard.size_bytes)
+            if self.manifest.hidden is not None:
+                file = _only(source, range(len(file.schema) - 1))
             batches = [file.get_batch(i) for i in range(file.num_record_batches)]
             for batch in batches:
-                batch.validate(full=True)
-                if any(column.null_count for column in batch.columns):
-                    raise damaged(self.place.path, f"columns of {name}", "nulls", "a value in each row")
-        except (pa.ArrowException, OSError, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise damaged(self.place.path, name, str(error).splitlines()[0][:120], "an Arrow file") from None
+                self._check_batch(batch)
         found = sum(map(len, batches))
         if found != self.num_documents:
             raise damaged(self.place.path, f"documents in {name}", found, self.num_documents)
         return batches
 
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise damaged(
+                self.place.path, f"{self.shard.name}.arrow", str(error).splitlines()[0][:120], "an Arrow file"
+            ) from None
+
+    def _check_batch(self, batch: pa.RecordBatch) -> None:
+        batch.validate(full=True)
+        if any(column.null_count for column in batch.columns):
+            raise damaged(self.place.path, f"columns of {self.shard.name}.arrow", "nulls", "a value in each row")
+
+    def _hidden_batch(self, number: int) -> pa.RecordBatch:
+        """The hidden states of a record batch. The last one is held: where it lies elsewhere it was read whole."""
+        held = self._held
+        if held is None or held[0] != number:
+            with self._readable():
+                batch = self._hidden_file.get_batch(number)
+                self._check_batch(batch)
+            held = self._held = (number, batch)
+        return held[1]
+
+    @cached_property
+    def _hidden_file(self) -> Any:
+        self.batches  # noqa: B018  # which checks the file's headers first
+        return _only(self.place.open(f"{self.shard.name}.arrow"), [len(self._schema) - 1])
+
+    @property
+    def _schema(self) -> pa.Schema:
+        return schema(self.manifest.num_columns, hidden=self.manifest.hidden is not None)
+
     def _check_columns(self, found: pa.Schema) -> None:
-        expected = schema(self.manifest.num_columns)
+        expected = self._schema
         if found.equals(expected):
             return
         pairs = list(zip_longest(map(str, found), map(str, expected), fillvalue="none"))
@@ -280,8 +301,13 @@ class StoredShard:
         return np.concatenate([np.diff(batch["tokens"].offsets.to_numpy()).astype(np.int64) for batch in self.batches])
 
     def column(self, row: int, name: str) -> Any:
+        batch, place = self._batch_of(row)
+        return self.batches[batch][name][place]
+
+    def _batch_of(self, row: int) -> tuple[int, int]:
+        """The record batch that a row is in, and its place there."""
         batch = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self.batches[batch][name][row - int(self._starts[batch])]
+        return batch, row - int(self._starts[batch])
 
     def tokens(self, row: int) -> np.ndarray:
         return self.column(row, "tokens").values.to_numpy(zero_copy_only=False)
@@ -293,7 +319,8 @@ class StoredShard:
         """A row's bytes, after its checksum was found right."""
         tokens, keep = self.tokens(row), self.keep(row)
         signal = memoryview(self.column(row, "signal").as_buffer())
-        found = row_crc32(self.column(row, "document").as_py(), tokens, keep, signal)
+        of_hidden = None if self.manifest.hidden is None else self.column(row, "hidden_crc32").as_py()
+        found = row_crc32(self.column(row, "document").as_py(), tokens, keep, signal, of_hidden)
         expected = self.column(row, "crc32").as_py()
         where = f"{self.shard.name}.arrow row {row}"
         if found != expected:
@@ -302,6 +329,33 @@ class StoredShard:
         if len(keep) != len(tokens) or (len(keep) and keep[-1]) or highest >= self.manifest.num_columns:
             raise damaged(self.place.path, f"tokens and keep of {where}", f"{len(tokens)} and {len(keep)}", "as many")
         return signal
+
+    def hidden_bytes(self, row: int) -> memoryview:
+        """A row's hidden states as they are stored, after their checksum and their size were found right."""
+        config, width = self.manifest.hidden, self.manifest.hidden_width
+        assert config is not None
+        batch, place = self._batch_of(row)
+        hidden = memoryview(self._hidden_batch(batch)["hidden"][place].as_buffer())
+        tokens, keep = self.tokens(row), self.keep(row)
+        found = hidden_crc32(self.column(row, "document").as_py(), tokens, keep, hidden)
+        expected = self.column(row, "hidden_crc32").as_py()
+        where = f"hidden states of {self.shard.name}.arrow row {row}"
+        if found != expected:
+            raise damaged(self.place.path, f"checksum of {where}", found, expected)
+        size = int(keep.sum()) * bytes_per_position(config, width)
+        if len(hidden) != size:
+            raise damaged(self.place.path, f"bytes of {where}", len(hidden), size)
+        return hidden
+
+    def decode_hidden(self, row: int, data: memoryview, into: Mapping[Layer, np.ndarray]) -> None:
+        """Writes a row's states, of some layers, into arrays of [kept, width]."""
+        config, width = self.manifest.hidden, self.manifest.hidden_width
+        assert config is not None
+        try:
+            decode(data, config, width, int(self.keep(row).sum()), into)
+        except ValueError as error:
+            where = f"hidden states of {self.shard.name}.arrow row {row}"
+            raise damaged(self.place.path, where, error, "states") from None
 
     def logits(self, row: int) -> np.ndarray:
         signal, kept = self.signal(row), int(self.keep(row).sum())
@@ -327,3 +381,8 @@ class StoredShard:
         if self.manifest.signal.kind != "sampled" and found.counts.min(initial=1) < 1:
             raise damaged(self.place.path, f"entries in {self.shard.name}.arrow", 0, "at least 1 a position")
         return found
+
+
+def _only(source: Any, columns: Sequence[int]) -> Any:
+    """An Arrow file of which some columns alone are read."""
+    return pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=list(columns)))

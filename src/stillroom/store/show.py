@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from stillroom.store.config import SAMPLED, AnySignal, Full, QuantisedSignal, side_columns
+from stillroom.store.hidden import bytes_per_position
 from stillroom.store.levels import Levels
 from stillroom.store.quantise import log_unit_of, to_sparse
 from stillroom.store.reader import Store
@@ -38,6 +39,7 @@ def describe(store: Store) -> str:
         ),
         ("signal", f"{_signal(m.signal)}; seed {m.seed}"),
         ("holds", f"{m.documents:,} documents, {m.tokens:,} tokens, {m.positions:,} positions with a signal"),
+        *_hidden(store),
         ("shards", f"{len(m.shards)}, {_size(m.size_bytes)} in all"),
         (
             "bytes",
@@ -56,6 +58,16 @@ def describe(store: Store) -> str:
         lines.append(("written by", ", ".join(f"{name} {version}" for name, version in m.versions.items())))
     text = "\n".join(line for name, value in lines for line in _wrapped(f"{name:12}", escaped(value)))
     return "\n\n".join([text, *_histogram(store)])
+
+
+def _hidden(store: Store) -> list[tuple[str, str]]:
+    m = store.manifest
+    if m.hidden is None:
+        return []
+    each = bytes_per_position(m.hidden, m.hidden_width)
+    layers = ", ".join(map(str, m.hidden.layers))
+    text = f"{m.hidden_width:,} channels of layers {layers} in {m.hidden.format}: {each:,} bytes a position"
+    return [("hidden", f"{text}, {_size(each * m.positions)} in all")]
 
 
 def show_row(store: Store, index: int) -> str:
@@ -78,7 +90,7 @@ def describe_row(store: Store, index: int, texts: TokenTexts) -> str:
         f"{len(tokens):,} tokens, {int(keep.sum()):,} positions with a signal in {store.signal_bytes(index):,} bytes"
     )
     candidates = _candidates(store, index, texts)
-    lines = [*_wrapped("", head), ""]
+    lines = [*_wrapped("", head), *_wrapped("", _sizes_of_states(store, index)), ""]
     for position, token in enumerate(tokens.tolist()):
         text = f"{position:6}  {fitted(texts.text(token), 30)}"
         if not keep[position]:
@@ -88,6 +100,13 @@ def describe_row(store: Store, index: int, texts: TokenTexts) -> str:
         lines.append(f"{text} → {fitted(texts.text(int(tokens[position + 1])), 30)}  {label}".rstrip())
         lines += _flowed([*entries, f"[{notes}]"], indent=10)
     return "\n".join(lines)
+
+
+def _sizes_of_states(store: Store, index: int) -> str:
+    """The root mean square of a document's hidden states at each layer; nothing where none are stored."""
+    sizes = [f"{layer}: {np.sqrt(np.square(state).mean()):.3g}" if state.size else f"{layer}: none"
+             for layer, state in store.hidden([index]).items()]  # fmt: skip
+    return f"RMS of its hidden states by layer: {', '.join(sizes)}" if sizes else ""
 
 
 def _candidates(store: Store, index: int, texts: TokenTexts) -> Iterator[tuple[list[str], str, str]]:

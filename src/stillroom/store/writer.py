@@ -14,15 +14,31 @@ from stillroom.errors import MismatchError, StorageError
 from stillroom.files import crc32, lock, sync_folder, write_json, writing
 from stillroom.store.codec import Codec
 from stillroom.store.config import SHARD_POSITIONS, Full
-from stillroom.store.format import MANIFEST, Manifest, Shard, read_manifest, row_crc32, schema, values_of
+from stillroom.store.format import (
+    MANIFEST,
+    Manifest,
+    Shard,
+    hidden_crc32,
+    read_manifest,
+    row_crc32,
+    schema,
+    values_of,
+)
+from stillroom.store.hidden import bytes_per_position
 from stillroom.store.levels import Levels
 
 ROWS_AT_ONCE = 256
-"""Rows of a record batch."""
+"""Rows of a record batch at the most."""
+BATCH_HIDDEN_BYTES = 2**25
+"""A record batch is closed when it has so many bytes of hidden states; one that lies elsewhere is read whole."""
+SHARD_HIDDEN_BYTES = 2**29
+"""So is a shard, which is held in memory until it is written."""
 OURS = re.compile(r"[0-9]{5,9}\.(arrow|tables)(\.tmp)?|\.manifest\.json\.tmp")
 """The names of files that a writer makes."""
+Row = tuple[int, np.ndarray, np.ndarray]
+"""A document's number, tokens and keep."""
 IDENTITY = ("teacher", "engine", "tokenizer", "template", "data", "part", "num_columns", "length", "signal",
-            "seed")  # fmt: skip
+            "seed", "hidden")  # fmt: skip
 """What a capture that is resumed must share with the one that is there."""
 
 
@@ -36,6 +52,7 @@ class StoreWriter:
         path: the store's folder; it is made.
         manifest: what the store is to be, with no shards yet.
         shard_positions: a shard is closed when it has so many positions.
+        shard_hidden_bytes: or when it has so many bytes of hidden states.
 
     Raises:
         StorageError: another process writes to the folder.
@@ -48,8 +65,9 @@ class StoreWriter:
         manifest: Manifest,
         *,
         shard_positions: int = SHARD_POSITIONS,
+        shard_hidden_bytes: int = SHARD_HIDDEN_BYTES,
     ) -> None:
-        self.path, self.shard_positions = Path(path), shard_positions
+        self.path, self.shard_positions, self.shard_hidden_bytes = Path(path), shard_positions, shard_hidden_bytes
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             busy = StorageError(
@@ -64,8 +82,9 @@ class StoreWriter:
         except BaseException:
             self._lock.close()
             raise
-        self._rows: list[tuple[int, np.ndarray, np.ndarray]] = []
+        self._rows: list[Row] = []
         self._signals: list[Levels | np.ndarray] = []
+        self._hidden: list[bytes] = []
         self._positions, self._error = 0, 0.0
         self._broken: BaseException | None = None
 
@@ -102,7 +121,13 @@ class StoreWriter:
         return self.manifest.positions + self._positions
 
     def add(
-        self, document: int, tokens: np.ndarray, keep: np.ndarray, signal: Levels | np.ndarray, error_nats: float = 0.0
+        self,
+        document: int,
+        tokens: np.ndarray,
+        keep: np.ndarray,
+        signal: Levels | np.ndarray,
+        error_nats: float = 0.0,
+        hidden: bytes | None = None,
     ) -> None:
         """Takes one document.
 
@@ -112,20 +137,29 @@ class StoreWriter:
             keep: bool [n]: whether the token after each is to be learnt; False for the last.
             signal: of the kept positions: levels, or for a full store the logits, float32 [kept, columns].
             error_nats: what quantising cost, summed over them.
+            hidden: their inner states as ``hidden.encode`` makes them, where the manifest says that there are some.
         """
         if self._broken is not None:  # what follows a shard that is not there would leave a gap
             raise self._broken
         assert len(signal) == int(keep.sum()), f"{len(signal)} signals for {int(keep.sum())} kept positions"
+        assert self._hidden_bytes_of(len(signal)) == (None if hidden is None else len(hidden)), "other hidden states"
         self._rows.append((document, tokens, keep))
         self._signals.append(signal)
+        if hidden is not None:
+            self._hidden.append(hidden)
         self._positions += len(signal)
         self._error += error_nats
-        if self._positions >= self.shard_positions:
+        full = (self._hidden_bytes_of(self._positions) or 0) >= self.shard_hidden_bytes
+        if self._positions >= self.shard_positions or full:
             try:
                 self.flush()
             except BaseException as error:
                 self._broken = error
                 raise
+
+    def _hidden_bytes_of(self, positions: int) -> int | None:
+        config, width = self.manifest.hidden, self.manifest.hidden_width
+        return None if config is None else positions * bytes_per_position(config, width)
 
     def finish(self) -> Manifest:
         """Writes what is left, and says that the store is complete."""
@@ -170,7 +204,7 @@ class StoreWriter:
             }
         )
         self._write(self.manifest)
-        self._rows, self._signals, self._positions, self._error = [], [], 0, 0.0
+        self._rows, self._signals, self._hidden, self._positions, self._error = [], [], [], 0, 0.0
 
     def _encode(self) -> tuple[bytes, list[bytes], int, int]:
         """The shard's tables, the signal column, and the numbers of entries and of drawn ids."""
@@ -184,25 +218,37 @@ class StoreWriter:
         return codec.to_bytes(), codec.encode(tokens, levels, offsets), len(levels.ids), len(levels.draw_ids)
 
     def _write_arrow(self, file: Any, signals: list[bytes]) -> None:
-        columns = schema(self.manifest.num_columns)
+        columns = schema(self.manifest.num_columns, hidden=self.manifest.hidden is not None)
         with pa.ipc.new_file(file, columns) as writer:
-            for start in range(0, len(self._rows), ROWS_AT_ONCE):
-                rows = self._rows[start : start + ROWS_AT_ONCE]
-                blobs = signals[start : start + ROWS_AT_ONCE]
-                writer.write_batch(
-                    pa.record_batch(
-                        [
-                            pa.array([document for document, _, _ in rows], pa.int64()),
-                            _lists([tokens for _, tokens, _ in rows], columns.field("tokens").type),
-                            _lists([keep for _, _, keep in rows], columns.field("keep").type),
-                            pa.array(blobs, pa.large_binary()),
-                            pa.array(
-                                [row_crc32(*row, blob) for row, blob in zip(rows, blobs, strict=True)], pa.uint32()
-                            ),
-                        ],
-                        schema=columns,
-                    )
-                )
+            start = 0
+            while start < len(self._rows):
+                stop = start + self._rows_of_batch(start)
+                arrays = self._arrays(columns, self._rows[start:stop], signals[start:stop], self._hidden[start:stop])
+                writer.write_batch(pa.record_batch(arrays, schema=columns))
+                start = stop
+
+    def _rows_of_batch(self, start: int) -> int:
+        """How many rows the record batch has that begins at a row."""
+        sizes = np.cumsum([len(hidden) for hidden in self._hidden[start : start + ROWS_AT_ONCE]])
+        most = int(np.searchsorted(sizes, BATCH_HIDDEN_BYTES)) + 1 if len(sizes) else ROWS_AT_ONCE
+        return min(most, ROWS_AT_ONCE)
+
+    def _arrays(self, columns: pa.Schema, rows: list[Row], signals: list[bytes], hidden: list[bytes]) -> list[pa.Array]:
+        """The columns of a record batch."""
+        of_hidden: list[int | None] = [None] * len(rows)
+        further = []
+        if self.manifest.hidden is not None:
+            of_hidden = [hidden_crc32(n, t, k, states) for (n, t, k), states in zip(rows, hidden, strict=True)]
+            further = [pa.array(of_hidden, pa.uint32()), pa.array(hidden, pa.large_binary())]
+        of_rows = [row_crc32(n, t, k, said, of) for (n, t, k), said, of in zip(rows, signals, of_hidden, strict=True)]
+        return [
+            pa.array([document for document, _, _ in rows], pa.int64()),
+            _lists([tokens for _, tokens, _ in rows], columns.field("tokens").type),
+            _lists([keep for _, _, keep in rows], columns.field("keep").type),
+            pa.array(signals, pa.large_binary()),
+            pa.array(of_rows, pa.uint32()),
+            *further,
+        ]
 
     def _write(self, manifest: Manifest) -> None:
         write_json(self.path / MANIFEST, values_of(manifest))

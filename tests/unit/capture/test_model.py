@@ -142,7 +142,7 @@ def test_every_logit_is_that_of_a_plain_forward_pass(family):
     model = build_model(family, seed=2).double()
     asked = documents()
     said = teacher(model, Full(kind="full"), pack=family not in ("gpt2",)).say(asked)
-    for document, (logits, error) in zip(asked, said, strict=True):
+    for document, (logits, error, _) in zip(asked, said, strict=True):
         assert isinstance(logits, np.ndarray)
         assert logits.shape == (document.num_kept, COLUMNS)
         assert error == 0

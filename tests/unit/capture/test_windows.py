@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from conftest import build_documents
-from stillroom.capture import windows as module
 from stillroom.capture.windows import Document, batches, windows
 
 LENGTHS = [6, 33, 12, 7, 29, 31, 18, 33, 5, 24, 9, 2, 16, 28, 33, 11]
@@ -34,10 +33,9 @@ def test_the_first_token_is_never_predicted():
 
 
 @pytest.mark.parametrize(("first", "stop", "sizes"), [(0, 16, [5, 5, 5, 1]), (3, 13, [5, 5]), (4, 5, [1]), (7, 7, [])])
-def test_windows_hold_each_document_once_and_in_order(monkeypatch, first, stop, sizes):
-    monkeypatch.setattr(module, "WINDOW_DOCUMENTS", 5)
+def test_windows_hold_each_document_once_and_in_order(first, stop, sizes):
     source = build_documents(LENGTHS)
-    found = list(windows(source, first, stop))
+    found = list(windows(source, first, stop, 5))
     assert [len(window) for window in found] == sizes
     flat = [document for window in found for document in window]
     assert [document.number for document in flat] == list(range(first, stop))

@@ -14,8 +14,9 @@ import torch
 
 from stillroom.selection import Selection, head_and_sample, sampled, top_k, top_p
 from stillroom.store.check import ShardCheck
-from stillroom.store.config import AnySignal, Full, HeadAndSample, Sampled, TopK, TopP, side_columns
-from stillroom.store.format import FORMAT, Manifest, Source, seal
+from stillroom.store.config import AnySignal, Full, HeadAndSample, HiddenStates, Sampled, TopK, TopP, side_columns
+from stillroom.store.format import Manifest, Source, format_of, seal
+from stillroom.store.hidden import encode
 from stillroom.store.levels import Levels
 from stillroom.store.quantise import num_uniforms, quantise
 from stillroom.store.reader import Store
@@ -32,6 +33,10 @@ CONFIGS: dict[str, AnySignal] = {
 FULL = Full(kind="full")
 EVERY: dict[str, AnySignal] = {**CONFIGS, "full": FULL}
 COLUMNS = 23
+WIDTH, NUM_LAYERS = 6, 3
+"""Of the teacher's inner states, where there are some."""
+INT8 = HiddenStates(layers=("final_norm", 1, "embeddings"))
+BFLOAT16 = HiddenStates(layers=(2, 0), format="bfloat16")
 
 
 def random_logits(n: int, v: int, seed: int = 0, spread: float = 3.0) -> torch.Tensor:
@@ -70,6 +75,7 @@ class Document:
     keep: np.ndarray
     signal: Levels | np.ndarray
     error_nats: float
+    hidden: bytes | None = None
 
 
 def build_documents(
@@ -94,10 +100,28 @@ def build_documents(
     return documents
 
 
+def build_states(document: Document, config: HiddenStates) -> torch.Tensor:
+    """Inner states of its kept positions, float32 [layers, kept, WIDTH], of very different sizes."""
+    generator = torch.Generator().manual_seed(document.number)
+    shape = len(config.layers), int(document.keep.sum())
+    states = torch.randn(*shape, WIDTH, generator=generator)
+    return states * torch.randn(*shape, 1, generator=generator).mul(3).exp()
+
+
+def with_hidden(documents: Sequence[Document], config: HiddenStates) -> list[Document]:
+    """The same documents, with inner states."""
+    return [dataclasses.replace(d, hidden=encode(build_states(d, config), config)) for d in documents]
+
+
+def hidden_changes(config: HiddenStates | None) -> dict[str, Any]:
+    """What differs in the manifest of a store with inner states."""
+    return {} if config is None else {"hidden": config, "hidden_width": WIDTH, "num_layers": NUM_LAYERS}
+
+
 def build_manifest(config: AnySignal, **changes: Any) -> Manifest:
     """Of a store that is not yet written."""
     values: dict[str, Any] = {
-        "format": FORMAT,
+        "format": format_of(changes.get("hidden")),
         "complete": False,
         "teacher": Source(name="a teacher", fingerprint="11"),
         "engine": "transformers",
@@ -126,7 +150,7 @@ def write(
 
 def add(writer: StoreWriter, documents: Sequence[Document]) -> None:
     for d in documents:
-        writer.add(d.number, d.tokens, d.keep, d.signal, d.error_nats)
+        writer.add(d.number, d.tokens, d.keep, d.signal, d.error_nats, d.hidden)
 
 
 def equal(a: Levels | np.ndarray, b: Levels | np.ndarray) -> bool:

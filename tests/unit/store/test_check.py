@@ -168,7 +168,7 @@ def test_another_tokenizer(damage, chat_tokenizer):
 
 def test_a_newer_version(damage):
     path = damage()
-    change_manifest(path, lambda values: values.update(format=2))
+    change_manifest(path, lambda values: values.update(format=3))
     checked = check(path)
     assert checked.manifest is None
     assert "format that is not known" in str(checked.problems[0])

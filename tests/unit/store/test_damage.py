@@ -40,6 +40,7 @@ def read_all(path: Path | str) -> None:
     store = Store(path)
     for i in range(len(store)):
         signal_of(store, i)
+        store.hidden([i])
         store.tokens(i), store.keep(i), store.document(i), store.learn(i), store.signal_bytes(i)
     assert len(store.lengths) == len(store)
     for number in range(store.num_shards):
@@ -242,7 +243,7 @@ def test_a_manifest_that_is_none(data, copy):
         Store(path)
 
 
-@pytest.mark.parametrize("version", [0, 2, 99, -1, "1", [1], None, 1.5])
+@pytest.mark.parametrize("version", [0, 3, 99, -1, "1", [1], None, 1.5])
 def test_a_manifest_of_another_version(version, copy):
     path = copy()
     change_manifest(path, lambda m: m.update(format=version, of_a_later_version={"a": 1}))

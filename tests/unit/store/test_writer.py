@@ -4,6 +4,7 @@ import json
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +18,14 @@ from .stores import (
     CONFIGS,
     EVERY,
     FULL,
+    INT8,
     add,
     build_documents,
     build_manifest,
     change_manifest,
     equal,
     files,
+    hidden_changes,
     says,
     verify,
     write,
@@ -116,22 +119,22 @@ class Killer:
 FSYNC = os.fsync
 
 
-def capture(path: Path, config, documents, shard_positions: int = 10) -> int:
+def capture(path: Path, config, documents, shard_positions: int = 10, **changes: Any) -> int:
     """What a capture does, the first time and when it is resumed; the number of documents that were there."""
-    with StoreWriter(path, build_manifest(config), shard_positions=shard_positions) as writer:
+    with StoreWriter(path, build_manifest(config, **changes), shard_positions=shard_positions) as writer:
         there = writer.num_documents
         add(writer, documents[there:])
         writer.finish()
     return there
 
 
-def capture_killed(path: Path, config, documents, at: int, *, after: bool) -> bool:
+def capture_killed(path: Path, config, documents, at: int, *, after: bool, **changes: Any) -> bool:
     """Whether it came to an end before it was killed."""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         Killer(patch, at, after=after)
         try:
-            capture(path, config, documents)
+            capture(path, config, documents, **changes)
         except Killed:
             return False
         return True
@@ -211,7 +214,7 @@ def test_a_store_of_something_else_is_refused_and_left_as_it_is(name, tmp_path):
     (path / "00099.arrow").write_bytes(b"half")
     before = files(path)
     with pytest.raises(MismatchError, match=f"has another {name}"):
-        StoreWriter(path, build_manifest(config, **{name: OTHER[name]}))
+        StoreWriter(path, build_manifest(config, **hidden_changes(INT8) if name == "hidden" else {name: OTHER[name]}))
     assert files(path) == before
     with StoreWriter(path, build_manifest(config)):
         pass
