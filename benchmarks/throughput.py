@@ -89,7 +89,7 @@ def stillroom_step() -> Callable[[], float]:
     batch = Batch(ids[:, :-1], ids[:, 1:], torch.ones_like(positions, dtype=torch.bool), positions, positions * 0)
 
     def step() -> float:
-        result = module(batch, teacher.signal(batch), batch.num_kept)
+        result = module(batch, teacher.tell(batch), batch.num_kept)
         result.loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()

@@ -7,19 +7,26 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stillroom.batch import Batch
+from stillroom.distill.hidden import HiddenSpec, HiddenTerm
 from stillroom.distill.step import StudentStep
 from stillroom.head import Head
 from stillroom.losses import LOSSES, Objective
-from stillroom.signals import Dense
+from stillroom.signals import Attention, Dense, Hidden, Told
 
 OBJECTIVES = [
     Objective(name, LOSSES[name], weight)
     for name, weight in (("forward_kl", 0.5), ("jensen_shannon", 0.3), ("cross_entropy", 0.2))
+]
+
+SPECS = [
+    HiddenSpec("hidden", "mse", ((0, 1), (1, 3), ("final_norm", "final_norm")), (16, 20), start="orthogonal"),
+    HiddenSpec("relations", "attention_relation", ((1, 2),), (16, 20), {"heads": 4}),
 ]
 
 
@@ -29,17 +36,27 @@ def step() -> StudentStep:
         vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, tie_word_embeddings=False,
     )  # fmt: skip
-    return StudentStep(LlamaForCausalLM(config), OBJECTIVES, num_columns=None, logits_bytes=4096)
+    terms = [HiddenTerm(spec) for spec in SPECS]
+    return StudentStep(LlamaForCausalLM(config), OBJECTIVES, num_columns=None, logits_bytes=4096, hidden=terms)
 
 
-def batch_and_signal() -> tuple[Batch, Dense]:
+def batch_and_told() -> tuple[Batch, Dense, Hidden]:
     g = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 48, (4, 9), generator=g)
     positions = torch.arange(9).expand(4, 9)
     keep = torch.rand(4, 9, generator=g) > 0.2
     batch = Batch(tokens, tokens.roll(-1, 1), keep, positions, torch.zeros(4, 9, dtype=torch.long))
     head = Head(torch.randn(48, 20, generator=g))
-    return batch, Dense(torch.randn(batch.num_kept, 20, generator=g), head)
+    n = batch.num_kept
+    states = {layer: torch.randn(n, 20, generator=g) for layer in (1, 3, "final_norm")}
+    attention = {2: Attention(*(torch.randn(n, 20, generator=g) for _ in range(3)))}
+    return batch, Dense(torch.randn(n, 20, generator=g), head), Hidden(states, attention)
+
+
+def part(hidden: Hidden, rows: Tensor) -> Hidden:
+    """The inner states of some of the positions."""
+    states = {layer: state[rows] for layer, state in hidden.states.items()}
+    return Hidden(states, {layer: Attention(*(x[rows] for x in a)) for layer, a in hidden.attention.items()})
 
 
 def main(rank: int, world: int, rendezvous: str, out: str) -> None:
@@ -50,11 +67,12 @@ def main(rank: int, world: int, rendezvous: str, out: str) -> None:
         for layer in module.model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(module, mesh=mesh)
-    batch, signal = batch_and_signal()
+    batch, signal, hidden = batch_and_told()
     rows = slice(4 * rank // world, 4 * (rank + 1) // world)
     mine = Batch(*(getattr(batch, name)[rows] for name in ("tokens", "next_tokens", "keep", "positions", "documents")))
     first = int(batch.keep[: rows.start].sum())
-    result = module(mine, signal.at(torch.arange(first, first + mine.num_kept)), batch.num_kept)
+    positions = torch.arange(first, first + mine.num_kept)
+    result = module(mine, Told(signal.at(positions), part(hidden, positions)), batch.num_kept)
     (result.loss * world).backward()  # the gradients are averaged over the processes
     loss = result.loss.detach()
     found = {}

@@ -1,4 +1,5 @@
-"""The fused losses where the student, its head with it, is held in parts by two processes (FSDP2 over gloo)."""
+"""The losses, of logits and of hidden states, where the student step, head and projectors with it, is held in parts by
+two processes (FSDP2 over gloo)."""
 
 import subprocess
 import sys
@@ -21,5 +22,6 @@ def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path: Path) ->
     torch.testing.assert_close(found[2]["loss"], found[1]["loss"], rtol=1e-6, atol=1e-7)
     names = found[1]["gradients"].keys()
     assert "model.lm_head.weight" in names
+    assert sum("projectors" in name for name in names) == 3
     for name in names:
         torch.testing.assert_close(found[2]["gradients"][name], found[1]["gradients"][name], rtol=1e-4, atol=1e-7)

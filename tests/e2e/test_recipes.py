@@ -75,6 +75,8 @@ def stand_ins(values: dict[str, Any], models: list[Path], data: dict[str, Path],
         settings.append(f"student.tokenizer={models[0]}")
     if "like" in student.get("init", {}):
         settings.append(f"student.init.like={models[1]}")
+    if student.get("init", {}).get("kind") == "from_teacher":
+        settings.append("student.init={kind: from_teacher, layers: 1, width: {intermediate_size: 16}}")
     if "held_out" in values:
         settings.append(f"held_out.path={stores['held_out'] if offline else folder / 'valid.jsonl'}")
     return [*settings, "tracking=[]"]

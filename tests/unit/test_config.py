@@ -17,9 +17,12 @@ import stillroom
 from stillroom.capture.config import CaptureConfig
 from stillroom.cli.store import MergeConfig
 from stillroom.config import Config, PathText, explain, load, replace
+from stillroom.cut.config import Layers
 from stillroom.distill.config import DistillConfig
-from stillroom.distill.objective_config import ObjectiveConfig
+from stillroom.distill.hidden_config import Distance
+from stillroom.distill.objective_config import LogitObjective
 from stillroom.errors import ConfigError, MissingError
+from stillroom.prune.config import PruneConfig
 from stillroom.recipe import differences, to_yaml
 from stillroom.store.import_config import ImportConfig
 
@@ -639,6 +642,17 @@ def test_explain_tells_each_members_own_default():
     assert "share: number = 0.9" in text
 
 
+def test_explain_tells_each_form_that_a_value_may_have():
+    class Root(Config):
+        layers: Layers | None = None
+        """Some layers."""
+
+    lines = explain(Root).splitlines()
+    assert lines[0] == "layers: integer | list of integer | every | best = null"
+    assert "  kind: every" in lines
+    assert "    step: integer (required)" in lines
+
+
 def config_classes() -> list[type[Config]]:
     """Every Config class that a config.py of the package defines."""
     for module in pkgutil.walk_packages(stillroom.__path__, "stillroom."):
@@ -676,10 +690,11 @@ def reachable(config_class: type[Config]) -> set[type[Config]]:
             return reachable(annotation)
         return {c for part in typing.get_args(annotation) for c in inside(part)}
 
-    return {config_class} | {c for f in config_class.model_fields.values() for c in inside(f.annotation)}
+    bases = {base for base in config_class.__mro__[1:] if issubclass(base, Config) and base is not Config}
+    return {config_class} | bases | {c for f in config_class.model_fields.values() for c in inside(f.annotation)}
 
 
-@pytest.mark.parametrize("verb", [DistillConfig, CaptureConfig, ImportConfig])
+@pytest.mark.parametrize("verb", [DistillConfig, CaptureConfig, PruneConfig, ImportConfig])
 def test_the_help_of_a_verb_tells_every_setting_with_its_meaning(verb):
     lines = [line.strip() for line in explain(verb).splitlines()]
     for config_class in reachable(verb):
@@ -691,8 +706,9 @@ def test_the_help_of_a_verb_tells_every_setting_with_its_meaning(verb):
 
 def test_explaining_reaches_every_config_class_of_the_package():
     found = {c for c in config_classes() if not c.__name__.startswith("_")}
-    verbs = (DistillConfig, CaptureConfig, ImportConfig, MergeConfig)
-    assert set[type[Config]]().union(*map(reachable, verbs)) == found
+    verbs = (DistillConfig, CaptureConfig, PruneConfig, ImportConfig, MergeConfig)
+    told = set[type[Config]]().union(*map(reachable, verbs))
+    assert {c for c in told if not c.__name__.startswith("_")} == found
 
 
 # --- the objectives and their functions ------------------------------------------------------------------------------
@@ -701,9 +717,8 @@ def test_explaining_reaches_every_config_class_of_the_package():
 def test_each_objectives_settings_are_its_loss_functions_keyword_arguments():
     from stillroom.losses import LOSSES
 
-    members = typing.get_args(typing.get_args(ObjectiveConfig)[0])
     seen = set()
-    for member in members:
+    for member in typing.get_args(LogitObjective):
         for kind in typing.get_args(member.model_fields["kind"].annotation):
             keywords = {
                 name: p
@@ -717,3 +732,22 @@ def test_each_objectives_settings_are_its_loss_functions_keyword_arguments():
             )
             seen.add(kind)
     assert seen == set(LOSSES)
+
+
+def test_each_distances_settings_are_its_functions_keyword_arguments():
+    from stillroom.losses.hidden import DISTANCES
+
+    members = typing.get_args(typing.get_args(Distance)[0])
+    seen = set()
+    for member in members:
+        (kind,) = typing.get_args(member.model_fields["kind"].annotation)
+        keywords = {
+            name: p.default
+            for name, p in inspect.signature(DISTANCES[kind]).parameters.items()
+            if p.kind is inspect.Parameter.KEYWORD_ONLY and name != "chunk_bytes"  # which changes no result
+        }
+        settings = {n: f.get_default() for n, f in member.model_fields.items() if n != "kind"}
+        assert set(settings) == set(keywords), kind
+        assert all(value in ("auto", keywords[name]) for name, value in settings.items()), kind
+        seen.add(kind)
+    assert seen == set(DISTANCES)

@@ -8,12 +8,12 @@ from typing import Any
 from stillroom.batch import Batch
 from stillroom.data.stream import BatchStream, DocumentSet
 from stillroom.distill.teacher import Teacher
-from stillroom.signals import Signal
+from stillroom.signals import Told
 
 STEPS_AHEAD = 2
 
-Micro = tuple[Batch, Signal | None]
-"""A micro-batch, with what of its signal could be read without the device."""
+Micro = tuple[Batch, Told | None]
+"""A micro-batch, with what of it could be read without the device."""
 
 
 class ReadAhead(Iterator[list[Micro]]):

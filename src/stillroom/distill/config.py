@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from stillroom.config import Config, PathText
+from stillroom.cut.config import CutConfig
 from stillroom.data.config import ChatData, PromptCompletionData, TextData
 from stillroom.distill.objective_config import ByColumn, ObjectiveConfig
 
@@ -23,6 +24,15 @@ class FromConfig(Config):
     """Instead of a pattern: a family's name in `transformers`, such as llama or qwen3, with its default settings."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """What differs, by the names of the family's config.json: hidden_size, num_hidden_layers, …"""
+
+
+class FromTeacher(CutConfig):
+    """A student that starts as a part of its teacher."""
+
+    kind: Literal["from_teacher"]
+    model: PathText | None = None
+    """The model that it is cut from; null is the live teacher. Where the teacher is a store, the model that was
+    asked."""
 
 
 class Lora(Config):
@@ -45,8 +55,8 @@ class StudentConfig(Config):
 
     model: PathText | None = None
     """Hub name or folder."""
-    init: FromConfig | None = None
-    """Build a new student instead."""
+    init: Annotated[FromConfig | FromTeacher, Field(discriminator="kind")] | None = None
+    """Build a new student instead: with random weights, or as a part of its teacher."""
     tokenizer: PathText | None = None
     """Hub name or folder of the tokenizer, where it is not the student's own (a new student: the teacher's)."""
     lora: Lora | None = None
@@ -238,15 +248,23 @@ class DistillConfig(Config):
             raise ValueError("held_out is the same as data: what is measured must not be trained on")
         if self.checkpoints.best and (self.held_out is None or self.held_out.every is None):
             raise ValueError("checkpoints.best needs `held_out` with `every`, by which the best is known")
-        if self.student.init is not None:
-            if self.student.init.like is not None and self.student.init.family is not None:
-                raise ValueError("student.init takes `like` or `family`, and not both")
-            nobody = not isinstance(self.teacher, LiveTeacher)
-            if nobody and self.student.init.like is None and self.student.init.family is None:
-                raise ValueError("student.init needs `like` or `family` where there is no live teacher to be like")
-            if self.teacher is None and self.student.tokenizer is None:
-                raise ValueError("a new student without a teacher needs student.tokenizer")
+        self._student_has_an_origin()
         return self
+
+    def _student_has_an_origin(self) -> None:
+        init, nobody = self.student.init, not isinstance(self.teacher, LiveTeacher)
+        if isinstance(init, FromTeacher):
+            if nobody and init.model is None:
+                raise ValueError("student.init needs `model`, to be cut from, where there is no live teacher")
+            return
+        if init is None:
+            return
+        if init.like is not None and init.family is not None:
+            raise ValueError("student.init takes `like` or `family`, and not both")
+        if nobody and init.like is None and init.family is None:
+            raise ValueError("student.init needs `like` or `family` where there is no live teacher to be like")
+        if self.teacher is None and self.student.tokenizer is None:
+            raise ValueError("a new student without a teacher needs student.tokenizer")
 
     def _measures_what_it_trains_on(self) -> bool:
         assert self.held_out is not None

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from stillroom.batch import Batch
+from stillroom.distill.hidden import HiddenTerm
 from stillroom.distill.step import StudentStep
 from stillroom.distill.teacher import LiveTeacher, StoredTeacher
 from stillroom.losses import Objective, cross_entropy, forward_kl
@@ -33,7 +34,8 @@ def measure_held_out(
 
     ``loss_nats`` is the weighted sum of the run's objectives, as they are at its end; ``cross_entropy_nats`` is with
     the data; ``student_entropy_nats`` is the student's own; and with a teacher there are ``forward_kl_nats`` (teacher ‖
-    student), ``top1_agreement``, ``accepted_mass`` (of speculative decoding) and the teacher's own cross-entropy. From
+    student), ``top1_agreement``, ``accepted_mass`` (of speculative decoding) and the teacher's own cross-entropy; of an
+    objective of inner states its distance. From
     a store, only what it kept can be told: agreement and accepted mass where its first entry is the likeliest token,
     the teacher's own cross-entropy where it kept the labels' log-probabilities, and of a truncated signal the
     divergence with its bucket. None where ``stop`` came to say so before the end.
@@ -50,18 +52,23 @@ def measure_held_out(
         logits_bytes=module.logits_bytes,
         precision=module.precision,
         measures=measures,
+        hidden=[term for term in module.hidden.values() if isinstance(term, HiddenTerm)],
+        hidden_weights=module.hidden_weights,
     )
     probe.eval()
-    loss, sums, num_kept = 0.0, torch.zeros(len(probe.objectives) + len(measures), dtype=torch.float64), 0
+    loss, sums, num_kept = 0.0, torch.zeros(len(probe.terms) + len(measures), dtype=torch.float64), 0
     for micro in (micro for step in steps for micro in step):
         if stop():
             return None
         batch = micro.to(device)
-        result = probe(batch, None if teacher is None else teacher.signal(batch), 1)
+        result = probe(batch, None if teacher is None else teacher.tell(batch), 1)
         loss, sums, num_kept = loss + result.loss.item(), sums + result.sums.cpu(), num_kept + micro.num_kept
-    names = [objective.name for objective in watched] + [MEASURES[measure] for measure in measures]
-    values = (sums / num_kept).tolist()[len(module.objectives) :]
-    return {"loss_nats": loss / num_kept, **dict(zip(names, values, strict=True)), "num_tokens": num_kept}
+    of_objectives = [objective.name for objective in probe.objectives]
+    names = [*of_objectives, *(f"{name}_distance" for name in probe.hidden), *(MEASURES[m] for m in measures)]
+    found = dict(zip(names, (sums / num_kept).tolist(), strict=True))
+    for objective in module.objectives:
+        del found[objective.name]  # which ``loss_nats`` has in it
+    return {"loss_nats": loss / num_kept, **found, "num_tokens": num_kept}
 
 
 def _known(teacher: LiveTeacher | StoredTeacher) -> list[Measure]:

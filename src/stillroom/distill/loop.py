@@ -19,6 +19,7 @@ from stillroom.losses.reduce import widest_float
 
 Measure = Callable[[Callable[[], bool]], dict[str, float] | None]
 """Makes the held-out measurement, or gives None where the function that it is given says to stop."""
+Scheduled = tuple[Sequence[Objective], Mapping[str, float]]
 Report = Callable[[str, Mapping[str, Any]], None]
 """Is told what happens: the name of the event ("tokenise", "step", "held_out", "note") and its values."""
 
@@ -36,7 +37,7 @@ def train(
     keep_best: bool,
     record: Callable[[dict[str, Any]], None],
     report: Report,
-    objectives: Callable[[float], Sequence[Objective]] | None = None,
+    objectives: Callable[[float], Scheduled] | None = None,
 ) -> None:
     """Goes on from ``state`` to ``num_steps`` optimizer steps and the measurement of the last, and saves.
 
@@ -45,7 +46,8 @@ def train(
         clip: the longest gradient, over all parameters.
         measure: the held-out measurement, made every ``measure_every`` steps and at the end.
         record: takes each line of metrics.jsonl.
-        objectives: those at a point of the run, from 0 at the first step to 1 at the last, where they change.
+        objectives: those at a point of the run, from 0 at the first step to 1 at the last, where they change, and the
+            weights of those of inner states.
 
     Raises:
         NonFiniteError: a loss or a gradient is not finite. The step is not taken.
@@ -85,7 +87,7 @@ def _step(
     teacher: Teacher | None,
     clip: float | None,
     checkpoints: Checkpoints,
-    objectives: Sequence[Objective] | None = None,
+    now: Scheduled | None = None,
 ) -> dict[str, Any]:
     """One optimizer step: all its micro-batches, then the update. Returns its line of metrics."""
     start = time.perf_counter()
@@ -97,11 +99,12 @@ def _step(
 
     dtype = widest_float(device)
     total = torch.zeros((), dtype=dtype, device=device)
-    sums = torch.zeros(len(state.module.objectives), dtype=dtype, device=device)
+    sums = torch.zeros(len(state.module.terms), dtype=dtype, device=device)
     for micro, read in micros:
         with _enough_memory(micro):
             batch = micro.to(device)
-            result = state.module(batch, None if teacher is None else teacher.signal(batch, read), num_kept, objectives)
+            told = None if teacher is None else teacher.tell(batch, read)
+            result = state.module(batch, told, num_kept, *(now or ()))
             result.loss.backward()
         total += result.loss.detach()
         sums += result.sums
@@ -124,8 +127,8 @@ def _step(
         "step": state.step,
         "epoch": state.stream.epoch,
         "loss_nats": loss,
-        **{f"{o.name}_nats": v for o, v in zip(state.module.objectives, terms, strict=True)},
-        **({} if objectives is None else _settings(objectives)),
+        **{_column(name, state): value for name, value in zip(state.module.terms, terms, strict=True)},
+        **({} if now is None else _settings(*now)),
         "grad_norm": grad_norm,
         "learning_rate": learning_rate,
         "num_tokens": num_positions,
@@ -135,9 +138,15 @@ def _step(
     }
 
 
-def _settings(objectives: Sequence[Objective]) -> dict[str, float]:
+def _column(name: str, state: TrainState) -> str:
+    """What an objective's value is called in the metrics: distances of inner states are in units of their own."""
+    return f"{name}_distance" if name in state.module.hidden else f"{name}_nats"
+
+
+def _settings(objectives: Sequence[Objective], hidden: Mapping[str, float]) -> dict[str, float]:
     """What a schedule has made of the objectives."""
     weights = {f"{o.name}_weight": o.weight for o in objectives}
+    weights |= {f"{name}_weight": weight for name, weight in hidden.items()}
     return weights | {
         f"{o.name}_temperature": t for o in objectives if (t := o.arguments.get("temperature")) is not None
     }

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from stillroom.config import Config
+from stillroom.distill.hidden_config import HiddenSettings
 
 NotNegative = Annotated[float, Field(ge=0)]
 Above = Annotated[float, Field(gt=0)]
@@ -176,7 +177,21 @@ class CrossEntropy(_Tempered):
     """Label smoothing: this share of the target is spread over all columns."""
 
 
-ObjectiveConfig = Annotated[
+class Hidden(HiddenSettings):
+    """The teacher's inner states, layer by layer."""
+
+    kind: Literal["hidden"]
+    weight: NotNegative | Schedule = 1.0
+    """Its share in the sum of objectives; or how the share changes over the run."""
+    token_weight: ByColumn | None = None
+    """What each token counts in it, by data.weight; null counts all alike. What is reported is without it."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        return True
+
+
+LogitObjective = (
     ForwardKL
     | ReverseKL
     | JensenShannon
@@ -188,6 +203,7 @@ ObjectiveConfig = Annotated[
     | LogitMSE
     | HingeRanking
     | LogisticRanking
-    | CrossEntropy,
-    Field(discriminator="kind"),
-]
+    | CrossEntropy
+)
+"""What is compared in the distribution of the next token."""
+ObjectiveConfig = Annotated[LogitObjective | Hidden, Field(discriminator="kind")]

@@ -4,23 +4,41 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from stillroom.distill.objective_config import ByColumn, ByEntropy, ObjectiveConfig, Schedule
+from stillroom.distill.objective_config import (
+    ByColumn,
+    ByEntropy,
+    Hidden,
+    LogitObjective,
+    ObjectiveConfig,
+    Schedule,
+)
 from stillroom.losses import LOSSES, Objective
 from stillroom.losses.weighting import TokenWeight, by_data, by_entropy
 
 
+def names(configs: Sequence[ObjectiveConfig]) -> list[str]:
+    """What each is called: by its kind; two of one kind are told apart by a number."""
+    kinds = [config.kind for config in configs]
+    return [kind if kinds.count(kind) == 1 else f"{kind}_{kinds[:i].count(kind)}" for i, kind in enumerate(kinds)]
+
+
 def build_objectives(configs: Sequence[ObjectiveConfig], progress: float = 1.0) -> tuple[Objective, ...]:
-    """One Objective for each; two of one kind are told apart by a number.
+    """One Objective for each that compares next-token distributions.
 
     Args:
         progress: how far the run has come, from 0 at its first step to 1 at its last, for what follows a schedule.
     """
-    kinds = [config.kind for config in configs]
-    names = [kind if kinds.count(kind) == 1 else f"{kind}_{kinds[:i].count(kind)}" for i, kind in enumerate(kinds)]
-    return tuple(_build(name, config, progress) for name, config in zip(names, configs, strict=True))
+    named = zip(names(configs), configs, strict=True)
+    return tuple(_build(name, config, progress) for name, config in named if not isinstance(config, Hidden))
 
 
-def _build(name: str, config: ObjectiveConfig, progress: float) -> Objective:
+def hidden_weights(configs: Sequence[ObjectiveConfig], progress: float = 1.0) -> dict[str, float]:
+    """The weight of each that compares inner states, by its name."""
+    named = zip(names(configs), configs, strict=True)
+    return {name: value_at(config.weight, progress) for name, config in named if isinstance(config, Hidden)}
+
+
+def _build(name: str, config: LogitObjective, progress: float) -> Objective:
     arguments = {field: getattr(config, field) for field in type(config).model_fields}
     for field in ("kind", "weight", "token_weight"):
         del arguments[field]

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from stillroom.config import quoted
 from stillroom.distill.config import DistillConfig
-from stillroom.distill.objective_config import ObjectiveConfig
+from stillroom.distill.objective_config import Hidden, LogitObjective, ObjectiveConfig
 from stillroom.errors import ConfigError, DataError, MismatchError
 from stillroom.losses import check_sparse
 from stillroom.losses.sparse import NEEDS_NO_TEACHER
@@ -41,6 +41,8 @@ def open_store(path: str, config: DistillConfig, given: DistillConfig) -> Store:
     signal = store.signal_config
     if not isinstance(signal, Full):
         for objective in config.objectives:
+            if isinstance(objective, Hidden):
+                continue
             _check_temperature(objective, signal, path)
             check_sparse(
                 objective.kind,
@@ -91,7 +93,7 @@ def check_missing(store: Store, objectives: Sequence[ObjectiveConfig]) -> None:
             )
 
 
-def _check_temperature(objective: ObjectiveConfig, signal: QuantisedSignal, path: str) -> None:
+def _check_temperature(objective: LogitObjective, signal: QuantisedSignal, path: str) -> None:
     """Raises MismatchError where a temperature changes over the run, which a few entries cannot follow."""
     if len(objective.temperatures) == 1 or objective.kind in NEEDS_NO_TEACHER:
         return
@@ -104,7 +106,7 @@ def _check_temperature(objective: ObjectiveConfig, signal: QuantisedSignal, path
     )
 
 
-def _check_entropy(objective: ObjectiveConfig, signal: QuantisedSignal, path: str) -> None:
+def _check_entropy(objective: LogitObjective, signal: QuantisedSignal, path: str) -> None:
     """Raises MismatchError where tokens are to count by an entropy that the store does not hold."""
     weigh = objective.token_weight
     if weigh is None or weigh.kind != "teacher_entropy":

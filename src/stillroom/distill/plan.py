@@ -8,11 +8,13 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from stillroom import models
 from stillroom.config import replace
+from stillroom.cut.plan import CutPlan
 from stillroom.data.config import AnyData
 from stillroom.data.documents import cache_folder, cache_path
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.distill.config import DistillConfig, LiveTeacher, StoredData, StoreTeacher
+from stillroom.distill.hidden_plan import HiddenPlan, plan_hidden
 from stillroom.distill.offline import (
     check_columns,
     check_held_out,
@@ -22,7 +24,7 @@ from stillroom.distill.offline import (
     shown_length,
     stored_template,
 )
-from stillroom.distill.student import new_config
+from stillroom.distill.student_plan import cut_from, origin_of, student_parts
 from stillroom.errors import ConfigError, MismatchError, MissingError
 from stillroom.losses.linear import CHUNK_BYTES
 from stillroom.recipe import to_yaml
@@ -40,13 +42,17 @@ class Plan:
     template: str | None
     """The chat template that rows go through, where they do."""
     fresh: PretrainedConfig | None
-    """The config of a new student."""
+    """The config of a new student with random weights."""
     teacher_config: PretrainedConfig | None
     held_out: AnyData | StoredData | None
     """The settings of the held-out data: those of the training data, at another path and in its own order."""
     store: Store | None = None
     """What the student learns from offline."""
     held_out_store: Store | None = None
+    hidden: HiddenPlan | None = None
+    """What the objectives of inner states compare."""
+    cut: CutPlan | None = None
+    """What a student that starts as a part of its teacher keeps of it."""
 
     @property
     def columns(self) -> int | None:
@@ -60,9 +66,17 @@ class Plan:
         assert teacher.columns != "auto"
         return teacher.columns
 
+    @property
+    def cut_from(self) -> str | None:
+        """The model that a student is cut from, where it is."""
+        return cut_from(self.config)
+
     def __str__(self) -> str:
-        """The resolved settings, and what a run reads and writes, as YAML."""
-        return to_yaml({"config": self.config.model_dump(mode="json"), "reads": self.reads(), "writes": self.writes()})
+        """The resolved settings, what is cut and compared, and what a run reads and writes, as YAML."""
+        cut = {} if self.cut is None else {"cut": self.cut.facts()}
+        maps = {} if self.hidden is None else {"layers": self.hidden.texts()}
+        config = self.config.model_dump(mode="json")
+        return to_yaml({"config": config, **cut, **maps, "reads": self.reads(), "writes": self.writes()})
 
     def reads(self) -> dict[str, str]:
         """The models and files that a run reads, by what they are for."""
@@ -75,6 +89,8 @@ class Plan:
                 found[name] = f"{store.path} ({m.documents} documents, {m.size_bytes / 2**20:.1f} MiB)"
         if config.student.model is not None:
             found["student"] = _model_text(config.student.model)
+        if (source := self.cut_from) is not None:
+            found["cut from"] = _model_text(source)
         if config.student.tokenizer is not None:
             found["tokenizer"] = config.student.tokenizer
         for name, data in self._data():
@@ -121,7 +137,7 @@ def make_plan(config: DistillConfig) -> Plan:
         teacher_config = models.read_config(
             teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
         )
-    fresh, student_config = _student_config(config, teacher_config, tokenizer)
+    cut, fresh, student_config = student_parts(config, teacher_config, tokenizer)
     whose_tokenizer = _whose_tokenizer(config)
     _check_vocabulary(student_config, tokenizer, "student", whose_tokenizer)
     if teacher_config is not None:
@@ -136,7 +152,12 @@ def make_plan(config: DistillConfig) -> Plan:
     if template is not None:
         tokenizer.chat_template = template  # the student is served with what it was trained on
         config = config if whose is None else replace(config, {"data.template": whose})
-    plan = Plan(config, tokenizer, template, fresh, teacher_config, _held_out(config), store, held_out_store)
+    origin = origin_of(config, teacher_config, store, cut)
+    config, hidden = plan_hidden(config, student_config, teacher_config, store, origin)
+    if hidden is not None and held_out_store is not None:
+        plan_hidden(config, student_config, None, held_out_store, origin)  # which is measured on the same layers
+    measured_on = _held_out(config)
+    plan = Plan(config, tokenizer, template, fresh, teacher_config, measured_on, store, held_out_store, hidden, cut)
     for _, data in plan._data():
         if is_local(data.path):
             open_source(data)  # which says where it is not there
@@ -151,7 +172,8 @@ def _check_outside(config: DistillConfig, given: DistillConfig) -> None:
         "teacher.path": config.teacher.path if isinstance(config.teacher, StoreTeacher) else None,
         "student.model": student.model,
         "student.tokenizer": student.tokenizer,
-        "student.init.like": init.like if init else None,
+        "student.init.like": getattr(init, "like", None),
+        "student.init.model": getattr(init, "model", None),
         **_data_paths(config.data, given.data),
         "held_out.path": config.held_out.path if config.held_out else None,
     }
@@ -213,8 +235,9 @@ def _tokenizers(
             teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
         )
     own = None
-    if student.model is not None:
-        own = load_tokenizer(student.model, revision=student.revision, trust_remote_code=student.trust_remote_code)
+    origin = student.model or getattr(student.init, "model", None)
+    if origin is not None:
+        own = load_tokenizer(origin, revision=student.revision, trust_remote_code=student.trust_remote_code)
     chosen = (
         load_tokenizer(student.tokenizer, trust_remote_code=student.trust_remote_code)
         if student.tokenizer is not None
@@ -226,25 +249,6 @@ def _tokenizers(
     if of_teacher is not None and chosen is not of_teacher:
         compare(of_teacher, chosen)
     return chosen, of_teacher
-
-
-def _student_config(
-    config: DistillConfig, teacher_config: PretrainedConfig | None, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PretrainedConfig | None, PretrainedConfig]:
-    """The config of a new student (None for an existing one), and the student's config."""
-    student = config.student
-    if student.init is None:
-        assert student.model is not None
-        return None, models.read_config(
-            student.model, revision=student.revision, trust_remote_code=student.trust_remote_code
-        )
-    pattern = teacher_config
-    if student.init.like is not None:
-        pattern = models.read_config(
-            student.init.like, revision=student.revision, trust_remote_code=student.trust_remote_code
-        )
-    fresh = new_config(student.init, None if student.init.family is not None else pattern, tokenizer)
-    return fresh, fresh
 
 
 def _width(config: PretrainedConfig) -> int:

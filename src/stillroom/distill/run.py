@@ -1,6 +1,6 @@
 """`stillroom distill`: student + (live teacher or none) + data -> model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -15,9 +15,14 @@ from stillroom.data.stream import BatchStream, DocumentSet
 from stillroom.distill.ahead import ReadAhead
 from stillroom.distill.checkpoint import Checkpoints, TrainState
 from stillroom.distill.config import DistillConfig, StoredData, StoreTeacher
+from stillroom.distill.cut import cut_student
+from stillroom.distill.first_step import fit_to_first_step
 from stillroom.distill.held_out import measure_held_out
-from stillroom.distill.loop import Report, train
-from stillroom.distill.objectives import build_objectives, needs_teacher, scheduled
+from stillroom.distill.hidden import HiddenSpec, HiddenTerm, layers_of
+from stillroom.distill.hidden_plan import Origin
+from stillroom.distill.loop import Measure, Report, Scheduled, train
+from stillroom.distill.objective_config import Hidden, ObjectiveConfig
+from stillroom.distill.objectives import build_objectives, hidden_weights, needs_teacher, scheduled
 from stillroom.distill.optimizer import build_optimizer, build_schedule
 from stillroom.distill.plan import Plan, make_plan
 from stillroom.distill.step import StudentStep
@@ -67,9 +72,7 @@ def run(
         held_out: Documents | Store | None = plan.held_out_store
         if plan.held_out is not None and held_out is None:
             held_out = _prepare(plan.held_out, plan, report)
-        teacher = _teacher(plan)
-        student = build_student(config, plan.fresh)
-        models.verify(student.model, "the student", pack=config.data.pack)
+        teacher, student, specs = _models(plan, data, folder, report)
         facts = _facts(plan, student, teacher, data, held_out)
         _check_same_things(folder, facts)
         folder.update(status="started", **facts)
@@ -77,13 +80,15 @@ def run(
         stream = _stream(plan, data, config.data, tokens=config.batch.tokens, epochs=config.epochs)
         num_steps = config.steps or stream.num_steps()
         assert num_steps is not None  # a config has either steps or epochs
-        asked = teacher if needs_teacher(config.objectives) else None
-        state = _state(plan, student, ReadAhead(stream, asked), num_steps)
+        asked = _asked(plan, teacher)
+        state = _state(plan, student, specs, ReadAhead(stream, asked), num_steps)
         checkpoints = Checkpoints(folder.path / "checkpoints", keep=config.checkpoints.keep)
         if (latest := checkpoints.latest()) is not None:
             checkpoints.load(state, latest)
             report("note", {"text": f"resumed after step {state.step} of {num_steps}, from {latest}"})
-        _train(plan, state, num_steps, teacher, held_out, checkpoints, folder, report)
+        elif asked is not None and any(spec.measures_first for spec in specs):
+            _fit(state, asked)
+        _train(plan, state, num_steps, (asked, teacher), held_out, checkpoints, folder, report)
 
         results = _results(state)
         if config.checkpoints.best and state.best:
@@ -124,6 +129,26 @@ def _prepare(data: AnyData | StoredData, plan: Plan, report: Report) -> Document
     return documents
 
 
+def _models(
+    plan: Plan, data: DocumentSet, folder: RunFolder, report: Report
+) -> tuple[LiveTeacher | StoredTeacher | None, Student, tuple[HiddenSpec, ...]]:
+    """The teacher, the student, and what the objectives of inner states compare of them."""
+    teacher, part, cut = _teacher(plan), None, None
+    if plan.cut is not None:
+        live = teacher.model if isinstance(teacher, LiveTeacher) else None
+        part = cut_student(plan, live, data, folder.path, lambda text: report("note", {"text": text}))
+        cut = part[1]
+    specs: tuple[HiddenSpec, ...] = ()
+    if plan.hidden is not None:
+        known = plan.hidden.origin
+        specs = plan.hidden.specs(known if known is None or cut is None else Origin(cut.layers, cut.channels))
+    if teacher is not None:
+        teacher.ask_for(*layers_of(specs, 1))
+    student = build_student(plan.config, plan.fresh, part)
+    models.verify(student.model, "the student", pack=plan.config.data.pack)
+    return teacher, student, specs
+
+
 def _teacher(plan: Plan) -> LiveTeacher | StoredTeacher | None:
     """The teacher, where training or measuring needs one."""
     teacher = plan.config.teacher
@@ -142,6 +167,24 @@ def _teacher(plan: Plan) -> LiveTeacher | StoredTeacher | None:
     )
     models.verify(model, "the teacher", pack=plan.config.data.pack)
     return LiveTeacher(model)
+
+
+def _asked(plan: Plan, teacher: LiveTeacher | StoredTeacher | None) -> LiveTeacher | StoredTeacher | None:
+    """The teacher as it is asked while training: None where no objective needs it."""
+    config = plan.config
+    if not needs_teacher(config.objectives):
+        return None
+    if not isinstance(teacher, StoredTeacher):
+        return teacher
+    signals = any(objective.needs_teacher for objective in config.objectives if not isinstance(objective, Hidden))
+    return StoredTeacher(teacher.store, teacher.layers, signals=signals)
+
+
+def _fit(state: TrainState, teacher: LiveTeacher | StoredTeacher) -> None:
+    """Lets the objectives see the first step, which is then made as if nobody had."""
+    begin = state.stream.state()
+    fit_to_first_step(state.module, teacher, next(state.stream))
+    state.stream.restore(begin)
 
 
 def _stream(
@@ -168,7 +211,7 @@ def _id(token: Any) -> int:
     return token if isinstance(token, int) else 0
 
 
-def _state(plan: Plan, student: Student, stream: ReadAhead, num_steps: int) -> TrainState:
+def _state(plan: Plan, student: Student, specs: Sequence[HiddenSpec], stream: ReadAhead, num_steps: int) -> TrainState:
     config = plan.config
     assert config.logits_bytes != "auto"
     module = StudentStep(
@@ -177,7 +220,9 @@ def _state(plan: Plan, student: Student, stream: ReadAhead, num_steps: int) -> T
         num_columns=plan.columns,
         logits_bytes=config.logits_bytes,
         precision=getattr(torch, config.precision),
-    )
+        hidden=[HiddenTerm(spec, seed=config.seed + number) for number, spec in enumerate(specs)],
+        hidden_weights=hidden_weights(config.objectives),
+    ).to(config.device)
     optimizer = build_optimizer(module, config.optimizer)
     torch.manual_seed(config.seed)
     return TrainState(
@@ -193,17 +238,24 @@ def _train(
     plan: Plan,
     state: TrainState,
     num_steps: int,
-    teacher: LiveTeacher | StoredTeacher | None,
+    teachers: tuple[LiveTeacher | StoredTeacher | None, LiveTeacher | StoredTeacher | None],
     held_out: DocumentSet | None,
     checkpoints: Checkpoints,
     folder: RunFolder,
     report: Report,
 ) -> None:
-    """The loop, with its metrics written to metrics.jsonl and to the trackers."""
+    """The loop, with its metrics written to metrics.jsonl and to the trackers.
+
+    Args:
+        teachers: the one that training asks, and the one that measuring does.
+    """
     config = plan.config
+    asked, teacher = teachers
     measure = None
     if held_out is not None and plan.held_out is not None:
-        judge = teacher if plan.held_out_store is None else StoredTeacher(plan.held_out_store)
+        judge = teacher
+        if plan.held_out_store is not None and isinstance(teacher, StoredTeacher):
+            judge = StoredTeacher(plan.held_out_store, teacher.layers)
         measure = partial(_measure, plan, state, judge, held_out, plan.held_out)
     metrics = Metrics(folder.path / "metrics.jsonl", after=state.step)
     tracker = track(config.tracking, folder.path, folder.record["config"], after=state.step)
@@ -214,9 +266,11 @@ def _train(
         tracker.log({f"{kind}/{k}": v for kind, pairs in flat.items() for k, v in pairs.items()}, values["step"])
 
     try:
+        if plan.cut is not None and measure is not None and "held_out_before" not in folder.record:
+            _measure_before(measure, folder, record, report)
         train(
             state,
-            teacher if needs_teacher(config.objectives) else None,
+            asked,
             num_steps=num_steps,
             clip=config.optimizer.clip,
             checkpoints=checkpoints,
@@ -226,7 +280,7 @@ def _train(
             keep_best=config.checkpoints.best,
             record=record,
             report=report,
-            objectives=partial(build_objectives, config.objectives) if scheduled(config.objectives) else None,
+            objectives=partial(_now, config.objectives) if scheduled(config.objectives) else None,
         )
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -237,6 +291,20 @@ def _train(
         state.stream.close()
         metrics.close()
         tracker.close()
+
+
+def _measure_before(
+    measure: Measure, folder: RunFolder, record: Callable[[dict[str, Any]], None], report: Report
+) -> None:
+    """What a student that starts as a part of its teacher can do before it is trained."""
+    if (measured := measure(lambda: False)) is not None:
+        record({"step": 0, "held_out": measured})
+        report("held_out", {"step": 0, **measured})
+        folder.update(held_out_before=measured)
+
+
+def _now(configs: Sequence[ObjectiveConfig], progress: float) -> Scheduled:
+    return build_objectives(configs, progress), hidden_weights(configs, progress)
 
 
 def _measure(
@@ -269,6 +337,8 @@ def _facts(
         },
         "data": {"fingerprint": data.fingerprint, **data.counts},
     }
+    if student.cut is not None:
+        facts["student"]["cut"] = {"from": student.cut.teacher, "layers": list(student.cut.layers)}
     if config.student.model is not None:
         facts["student"]["fingerprint"] = models.fingerprint(config.student.model, student.model.config)
     if plan.template is not None:

@@ -1,38 +1,42 @@
-"""The student step: the one module that is trained. Backbone, head and losses all run inside its forward."""
+"""The student step: the one module that is trained. Backbone, head, projectors and losses run inside its forward."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stillroom import models
+from stillroom import models, states
 from stillroom.batch import Batch
+from stillroom.distill.hidden import HiddenTerm, layers_of
 from stillroom.losses.linear import Buffers, linear_losses
 from stillroom.losses.objective import Measure, Objective
 from stillroom.losses.reduce import position_weights
-from stillroom.signals import Signal
+from stillroom.signals import Told
 
 
 class StepResult(NamedTuple):
     loss: Float[Tensor, ""]
     """This micro-batch's part of the step's loss in nats per kept token; the parts of a step add up to the whole."""
     sums: Float[Tensor, " terms"]
-    """Σ over kept positions of each objective's nats, then of each measure, without weights."""
+    """Σ over kept positions of each objective's nats, then of each distance of hidden states, then of each measure,
+    without weights: of what ``StudentStep.terms`` names."""
 
 
 class StudentStep(nn.Module):
-    """``forward(batch, signal, num_kept_of_step, objectives) -> StepResult``.
+    """``forward(batch, told, num_kept_of_step, objectives, hidden_weights) -> StepResult``.
 
     Args:
         model: the student.
-        objectives: what is minimised, unless forward is given others of the same names: those of a schedule.
+        objectives: what is minimised of the next token's distribution, unless forward is given others of the same
+            names: those of a schedule.
         num_columns: how many columns of the heads are compared; all of them where None.
         logits_bytes: budget for the logits that are held at a time.
         precision: the type of the student's arithmetic; its weights keep theirs.
         measures: what is reported besides.
+        hidden: what is minimised of the inner states, with the weight of each.
     """
 
     def __init__(
@@ -44,34 +48,64 @@ class StudentStep(nn.Module):
         logits_bytes: int,
         precision: torch.dtype = torch.float32,
         measures: Sequence[Measure] = (),
+        hidden: Sequence[HiddenTerm] = (),
+        hidden_weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.objectives, self.measures = tuple(objectives), tuple(measures)
         self.num_columns, self.logits_bytes, self.precision = num_columns, logits_bytes, precision
         self.logit_buffers = Buffers()
+        self.hidden = nn.ModuleDict({term.spec.name: term for term in hidden})
+        self.hidden_weights = {term.spec.name: 1.0 for term in hidden} | dict(hidden_weights or {})
+        self.layers, self.attention = layers_of([term.spec for term in hidden], 0)
+
+    @property
+    def terms(self) -> list[str]:
+        """The names of the objectives in the order of the sums, without the measures."""
+        return [objective.name for objective in self.objectives] + list(self.hidden)
 
     def forward(
         self,
         batch: Batch,
-        signal: Signal | None,
+        told: Told | None,
         num_kept_of_step: int,
         objectives: Sequence[Objective] | None = None,
+        hidden_weights: Mapping[str, float] | None = None,
     ) -> StepResult:
+        signal, of_teacher = told or Told()
+        weights = position_weights(batch, num_kept_of_step)
+        data_weights = None if batch.weights is None else batch.weights.flatten()[batch.kept]
         mixed = self.precision != torch.float32
         with torch.autocast(batch.tokens.device.type, dtype=self.precision if mixed else None, enabled=mixed):
-            hidden = models.hidden_states(self.model, batch).flatten(0, 1)[batch.kept]
+            last, inner = states.hidden_and_inner(self.model, batch, self.layers, self.attention)
             losses = linear_losses(
-                hidden,
+                last,
                 models.head(self.model),
                 self.objectives if objectives is None else objectives,
                 batch.next_tokens.flatten()[batch.kept],
-                position_weights(batch, num_kept_of_step),
+                weights,
                 signal,
                 num_columns=self.num_columns,
                 measures=self.measures,
                 chunk_bytes=self.logits_bytes,
                 buffers=self.logit_buffers,
-                data_weights=None if batch.weights is None else batch.weights.flatten()[batch.kept],
+                data_weights=data_weights,
             )
-        return StepResult(losses.total, torch.cat([losses.nats, losses.measures]).sum(-1))
+        if not self.hidden:
+            return StepResult(losses.total, torch.cat([losses.nats, losses.measures]).sum(-1))
+        assert of_teacher is not None  # a teacher tells what the objectives need
+        total, distances = losses.total, []
+        for name, term in self.hidden.items():
+            assert isinstance(term, HiddenTerm)
+            counts = weights * data_weights if data_weights is not None and term.spec.by_data else weights
+            part, distance = term(inner, of_teacher, documents_of(batch), counts)
+            total = total + (self.hidden_weights if hidden_weights is None else hidden_weights)[name] * part
+            distances.append(distance)
+        sums = [losses.nats.sum(-1), torch.stack(distances), losses.measures.sum(-1)]
+        return StepResult(total, torch.cat(sums))
+
+
+def documents_of(batch: Batch) -> Int[Tensor, " kept"]:
+    """A number for each kept position that is its document's alone in the batch."""
+    return (batch.positions == 0).flatten().cumsum(0)[batch.kept]

@@ -9,32 +9,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stillroom import models
-from stillroom.distill.config import DistillConfig, FromConfig, Lora
+from stillroom.cut.cut import Cut, write_cut
+from stillroom.distill.config import DistillConfig, Lora
 from stillroom.errors import ConfigError, MismatchError, require
 from stillroom.files import writing
-from stillroom.tokenizers import num_columns
-
-
-def new_config(
-    init: FromConfig, pattern: PretrainedConfig | None, tokenizer: PreTrainedTokenizerBase
-) -> PretrainedConfig:
-    """The config of a new student: the pattern's (or the family's own) with ``init.settings``, for ``tokenizer``."""
-    if pattern is None:
-        if init.family is None or init.family not in CONFIG_MAPPING:
-            raise ConfigError(
-                f"`{init.family}` is not a family that `transformers` knows",
-                {"student.init.family": init.family},
-                why="The family decides which layers a new model has.",
-                fix="Use the model_type of a config.json, such as llama, qwen2, qwen3, mistral or gemma2.",
-            )
-        pattern = AutoConfig.for_model(init.family, vocab_size=num_columns(tokenizer))
-    config = models.configure(pattern, init.settings)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, name, getattr(tokenizer, name))
-    return config
 
 
 class Student(NamedTuple):
@@ -43,6 +24,8 @@ class Student(NamedTuple):
     adapters: Any = None
     """The `peft.PeftModel` around it, or None."""
     export: Literal["merged", "adapter"] = "merged"
+    cut: Cut | None = None
+    """What of its teacher it was at the start."""
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Writes model and tokenizer under a temporary name and renames it to ``folder``, replacing an older one.
@@ -69,6 +52,8 @@ class Student(NamedTuple):
         except SafetensorError as error:
             raise OSError(str(error)) from error  # what it says of a disk
         tokenizer.save_pretrained(folder)
+        if self.cut is not None:
+            write_cut(folder, self.cut)
 
 
 def _end_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -84,11 +69,24 @@ def _end_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
 
 
-def build_student(config: DistillConfig, fresh: PretrainedConfig | None) -> Student:
-    """The student on the run's device, in float32; ``fresh`` is the config of a new one."""
+def build_student(
+    config: DistillConfig, fresh: PretrainedConfig | None, part: tuple[PreTrainedModel, Cut] | None = None
+) -> Student:
+    """The student on the run's device, in float32.
+
+    Args:
+        fresh: the config of a new one with random weights.
+        part: one that was cut out of its teacher.
+    """
     student = config.student
     attention = None if student.attention == "auto" else student.attention
-    if fresh is not None:
+    cut = None
+    if part is not None:
+        model, cut = part
+        model = model.to(config.device)  # pyright: ignore[reportArgumentType]
+        if attention is not None:
+            model.set_attn_implementation(attention)
+    elif fresh is not None:
         model = models.build_model(fresh, seed=config.seed, device=config.device, attention=attention)
     else:
         assert student.model is not None
@@ -105,7 +103,7 @@ def build_student(config: DistillConfig, fresh: PretrainedConfig | None) -> Stud
     _freeze(model, student.freeze)
     if student.gradient_checkpointing:
         models.checkpoint_activations(model)
-    return Student(model, adapters, "merged" if student.lora is None else student.lora.export)
+    return Student(model, adapters, "merged" if student.lora is None else student.lora.export, cut)
 
 
 def _with_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> Any:

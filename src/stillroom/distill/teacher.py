@@ -1,64 +1,94 @@
 """Teachers: a live one, which says what it thinks of each batch, and a store of what one said once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
 
-from stillroom import models
+from stillroom import models, states
 from stillroom.batch import Batch
-from stillroom.signals import Dense, Logits, Signal, Sparse
+from stillroom.layers import Layer
+from stillroom.signals import Dense, Hidden, Logits, Sparse, Told
 from stillroom.store.config import Full
 from stillroom.store.quantise import to_sparse
 from stillroom.store.reader import Store
 
 
 class Teacher(Protocol):
-    """Gives a batch's signal in two steps, so that the first can be made ahead, by another thread."""
+    """Tells of a batch in two steps, so that the first can be made ahead, by another thread."""
 
-    def read(self, batch: Batch) -> Signal | None:
-        """What can be had without the device: a stored signal, on the CPU."""
+    def read(self, batch: Batch) -> Told | None:
+        """What can be had without the device: what is stored, on the CPU."""
 
-    def signal(self, batch: Batch, read: Signal | None) -> Signal:
-        """The signal of the batch's kept positions, on the batch's device."""
+    def tell(self, batch: Batch, read: Told | None = None) -> Told:
+        """Of the batch's kept positions, on the batch's device."""
         ...
 
 
 class LiveTeacher:
-    """A model that never trains: in evaluation mode, without gradients, apart from the student's parameters."""
+    """A model that never trains: in evaluation mode, without gradients, apart from the student's parameters.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Args:
+        layers: those whose states it tells besides.
+        attention: the blocks whose queries, keys and values it tells besides.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[Layer] = (), attention: Sequence[int] = ()) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.layers, self.attention = layers, attention
+
+    def ask_for(self, layers: Sequence[Layer], attention: Sequence[int]) -> None:
+        """Has it tell other inner states from now on."""
+        self.layers, self.attention = layers, attention
 
     def read(self, batch: Batch) -> None:  # noqa: ARG002
         return None
 
     @torch.no_grad()
-    def signal(self, batch: Batch, read: Signal | None = None) -> Dense:  # noqa: ARG002
-        """Its last hidden states at the kept positions, and its head."""
-        hidden = models.hidden_states(self.model, batch)
-        return Dense(hidden.flatten(0, 1)[batch.kept], models.head(self.model))
+    def tell(self, batch: Batch, read: Told | None = None) -> Told:  # noqa: ARG002
+        """Its last hidden states with its head, and its inner states."""
+        last, inner = states.hidden_and_inner(self.model, batch, self.layers, self.attention)
+        return Told(Dense(last, models.head(self.model)), inner)
 
 
 class StoredTeacher:
-    """The signals of a store whose documents the batches hold."""
+    """What is in a store whose documents the batches hold.
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    Args:
+        layers: those whose stored states it tells besides.
+        signals: whether its signals are needed at all.
+    """
 
-    def read(self, batch: Batch) -> Logits | Sparse:
-        """The stored signals of the batch's documents.
+    def __init__(self, store: Store, layers: Sequence[Layer] = (), *, signals: bool = True) -> None:
+        self.store, self.layers, self.signals = store, layers, signals
+
+    def ask_for(self, layers: Sequence[Layer], attention: Sequence[int]) -> None:
+        """Has it tell other stored states from now on."""
+        assert not attention  # no store holds queries, keys and values
+        self.layers = layers
+
+    def read(self, batch: Batch) -> Told:
+        """What is stored of the batch's documents.
 
         Raises:
             DataError: a row is damaged.
         """
         documents = list(_documents(batch))
+        return Told(self._signal(documents) if self.signals else None, self._hidden(documents))
+
+    def _signal(self, documents: Sequence[int]) -> Logits | Sparse:
         if isinstance(self.store.signal_config, Full):
             return Logits(torch.from_numpy(self.store.logits(documents).copy()))
         return to_sparse(self.store.levels(documents), self.store.signal_config, self.store.manifest.num_columns)
 
-    def signal(self, batch: Batch, read: Signal | None = None) -> Signal:
+    def _hidden(self, documents: Sequence[int]) -> Hidden | None:
+        if not self.layers:
+            return None
+        found = self.store.hidden(documents, self.layers)
+        return Hidden({layer: torch.from_numpy(found[layer]) for layer in self.layers})
+
+    def tell(self, batch: Batch, read: Told | None = None) -> Told:
         read = self.read(batch) if read is None else read
         return read.to(batch.tokens.device)
 

@@ -10,7 +10,7 @@ from conftest import build_documents, build_stream
 from stillroom.batch import Batch
 from stillroom.distill.ahead import STEPS_AHEAD, ReadAhead
 from stillroom.errors import DataError
-from stillroom.signals import Logits
+from stillroom.signals import Logits, Told
 
 LENGTHS = [6, 33, 12, 7, 29, 31, 18, 33, 5, 24, 9, 33, 16, 28, 33, 11]
 
@@ -21,13 +21,13 @@ class Reader:
     def __init__(self, fails_at: int | None = None) -> None:
         self.read_so_far, self.fails_at = 0, fails_at
 
-    def read(self, batch: Batch) -> Logits:
+    def read(self, batch: Batch) -> Told:
         self.read_so_far += 1
         if self.read_so_far == self.fails_at:
             raise DataError("a row is damaged", why="It is a test.", fix="Nothing.")
-        return Logits(batch.next_tokens.flatten()[batch.kept].unsqueeze(-1).float())
+        return Told(Logits(batch.next_tokens.flatten()[batch.kept].unsqueeze(-1).float()))
 
-    def signal(self, batch: Batch, read: Any) -> Any:  # noqa: ARG002
+    def tell(self, batch: Batch, read: Any) -> Any:  # noqa: ARG002
         return read
 
 
@@ -42,7 +42,7 @@ def test_it_gives_the_streams_batches_with_their_signals():
         for (batch, read), other in zip(micros, batches, strict=True):
             assert torch.equal(batch.tokens, other.tokens)
             assert read is not None
-            assert torch.equal(read.logits[:, 0].long(), other.next_tokens.flatten()[other.kept])
+            assert torch.equal(read.signal.logits[:, 0].long(), other.next_tokens.flatten()[other.kept])
 
 
 def test_without_a_teacher_there_is_no_signal():
@@ -112,7 +112,7 @@ def test_going_back_while_it_reads_gives_the_same_steps_again():
         for wanted in plain[:steps]:
             given = next(ahead)
             assert all(torch.equal(a.tokens, b.tokens) for (a, _), b in zip(given, wanted, strict=True))
-            assert all(read is not None and len(read) == batch.num_kept for batch, read in given)
+            assert all(read is not None and len(read.signal) == batch.num_kept for batch, read in given)
         ahead.restore(start)
         assert ahead.state() == start
     ahead.close()

@@ -82,7 +82,7 @@ def test_the_first_loss_is_that_of_the_student_as_it_came(tmp_path):
     module = StudentStep(student, OBJECTIVES, num_columns=None, logits_bytes=2**20)
     micros = next(build_stream(build_documents(LENGTHS), tokens=96))
     num_kept = sum(micro.num_kept for micro in micros)
-    wanted = sum(module(micro, teacher.signal(micro), num_kept).loss.item() for micro in micros)
+    wanted = sum(module(micro, teacher.tell(micro), num_kept).loss.item() for micro in micros)
     assert run(state_of(), tmp_path)[0]["loss_nats"] == pytest.approx(wanted, rel=1e-6)
 
 
@@ -243,11 +243,13 @@ def test_a_gradient_that_is_not_finite_is_noticed_though_the_loss_is(tmp_path):
 def test_a_schedule_is_followed_step_by_step_and_told(tmp_path):
     state = state_of()
 
-    def objectives(progress: float) -> tuple[Objective, ...]:
+    def objectives(progress: float) -> tuple[tuple[Objective, ...], dict[str, float]]:
         cool = {"temperature": 2.0 - progress}
-        return Objective("forward_kl", forward_kl, 1 - progress, cool), Objective(
-            "cross_entropy", cross_entropy, progress
+        soft, hard = (
+            Objective("forward_kl", forward_kl, 1 - progress, cool),
+            Objective("cross_entropy", cross_entropy, progress),
         )
+        return (soft, hard), {}
 
     lines = run(state, tmp_path, objectives=objectives)
     assert [line["forward_kl_weight"] for line in lines] == pytest.approx([1, 2 / 3, 1 / 3, 0])

@@ -55,7 +55,7 @@ def gradients(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
 
 
 def step_loss(module: StudentStep, teacher: PreTrainedModel, batch: Batch) -> Tensor:
-    return module(batch, LiveTeacher(teacher).signal(batch), batch.num_kept).loss
+    return module(batch, LiveTeacher(teacher).tell(batch), batch.num_kept).loss
 
 
 # --- against the formula ---------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def test_a_teacher_of_another_family_and_width():
 def test_sums_tell_each_objective_without_its_weight():
     student, teacher = build_model(seed=1).double(), build_model(seed=2).double()
     batch = build_batch(20, 9, 30)
-    result = step_of(student)(batch, LiveTeacher(teacher).signal(batch), batch.num_kept)
+    result = step_of(student)(batch, LiveTeacher(teacher).tell(batch), batch.num_kept)
     means = (result.sums / batch.num_kept).tolist()
     assert sum(o.weight * mean for o, mean in zip(ALL, means, strict=True)) == pytest.approx(result.loss.item())
     (hard,) = step_of(student, [Objective("h", cross_entropy)])(batch, None, batch.num_kept).sums.tolist()
@@ -101,7 +101,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(family, loss, temper
     model = build_model(family)
     batch = build_batch(20, 9, 30)
     module = step_of(model, [Objective("kl", loss, 1.0, {"temperature": temperature})])
-    value = module(batch, LiveTeacher(build_model(family)).signal(batch), batch.num_kept).loss
+    value = module(batch, LiveTeacher(build_model(family)).tell(batch), batch.num_kept).loss
     assert value.item() == 0.0
     assert all((gradient == 0).all() for gradient in gradients(model, value).values())
 
@@ -156,7 +156,7 @@ def test_a_micro_batch_without_a_kept_position():
     student, teacher = build_model(seed=1), build_model(seed=2)
     batch = build_batch(20, 9, 30)
     nothing = replace(batch, keep=torch.zeros_like(batch.keep))
-    result = step_of(student)(nothing, LiveTeacher(teacher).signal(nothing), 7)
+    result = step_of(student)(nothing, LiveTeacher(teacher).tell(nothing), 7)
     assert result.loss.item() == 0
     assert (result.sums == 0).all()
     assert all((gradient == 0).all() for gradient in gradients(student, result.loss).values())
@@ -214,8 +214,8 @@ def test_micro_batches_add_up_to_the_step():
     kept = [micro.num_kept for micro in micros]
     assert len(set(kept)) > 1
     module = step_of(student)
-    parts = [module(micro, teacher.signal(micro), sum(kept)).loss.item() for micro in micros]
-    means = [module(micro, teacher.signal(micro), micro.num_kept).loss.item() for micro in micros]
+    parts = [module(micro, teacher.tell(micro), sum(kept)).loss.item() for micro in micros]
+    means = [module(micro, teacher.tell(micro), micro.num_kept).loss.item() for micro in micros]
     assert sum(parts) == pytest.approx(sum(m * k for m, k in zip(means, kept, strict=True)) / sum(kept), rel=1e-12)
     assert sum(parts) != pytest.approx(sum(means) / len(means), rel=1e-6)
 

@@ -29,7 +29,7 @@ from stillroom.distill.teacher import LiveTeacher, StoredTeacher
 from stillroom.errors import DataError
 from stillroom.losses import Objective, cross_entropy, forward_kl, reverse_kl
 from stillroom.runs import read_metrics
-from stillroom.signals import Logits, Sparse
+from stillroom.signals import Logits, Sparse, Told
 from stillroom.store.config import HeadAndSample, Sampled
 from stillroom.store.levels import Levels
 from stillroom.store.quantise import to_sparse
@@ -88,7 +88,7 @@ def test_signals_stand_at_the_positions_of_their_documents(stored, settings, sha
     store = stored("full", shards)
     seen = []
     for batch in (batch for step in stream(store, **settings) for batch in step):
-        signal = StoredTeacher(store).signal(batch)
+        signal = StoredTeacher(store).tell(batch).signal
         assert isinstance(signal, Logits)
         assert len(signal) == batch.num_kept
         documents = batch.documents.flatten()[batch.kept].tolist()
@@ -104,7 +104,8 @@ def test_signals_stand_at_the_positions_of_their_documents(stored, settings, sha
 def test_sparse_signals_are_those_of_their_documents_in_turn(stored, kind):
     store = stored(kind, "shard_positions=60")
     (batch,) = next(stream(store, tokens=128, micro_tokens=128))
-    read = StoredTeacher(store).read(batch)
+    told = StoredTeacher(store).read(batch)
+    read = told.signal
     assert isinstance(read, Sparse)
     assert read.num_columns == 300
     rows = [d for row in batch.documents for d in row.unique_consecutive().tolist() if d >= 0]
@@ -112,7 +113,7 @@ def test_sparse_signals_are_those_of_their_documents_in_turn(stored, kind):
     whole = to_sparse(Levels.concatenate([store.levels([d]) for d in rows]), store.signal_config)
     assert torch.equal(read.ids, whole.ids)
     assert torch.equal(read.log_probs, whole.log_probs)
-    assert torch.equal(StoredTeacher(store).signal(batch, read).log_probs, read.log_probs)
+    assert StoredTeacher(store).tell(batch, told).signal.ids is read.ids
 
 
 def test_a_damaged_row_is_told_when_it_is_read(stored, tmp_path):
@@ -190,7 +191,7 @@ def test_in_float64_nothing_but_the_stored_float32_differs(stored, saved_model):
     live = LiveTeacher(teacher(saved_model).double())
     for batch in (batch for some in stream(store) for batch in some):
         found = []
-        for signal in (live.signal(batch), StoredTeacher(store).signal(batch)):
+        for signal in (live.tell(batch), StoredTeacher(store).tell(batch)):
             student.zero_grad()
             result = step(batch, signal, batch.num_kept)
             result.loss.backward()
@@ -216,7 +217,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(stored, saved_model,
     far = step_of(build_model("llama", seed=1), Objective("kl", loss))
     nats, of_all, away = 0.0, 0, []
     for batch in (batch for some in stream(store) for batch in some):
-        signal = StoredTeacher(store).signal(batch)
+        signal = StoredTeacher(store).tell(batch)
         here, gradient = loss_and_gradient(step, batch, signal)
         away.append(gradient / loss_and_gradient(far, batch, signal)[1])
         nats, of_all = nats + here * batch.num_kept, of_all + batch.num_kept
@@ -232,7 +233,7 @@ def test_from_a_sample_its_loss_is_nothing_too(stored, saved_model, kind):
     """The estimate of the entropy is of the same draws, so their noise cancels where student and teacher are equal."""
     store, step = stored(kind), step_of(teacher(saved_model), FORWARD)
     for batch in (batch for some in stream(store) for batch in some):
-        assert abs(step(batch, StoredTeacher(store).signal(batch), batch.num_kept).loss.item()) < 0.01
+        assert abs(step(batch, StoredTeacher(store).tell(batch), batch.num_kept).loss.item()) < 0.01
 
 
 # --- in the mean -----------------------------------------------------------------------------------------------------
@@ -259,9 +260,9 @@ def test_over_many_captures_the_gradient_is_that_of_the_whole_distribution(store
     def one(seed: int) -> Tensor:
         asks = ModelTeacher(model, engine, signal, columns=300, length=32, pack=True, seed=seed, pad_token=0)
         parts = [said.signal for said in asks.say(asked)]
-        return gradient(to_sparse(Levels.concatenate(parts), signal, 300))  # pyright: ignore[reportArgumentType]
+        return gradient(Told(to_sparse(Levels.concatenate(parts), signal, 300)))  # pyright: ignore[reportArgumentType]
 
-    dense = gradient(StoredTeacher(store).signal(batch))
+    dense = gradient(StoredTeacher(store).tell(batch))
     number = 100
     found = torch.stack([one(seed) for seed in range(number)])
     noise = float(found.var(0).sum())  # of one capture
@@ -274,7 +275,7 @@ def test_over_many_captures_the_gradient_is_that_of_the_whole_distribution(store
 def test_truncation_without_sampling_does_not_average_out(stored):
     """What the sampled kinds are for: each capture of top_k says the same, so its error stays."""
     batch = next(stream(stored("full"), tokens=64, shuffle=False))[0]
-    again = [StoredTeacher(stored("top_k", f"seed={seed}")).signal(batch) for seed in (0, 1)]
+    again = [StoredTeacher(stored("top_k", f"seed={seed}")).tell(batch).signal for seed in (0, 1)]
     assert isinstance(again[0], Sparse)
     assert isinstance(again[1], Sparse)
     assert torch.equal(again[0].ids, again[1].ids)

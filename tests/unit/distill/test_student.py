@@ -14,7 +14,8 @@ from stillroom.config import load
 from stillroom.distill.config import AdamW, DistillConfig, FromConfig
 from stillroom.distill.optimizer import build_optimizer
 from stillroom.distill.step import StudentStep
-from stillroom.distill.student import Student, build_student, new_config
+from stillroom.distill.student import Student, build_student
+from stillroom.distill.student_plan import new_config
 from stillroom.distill.teacher import LiveTeacher
 from stillroom.errors import ConfigError, MismatchError
 from stillroom.losses import Objective, cross_entropy, forward_kl
@@ -53,7 +54,7 @@ def naive_loss(model: torch.nn.Module, teacher: PreTrainedModel, batch: Batch) -
 
 def step_loss(model: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> Tensor:
     module = StudentStep(model, OBJECTIVES, num_columns=None, logits_bytes=2**20)
-    return module(batch, LiveTeacher(teacher).signal(batch), batch.num_kept).loss
+    return module(batch, LiveTeacher(teacher).tell(batch), batch.num_kept).loss
 
 
 def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ def test_a_teacher_never_trains():
     assert not any(p.requires_grad for p in model.parameters())
     batch = build_batch(20, 9)
     with torch.enable_grad():
-        signal = teacher.signal(batch)
+        signal = teacher.tell(batch).signal
     assert not signal.hidden.requires_grad
     assert not signal.head.weight.requires_grad
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -27,7 +27,7 @@ def test_a_teacher_has_no_dropout():
     batch = build_batch(20, 9)
     teacher = LiveTeacher(model.train())
     state = torch.get_rng_state()
-    one, two = teacher.signal(batch).hidden, teacher.signal(batch).hidden
+    one, two = (teacher.tell(batch).signal.hidden for _ in range(2))
     assert torch.equal(one, two)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -37,5 +37,5 @@ def test_a_signal_is_of_the_kept_positions():
     batch = build_batch(20, 9, 31)
     with torch.no_grad():
         own = model(input_ids=batch.tokens, position_ids=batch.positions, use_cache=False).logits[batch.keep]
-    signal = LiveTeacher(model).signal(batch)
+    signal = LiveTeacher(model).tell(batch).signal
     torch.testing.assert_close(signal.head.logits(signal.hidden), own, rtol=1e-5, atol=1e-5)
