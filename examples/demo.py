@@ -1,6 +1,7 @@
-"""A teacher and two students on this machine's own Python source: one learns from hard labels, one from the teacher.
+"""A teacher and four students on this machine's own Python source: on hard labels; from the teacher's logits; from its
+hidden states too; and one that starts as a part of the teacher.
 
-    python examples/demo.py [FOLDER] [key=value …]     the folder is runs/demo; settings go to all three runs
+    python examples/demo.py [FOLDER] [key=value …]     the folder is runs/demo; settings go to all runs
 
 Interrupt it whenever you like: the same command goes on where it stopped.
 """

@@ -3,7 +3,13 @@
 import json
 from pathlib import Path
 
-RUNS = {"teacher": "demo-teacher", "hard labels": "demo-hard-labels", "distilled": "demo-distilled"}
+RUNS = {
+    "teacher": "demo-teacher",
+    "hard labels": "demo-hard-labels",
+    "distilled": "demo-distilled",
+    "+ hidden": "demo-hidden",
+    "cut": "demo-cut",
+}
 """The demo's runs by name, with the recipe of each."""
 
 

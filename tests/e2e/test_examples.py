@@ -38,9 +38,8 @@ def test_the_demo_stops_goes_on_and_is_done(tmp_path, environment):
 
     first = demo()
     rows = {line[:12].strip(): line for line in first.stdout.splitlines()}
-    assert {"teacher", "hard labels", "distilled"} <= rows.keys()
-    for name in ("teacher", "hard labels", "distilled"):
-        folder = tmp_path / "demo" / f"demo-{name.replace(' ', '-')}"
+    for name in ("teacher", "hard labels", "distilled", "+ hidden", "cut"):
+        folder = tmp_path / "demo" / f"demo-{name.removeprefix('+ ').replace(' ', '-')}"
         record = read_json(folder / "run.json")
         assert (record["status"], record["steps"]) == ("done", 2)
         assert f"{record['held_out']['cross_entropy_nats']:.4f}" in rows[name]
@@ -52,4 +51,4 @@ def test_the_demo_stops_goes_on_and_is_done(tmp_path, environment):
 
     second = demo()
     assert second.stdout == first.stdout
-    assert second.stderr.count("is done already") == 3
+    assert second.stderr.count("is done already") == 5
