@@ -7,7 +7,7 @@ EVERY_CORE := OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -n auto --max
 
 .PHONY: demo test coverage check e2e gpu bench docs clean
 
-demo: .venv/.stillroom  ## a teacher and four students on this machine's own Python source, in about six minutes
+demo: .venv/.stillroom  ## a teacher and four students on this machine's own Python source, and their report, in about seven minutes
 	$(OFFLINE) $(BIN)/python examples/demo.py
 
 test: .venv/.tools  ## unit tests: no GPU, no network
@@ -28,7 +28,7 @@ e2e: .venv/.tools  ## whole runs by the real command line
 gpu: .venv/.tools  ## what needs a CUDA device, against the CPU
 	$(OFFLINE) $(BIN)/python -m pytest tests/gpu
 
-bench: .venv/.bench  ## start-up, losses, throughput, store, quality and hidden states, as told in LOG.md; results in benchmarks/*.json
+bench: .venv/.bench  ## start-up, losses, throughput, store, quality, hidden states and evaluation, as told in LOG.md; results in benchmarks/*.json
 	$(OFFLINE) $(BIN)/python benchmarks/startup.py
 	$(OFFLINE) $(BIN)/python benchmarks/losses.py
 	$(OFFLINE) $(BIN)/python benchmarks/throughput.py
@@ -36,10 +36,12 @@ bench: .venv/.bench  ## start-up, losses, throughput, store, quality and hidden 
 	$(OFFLINE) $(BIN)/python benchmarks/quality.py
 	$(OFFLINE) $(BIN)/python benchmarks/hidden.py
 	$(OFFLINE) $(BIN)/python benchmarks/hidden_cost.py
+	$(OFFLINE) $(BIN)/python benchmarks/evaluate.py
 
 docs: .venv/.docs  ## the reference of settings and the pictures of the losses, from the code
 	$(BIN)/stillroom distill --help > docs/guide/distill-settings.txt
 	$(BIN)/stillroom capture --help > docs/guide/capture-settings.txt
+	$(BIN)/stillroom evaluate --help > docs/guide/evaluate-settings.txt
 	$(BIN)/stillroom prune --help > docs/guide/prune-settings.txt
 	$(BIN)/python docs/guide/plot_losses.py
 
@@ -51,11 +53,11 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/.stillroom: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) -e .
+	$(PIP) -e '.[report]'
 	touch $@
 
 .venv/.tools: .venv/.stillroom
-	$(PIP) -e '.[hub,lora,server,tensorboard,wandb,trackio,mlflow,test,dev]'
+	$(PIP) -e '.[hub,lora,server,eval,report,tensorboard,wandb,trackio,mlflow,test,dev]'
 	touch $@
 
 .venv/.bench: .venv/.tools

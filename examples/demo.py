@@ -1,5 +1,5 @@
 """A teacher and four students on this machine's own Python source: on hard labels; from the teacher's logits; from its
-hidden states too; and one that starts as a part of the teacher.
+hidden states too; and one that starts as a part of the teacher. Then a report of how much of it they kept.
 
     python examples/demo.py [FOLDER] [key=value …]     the folder is runs/demo; settings go to all runs
 
@@ -9,6 +9,8 @@ Interrupt it whenever you like: the same command goes on where it stopped.
 import sys
 from pathlib import Path
 
+from demo_questions import write_questions
+from demo_report import evaluate
 from demo_table import RUNS, table
 from demo_text import write_text, write_tokenizer
 
@@ -23,6 +25,8 @@ def demo(folder: Path, settings: list[str]) -> int:
     if not tokenizer.exists():
         print("training a tokenizer", file=sys.stderr)
         write_tokenizer(text / "train.jsonl", tokenizer)
+    if not (folder / "questions").exists():
+        write_questions(text / "valid.jsonl", folder / "questions")
     recipes = Path(__file__).parent.parent / "recipes"
     for name, recipe in RUNS.items():
         print(f"\n{name}: recipes/{recipe}.yaml", file=sys.stderr)
@@ -32,8 +36,8 @@ def demo(folder: Path, settings: list[str]) -> int:
         ]
         if code := stillroom(["distill", f"{recipes / recipe}.yaml", "--resume", *paths, *model, *settings]):
             return code
-    print(f"\n{table(folder)}\n\nThe runs, with their models: {folder}/demo-*")
-    return 0
+    print(f"\n{table(folder)}\n\nThe runs, with their models: {folder}/demo-*\n")
+    return evaluate(folder, settings)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from stillroom.evaluate.results import Results
 from stillroom.runs import read_json
 
 FOLDER = Path(__file__).parents[2] / "examples"
@@ -49,6 +50,18 @@ def test_the_demo_stops_goes_on_and_is_done(tmp_path, environment):
         assert (folder / "model" / "config.json").is_file()
     assert (tmp_path / "demo" / "demo-teacher" / "model" / "model.safetensors").read_bytes() == teacher
 
+    report = tmp_path / "demo" / "report"
+    assert first.stdout.endswith(f"\nreport    {report}/report.html\n")
+    results = Results.model_validate(read_json(report / "results.json"))
+    assert [(facts.name, facts.role) for facts in results.models][:3] == [
+        ("teacher", "teacher"), ("baseline", "baseline"), ("distilled", "distilled"),
+    ]  # fmt: skip
+    for name, numbers in results.metrics.items():  # another length of rows, so not quite the number of its run
+        run = read_json(Path(next(facts.model for facts in results.models if facts.name == name)).parent / "run.json")
+        assert numbers["cross_entropy_nats"].value == pytest.approx(run["held_out"]["cross_entropy_nats"], abs=1e-4)
+    (task,) = results.tasks
+    assert (task.name, task.failed, len(task.scores)) == ("next_line", None, 5)
+
     second = demo()
     assert second.stdout == first.stdout
-    assert second.stderr.count("is done already") == 5
+    assert second.stderr.count("is done already") == 6

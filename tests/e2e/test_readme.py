@@ -12,6 +12,7 @@ from stillroom.cli.arguments import parse
 from stillroom.cli.main import VERBS
 from stillroom.config import Config, explain, load
 from stillroom.distill.config import DistillConfig
+from stillroom.evaluate.config import EvaluateConfig
 from stillroom.prune.config import PruneConfig
 from stillroom.recipe import from_yaml
 
@@ -59,7 +60,8 @@ def test_every_command_line_means_something(words, monkeypatch):
     arguments = parse(words[1:], tuple(VERBS))
     assert arguments.verb in VERBS
     if arguments.recipe is not None and arguments.recipe != "recipe.yaml":  # the guide's stand-in for the reader's own
-        settings = {"capture": CaptureConfig, "distill": DistillConfig, "prune": PruneConfig}[arguments.verb]
+        verbs = {"capture": CaptureConfig, "distill": DistillConfig, "evaluate": EvaluateConfig, "prune": PruneConfig}
+        settings = verbs[arguments.verb]
         assert isinstance(load(settings, arguments.recipe, arguments.overrides), Config)
 
 
@@ -85,6 +87,12 @@ def test_links_lead_somewhere(page):
 
 def test_the_reference_of_settings_is_that_of_the_code():
     """`make docs` writes it."""
-    for verb, settings in (("distill", DistillConfig), ("capture", CaptureConfig), ("prune", PruneConfig)):
+    verbs = (
+        ("distill", DistillConfig),
+        ("capture", CaptureConfig),
+        ("evaluate", EvaluateConfig),
+        ("prune", PruneConfig),
+    )
+    for verb, settings in verbs:
         text = (ROOT / "docs" / "guide" / f"{verb}-settings.txt").read_text(encoding="utf-8")
         assert text.endswith(f"\n\n{explain(settings)}\n")

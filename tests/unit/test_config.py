@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 
 import stillroom
 from stillroom.capture.config import CaptureConfig
+from stillroom.chat.config import ChatConfig
 from stillroom.cli.store import MergeConfig
 from stillroom.config import Config, PathText, explain, load, replace
 from stillroom.cut.config import Layers
@@ -22,6 +23,8 @@ from stillroom.distill.config import DistillConfig
 from stillroom.distill.hidden_config import Distance
 from stillroom.distill.objective_config import LogitObjective
 from stillroom.errors import ConfigError, MissingError
+from stillroom.evaluate.config import EvaluateConfig
+from stillroom.evaluate.tasks.description import ExactMatch, LastWord, MinimalPairs, MultipleChoice
 from stillroom.prune.config import PruneConfig
 from stillroom.recipe import differences, to_yaml
 from stillroom.store.import_config import ImportConfig
@@ -694,7 +697,7 @@ def reachable(config_class: type[Config]) -> set[type[Config]]:
     return {config_class} | bases | {c for f in config_class.model_fields.values() for c in inside(f.annotation)}
 
 
-@pytest.mark.parametrize("verb", [DistillConfig, CaptureConfig, PruneConfig, ImportConfig])
+@pytest.mark.parametrize("verb", [DistillConfig, CaptureConfig, EvaluateConfig, ChatConfig, PruneConfig, ImportConfig])
 def test_the_help_of_a_verb_tells_every_setting_with_its_meaning(verb):
     lines = [line.strip() for line in explain(verb).splitlines()]
     for config_class in reachable(verb):
@@ -706,8 +709,9 @@ def test_the_help_of_a_verb_tells_every_setting_with_its_meaning(verb):
 
 def test_explaining_reaches_every_config_class_of_the_package():
     found = {c for c in config_classes() if not c.__name__.startswith("_")}
-    verbs = (DistillConfig, CaptureConfig, PruneConfig, ImportConfig, MergeConfig)
-    told = set[type[Config]]().union(*map(reachable, verbs))
+    verbs = (DistillConfig, CaptureConfig, EvaluateConfig, ChatConfig, PruneConfig, ImportConfig, MergeConfig)
+    files = (MultipleChoice, MinimalPairs, ExactMatch, LastWord)  # descriptions of tasks, which the guide explains
+    told = set[type[Config]]().union(*map(reachable, (*verbs, *files)))
     assert {c for c in told if not c.__name__.startswith("_")} == found
 
 

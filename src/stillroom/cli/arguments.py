@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from stillroom.errors import ConfigError
 
 FLAGS = ("dry-run", "resume", "overwrite", "quiet", "debug", "help")
-WITH_WORDS = ("store",)
-"""Verbs that take words of their own in the place of a recipe: `stillroom store check DIR`."""
+WITH_WORDS = ("chat", "report", "store")
+"""Verbs that take words of their own in the place of a recipe: `stillroom store check DIR`, `stillroom report RUN`."""
 
 
 @dataclass

@@ -16,6 +16,7 @@ class Progress:
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet, self.live = quiet, sys.stderr.isatty()
         self._bar: tqdm[Any] | None = None
+        self._counts = ""
         self._last = 0.0
 
     def __enter__(self) -> "Progress":
@@ -32,6 +33,8 @@ class Progress:
             self._step(values)
         elif event == "capture":
             self._capture(values)
+        elif event in ("score", "task"):
+            self._counted(values)
         elif event == "tokenise":
             self._periodic(f"tokenising {values['path']}: {values['rows']:,} rows")
         elif event == "held_out":
@@ -49,6 +52,22 @@ class Progress:
             left = (values["total"] - values["done"]) * values["time_s"] / max(1, values["done"] - values["first"])
             line = f"captured {values['done']:,} of {values['total']:,} documents: {text}, {_duration(left)} left"
             self._periodic(line, now=values["done"] == values["total"])
+
+    def _counted(self, values: Mapping[str, Any]) -> None:
+        """Tokens that models have read, or questions that they have answered."""
+        done, total = values["done"], values["total"]
+        unit, text, counts = " tokens", values["model"], "tokens"
+        if "task" in values:
+            unit, text = " questions", f"{values['task']}: {values['model']}"
+            counts = text
+        if self._bar is not None and counts != self._counts:
+            self._bar.close()
+            self._bar = None
+        self._counts = counts
+        if self.live:
+            self._bar_at(done, 0, total, unit, text)
+        else:
+            self._periodic(f"{text}: {done:,} of {total:,}{unit}", now=done == total)
 
     def _step(self, values: Mapping[str, Any]) -> None:
         terms = {k: v for k, v in values.items() if k.endswith(("_nats", "_distance"))}

@@ -9,9 +9,14 @@ from stillroom.config import Config, explain, load
 
 
 def run_verb(
-    verb: str, config_class: type[Config], summary: Callable[[dict[str, Any]], str], arguments: Arguments
+    verb: str,
+    config_class: type[Config],
+    summary: Callable[[dict[str, Any]], str],
+    arguments: Arguments,
+    code: Callable[[dict[str, Any]], int] = lambda _: 0,
 ) -> int:
-    """Runs ``stillroom.VERB.run.run``, or with --dry-run prints ``stillroom.VERB.plan.make_plan``; the exit code."""
+    """Runs ``stillroom.VERB.run.run``, or with --dry-run prints ``stillroom.VERB.plan.make_plan``; the exit code, which
+    of a run is what ``code`` makes of its record."""
     if "help" in arguments.flags:
         print(f"usage: stillroom {verb} [RECIPE.yaml] [key=value …]\n\n{explain(config_class)}")
         return 0
@@ -32,4 +37,4 @@ def run_verb(
             config, resume="resume" in arguments.flags, overwrite="overwrite" in arguments.flags, report=progress
         )
     print(summary(record))
-    return 0
+    return code(record)

@@ -1,17 +1,16 @@
 """Conversations: their messages, the text that a chat template makes of them, and where in it the assistant speaks."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from stillroom.data.templates import Name
 from stillroom.errors import DataError, MissingError
 
 Messages = list[dict[str, Any]]
-Name = Callable[[], str]
-"""Gives the row as a message calls it. Finding it may take a while, so it is asked for only where it is needed."""
 
 ROLES = {
     "system": "system",

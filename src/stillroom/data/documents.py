@@ -131,10 +131,10 @@ def cache_folder(config: AnyData) -> Path:
 
 def cache_path(config: AnyData, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> Path:
     """The folder where ``prepare`` would find or put the documents. Reads the source; writes nothing."""
-    return _Plan(config, tokenizer, template).folder
+    return Origin(config, tokenizer, template).folder
 
 
-class _Plan:
+class Origin:
     """What identifies the documents of a config, and so the folder that they belong in."""
 
     def __init__(self, config: AnyData, tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
@@ -172,7 +172,7 @@ def prepare(
         DataError: a row cannot be used, or the folder in the cache is damaged.
         StorageError: the cache cannot be written.
     """
-    plan = _Plan(config, tokenizer, template)
+    plan = Origin(config, tokenizer, template)
     encode = encoder(config, tokenizer, plan.template)
     if not plan.folder.exists():
         _build(plan, config, encode, report or (lambda _: None))
@@ -186,14 +186,14 @@ def prepared(config: AnyData, tokenizer: PreTrainedTokenizerBase, *, template: s
         MissingError: the source is not there.
         DataError: the folder in the cache is damaged.
     """
-    plan = _Plan(config, tokenizer, template)
+    plan = Origin(config, tokenizer, template)
     return _open(plan) if plan.folder.exists() else None
 
 
 # --- making them -----------------------------------------------------------------------------------------------------
 
 
-def _build(plan: _Plan, config: AnyData, encode: Encoder, report: Callable[[int], None]) -> None:
+def _build(plan: Origin, config: AnyData, encode: Encoder, report: Callable[[int], None]) -> None:
     partial = plan.folder.with_name(f".{plan.fingerprint}.{secrets.token_hex(4)}.partial")
     counts = Counts()
     try:
@@ -201,10 +201,9 @@ def _build(plan: _Plan, config: AnyData, encode: Encoder, report: Callable[[int]
             partial.mkdir(parents=True)
             path = partial / "documents.arrow"
             with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-                for documents in _encode_all(plan.source, config, encode, counts):
+                for documents in encode_all(plan.source, config, encode, counts):
                     writer.write_batch(_record_batch(documents))
                     report(counts.rows)
-            _check_not_nothing(counts, config)
             manifest = {
                 "format": FORMAT,
                 "fingerprint": plan.fingerprint,
@@ -244,10 +243,12 @@ def _storing(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _encode_all(
-    source: Source, config: AnyData, encode: Encoder, counts: Counts
-) -> Iterator[list[tuple[int, Encoded]]]:
-    """Lists of (row number, document), as they are kept; counts as it goes."""
+def encode_all(source: Source, config: AnyData, encode: Encoder, counts: Counts) -> Iterator[list[tuple[int, Encoded]]]:
+    """Lists of (row number, document), as they are kept; counts as it goes.
+
+    Raises:
+        DataError: a row cannot be used, or no document is left.
+    """
     source_rows = islice(source.rows(), config.max_documents)
     while rows := list(islice(source_rows, ROWS_AT_ONCE)):
         first = counts.rows
@@ -264,6 +265,7 @@ def _encode_all(
             counts.tokens += len(document.tokens)
             counts.tokens_learnt += int(document.learn[1:].sum())
         yield kept
+    _check_not_nothing(counts, config)
 
 
 def _fit(document: Encoded, config: AnyData, counts: Counts, name: Callable[[], str]) -> list[Encoded]:
@@ -328,7 +330,7 @@ def _check_not_nothing(counts: Counts, config: AnyData) -> None:
 # --- opening them ----------------------------------------------------------------------------------------------------
 
 
-def _open(plan: _Plan) -> Documents:
+def _open(plan: Origin) -> Documents:
     path = plan.folder / "documents.arrow"
     try:
         manifest = json.loads((plan.folder / "manifest.json").read_text(encoding="utf-8"))

@@ -4,21 +4,18 @@ A format turns a row into one text and the spans of its characters that are to b
 as a whole, and a token is learnt where it reaches into a span, so no token depends on where a span begins.
 """
 
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from string import Formatter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from stillroom.data.chat import ChatRenderer, Name, Rendered, messages_of
+from stillroom.data.chat import ChatRenderer, Rendered, messages_of
 from stillroom.data.config import AnyData, ChatData, PromptCompletionData, TextData
-from stillroom.errors import ConfigError, DataError
-
-Row = dict[str, Any]
+from stillroom.data.templates import Name, Row, Template, text_in, value_in
+from stillroom.errors import DataError
 
 
 class Encoded(NamedTuple):
@@ -30,10 +27,21 @@ class Encoded(NamedTuple):
     """bool, shape [n]: True where this token is to be learnt."""
     weight: float = 1.0
     """What each of its tokens counts."""
+    num_bytes: np.ndarray | None = None
+    """int32, shape [n]: the UTF-8 bytes of the text that each token stands for, where they are counted; special tokens
+    stand for none. None too where the tokenizer drops characters, so that its tokens do not stand for the text."""
 
     def part(self, start: int, stop: int) -> "Encoded":
         """Some of its tokens, which count what they did."""
-        return self._replace(tokens=self.tokens[start:stop], learn=self.learn[start:stop])
+        num_bytes = None if self.num_bytes is None else self.num_bytes[start:stop]
+        return self._replace(tokens=self.tokens[start:stop], learn=self.learn[start:stop], num_bytes=num_bytes)
+
+    def longer(self, token: int) -> "Encoded":
+        """With one more token, which stands for no text and is not to be learnt."""
+        num_bytes = None if self.num_bytes is None else np.append(self.num_bytes, np.int32(0))
+        return self._replace(
+            tokens=np.append(self.tokens, np.int32(token)), learn=np.append(self.learn, False), num_bytes=num_bytes
+        )
 
 
 Encoder = Callable[[Sequence[Row], Callable[[int], str]], list[Encoded]]
@@ -45,8 +53,10 @@ def needs_template(config: AnyData) -> bool:
     return isinstance(config, ChatData) or (isinstance(config, PromptCompletionData) and config.chat)
 
 
-def encoder(config: AnyData, tokenizer: PreTrainedTokenizerBase, template: str | None) -> Encoder:
-    """Makes the function that turns rows into documents as ``config`` says.
+def encoder(
+    config: AnyData, tokenizer: PreTrainedTokenizerBase, template: str | None, *, count_bytes: bool = False
+) -> Encoder:
+    """Makes the function that turns rows into documents as ``config`` says; with ``count_bytes``, each token's too.
 
     Text, and pairs outside a chat, get the tokenizer's own special tokens and one end of sequence, which is learnt.
     A conversation gets exactly what its template writes. No document begins with two beginnings of sequence.
@@ -58,7 +68,7 @@ def encoder(config: AnyData, tokenizer: PreTrainedTokenizerBase, template: str |
         DataError, from the encoder: a row lacks a column, or does not have the shape that the format needs.
     """
     render = _renderer(config, tokenizer, template)
-    finish = _finisher(tokenizer, special_tokens=not needs_template(config))
+    finish = _finisher(tokenizer, special_tokens=not needs_template(config), count_bytes=count_bytes)
 
     def encode(rows: Sequence[Row], name: Callable[[int], str]) -> list[Encoded]:
         rendered = [render(row, partial(name, index)) for index, row in enumerate(rows)]
@@ -95,7 +105,7 @@ def _renderer(
 
 
 def _render_text(column: str, row: Row, name: Name) -> Rendered:
-    text = _text(row, column, name)
+    text = text_in(row, column, name)
     return Rendered(text, None if text else [])
 
 
@@ -110,67 +120,25 @@ class _PairReader:
     """Reads (prompt, completion) from a row by two columns, or by texts with columns in braces."""
 
     def __init__(self, config: PromptCompletionData) -> None:
-        self.prompt, self.completion = _pieces("prompt", config.prompt), _pieces("completion", config.completion)
+        self.prompt = Template("data.prompt", config.prompt)
+        self.completion = Template("data.completion", config.completion)
         self.defaults = (config.prompt, config.completion) == ("prompt", "completion")
 
     def __call__(self, row: Row, name: Name) -> tuple[str, str]:
         hint = ""
         if self.defaults and "prompt" not in row and {"question", "answer"} <= row.keys():
             hint = "data.prompt='{question}\\n' data.completion=answer"
-        return self._fill(self.prompt, row, name, hint), self._fill(self.completion, row, name, hint)
-
-    @staticmethod
-    def _fill(pieces: list[tuple[str, str | None]], row: Row, name: Name, hint: str) -> str:
-        return "".join(
-            literal + ("" if column is None else _text(row, column, name, hint)) for literal, column in pieces
-        )
-
-
-def _pieces(setting: str, text: str) -> list[tuple[str, str | None]]:
-    """A setting as pairs of literal text and the column that follows it."""
-    if "{" not in text and "}" not in text:
-        return [("", text)]
-    try:
-        parsed = list(Formatter().parse(text))
-    except ValueError as error:
-        raise _braces(setting, text, str(error)) from None
-    for _, column, form, conversion in parsed:
-        if column == "" or form or conversion:
-            raise _braces(setting, text, "braces must hold the name of a column and nothing else")
-    if all(column is None for _, column, _, _ in parsed):
-        raise _braces(setting, text, "no column is named")
-    return [(literal, column) for literal, column, _, _ in parsed]
-
-
-def _braces(setting: str, text: str, reason: str) -> ConfigError:
-    return ConfigError(
-        f"the setting `data.{setting}` is not valid",
-        {"text": repr(text), "reason": reason},
-        why="It is filled with the columns of each row.",
-        fix='Write a column as {column}, such as "Question: {question}\\nAnswer: ", and a brace itself as {{ or }}.',
-    )
+        return self.prompt(row, name, hint), self.completion(row, name, hint)
 
 
 def _conversation(row: Row, column: str, name: Name) -> object:
     if column == "auto":
         column = next((c for c in ("messages", "conversations") if row.get(c) is not None), "messages")
-    return _value(row, column, name)
-
-
-def _text(row: Row, column: str, name: Name, hint: str = "") -> str:
-    value = _value(row, column, name, hint)
-    if isinstance(value, str):
-        return value
-    raise DataError(
-        f"{name()}: the column `{column}` does not hold a text",
-        {"expected": "a text", "found": "null" if value is None else f"{value!r:.60} ({type(value).__name__})"},
-        why="Nothing is converted or left out, since either would change the data without a word.",
-        fix="Mend or delete the row, or name another column.",
-    )
+    return value_in(row, column, name)
 
 
 def _weight(row: Row, column: str, name: Name) -> float:
-    value = _value(row, column, name)
+    value = value_in(row, column, name)
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf:
         return float(value)
     raise DataError(
@@ -181,34 +149,23 @@ def _weight(row: Row, column: str, name: Name) -> float:
     )
 
 
-def _value(row: Row, column: str, name: Name, hint: str = "") -> Any:
-    if column in row:
-        return row[column]
-    near = difflib.get_close_matches(column, list(row), n=1, cutoff=0.6)
-    values = {"columns there": ", ".join(map(str, row)) or "none", **({"did you mean": near[0]} if near else {})}
-    raise DataError(
-        f"{name()} has no column `{column}`",
-        values,
-        why="Every row must have the columns that the settings name.",
-        fix=f"Set {hint}." if hint else "Name the right column in the data settings, or mend the row.",
-    )
-
-
 # --- text to tokens --------------------------------------------------------------------------------------------------
 
 
 def _finisher(
-    tokenizer: PreTrainedTokenizerBase, special_tokens: bool
+    tokenizer: PreTrainedTokenizerBase, special_tokens: bool, count_bytes: bool
 ) -> Callable[[list[Rendered], Callable[[int], str]], list[Encoded]]:
     vocabulary = tokenizer.get_vocab()
     bos, eos = vocabulary.get(str(tokenizer.bos_token)), vocabulary.get(str(tokenizer.eos_token))
     adds_bos = bos is not None and special_tokens and tokenizer("a")["input_ids"][0] == bos
+    added = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+    special = np.array([*added, *tokenizer.all_special_ids], dtype=np.int32)
 
     def finish(rendered: list[Rendered], name: Callable[[int], str]) -> list[Encoded]:
         encoding = tokenizer(
             [item.text for item in rendered],
             add_special_tokens=special_tokens,
-            return_offsets_mapping=any(item.spans for item in rendered),
+            return_offsets_mapping=count_bytes or any(item.spans for item in rendered),
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
@@ -218,13 +175,15 @@ def _finisher(
         for index, (item, ids, places) in enumerate(zip(rendered, encoding["input_ids"], offsets, strict=True)):
             tokens = np.array(ids, dtype=np.int32)
             learn = _learn(item, len(tokens), places, partial(name, index))
+            num_bytes = _num_bytes(item.text, places, np.isin(tokens, special)) if count_bytes else None
+            document = Encoded(tokens, learn, num_bytes=num_bytes)
             if adds_bos and len(tokens) > 1 and tokens[1] == bos:
-                tokens, learn = tokens[1:], learn[1:]
+                document = document.part(1, len(tokens))
             if special_tokens and eos is not None:
-                if not len(tokens) or tokens[-1] != eos:
-                    tokens, learn = np.append(tokens, np.int32(eos)), np.append(learn, False)
-                learn[-1] = item.spans != []
-            documents.append(Encoded(tokens, learn))
+                if not len(document.tokens) or document.tokens[-1] != eos:
+                    document = document.longer(eos)
+                document.learn[-1] = item.spans != []
+            documents.append(document)
         return documents
 
     return finish
@@ -246,3 +205,24 @@ def _learn(item: Rendered, num_tokens: int, places: list[tuple[int, int]] | None
     for start, end in item.spans:
         learn |= (ends > start) & (starts < end)
     return learn
+
+
+def _num_bytes(text: str, places: list[tuple[int, int]] | None, special: np.ndarray) -> np.ndarray | None:
+    """int32 [n]: the bytes from the end of what came before each token to its own end; a special token's are no text.
+
+    Tokens that share a character, as those of single bytes do, count it once. White space that lies between the places
+    of two tokens is the later one's, since many tokenizers leave it out of what they tell; None where any other
+    character is left out, which no token stands for.
+    """
+    starts, ends = np.array(places, dtype=np.int64).reshape(-1, 2).T
+    if not len(ends):
+        return None if text.strip() else np.zeros(0, dtype=np.int32)
+    ends = np.maximum.accumulate(ends)
+    before = np.concatenate(([0], ends[:-1]))
+    gaps = [*zip(before[starts > before], starts[starts > before], strict=True), (int(ends[-1]), len(text))]
+    if any(text[start:stop].strip() for start, stop in gaps):
+        return None
+    ends[ends == ends[-1]] = len(text)
+    bytes_before = np.cumsum([0, *(len(character.encode()) for character in text)])
+    counts = np.diff(bytes_before[ends], prepend=0)
+    return np.where(special, 0, counts).astype(np.int32)

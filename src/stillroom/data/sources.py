@@ -46,13 +46,21 @@ def open_source(config: AnyData) -> Source:
     path = Path(config.path)
     if path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
         return _open_saved(path, config)
-    if path.is_dir():
-        return FileSource(_files_in(path))
-    if path.is_file():
-        return FileSource([path])
-    if is_local(config.path) or _kind(path) is not None:
-        raise _missing(path)
+    if path.exists() or is_local(config.path) or _kind(path) is not None:
+        return FileSource(files_of(path))
     return _open_hub(config)
+
+
+def files_of(path: Path) -> list[Path]:
+    """A file, or the data files of a folder, in the order of their names.
+
+    Raises:
+        MissingError: nothing is there.
+        DataError: the folder holds no data files, or those of several kinds.
+    """
+    if not path.exists():
+        raise _missing(path)
+    return _files_in(path) if path.is_dir() else [path]
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -85,13 +93,14 @@ class FileSource:
         return _hash_files({path.name: path for path in self.files})
 
     def rows(self) -> Iterator[Row]:
-        return _not_empty((row for _, _, row in self._places()), ", ".join(str(path) for path in self.files[:3]))
+        return _not_empty((row for _, _, row in self.places()), ", ".join(str(path) for path in self.files[:3]))
 
     def name(self, index: int) -> str:
-        found = next(islice(self._places(), index, None), None)
+        found = next(islice(self.places(), index, None), None)
         return f"{found[0].name} {found[1]}" if found else f"row {index + 1} of {self.files[0].name}"
 
-    def _places(self) -> Iterator[tuple[Path, str, Row]]:
+    def places(self) -> Iterator[tuple[Path, str, Row]]:
+        """Every row with its file and its place in it: "line 3"."""
         for path in self.files:
             kind = _KINDS[_kind(path) or ""]
             try:

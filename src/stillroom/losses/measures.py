@@ -7,6 +7,7 @@ from torch import Tensor
 from stillroom.errors import MismatchError
 from stillroom.losses import sparse
 from stillroom.losses.block import Block
+from stillroom.selection import likeliest
 
 
 def student_entropy(block: Block) -> Float[Tensor, " r"]:
@@ -38,6 +39,29 @@ def top1_agreement(block: Block) -> Float[Tensor, " r"]:
     student = block.student()
     likeliest = block.teacher().argmax(-1) if block.sparse is None else block.sparse.ids[:, 0]
     return (student.argmax(-1) == likeliest).to(student.dtype)
+
+
+def top10_overlap(block: Block) -> Float[Tensor, " r"]:
+    """``|top 10 of t ∩ top 10 of s| / 10``: the share of the teacher's ten likeliest tokens that are the student's too.
+
+    Of fewer than ten columns, all.
+    """
+    k = min(10, block.num_columns)
+    (_, student), (_, teacher) = (likeliest(block.logits(who), k) for who in ("student", "teacher"))
+    both = student.unsqueeze(-1) == teacher.unsqueeze(-2)
+    return both.sum((-1, -2)).to(block.logits("student").dtype) / k
+
+
+def confidence(block: Block) -> Float[Tensor, " r"]:
+    """``max s``: the student's probability of the token that it holds for the likeliest."""
+    logits = block.logits("student")
+    return (logits.amax(-1) - logits.logsumexp(-1)).exp()
+
+
+def correct(block: Block) -> Float[Tensor, " r"]:
+    """1 where the token that the student holds for the likeliest is the data's next token, else 0."""
+    logits = block.logits("student")
+    return (logits.argmax(-1) == block.next_tokens).to(logits.dtype)
 
 
 def accepted_mass(block: Block) -> Float[Tensor, " r"]:

@@ -31,8 +31,11 @@ usage: stillroom VERB [RECIPE.yaml] [key=value …] [flags]
 
 verbs
   capture     ask a teacher once, and store what it said
+  chat        ask one model, or two side by side, in the terminal
   distill     train a student to predict as its teacher does
+  evaluate    compare models with their teacher: distillation metrics and benchmarks
   prune       cut a smaller model out of a bigger one
+  report      make the report of an evaluation anew from its files
   store       check, show, export, import and merge stores of what teachers said
 
 Any setting can come from the recipe or from key=value, with dots into the tree:
@@ -88,9 +91,8 @@ def test_every_verb_has_its_module_its_line_and_its_help(capsys, verb):
     assert callable(import_module(f"stillroom.cli.{verb}").main)
     assert main([verb, "--help"]) == 0
     out, err = capsys.readouterr()
-    assert out.startswith(
-        f"usage: stillroom {verb} {'COMMAND …' if verb == 'store' else '[RECIPE.yaml] [key=value …]'}\n"
-    )
+    words = {"chat": "MODEL [MODEL] [key=value …]", "report": "RUN…", "store": "COMMAND …"}
+    assert out.startswith(f"usage: stillroom {verb} {words.get(verb, '[RECIPE.yaml] [key=value …]')}\n")
     assert err == ""
 
 
@@ -125,7 +127,7 @@ ERRORS = {
         "distil r.yaml",
         """\
 error: `distil` is not a verb
-  did you mean: distill     verbs: capture, distill, prune, store
+  did you mean: distill     verbs: capture, chat, distill, evaluate, prune, report, store
   The first word says what to do.
   See `stillroom --help`; settings are written as key=value.
 """,

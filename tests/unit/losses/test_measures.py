@@ -1,11 +1,13 @@
 """Measures: numbers that are only reported."""
 
+import math
+
 import pytest
 import torch
 from reference import naive_logits, objective, problem
 
 from stillroom.losses import Block, linear_losses
-from stillroom.losses.measures import top1_agreement
+from stillroom.losses.measures import confidence, correct, top1_agreement, top10_overlap
 
 
 def test_top1_agreement_of_a_few_rows():
@@ -41,3 +43,29 @@ def test_a_measure_changes_neither_loss_nor_gradient():
     assert torch.equal(plain.total, measured.total)
     for a, b in zip(p.gradients(plain.total), p.gradients(measured.total), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [12, 300])
+def test_top10_overlap_counts_the_likeliest_ten_that_both_have(dtype, columns):
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(40, columns, generator=generator, dtype=dtype)
+    student = teacher + 0.5 * torch.randn(40, columns, generator=generator, dtype=dtype)
+    tens = [[set(row.argsort()[-10:].tolist()) for row in logits] for logits in (student, teacher)]
+    wanted = [len(s & t) / 10 for s, t in zip(*tens, strict=True)]
+    found = top10_overlap(Block(student, teacher, torch.zeros(40, dtype=torch.long)))
+    torch.testing.assert_close(found, torch.tensor(wanted, dtype=dtype))
+    assert len(set(wanted)) > 2
+    assert top10_overlap(Block(teacher, teacher.clone(), torch.zeros(40, dtype=torch.long))).tolist() == [1.0] * 40
+
+
+def test_of_fewer_than_ten_columns_all_are_in_the_overlap():
+    block = Block(torch.randn(3, 4), torch.randn(3, 4), torch.zeros(3, dtype=torch.long))
+    assert top10_overlap(block).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_confidence_and_correct_of_a_few_rows():
+    block = Block(torch.tensor([[0.0, 0.0, 3.0], [2.0, 1.0, 0.0]]), None, torch.tensor([2, 1]))
+    wanted = [math.exp(3) / (2 + math.exp(3)), math.exp(2) / (math.exp(2) + math.exp(1) + 1)]
+    assert confidence(block).tolist() == pytest.approx(wanted)
+    assert correct(block).tolist() == [1.0, 0.0]

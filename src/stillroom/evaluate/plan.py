@@ -1,0 +1,280 @@
+"""The plan of an evaluation: every "auto" resolved, everything checked that headers tell. Writes nothing."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from stillroom import models
+from stillroom.config import quoted, replace
+from stillroom.data.formats import needs_template
+from stillroom.data.sources import open_source
+from stillroom.errors import ConfigError, MismatchError, MissingError
+from stillroom.evaluate.config import EvaluateConfig, ModelConfig
+from stillroom.evaluate.tasks.config import LocalTask, expand
+from stillroom.evaluate.tasks.run import check_task
+from stillroom.losses.linear import CHUNK_BYTES
+from stillroom.recipe import to_yaml
+from stillroom.runs import check_outside, scrub
+from stillroom.tokenizers import (
+    compare,
+    has_tokenizer,
+    is_local,
+    load_tokenizer,
+    num_columns,
+    template_fingerprint,
+    template_of,
+)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model that reads the held-out text."""
+
+    name: str
+    config: ModelConfig
+    fingerprint: str
+    """Of the model."""
+    tokenizer: PreTrainedTokenizerBase
+    template: str | None
+    """The chat template that rows go through, where they do."""
+    columns: int
+    """How many columns of its head make up its distribution."""
+    unlike: str | None
+    """Why it cannot be compared with the teacher token by token; None where it can, and of the teacher itself."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: EvaluateConfig
+    """With every "auto" resolved."""
+    readers: tuple[Reader, ...]
+    """The models that run in this process, the teacher first."""
+    runs: dict[str, str]
+    """By model: the folder of the run that made it, where it is known."""
+
+    def __str__(self) -> str:
+        """The resolved settings, and what a run compares, reads and writes, as YAML."""
+        values = scrub(self.config.model_dump(mode="json"))
+        return to_yaml({"config": values, "compares": self.compares(), "reads": self.reads(), "writes": self.writes()})
+
+    def compares(self) -> dict[str, str]:
+        """How each model is compared with the teacher, in words."""
+        teacher, found = self.config.teacher, {}
+        for name, model in self.config.models.items():
+            reader = next((r for r in self.readers if r.name == name), None)
+            if model.url is not None or reader is None:
+                found[name] = f"by tasks alone: {NO_DISTRIBUTION}"
+            elif name == teacher:
+                found[name] = f"the teacher, {reader.columns} columns"
+            else:
+                found[name] = f"not token by token: {reader.unlike}" if reader.unlike else "token by token"
+        return found
+
+    def reads(self) -> dict[str, str]:
+        """The models and files that a run reads, by what they are for."""
+        found = {name: model.url or model.model for name, model in self.config.models.items()}
+        data = self.config.data
+        if data is not None:
+            files = open_source(data).files if is_local(data.path) else []
+            found["data"] = ", ".join(map(str, files)) or f"{data.path} on the hub"
+        for task in expand(self.config.tasks):
+            if isinstance(task, LocalTask):
+                found[f"task {task.name or Path(task.path).stem}"] = task.path
+            else:
+                found[f"task {task.name}"] = "lm-eval"
+        return {**scrub(found), **{f"{name}'s run": run for name, run in self.runs.items()}}
+
+    def writes(self) -> dict[str, str]:
+        """The files that a run writes, by what they are."""
+        out = Path(self.config.out)
+        found = {"run": str(out / "run.json"), "results": str(out / "results.json")}
+        found["report"] = f"{out / 'report.html'}, {out / 'report.md'}"
+        if self.config.tasks:
+            found["items"] = str(out / "items")
+        if out.exists():
+            found["note"] = f"{out} exists: it needs --resume or --overwrite"
+        return found
+
+
+NO_DISTRIBUTION = "it is behind an address, and a server does not tell its whole distribution"
+
+
+def make_plan(config: EvaluateConfig) -> Plan:
+    """Resolves and checks a config from headers alone. A model whose tokenizer is not the teacher's is no error.
+
+    Raises:
+        MissingError: a model, a tokenizer, a data file or a device is not there.
+        MismatchError: a tokenizer is not the model's own, or has tokens that it has no column for; chat templates of
+            models that are to be compared differ.
+        ConfigError: settings contradict what the headers say.
+    """
+    given, config = config, _resolve(config)
+    _check_outside(config)
+    readers = _readers(config, given)
+    if config.data is not None and is_local(config.data.path):
+        open_source(config.data)  # which says where it is not there
+    for task in expand(config.tasks):
+        check_task(task)
+    runs = {name: run for name, model in config.models.items() if (run := _run_of(name, model)) is not None}
+    return Plan(config, readers, runs)
+
+
+def _resolve(config: EvaluateConfig) -> EvaluateConfig:
+    import torch
+
+    device = models.resolve_device(config.device, "device")
+    half = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
+    values: dict[str, Any] = {"device": device}
+    for name, model in config.models.items():
+        if model.dtype == "auto":
+            values[f"models.{name}.dtype"] = "bfloat16" if half else "float32"
+    if config.logits_bytes == "auto":
+        values["logits_bytes"] = CHUNK_BYTES
+    length = 2 if config.data is None else config.data.length
+    if config.batch_tokens == "auto":
+        values["batch_tokens"] = max(length, 16384)
+    elif config.batch_tokens < length:
+        raise ConfigError(
+            "batch_tokens is less than a row",
+            {"batch_tokens": config.batch_tokens, "data.length": quoted(config, "data.length")},
+            why="A row goes through a model whole.",
+            fix=f"Set it to at least {length}.",
+        )
+    return replace(config, values)
+
+
+def _check_outside(config: EvaluateConfig) -> None:
+    """Nothing that is read lies in the folder that is written, where --overwrite would delete it."""
+    paths = {"data.path": None if config.data is None else config.data.path}
+    for name, model in config.models.items():
+        if model.url is None:
+            paths[f"models.{name}"] = model.model
+        paths |= {f"models.{name}.tokenizer": model.tokenizer, f"models.{name}.run": model.run}
+    for i, task in enumerate(config.tasks):
+        if isinstance(task, LocalTask):
+            paths |= {f"tasks.{i}": task.path, f"tasks.{i}.items": task.items}
+    check_outside(config.out, paths)
+
+
+def _readers(config: EvaluateConfig, given: EvaluateConfig) -> tuple[Reader, ...]:
+    here = {name: model for name, model in config.models.items() if model.url is None}
+    first = config.teacher if config.teacher in here else next(iter(here), None)
+    if first is None:
+        return ()
+    here = {first: here[first], **here}
+    configs = {
+        name: models.read_config(model.model, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        for name, model in here.items()
+    }
+    tokenizers = {name: _tokenizer(name, model) for name, model in here.items()}
+    unlike = {name: _unlike(first, name, tokenizers) for name in here}
+    widths = {name: found.get_text_config().vocab_size for name, found in configs.items()}
+    for name, model in here.items():
+        _check_width(num_columns(tokenizers[name]), widths[name], name, model)
+        if config.data is not None:
+            models.check_length(config.data.length, configs[name], name, quoted(given, "data.length"))
+    compared = {widths[name] for name in here if unlike[name] is None}
+    common = compared.pop() if len(compared) == 1 else num_columns(tokenizers[first])
+    templates = _templates(config, tokenizers, unlike)
+    return tuple(
+        Reader(
+            name,
+            model,
+            models.fingerprint(model.model, configs[name]),
+            tokenizers[first] if unlike[name] is None else tokenizers[name],
+            templates[name],
+            common if unlike[name] is None else widths[name],
+            unlike[name],
+        )
+        for name, model in here.items()
+    )
+
+
+def _tokenizer(name: str, model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; one that is named makes the same ids as the model's own, where it has one."""
+    remote_code = model.trust_remote_code
+    if model.tokenizer is None:
+        return load_tokenizer(model.model, revision=model.revision, trust_remote_code=remote_code)
+    tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=remote_code)
+    if has_tokenizer(model.model, revision=model.revision):
+        own = load_tokenizer(model.model, revision=model.revision, trust_remote_code=remote_code)
+        fix = f"Leave models.{name}.tokenizer out."
+        compare(tokenizer, own, (f"models.{name}.tokenizer", f"{name}'s own"), roles=False, fix=fix)
+    return tokenizer
+
+
+def _unlike(first: str, name: str, tokenizers: dict[str, PreTrainedTokenizerBase]) -> str | None:
+    """Why a model's tokens cannot be compared with those of the first, which is the teacher where there is one."""
+    try:
+        compare(tokenizers[first], tokenizers[name], (first, name))
+    except MismatchError as error:
+        return f"its tokenizer is not that of {first}: {error.why}"
+    return None
+
+
+def _check_width(needed: int, width: int, name: str, model: ModelConfig) -> None:
+    if needed > width:
+        raise MismatchError(
+            f"the tokenizer has tokens that {name} has no column for",
+            {
+                "tokenizer": f"{needed} tokens: {model.tokenizer or f'its own, by default ({model.model})'}",
+                f"head of {name}": f"{width} columns",
+            },
+            why="The model would read and predict ids that it does not have.",
+            fix=f"Set models.{name}.tokenizer to the one that the model was trained with.",
+        )
+
+
+def _templates(
+    config: EvaluateConfig, tokenizers: dict[str, PreTrainedTokenizerBase], unlike: dict[str, str | None]
+) -> dict[str, str | None]:
+    """By model, the chat template that its text goes through: the same for all that are compared token by token."""
+    if config.data is None or not needs_template(config.data):
+        return dict.fromkeys(tokenizers)
+    own = {name: template_of(tokenizer) for name, tokenizer in tokenizers.items()}
+    together = {name: template for name, template in own.items() if unlike[name] is None and template is not None}
+    first = next(iter(together), None)
+    if config.data.template == "auto":  # pyright: ignore[reportAttributeAccessIssue]
+        for name, template in together.items():
+            if first is not None and template != together[first]:
+                raise MismatchError(
+                    f"{first} and {name} have different chat templates",
+                    {first: template_fingerprint(together[first])[:16], name: template_fingerprint(template)[:16]},
+                    why="The same conversation would become other tokens for each, so they are not compared on one.",
+                    fix="Set data.template=teacher to take the teacher's for all.",
+                )
+    shared = None if first is None else together[first]
+    found = {name: shared if unlike[name] is None else own[name] for name in own}
+    for name, template in found.items():
+        if template is None:
+            raise MissingError(
+                f"the tokenizer of {name} has no chat template",
+                {"tokenizer": tokenizers[name].name_or_path, "data.format": config.data.format},
+                why="Without one nobody knows how a conversation becomes text for the model.",
+                fix="Give the tokenizer a chat_template.jinja, or use data.format=prompt_completion or text.",
+            )
+    return found
+
+
+def _run_of(name: str, model: ModelConfig) -> str | None:
+    """The folder of the run that made a model.
+
+    Raises:
+        MissingError: one is named that is none.
+    """
+    if model.run is not None:
+        if (Path(model.run) / "run.json").is_file():
+            return model.run
+        raise MissingError(
+            f"models.{name}.run is not the folder of a run",
+            {"looked for": Path(model.run) / "run.json", "found": "nothing"},
+            why="Its training curves are to be shown.",
+            fix="Name the folder that `stillroom distill` wrote as `out`, or leave it out.",
+        )
+    if model.url is None and is_local(model.model):
+        around = Path(model.model).expanduser().absolute().parent
+        if (around / "run.json").is_file() and (around / "metrics.jsonl").is_file():
+            return str(Path(model.model).expanduser().parent)
+    return None

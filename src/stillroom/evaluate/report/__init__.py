@@ -1,0 +1,5 @@
+"""Report: an evaluation as a page to look at and as Markdown."""
+
+from stillroom.evaluate.report.write import read_results, rebuild, write_report
+
+__all__ = ["read_results", "rebuild", "write_report"]

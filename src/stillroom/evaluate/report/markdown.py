@@ -1,0 +1,141 @@
+"""Markdown: the report as a text that any viewer of Markdown shows, with the numbers of its charts as tables."""
+
+import re
+from collections.abc import Iterator, Sequence
+
+from stillroom.evaluate.report import words
+from stillroom.evaluate.report.changes import Changes
+from stillroom.evaluate.report.content import LEVELS, Report
+from stillroom.evaluate.report.tables import Cell, Table
+from stillroom.evaluate.results import Passage
+
+MARKED = LEVELS[2]
+"""Tokens whose KL is at least so many nats are marked in a passage."""
+
+
+def to_markdown(report: Report) -> str:
+    """The whole report."""
+    parts = [f"# {report.title}", escaped(report.about), *_headlines(report)]
+    parts += [f"- {escaped(sentence)}" for sentence in report.sentences]
+    for title, found in (
+        ("Benchmarks", _benchmarks(report)),
+        ("Distance to the teacher", _metrics(report)),
+        ("Differences", _differences(report)),
+        ("Training", _training(report)),
+        ("Where the student differs from the teacher", map(_table, report.breakdown_tables)),
+        ("Worst passages", _worst(report)),
+        ("Items that changed", _changes(report.changes)),
+        ("Size, speed, memory", [_table(report.sizes)]),
+        ("To repeat it", _repeat(report)),
+    ):
+        if texts := list(found):
+            parts += [f"## {title}", *texts]
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[str]) -> str:
+    """Blank lines between parts, but not between the points of a list."""
+    text = ""
+    for before, part in zip(["", *parts], parts, strict=False):
+        text += part if not before else ("\n" if before.startswith("- ") and part.startswith("- ") else "\n\n") + part
+    return text + "\n"
+
+
+def escaped(text: str) -> str:
+    """The text as Markdown shows it unchanged, on one line."""
+    text = words.visible(" ".join(text.split()))
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]|~$#])", r"\\\1", text)
+
+
+def code(text: str) -> str:
+    """The text as a block of code, fenced by more backticks than it holds."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
+    return f"{fence}\n{words.visible(text)}\n{fence}"
+
+
+def _headlines(report: Report) -> Iterator[str]:
+    for one in report.headlines:
+        values = ", ".join(f"{escaped(name)} {_cell(found)}" for _, name, found in one.rows)
+        yield f"- **{escaped(one.title)}** ({escaped(one.about)}): {values}"
+
+
+def _cell(cell: Cell) -> str:
+    text = " ".join([escaped(cell.text), *map(escaped, cell.small)])
+    return f"{text} ({cell.mark})" if cell.mark else text
+
+
+def _table(table: Table) -> str:
+    """A table of pipes, with its caption above and its notes below."""
+    rows = [[_cell(cell) for cell in row] for row in table.rows]
+    rule = ["---" if i < table.num_texts else "---:" for i in range(len(table.head))]
+    lines = ["| " + " | ".join(row) + " |" for row in ([escaped(name) for name in table.head], rule, *rows)]
+    notes = [f"({i}) {escaped(note)}" for i, note in enumerate(table.notes, 1)]
+    return "\n\n".join([*([f"**{escaped(table.caption)}**"] if table.caption else []), "\n".join(lines), *notes])
+
+
+def _benchmarks(report: Report) -> Iterator[str]:
+    if not report.results.tasks:
+        yield "No benchmark was asked for."
+        return
+    yield _table(report.tasks)
+    yield from map(_table, report.more_scores)
+
+
+def _metrics(report: Report) -> Iterator[str]:
+    yield _table(report.metrics) if report.metrics.rows else "No text was read."
+
+
+def _differences(report: Report) -> Iterator[str]:
+    if report.differences is not None:
+        yield _table(report.differences)
+
+
+def _training(report: Report) -> Iterator[str]:
+    yield from map(_table, report.training_tables)
+    for name, why in report.training.missing.items():
+        yield f"{escaped(name)} has no curves: {escaped(why)}."
+
+
+def _worst(report: Report) -> Iterator[str]:
+    if report.worst:
+        yield f"Tokens of which the KL is {MARKED:g} nats and more are **bold**, with the nats behind them."
+    for name, passages in report.worst:
+        yield f"### {escaped(name)}"
+        yield from map(_passage, passages)
+
+
+def _passage(passage: Passage) -> str:
+    place = f"{escaped(passage.document)}, from token {passage.first:,}, mean {passage.mean_kl_nats:.2f} nats"
+    parts = []
+    for token, nats in zip(passage.tokens, passage.kl_nats, strict=True):
+        space = " " if token[:1].isspace() else ""
+        text = escaped(token) or "↵"
+        parts.append(f"{space}**{text}**⟨{nats:.1f}⟩" if nats >= MARKED else f"{space}{text}")
+    return f"{place}:\n\n> … {''.join(parts).strip()} …"
+
+
+def _changes(changes: Sequence[Changes]) -> Iterator[str]:
+    for one in changes:
+        yield f"### {escaped(one.task)}: {escaped(one.a)} → {escaped(one.b)}"
+        if one.missing is not None:
+            yield f"Not shown: {escaped(one.missing)}."
+            continue
+        yield (
+            f"Of {one.num_items:,} items {escaped(one.b)} has {one.gained:,} right that {escaped(one.a)} has wrong, "
+            f"and {one.lost:,} wrong that {escaped(one.a)} has right. {len(one.shown)} of them; all are in "
+            f"{escaped(one.file)}."
+        )
+        for change in one.shown:
+            question = escaped(words.shortened(change.item.question, 240))
+            said = f"{escaped(one.a)}: {escaped(change.a.prediction)}; {escaped(one.b)}: {escaped(change.b.prediction)}"
+            yield (
+                f"- {change.kind}, {escaped(change.item.id)}{': ' if question else ''}{question} "
+                f"Right: {escaped(change.item.gold)}; {said}"
+            )
+
+
+def _repeat(report: Report) -> Iterator[str]:
+    yield code(report.results.command)
+    yield _table(report.fingerprints)
+    yield from (_table(table) for table in (report.versions, report.machine) if table.rows)

@@ -1,0 +1,1 @@
+"""Tasks: benchmarks, described by a local file or known to lm-eval by name."""

@@ -1,0 +1,113 @@
+"""Generation: what a model writes after a prompt, its likeliest token at each step."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+
+from stillroom.evaluate.tasks.likelihood import max_length
+
+CPU_TOKENS = 4096
+"""Tokens of prompts and answers in a batch on a CPU."""
+DEVICE_TOKENS = 65_536
+"""The same in the first batch on another device; halved wherever its memory does not suffice."""
+
+
+class Written(NamedTuple):
+    text: str
+    num_cut: int
+    """Tokens of the prompt that the model could not read, being too far back."""
+
+
+def cut(text: str, until: Sequence[str]) -> str:
+    """The text before the first of ``until``."""
+    return text[: min((place for stop in until if (place := text.find(stop)) >= 0), default=len(text))]
+
+
+class _Until(StoppingCriteria):
+    """Ends each row with the first of some strings in what was written after the prompts."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, until: Sequence[str], num_prompt: int) -> None:
+        self.tokenizer, self.until, self.num_prompt = tokenizer, [stop for stop in until if stop], num_prompt
+        self.window = 4 * max((len(stop.encode()) for stop in self.until), default=0) + 2  # tokens that can hold one
+        self.done: list[bool] = []
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:  # noqa: ARG002
+        self.done = self.done or [False] * len(input_ids)
+        for row, tokens in enumerate(input_ids[:, self.num_prompt :][:, -self.window :].tolist()):
+            if not self.done[row]:
+                text = cast(str, self.tokenizer.decode(tokens))
+                self.done[row] = any(stop in text for stop in self.until)
+        return torch.tensor(self.done, device=input_ids.device)
+
+
+@torch.inference_mode()
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    until: Sequence[str],
+    max_tokens: int,
+    num_tokens: int | None = None,
+    done: Callable[[int], object] = lambda _: None,
+) -> list[Written]:
+    """What the model writes after each prompt, up to the first of ``until``, its end of sequence or ``max_tokens``.
+
+    Prompts of like length share a batch, padded at their left and masked. A prompt is cut at its left where the model
+    could not read it and its answer whole; ``num_cut`` tells by how much.
+
+    Args:
+        num_tokens: tokens in a batch, prompts and answers; None finds the number by itself.
+        done: is told of the number of prompts that are answered.
+    """
+    limit = max_length(model)
+    room = None if limit is None else max(1, limit - max_tokens)
+    encoded = cast(list[list[int]], tokenizer(list(prompts), verbose=False)["input_ids"])
+    prefix = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    ids = [(tokens if room is None else tokens[-room:]) or [cast(int, prefix)] for tokens in encoded]
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    cpu = next(model.parameters()).device.type == "cpu"
+    budget = num_tokens or (CPU_TOKENS if cpu else DEVICE_TOKENS)
+    found: list[Written | None] = [None] * len(ids)
+    place = 0
+    while place < len(order):
+        width = len(ids[order[place]]) + max_tokens
+        batch = order[place : place + max(1, budget // width)]
+        try:
+            written = _write(model, tokenizer, [ids[i] for i in batch], until, max_tokens)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            budget = max(width, budget // 2)
+            continue
+        for i, text in zip(batch, written, strict=True):
+            found[i] = Written(text, max(0, len(encoded[i]) - len(ids[i])))
+        place += len(batch)
+        done(place)
+    return cast(list[Written], found)
+
+
+def _write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    until: Sequence[str],
+    max_tokens: int,
+) -> list[str]:
+    width = max(map(len, prompts))
+    device = next(model.parameters()).device
+    rows = torch.tensor([[0] * (width - len(tokens)) + tokens for tokens in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in prompts], device=device)
+    own = model.generation_config
+    eos = tokenizer.eos_token_id if own is None or own.eos_token_id is None else own.eos_token_id
+    pad = eos[0] if isinstance(eos, list) else (eos or 0)
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=max_tokens, eos_token_id=eos, pad_token_id=pad)
+    stop = StoppingCriteriaList([_Until(tokenizer, until, width)])
+    generate = cast(Callable[..., Tensor], model.generate)
+    out = generate(rows, attention_mask=mask, generation_config=greedy, stopping_criteria=stop)
+    written = tokenizer.batch_decode(out[:, width:].tolist(), skip_special_tokens=True)
+    return [cut(text, until) for text in written]

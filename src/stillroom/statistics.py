@@ -1,0 +1,243 @@
+"""Statistics: how sure a measured score is, and whether two models differ by more than chance.
+
+Models are compared on the same items, so what counts is the difference on each item (a paired test): items that are
+hard for both say nothing about which is better.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from stillroom.errors import MismatchError
+
+NUM_RESAMPLES = 10_000
+"""Of a bootstrap."""
+RESAMPLE_BYTES = 64 * 2**20
+"""The budget for the resamples that are drawn at a time."""
+Z_95 = 1.959963984540054
+"""The normal distribution has 95 % of its mass within so many standard deviations."""
+SIGNIFICANCE = 0.05
+FEWEST_ITEMS = 6
+"""With fewer no winner is named: a fair coin falls on one side five times in a row, either one, in 1 of 16 trials."""
+FEW_DISCORDANT = 25
+"""With fewer items on which two models differ, McNemar's test is exact."""
+
+
+class Mean(NamedTuple):
+    """A mean with what is known of its error; the fields are those of a Number in the results."""
+
+    value: float
+    error: float | None
+    """Its standard error; None for a single item."""
+    low: float | None
+    high: float | None
+    """The 95 % interval."""
+
+
+class Compared(NamedTuple):
+    """Two models on the same items; the fields are those of a Difference in the results."""
+
+    what: str
+    a: str
+    b: str
+    value: float
+    """a less b."""
+    low: float
+    high: float
+    num_items: int
+    p_value: float | None
+    """McNemar's, for scores of 0 and 1."""
+    sentence: str
+
+
+def standard_error(values: ArrayLike) -> float:
+    """Of the mean of at least two independent values: √(Σ (x − mean)² / (n − 1) / n)."""
+    x = np.asarray(values, dtype=np.float64)
+    return float(x.std(ddof=1) / math.sqrt(len(x)))
+
+
+def mean(values: ArrayLike) -> Mean:
+    """The mean of independent values with its 95 % interval.
+
+    For values of 0 and 1 the interval is Wilson's (doi 10.1080/01621459.1927.10502953), which stays within 0 and 1 and
+    does not shrink to nothing where all are right; for others it is ±1.96 standard errors.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    value, n = float(x.mean()), len(x)
+    if n < 2:
+        return Mean(value, None, None, None)
+    error = standard_error(x)
+    if not _zero_one(x):
+        return Mean(value, error, value - Z_95 * error, value + Z_95 * error)
+    shrink = 1 + Z_95**2 / n
+    centre = (value + Z_95**2 / (2 * n)) / shrink
+    half = Z_95 / shrink * math.sqrt(value * (1 - value) / n + (Z_95 / (2 * n)) ** 2)
+    return Mean(value, error, min(max(centre - half, 0.0), value), max(min(centre + half, 1.0), value))
+
+
+def paired_bootstrap(
+    a: ArrayLike, b: ArrayLike, seed: int, weights: ArrayLike | None = None
+) -> tuple[float, float, float]:
+    """Mean of a less mean of b, with its 95 % percentile interval over 10,000 resamples of the items.
+
+    An item is drawn with both of its scores. The same seed gives the same interval.
+
+    Args:
+        weights: what each item counts in the means; for a mean over tokens, whose errors go together within a document,
+            the items are documents, their scores the means over their tokens, and the weights their numbers of tokens.
+
+    Raises:
+        MismatchError: a and b are not of the same items, or there are none.
+    """
+    x, y = _paired(a, b)
+    w = np.ones(len(x)) if weights is None else np.asarray(weights, dtype=np.float64)
+    columns = np.stack([w * (x - y), w], axis=1)
+    gain, weight = columns.sum(axis=0)
+    gains, weighed = resampled_totals(columns, seed).T
+    value = float(gain / weight)
+    low, high = interval(gains / weighed, value)
+    return value, low, high
+
+
+def resampled_totals(columns: ArrayLike, seed: int) -> np.ndarray:
+    """The sums of k numbers of each of n items over 10,000 resamples of the items, float64 [10000, k].
+
+    Any function of sums has its bootstrap from these: a ratio, the exponent of a mean, a share. The same seed and
+    number of items give the same resamples, so what different models' numbers give can be subtracted in pairs.
+
+    Args:
+        columns: [n, k].
+    """
+    x = np.asarray(columns, dtype=np.float64)
+    n = len(x)
+    generator = np.random.Generator(np.random.PCG64(seed))
+    at_a_time = max(1, RESAMPLE_BYTES // (20 * n))  # an index of 4 bytes, two numbers of 8
+    totals = []
+    for start in range(0, NUM_RESAMPLES, at_a_time):
+        size = min(at_a_time, NUM_RESAMPLES - start)
+        drawn = generator.integers(n, size=(size, n), dtype=np.uint32)
+        places = (drawn + np.arange(size)[:, None] * n).ravel()
+        totals.append(np.bincount(places, minlength=size * n).reshape(size, n) @ x)
+    return np.concatenate(totals)
+
+
+def interval(resampled: np.ndarray, value: float) -> tuple[float, float]:
+    """The 95 % percentile interval of what resamples gave, stretched to hold the value itself."""
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return min(float(low), value), max(float(high), value)
+
+
+def mcnemar(a: ArrayLike, b: ArrayLike) -> float:
+    """The two-sided p-value of McNemar's test that two models are equally often right.
+
+    Only the items count on which one is right and the other wrong. With fewer than 25 of them it is the exact binomial
+    test, otherwise χ² = (\\|n₁₀ − n₀₁\\| − 1)² / (n₁₀ + n₀₁) with one degree of freedom.
+
+    Args:
+        a, b: 1 or True where the model is right, in the same order of items.
+    """
+    x, y = _paired(a, b)
+    only_a, only_b = int(np.sum(x > y)), int(np.sum(x < y))
+    discordant = only_a + only_b
+    if discordant < FEW_DISCORDANT:
+        tail = sum(math.comb(discordant, i) for i in range(min(only_a, only_b) + 1))
+        return min(1.0, 2 * tail / 2**discordant)
+    excess = max(abs(only_a - only_b) - 1, 0)
+    return math.erfc(math.sqrt(excess**2 / discordant / 2))
+
+
+def difference(
+    what: str,
+    a_name: str,
+    b_name: str,
+    a: ArrayLike,
+    b: ArrayLike,
+    *,
+    seed: int,
+    weights: ArrayLike | None = None,
+    higher_is_better: bool = True,
+    unit: str = "points",
+    items: str = "questions",
+) -> Compared:
+    """Compares two models on the same items, and says in words what came out.
+
+    A winner is named only where the interval leaves out zero, McNemar's test (for scores of 0 and 1) does not call it
+    chance, and there are items enough.
+
+    Args:
+        what: the metric, or task and metric.
+        unit: of the scores; points are hundredths.
+        items: what they are, in the plural.
+
+    Raises:
+        MismatchError: the scores are not of the same items, or there are none.
+    """
+    x, y = _paired(a, b)
+    both_zero_one = weights is None and _zero_one(x) and _zero_one(y)
+    p_value = mcnemar(x, y) if both_zero_one else None
+    numbers = paired_bootstrap(x, y, seed, weights)
+    return compared(what, a_name, b_name, numbers, len(x), p_value, higher_is_better, unit, items)
+
+
+def compared(
+    what: str,
+    a_name: str,
+    b_name: str,
+    numbers: tuple[float, float, float],
+    num_items: int,
+    p_value: float | None = None,
+    higher_is_better: bool = True,
+    unit: str = "points",
+    items: str = "questions",
+) -> Compared:
+    """Says in words what a comparison on the same items came to.
+
+    Args:
+        numbers: a less b, and its 95 % interval.
+    """
+    value, low, high = numbers
+    beyond_chance = not low <= 0 <= high and (p_value is None or p_value < SIGNIFICANCE)
+    count = f"{num_items:,} {items}"
+    if not beyond_chance or num_items < FEWEST_ITEMS:
+        sentence = f"{a_name} and {b_name} do not differ beyond chance: {_in_words(numbers, unit)}, {count}"
+    elif (value > 0) == higher_is_better:
+        sentence = f"{a_name} beats {b_name} by {_in_words(_positive(numbers), unit)}, {count}"
+    else:
+        sentence = f"{b_name} beats {a_name} by {_in_words(_positive(numbers), unit)}, {count}"
+    return Compared(what, a_name, b_name, value, low, high, num_items, p_value, sentence)
+
+
+def _positive(numbers: tuple[float, float, float]) -> tuple[float, float, float]:
+    value, low, high = numbers
+    return numbers if value > 0 else (-value, -high, -low)
+
+
+def _in_words(numbers: tuple[float, float, float], unit: str) -> str:
+    """Value and interval, with two digits of the interval's width and at least one of its end that is nearer zero."""
+    value, low, high = (100 * x if unit == "points" else x for x in numbers)
+    sizes = [(high - low) / 10, min(abs(low), abs(high))]
+    decimals = min(max([1, *(-math.floor(math.log10(size)) for size in sizes if size > 0)]), 6)
+
+    def number(x: float) -> str:
+        return f"{round(x, decimals) + 0.0:.{decimals}f}".replace("-", "−")
+
+    return f"{number(value)} {unit}, 95 % interval {number(low)} to {number(high)}"
+
+
+def _zero_one(x: np.ndarray) -> bool:
+    return bool(np.all((x == 0) | (x == 1)))
+
+
+def _paired(a: ArrayLike, b: ArrayLike) -> Sequence[np.ndarray]:
+    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if x.shape == y.shape and x.ndim == 1 and len(x):
+        return x, y
+    raise MismatchError(
+        "the scores of two models cannot be compared",
+        {"one has": f"{x.size} items", "the other": f"{y.size} items"},
+        why="Each item's difference counts, so both must have answered the same items, and at least one.",
+        fix="Evaluate both on the same items, in one run.",
+    )

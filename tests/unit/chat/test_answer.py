@@ -1,0 +1,104 @@
+"""What models answer: the tokens that `generate` would give, drawn by the seed alone, piece by piece."""
+
+import threading
+
+import pytest
+import torch
+
+from conftest import build_model
+from stillroom.chat.answer import Draw, Talker, answers
+from stillroom.chat.config import ChatConfig
+from stillroom.chat.run import load, run
+from stillroom.config import load as load_config
+from stillroom.errors import ConfigError
+
+SETTINGS = {"system": None, "max_tokens": 12, "temperature": 1.0, "top_p": 1.0, "seed": 3}
+
+
+def talk(tokenizer, *seeds: int, prompt: str = "The still", **settings) -> list[str]:
+    talkers = [Talker(f"model {seed}", build_model(seed=seed), tokenizer) for seed in seeds]
+    texts = [""] * len(talkers)
+    for piece in answers(talkers, prompt, **{**SETTINGS, **settings}):
+        texts[piece.model] += piece.text
+    return texts
+
+
+def test_the_likeliest_tokens_are_those_of_generate(tiny_tokenizer):
+    model = build_model(seed=1)
+    ids = tiny_tokenizer("The still", return_tensors="pt")["input_ids"]
+    wanted = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=1)[0, ids.shape[1] :]
+    assert talk(tiny_tokenizer, 1, temperature=0) == [tiny_tokenizer.decode(wanted, skip_special_tokens=True)]
+
+
+def test_an_answer_does_not_depend_on_who_else_answers(tiny_tokenizer):
+    """Each model draws with a generator of its own."""
+    torch.manual_seed(0)
+    alone = talk(tiny_tokenizer, 1) + talk(tiny_tokenizer, 2)
+    torch.manual_seed(1)
+    assert talk(tiny_tokenizer, 1, 2) == alone
+    assert talk(tiny_tokenizer, 1, seed=4) != alone[:1]
+
+
+def test_tokens_are_drawn_from_the_tempered_distribution():
+    scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    draw = Draw(0.5, 1.0, torch.Generator().manual_seed(0))
+    counts = torch.zeros(4)
+    for _ in range(4000):
+        counts[draw(torch.zeros(1, 1), scores).argmax()] += 1
+    assert torch.allclose(counts / 4000, torch.softmax(scores[0] / 0.5, 0), atol=0.02)
+
+
+@pytest.mark.parametrize(("top_p", "left"), [(0.1, 1), (0.65, 2), (0.9, 3), (1.0, 4)])
+def test_the_nucleus_is_the_fewest_tokens_that_have_the_mass(top_p, left):
+    scores = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
+    draw = Draw(1.0, top_p, torch.Generator().manual_seed(0))
+    seen = {int(draw(torch.zeros(1, 1), scores).argmax()) for _ in range(200)}
+    assert seen == set([1, 3, 2, 0][:left])
+
+
+def test_a_conversation_goes_through_the_template_and_is_remembered(chat_tokenizer):
+    talker = Talker("m", build_model(seed=1, max_position_embeddings=512), chat_tokenizer)
+    for prompt in ("How many?", "And now?"):
+        answer = "".join(piece.text for piece in answers([talker], prompt, **{**SETTINGS, "system": "Be brief."}))
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    assert [message["role"] for message in talker.messages] == roles
+    assert talker.messages[-1]["content"] == answer
+    text = chat_tokenizer.decode(talker.tokens("More?", None)[0])
+    assert "<|im_start|>system\nBe brief.<|im_end|>" in text
+    assert text.endswith("<|im_start|>user\nMore?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_prompt_that_leaves_no_room_for_the_answer(tiny_tokenizer):
+    with pytest.raises(ConfigError, match="cannot read prompt and answer") as caught:
+        talk(tiny_tokenizer, 1, max_tokens=60)
+    assert caught.value.fix == "Set max_tokens to at most 57."
+
+
+def test_who_stops_reading_stops_the_models(tiny_tokenizer):
+    before = threading.active_count()
+    pieces = answers([Talker("m", build_model(seed=1), tiny_tokenizer)], "The still", **{**SETTINGS, "max_tokens": 50})
+    next(pieces)
+    pieces.close()
+    assert threading.active_count() == before
+
+
+def test_an_error_of_a_model_is_raised(tiny_tokenizer, monkeypatch):
+    model = build_model(seed=1)
+    monkeypatch.setattr(model, "forward", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(answers([Talker("m", model, tiny_tokenizer)], "The still", **SETTINGS))
+
+
+def test_the_folder_of_a_run_means_its_model(saved_model, tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "model").symlink_to(saved_model(seed=1))
+    config = load_config(ChatConfig, None, [f"models=[{tmp_path}]", "device=cpu"])
+    assert load(config, str(tmp_path)).name == str(tmp_path / "model")
+
+
+def test_each_prompt_is_answered_by_every_model(saved_model):
+    models = [str(saved_model(seed=1)), str(saved_model(seed=2))]
+    config = load_config(ChatConfig, None, [f"models={models}", "max_tokens=4", "device=cpu"])
+    seen = []
+    run(config, ["The still", "A teacher"], lambda pieces: seen.append({piece.model for piece in pieces}))
+    assert seen == [{0, 1}, {0, 1}]

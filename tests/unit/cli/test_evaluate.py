@@ -1,0 +1,49 @@
+"""`stillroom evaluate`: what it prints, and its exit code."""
+
+from stillroom.cli.arguments import Arguments
+from stillroom.cli.evaluate import main, summary
+
+RECORD = {
+    "config": {"out": "runs/x", "models": {"teacher": {}, "distilled": {}}},
+    "metrics": {
+        "teacher": {"cross_entropy_nats": 1.5},
+        "distilled": {"cross_entropy_nats": 2.25, "top1_agreement": 0.875, "entropy_nats": 1.0},
+    },
+    "refused": {"distilled": {"forward_kl_nats": "its tokenizer differs", "reverse_kl_nats": "its tokenizer differs"}},
+    "differences": [{"what": "cross_entropy_nats", "sentence": "teacher beats distilled by 0.75 nats"}],
+    "tasks": {"blimp": {"teacher": 0.6}},
+    "failed_tasks": {"mmlu": "no network"},
+    "reports": ["runs/x/report.md", "runs/x/report.html"],
+}
+
+TEXT = """\
+                             teacher  distilled
+cross-entropy, nats a token   1.5000     2.2500
+same top token                     -      87.5%
+blimp                          60.0%          -
+
+distilled has no KL to the teacher, nats a token, reverse KL, nats a token: its tokenizer differs
+
+cross-entropy, nats a token: teacher beats distilled by 0.75 nats
+
+the task mmlu failed: no network
+
+results   runs/x/results.json
+report    runs/x/report.md
+report    runs/x/report.html"""
+
+
+def test_the_summary_of_a_run():
+    assert summary(RECORD) == TEXT
+
+
+def test_a_failed_task_is_the_exit_code(monkeypatch, capsys):
+    import stillroom.evaluate.run
+
+    record = dict(RECORD)
+    monkeypatch.setattr(stillroom.evaluate.run, "run", lambda *_, **__: record)
+    words = ["models.teacher=t", "data={path: d, format: text}", "out=o"]
+    assert main(Arguments("evaluate", None, words, {"quiet"})) == 2
+    assert capsys.readouterr() == (TEXT + "\n", "")
+    record["failed_tasks"] = {}
+    assert main(Arguments("evaluate", None, words, {"quiet"})) == 0

@@ -1,0 +1,69 @@
+"""report.md: the same content as a text, with the numbers of the charts as tables."""
+
+from itertools import takewhile
+from pathlib import Path
+
+import pytest
+
+from evaluations import HOSTILE, build_evaluation
+from stillroom.evaluate.report.content import make_report
+from stillroom.evaluate.report.markdown import code, escaped, to_markdown
+
+
+def markdown(folder: Path, **settings) -> str:
+    results = build_evaluation(folder, **settings)
+    return to_markdown(make_report(results, folder, {name: Path(run) for name, run in results.runs.items()}))
+
+
+def test_it_has_the_numbers_of_the_page(tmp_path):
+    text = markdown(tmp_path)
+    assert (
+        "- **recovered gap** (of the gap in cross-entropy between baseline and teacher): distilled 64.4 % ± 2.0" in text
+    )
+    assert "| KL to the teacher | nats a token | lower | – | 0.156 ± 0.011 \\[0.134 to 0.178\\] |" in text
+    assert "leaderboard\\_mmlu\\_pro failed: the task's data could not be fetched" in text
+    assert "the teacher's is 1.4000" in text
+    assert "| 128–255 | 612 | 0.950 | 1.050 |" in text
+    assert "Of 8 items distilled has 3 right that baseline has wrong, and 2 wrong that baseline has right." in text
+    assert "```\nstillroom evaluate models.teacher=teacher models.distilled=runs/distilled/model out=x\n```" in text
+
+
+def test_every_row_of_a_table_has_as_many_cells_as_its_head(tmp_path):
+    lines = markdown(tmp_path, names=("teacher", "distilled", "baseline", "other"), suffix=HOSTILE).splitlines()
+    heads = [i for i, line in enumerate(lines) if line.startswith("| ---")]
+    assert len(heads) >= 10
+    for i in heads:
+        cells = lines[i].count("|")
+        rows = [lines[i - 1], *takewhile(bool, lines[i:])]
+        assert {row.replace("\\|", "").count("|") for row in rows} == {cells}
+
+
+def test_names_from_files_are_no_markup(tmp_path):
+    text = markdown(tmp_path, suffix=HOSTILE)
+    outside = "".join(text.split("```")[::2])
+    assert "<script" not in outside
+    assert "<img" not in outside
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("a|b\nc", "a\\|b c"),
+        ("<b>&amp;", "&lt;b&gt;&amp;amp;"),
+        ("*_`[x](y)", "\\*\\_\\`\\[x\\](y)"),
+        ("\x07\u202e日本", "⟨U+0007⟩⟨U+202E⟩日本"),
+    ],
+)
+def test_escaping(given, wanted):
+    assert escaped(given) == wanted
+
+
+def test_a_block_of_code_ends_where_it_should():
+    assert code("a ``` b") == "````\na ``` b\n````"
+
+
+def test_passages_name_the_nats_of_their_worst_tokens(tmp_path):
+    text = markdown(tmp_path)
+    assert "⟨" in text.partition("## Worst passages")[2].partition("##")[2]

@@ -1,0 +1,52 @@
+"""Writing: the likeliest token at each step, the same in any batch, ended where it should."""
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from conftest import build_model
+from stillroom.evaluate.tasks.generation import cut, write
+
+PROMPTS = ["The still", "A teacher says what it thinks of every word", "12", "User: how many drops?"]
+
+
+def step_by_step(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, number: int) -> str:
+    tokens = list(tokenizer(prompt)["input_ids"])
+    start = len(tokens)
+    for _ in range(number):
+        with torch.no_grad():
+            tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+        if tokens[-1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(tokens[start:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("num_tokens", [None, 1])
+def test_is_the_likeliest_token_at_each_step(tiny_tokenizer: PreTrainedTokenizerFast, num_tokens: int | None):
+    model, told = build_model(), []
+    found = write(model, tiny_tokenizer, PROMPTS, until=(), max_tokens=8, num_tokens=num_tokens, done=told.append)
+    assert [one.text for one in found] == [step_by_step(model, tiny_tokenizer, prompt, 8) for prompt in PROMPTS]
+    assert told[-1] == len(PROMPTS)
+
+
+def test_ends_before_the_first_stop_and_writes_no_more(tiny_tokenizer: PreTrainedTokenizerFast):
+    model = build_model()
+    (whole,) = write(model, tiny_tokenizer, PROMPTS[:1], until=(), max_tokens=20)
+    stop = whole.text[5:7]
+    read = []
+    model.model.register_forward_pre_hook(lambda *_: read.append(1))
+    (found,) = write(model, tiny_tokenizer, PROMPTS[:1], until=("never there", stop), max_tokens=20)
+    assert found.text == whole.text[: whole.text.index(stop)]
+    assert len(read) < 20
+
+
+def test_too_long_a_prompt_is_cut_at_its_left_and_told(tiny_tokenizer: PreTrainedTokenizerFast):
+    model = build_model(max_position_embeddings=16)
+    ids = tiny_tokenizer(PROMPTS[1])["input_ids"]
+    (found,) = write(model, tiny_tokenizer, [PROMPTS[1]], until=(), max_tokens=4)
+    assert found.num_cut == len(ids) - 12 > 0
+
+
+def test_cut_takes_the_earliest():
+    assert cut("one two three", ("three", "two")) == "one "
+    assert cut("one", ("two",)) == "one"
