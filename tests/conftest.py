@@ -19,6 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -29,6 +31,8 @@ from stillroom.data.formats import Encoded
 from stillroom.data.stream import BatchStream
 
 torch.set_num_threads(1)
+hypothesis_settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("untimed")  # a busy machine is no failure
 
 TEXT = [
     "The still runs slowly, and what comes over first is thrown away.",

@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 import stillroom
 from stillroom.capture.config import CaptureConfig
 from stillroom.chat.config import ChatConfig
+from stillroom.cli.report import BetweenConfig
 from stillroom.cli.store import MergeConfig
 from stillroom.config import Config, PathText, explain, load, replace
 from stillroom.cut.config import Layers
@@ -709,7 +710,16 @@ def test_the_help_of_a_verb_tells_every_setting_with_its_meaning(verb):
 
 def test_explaining_reaches_every_config_class_of_the_package():
     found = {c for c in config_classes() if not c.__name__.startswith("_")}
-    verbs = (DistillConfig, CaptureConfig, EvaluateConfig, ChatConfig, PruneConfig, ImportConfig, MergeConfig)
+    verbs = (
+        DistillConfig,
+        CaptureConfig,
+        EvaluateConfig,
+        ChatConfig,
+        PruneConfig,
+        ImportConfig,
+        MergeConfig,
+        BetweenConfig,
+    )
     files = (MultipleChoice, MinimalPairs, ExactMatch, LastWord)  # descriptions of tasks, which the guide explains
     told = set[type[Config]]().union(*map(reachable, (*verbs, *files)))
     assert {c for c in told if not c.__name__.startswith("_")} == found

@@ -2,17 +2,11 @@
 
 from collections.abc import Sequence
 
-from stillroom.store.tokens import escaped, fitted, width
+from stillroom.terminal import fitted, harmless, width
 
 BETWEEN = " │ "
 NARROWEST = 24
 """Columns that an answer takes at the least; a terminal that has fewer for each shows them one after the other."""
-
-
-def harmless(text: str) -> str:
-    """The text with each sign that a terminal would obey or hide written as Python would; newlines stay."""
-    text = text.replace("\r\n", "\n").replace("\t", "    ")
-    return "".join(sign if sign == "\n" or sign.isprintable() else escaped(sign) for sign in text)
 
 
 class Column:

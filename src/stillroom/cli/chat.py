@@ -10,6 +10,7 @@ from stillroom.chat.config import ChatConfig
 from stillroom.cli.arguments import Arguments
 from stillroom.config import explain, load
 from stillroom.errors import ConfigError, StillroomError
+from stillroom.terminal import harmless
 
 if TYPE_CHECKING:
     from stillroom.chat.answer import Piece
@@ -107,8 +108,6 @@ def _show(names: tuple[str, ...], pieces: "Iterator[Piece]") -> None:
 
 def _one_after_the_other(names: tuple[str, ...], pieces: "Iterator[Piece]") -> None:
     """The first answer as it comes; that of a second model when the first is done."""
-    from stillroom.chat.columns import harmless
-
     clean = harmless if sys.stdout.isatty() else str
     waiting, now, done = [""] * len(names), 0, [False] * len(names)
 

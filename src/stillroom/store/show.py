@@ -11,7 +11,8 @@ from stillroom.store.hidden import bytes_per_position
 from stillroom.store.levels import Levels
 from stillroom.store.quantise import log_unit_of, to_sparse
 from stillroom.store.reader import Store
-from stillroom.store.tokens import TokenTexts, escaped, fitted, width
+from stillroom.store.tokens import TokenTexts
+from stillroom.terminal import escaped, fitted, width
 
 COLUMNS = 100
 SAMPLE_POSITIONS = 50_000

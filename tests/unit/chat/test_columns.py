@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from stillroom.chat.columns import Column, SideBySide, harmless
-from stillroom.store.tokens import width
+from stillroom.chat.columns import Column, SideBySide
+from stillroom.terminal import harmless, width
 
 
 class Screen:

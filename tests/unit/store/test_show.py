@@ -5,7 +5,8 @@ import pytest
 
 from stillroom.store.reader import Store
 from stillroom.store.show import COLUMNS, describe, histogram, show_row
-from stillroom.store.tokens import TokenTexts, escaped, fitted, width
+from stillroom.store.tokens import TokenTexts
+from stillroom.terminal import escaped, fitted, width
 
 from .stores import EVERY
 from .whole import make_store

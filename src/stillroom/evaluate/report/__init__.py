@@ -1,5 +1,6 @@
 """Report: an evaluation as a page to look at and as Markdown."""
 
+from stillroom.evaluate.report.changes import task_changes
 from stillroom.evaluate.report.write import read_results, rebuild, write_report
 
-__all__ = ["read_results", "rebuild", "write_report"]
+__all__ = ["read_results", "rebuild", "task_changes", "write_report"]

@@ -5,7 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from stillroom.errors import StillroomError
+from stillroom.errors import DataError, StillroomError
 from stillroom.evaluate.results import ModelFacts, TaskResult
 from stillroom.evaluate.tasks.diff import Change, changes
 
@@ -50,15 +50,31 @@ def read_changes(tasks: Sequence[TaskResult], models: Sequence[ModelFacts], fold
                 yield _changes(task, a, b, folder)
 
 
+def task_changes(task: TaskResult, a: str, b: str, folder: Path) -> Iterator[Change]:
+    """The items of a task that changed from model ``a`` to model ``b``.
+
+    Raises:
+        MissingError: the file of items is not there, or tells nothing of one of the models.
+        DataError: it lies outside the evaluation's folder, or a line of it is not an item.
+    """
+    path = folder / str(task.items)
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise DataError(
+            f"the items of {task.name} lie outside the evaluation's folder",
+            {"folder": folder, "items": task.items},
+            why="A file of results must not have other files read.",
+            fix="Evaluate again.",
+        )
+    return changes(path, a, b)
+
+
 def _changes(task: TaskResult, a: str, b: str, folder: Path) -> Changes:
     file = str(task.items)
     gained: list[Change] = []
     lost: list[Change] = []
     num_gained = num_lost = 0
     try:
-        if not (folder / file).resolve().is_relative_to(folder.resolve()):
-            return Changes(task.name, a, b, task.num_items, 0, 0, (), file, "it lies outside the evaluation's folder")
-        for change in changes(folder / file, a, b):
+        for change in task_changes(task, a, b, folder):
             num_gained += change.kind == "gained"
             num_lost += change.kind == "lost"
             kept = gained if change.kind == "gained" else lost

@@ -57,6 +57,9 @@ def write(
 ) -> list[Written]:
     """What the model writes after each prompt, up to the first of ``until``, its end of sequence or ``max_tokens``.
 
+    The likeliest token at each step, whatever a model's own generation config says besides, such as a repetition
+    penalty: a student and its teacher often have different ones.
+
     Prompts of like length share a batch, padded at their left and masked. A prompt is cut at its left where the model
     could not read it and its answer whole; ``num_cut`` tells by how much.
 
@@ -108,6 +111,10 @@ def _write(
     greedy = GenerationConfig(do_sample=False, max_new_tokens=max_tokens, eos_token_id=eos, pad_token_id=pad)
     stop = StoppingCriteriaList([_Until(tokenizer, until, width)])
     generate = cast(Callable[..., Tensor], model.generate)
-    out = generate(rows, attention_mask=mask, generation_config=greedy, stopping_criteria=stop)
+    try:
+        model.generation_config = GenerationConfig()  # `generate` would take from its own what ours leaves open
+        out = generate(rows, attention_mask=mask, generation_config=greedy, stopping_criteria=stop)
+    finally:
+        model.generation_config = own
     written = tokenizer.batch_decode(out[:, width:].tolist(), skip_special_tokens=True)
     return [cut(text, until) for text in written]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from conftest import build_model
 from stillroom.evaluate.tasks.generation import cut, write
@@ -27,6 +27,15 @@ def test_is_the_likeliest_token_at_each_step(tiny_tokenizer: PreTrainedTokenizer
     found = write(model, tiny_tokenizer, PROMPTS, until=(), max_tokens=8, num_tokens=num_tokens, done=told.append)
     assert [one.text for one in found] == [step_by_step(model, tiny_tokenizer, prompt, 8) for prompt in PROMPTS]
     assert told[-1] == len(PROMPTS)
+
+
+def test_penalties_and_beams_of_the_model_s_own_config_are_left_out(tiny_tokenizer: PreTrainedTokenizerFast):
+    model = build_model()
+    own = GenerationConfig(repetition_penalty=5.0, num_beams=3, min_new_tokens=8, no_repeat_ngram_size=1)
+    model.generation_config = own
+    found = write(model, tiny_tokenizer, PROMPTS, until=(), max_tokens=8)
+    assert [one.text for one in found] == [step_by_step(model, tiny_tokenizer, prompt, 8) for prompt in PROMPTS]
+    assert model.generation_config is own
 
 
 def test_ends_before_the_first_stop_and_writes_no_more(tiny_tokenizer: PreTrainedTokenizerFast):

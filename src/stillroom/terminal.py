@@ -1,0 +1,42 @@
+"""Texts as a terminal can show them: so many columns wide, with nothing in them that it would obey."""
+
+import unicodedata
+
+
+def escaped(text: str) -> str:
+    """The text with all that is not plainly visible written as Python would: newlines, control and format signs."""
+    parts = []
+    for i, sign in enumerate(text):
+        if sign == "\\":
+            parts.append("\\\\")
+        elif not sign.isprintable() or (i == 0 and unicodedata.combining(sign)):
+            parts.append(sign.encode("unicode_escape").decode() if ord(sign) < 256 or sign in "\n\r\t" else _code(sign))
+        else:
+            parts.append(sign)
+    return "".join(parts)
+
+
+def _code(sign: str) -> str:
+    return f"\\u{ord(sign):04x}" if ord(sign) < 2**16 else f"\\U{ord(sign):08x}"
+
+
+def harmless(text: str) -> str:
+    """The text with each sign that a terminal would obey or hide written as Python would; newlines stay."""
+    text = text.replace("\r\n", "\n").replace("\t", "    ")
+    return "".join(sign if sign == "\n" or sign.isprintable() else escaped(sign) for sign in text)
+
+
+def width(text: str) -> int:
+    """The columns that a text takes on a terminal."""
+    return sum(
+        0 if unicodedata.combining(sign) else 2 if unicodedata.east_asian_width(sign) in "WF" else 1 for sign in text
+    )
+
+
+def fitted(text: str, columns: int) -> str:
+    """The text filled up with spaces, or cut with an ellipsis, to just so many columns."""
+    if width(text) > columns:
+        while width(text) > columns - 1:
+            text = text[:-1]
+        text += "…"
+    return text + " " * (columns - width(text))
