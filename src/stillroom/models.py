@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging
 
 from stillroom.batch import Batch
-from stillroom.errors import ConfigError, DataError, MismatchError, MissingError
+from stillroom.errors import ConfigError, DataError, MismatchError, MissingError, NonFiniteError
 from stillroom.head import Head
 from stillroom.tokenizers import is_lfs_pointer, is_local
 
@@ -304,6 +304,22 @@ def check_length(length: int, config: PretrainedConfig, who: str, shown: object 
         )
 
 
+def rope_border(config: PretrainedConfig) -> int | None:
+    """The number of tokens beyond which a model turns the positions of all rows of a batch in another way (LongRoPE,
+    arXiv 2402.13753, as `transformers` does it); None where what a row says never depends on the rows beside it."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [one for one in rope.values() if isinstance(one, dict)] or [rope]
+    borders = [
+        one.get("original_max_position_embeddings")
+        or getattr(text, "original_max_position_embeddings", None)
+        or text.max_position_embeddings
+        for one in kinds
+        if one.get("rope_type") == "longrope"
+    ]
+    return min(borders, default=None)
+
+
 def resolve_device(device: str, setting: str) -> str:
     """The device that is meant: for auto a CUDA device where there is one, and else the CPU.
 
@@ -393,6 +409,7 @@ def verify(model: PreTrainedModel, name: str, *, pack: bool) -> None:
     """Tries the model on a few tokens, so that no wrong assumption about its architecture goes unnoticed.
 
     Raises:
+        NonFiniteError: it says something that is not a number.
         MismatchError: backbone and head do not give the model's own logits; or a position sees what comes after it; or,
             with ``pack``, a document that shares a row with another is read differently for it.
     """
@@ -411,10 +428,17 @@ def verify(model: PreTrainedModel, name: str, *, pack: bool) -> None:
         own = model(**_inputs(model, batch)).logits
     finally:
         model.train(was_training)
+    if torch.isnan(own).any():
+        raise NonFiniteError(
+            f"what {name} says is not a number",
+            {"logits": "not a number", "at": f"{int(torch.isnan(own).sum()):,} of {own.numel():,} places"},
+            why="No loss and no score of it would mean anything.",
+            fix="Check its weights; where they are good, another dtype or attention may mend it.",
+        )
     tolerance = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 1e-2
     ours = head(model).logits(hidden.flatten(0, 1)).view(own.shape)
     error = ((ours - own).abs().max() / own.abs().max().clamp_min(1e-6)).item()
-    if error > tolerance:
+    if not error <= tolerance:
         raise MismatchError(
             f"the head of {name} is not understood",
             {"family": model.config.model_type, "logits differ by": f"{error:.1%} of the largest"},
@@ -422,7 +446,7 @@ def verify(model: PreTrainedModel, name: str, *, pack: bool) -> None:
             fix="Please report the family; until it is described it cannot be distilled.",
         )
     largest = hidden.abs().max().clamp_min(1e-6)
-    if ((hidden[0, :15] - hidden[2, :15]).abs().max() / largest).item() > tolerance:
+    if not ((hidden[0, :15] - hidden[2, :15]).abs().max() / largest).item() <= tolerance:
         raise MismatchError(
             f"{name} sees the tokens that it is to predict",
             {"family": model.config.model_type, "expected": "a causal language model"},

@@ -37,8 +37,9 @@ def summary(record: dict[str, Any]) -> str:
         values = [record["metrics"].get(name, {}).get(metric) for name in names]
         if any(value is not None for value in values):
             rows.append([title, *(_value(metric, value) for value in values)])
-    for task, scores in record["tasks"].items():
-        rows.append([task, *("-" if name not in scores else f"{scores[name]:.1%}" for name in names)])
+    for task, found in record["tasks"].items():
+        scores, form = found["scores"], ".1%" if found["unit"] else ".4f"
+        rows.append([f"{task} {found['metric']}", *(format(scores[n], form) if n in scores else "-" for n in names)])
     lines = _table([["", *names], *rows])
     reasons: dict[tuple[str, str], list[str]] = {}
     for name, why in record["refused"].items():
@@ -47,8 +48,8 @@ def summary(record: dict[str, Any]) -> str:
     for (name, reason), metrics in reasons.items():
         shown = ", ".join(ROWS.get(metric, metric) for metric in metrics[:2]) + (" …" if len(metrics) > 2 else "")
         lines += ["", f"{name} has no {shown}: {reason}"]
-    if record["differences"]:
-        lines += ["", *(f"{ROWS[one['what']]}: {one['sentence']}" for one in record["differences"])]
+    if record["sentences"]:
+        lines += ["", *record["sentences"]]
     for task, reason in record["failed_tasks"].items():
         lines += ["", f"the task {task} failed: {reason}"]
     lines += ["", f"results   {record['config']['out']}/results.json"]

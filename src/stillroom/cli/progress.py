@@ -58,7 +58,7 @@ class Progress:
         done, total = values["done"], values["total"]
         unit, text, counts = " tokens", values["model"], "tokens"
         if "task" in values:
-            unit, text = " questions", f"{values['task']}: {values['model']}"
+            unit, text = " answers", f"{values['task']}: {values['model']}"
             counts = text
         if self._bar is not None and counts != self._counts:
             self._bar.close()

@@ -12,8 +12,8 @@ from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.errors import ConfigError, MismatchError, MissingError
 from stillroom.evaluate.config import EvaluateConfig, ModelConfig
-from stillroom.evaluate.tasks.config import LocalTask, expand
-from stillroom.evaluate.tasks.run import check_task
+from stillroom.evaluate.tasks.config import expand
+from stillroom.evaluate.tasks.run import Benchmark, open_benchmark
 from stillroom.losses.linear import CHUNK_BYTES
 from stillroom.recipe import to_yaml
 from stillroom.runs import check_outside, scrub
@@ -51,8 +51,18 @@ class Plan:
     """With every "auto" resolved."""
     readers: tuple[Reader, ...]
     """The models that run in this process, the teacher first."""
+    served: dict[str, PreTrainedTokenizerBase | None]
+    """The models behind an address, each with its tokenizer where that is known."""
+    benchmarks: tuple[Benchmark, ...]
     runs: dict[str, str]
     """By model: the folder of the run that made it, where it is known."""
+
+    def not_beside_teacher(self, reader: Reader) -> str | None:
+        """Why a model is not compared with the teacher token by token; None where it is."""
+        teacher = self.config.teacher
+        if teacher is None:
+            return "no model is said to be the teacher"
+        return f"of {teacher}, {NO_DISTRIBUTION}" if teacher in self.served else reader.unlike
 
     def __str__(self) -> str:
         """The resolved settings, and what a run compares, reads and writes, as YAML."""
@@ -62,28 +72,26 @@ class Plan:
     def compares(self) -> dict[str, str]:
         """How each model is compared with the teacher, in words."""
         teacher, found = self.config.teacher, {}
-        for name, model in self.config.models.items():
-            reader = next((r for r in self.readers if r.name == name), None)
-            if model.url is not None or reader is None:
+        readers = {reader.name: reader for reader in self.readers}
+        for name in self.config.models:
+            if name in self.served:
                 found[name] = f"by tasks alone: {NO_DISTRIBUTION}"
             elif name == teacher:
-                found[name] = f"the teacher, {reader.columns} columns"
+                found[name] = f"the teacher, {readers[name].columns} columns"
             else:
-                found[name] = f"not token by token: {reader.unlike}" if reader.unlike else "token by token"
+                reason = self.not_beside_teacher(readers[name])
+                found[name] = f"not token by token: {reason}" if reason else "token by token"
         return found
 
     def reads(self) -> dict[str, str]:
         """The models and files that a run reads, by what they are for."""
-        found = {name: model.url or model.model for name, model in self.config.models.items()}
+        found = {f"model {name}": model.url or model.model for name, model in self.config.models.items()}
         data = self.config.data
         if data is not None:
             files = open_source(data).files if is_local(data.path) else []
             found["data"] = ", ".join(map(str, files)) or f"{data.path} on the hub"
-        for task in expand(self.config.tasks):
-            if isinstance(task, LocalTask):
-                found[f"task {task.name or Path(task.path).stem}"] = task.path
-            else:
-                found[f"task {task.name}"] = "lm-eval"
+        for benchmark in self.benchmarks:
+            found[f"task {benchmark.name}"] = ", ".join(benchmark.files) or "lm-eval"
         return {**scrub(found), **{f"{name}'s run": run for name, run in self.runs.items()}}
 
     def writes(self) -> dict[str, str]:
@@ -115,10 +123,14 @@ def make_plan(config: EvaluateConfig) -> Plan:
     readers = _readers(config, given)
     if config.data is not None and is_local(config.data.path):
         open_source(config.data)  # which says where it is not there
-    for task in expand(config.tasks):
-        check_task(task)
+    benchmarks = _benchmarks(config)
+    served = {
+        name: None if model.tokenizer is None else _tokenizer(name, model)
+        for name, model in config.models.items()
+        if model.url is not None
+    }
     runs = {name: run for name, model in config.models.items() if (run := _run_of(name, model)) is not None}
-    return Plan(config, readers, runs)
+    return Plan(config, readers, served, benchmarks, runs)
 
 
 def _resolve(config: EvaluateConfig) -> EvaluateConfig:
@@ -152,10 +164,28 @@ def _check_outside(config: EvaluateConfig) -> None:
         if model.url is None:
             paths[f"models.{name}"] = model.model
         paths |= {f"models.{name}.tokenizer": model.tokenizer, f"models.{name}.run": model.run}
-    for i, task in enumerate(config.tasks):
-        if isinstance(task, LocalTask):
-            paths |= {f"tasks.{i}": task.path, f"tasks.{i}.items": task.items}
     check_outside(config.out, paths)
+
+
+def _benchmarks(config: EvaluateConfig) -> tuple[Benchmark, ...]:
+    """The tasks, opened: each under a name of its own, and none of whose files lies where the results go."""
+    found: dict[str, tuple[Benchmark, Any]] = {}
+    for task in expand(config.tasks):
+        one = open_benchmark(task)
+        if one.name in found:
+            raise ConfigError(
+                f"two tasks are called {one.name}",
+                {"first": _in_short(found[one.name][1]), "second": _in_short(task)},
+                why="Results and items are kept by name, so those of one would take the place of the other's.",
+                fix="Give one a name of its own: {kind: …, name: …, …}.",
+            )
+        check_outside(config.out, {f"{one.name}: {Path(file).name}": file for file in one.files})
+        found[one.name] = one, task
+    return tuple(one for one, _ in found.values())
+
+
+def _in_short(task: Any) -> str:
+    return ", ".join(f"{key}={value}" for key, value in task.model_dump(exclude_none=True, exclude={"kind"}).items())
 
 
 def _readers(config: EvaluateConfig, given: EvaluateConfig) -> tuple[Reader, ...]:
@@ -198,7 +228,7 @@ def _tokenizer(name: str, model: ModelConfig) -> PreTrainedTokenizerBase:
     if model.tokenizer is None:
         return load_tokenizer(model.model, revision=model.revision, trust_remote_code=remote_code)
     tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=remote_code)
-    if has_tokenizer(model.model, revision=model.revision):
+    if model.url is None and has_tokenizer(model.model, revision=model.revision):
         own = load_tokenizer(model.model, revision=model.revision, trust_remote_code=remote_code)
         fix = f"Leave models.{name}.tokenizer out."
         compare(tokenizer, own, (f"models.{name}.tokenizer", f"{name}'s own"), roles=False, fix=fix)
@@ -266,7 +296,7 @@ def _run_of(name: str, model: ModelConfig) -> str | None:
     """
     if model.run is not None:
         if (Path(model.run) / "run.json").is_file():
-            return model.run
+            return str(Path(model.run).expanduser().absolute())
         raise MissingError(
             f"models.{name}.run is not the folder of a run",
             {"looked for": Path(model.run) / "run.json", "found": "nothing"},
@@ -276,5 +306,5 @@ def _run_of(name: str, model: ModelConfig) -> str | None:
     if model.url is None and is_local(model.model):
         around = Path(model.model).expanduser().absolute().parent
         if (around / "run.json").is_file() and (around / "metrics.jsonl").is_file():
-            return str(Path(model.model).expanduser().parent)
+            return str(around)
     return None

@@ -1,6 +1,6 @@
 """Reading: every model reads the held-out text, and what it makes of it becomes metrics."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,13 +14,13 @@ from stillroom.evaluate.config import EvaluateConfig
 from stillroom.evaluate.metrics import Measured, Units, differences, measure, no_gap, units_of
 from stillroom.evaluate.plan import NO_DISTRIBUTION, Plan, Reader
 from stillroom.evaluate.results import Breakdown, Difference, Number, Passage, Text
-from stillroom.evaluate.scoring import Limits, Predicted, Scores, batches, score
+from stillroom.evaluate.scoring import Limits, Predicted, Scores, batches, enough_memory, score
 from stillroom.evaluate.speed import Speed, measure_speed
+from stillroom.models import rope_border
 from stillroom.runs import scrub
 from stillroom.tokenizers import fingerprint
 
 Report = Callable[[str, Mapping[str, Any]], None]
-Load = Callable[[Reader], PreTrainedModel]
 
 BESIDE_THE_TEACHER = (
     "forward_kl_nats", "forward_kl_p95_nats", "reverse_kl_nats", "reverse_kl_p95_nats", "top1_agreement",
@@ -55,28 +55,33 @@ class Found:
     speeds: dict[str, Speed]
 
 
-def read_all(plan: Plan, load: Load, report: Report) -> list[Read]:
-    """Every model reads the text; those with the teacher's tokenizer read it beside the teacher. At most two models are
-    held at a time, or what ``load`` keeps."""
-    texts = _texts(plan, report)
-    total, done = sum(len(predicted) for predicted, _ in texts.values()), 0
-    found, teacher = [], None
-    for reader in plan.readers:
-        predicted, units = texts[reader.name]
-        model = load(reader)
-        limits, some = _limits(plan.config), partial(_batches, plan.config, reader, predicted)
-        speed = measure_speed(model, some(), limits, columns=reader.columns)
-        counted = _Counted(report, reader.name, done, total)
-        beside = None if reader.unlike is not None else teacher
+class Reading:
+    """The text as it is read by one model after the other: by the teacher first, and by those with the teacher's
+    tokenizer beside the teacher, which stays in memory."""
+
+    def __init__(self, plan: Plan, report: Report) -> None:
+        self.plan, self.report = plan, report
+        self.reads: list[Read] = []
+        self._texts = _texts(plan, report)
+        self._total, self._done = sum(len(predicted) for predicted, _ in self._texts.values()), 0
+        self._teacher: PreTrainedModel | None = None
+
+    def read(self, reader: Reader, model: PreTrainedModel) -> None:
+        """One pass, and before it the measuring of the model's speed."""
+        predicted, units = self._texts[reader.name]
+        beside = None if reader.unlike is not None else self._teacher
+        borders = {b for b in (rope_border(m.config) for m in (model, beside) if m is not None) if b is not None}
+        limits, some = _limits(self.plan.config), partial(_batches, self.plan.config, reader, predicted, borders)
+        with enough_memory(limits):
+            speed = measure_speed(model, some(), limits, columns=reader.columns)
+        counted = _Counted(self.report, reader.name, self._done, self._total)
         scores = score(
             model, reader.name, predicted, some(), limits, columns=reader.columns, teacher=beside, report=counted
         )
-        done += len(predicted)
-        found.append(Read(reader, predicted, units, predicted.num_bytes(), scores, speed))
-        if reader.name == plan.config.teacher:
-            teacher = model
-        del model
-    return found
+        self._done += len(predicted)
+        self.reads.append(Read(reader, predicted, units, predicted.num_bytes(), scores, speed))
+        if reader.name == self.plan.config.teacher:
+            self._teacher = model
 
 
 def summarise(plan: Plan, reads: list[Read]) -> Found:
@@ -147,7 +152,7 @@ def _limits(config: EvaluateConfig) -> Limits:
     return Limits(config.batch_tokens, config.logits_bytes, config.device)
 
 
-def _batches(config: EvaluateConfig, reader: Reader, predicted: Predicted):
+def _batches(config: EvaluateConfig, reader: Reader, predicted: Predicted, borders: Collection[int]):
     data, pad = config.data, reader.tokenizer.pad_token_id
     assert data is not None
     assert config.batch_tokens != "auto"
@@ -157,6 +162,7 @@ def _batches(config: EvaluateConfig, reader: Reader, predicted: Predicted):
         pack=data.pack,
         most=config.batch_tokens,
         pad_token=pad if isinstance(pad, int) else 0,
+        borders=borders,
     )
 
 
@@ -191,7 +197,7 @@ def _refused(plan: Plan, read: Read | None, first: Read) -> dict[str, str]:
     name = read.reader.name
     why: dict[str, str] = {}
     if name != config.teacher:
-        reason = read.reader.unlike if config.teacher else "no model is said to be the teacher"
+        reason = plan.not_beside_teacher(read.reader)
         if reason is not None:
             why |= dict.fromkeys((*BESIDE_THE_TEACHER, "recovered_gap"), reason)
     reason = _no_bytes(config, read, first)

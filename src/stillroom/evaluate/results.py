@@ -88,10 +88,12 @@ class TaskResult(_Part):
     normalised: dict[str, Number] = Field(default_factory=dict)
     """By model: 0 at chance and 1 at perfect, where the task has an official normalisation or a known chance level."""
     differences: tuple[Difference, ...] = ()
+    fingerprint: str | None = None
+    """Of what is asked and what counts as right, of a local task."""
     items: str | None = None
     """The file of per-item results, beside results.json."""
     failed: str | None = None
-    """Why it was not run, where it was not."""
+    """Why it was not run, where it was not; of models that have scores, it was."""
 
 
 class Breakdown(_Part):

@@ -4,7 +4,8 @@ import gc
 import json
 import platform
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from os import cpu_count
 from pathlib import Path
@@ -17,15 +18,17 @@ from stillroom import models
 from stillroom.errors import MissingError
 from stillroom.evaluate.config import EvaluateConfig
 from stillroom.evaluate.plan import Plan, Reader, make_plan
-from stillroom.evaluate.reading import Found, read_all, summarise
-from stillroom.evaluate.report import write_report
-from stillroom.evaluate.results import ModelFacts, Results, TaskResult
+from stillroom.evaluate.reading import Found, Reading, summarise
+from stillroom.evaluate.report import sentences, unit_of, write_report
+from stillroom.evaluate.results import ModelFacts, Results
 from stillroom.evaluate.sizes import sizes
-from stillroom.evaluate.tasks.config import expand
-from stillroom.evaluate.tasks.run import Evaluated, run_task
+from stillroom.evaluate.tasks.asking import Evaluated
+from stillroom.evaluate.tasks.items import FOLDER
+from stillroom.evaluate.tasks.run import FAILURES, ask, results
 from stillroom.files import write_json
+from stillroom.recipe import YAMLError, from_yaml
 from stillroom.runs import RunFolder, check_place, scrub, versions
-from stillroom.tokenizers import fingerprint, load_tokenizer
+from stillroom.tokenizers import fingerprint
 
 Report = Callable[[str, Mapping[str, Any]], None]
 FREE_TO_CHANGE = ("out", "device", "batch_tokens", "logits_bytes")
@@ -58,68 +61,56 @@ def run(
         if folder.resumed:
             report("note", {"text": "an evaluation is not resumed in the middle: it starts again from its beginning"})
         folder.update(status="started")
+        for old in (FOLDER, FAILURES):  # of an evaluation that is made again
+            shutil.rmtree(folder.path / old, ignore_errors=True)
         try:
-            results = _evaluate(plan, _command(given), folder.path, report)
-            write_json(folder.path / "results.json", results.model_dump(mode="json"))
-            reports = _write_report(results, folder.path, report)
+            found = _evaluate(plan, _command(given), folder.path, report)
+            write_json(folder.path / "results.json", found.model_dump(mode="json"))
+            reports = _write_report(found, folder.path, report)
         except BaseException as error:
             with suppress(OSError):  # what went wrong is told by the error that is under way
                 folder.update(status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
             raise
-        failed = {task.name: task.failed for task in results.tasks if task.failed}
-        folder.update(status="failed" if failed else "done", **_facts(results), failed_tasks=failed, reports=reports)
+        failed = {task.name: task.failed for task in found.tasks if task.failed}
+        folder.update(status="failed" if failed else "done", **_facts(found), failed_tasks=failed, reports=reports)
         return folder.record
 
 
-def _write_report(results: Results, out: Path, report: Report) -> list[str]:
+def _write_report(found: Results, out: Path, report: Report) -> list[str]:
     """Writes the reports that can be made here; returns their paths."""
     try:
-        return [
-            str(path) for path in write_report(results, out, {name: Path(run) for name, run in results.runs.items()})
-        ]
+        return [str(path) for path in write_report(found, out, {name: Path(run) for name, run in found.runs.items()})]
     except MissingError as error:
         report("note", {"text": f"there is no report.html: {error.what}. {error.fix}"})
         return [str(out / "report.md")]
 
 
-class _Models:
-    """Loads models when they are first asked for. The teacher stays; others do where ``keep`` says so."""
-
-    def __init__(self, plan: Plan, keep: bool) -> None:
-        self.config, self.keep = plan.config, keep
-        self._kept: dict[str, PreTrainedModel] = {}
-
-    def __call__(self, reader: Reader) -> PreTrainedModel:
-        if reader.name in self._kept:
-            return self._kept[reader.name]
-        gc.collect()  # the model before may be part of a cycle
-        asked = reader.config
-        model = models.load_model(
-            asked.model,
-            dtype=getattr(torch, asked.dtype),
-            device=self.config.device,
-            attention=None if asked.attention == "auto" else asked.attention,
-            revision=asked.revision,
-            trust_remote_code=asked.trust_remote_code,
-        ).requires_grad_(False)
-        models.verify(model, reader.name, pack=self.config.data is not None and self.config.data.pack)
-        if self.keep or reader.name == self.config.teacher:
-            self._kept[reader.name] = model
-        return model
-
-
 def _evaluate(plan: Plan, command: str, out: Path, report: Report) -> Results:
-    load = _Models(plan, keep=bool(plan.config.tasks))
-    found = None
-    if plan.config.data is not None and plan.readers:
-        found = summarise(plan, read_all(plan, load, report))
+    """Asks one model after the other, so that no more are held at a time than one and the teacher beside it."""
+    reading = Reading(plan, report) if plan.config.data is not None and plan.readers else None
+    said: dict[str, dict[str, Any]] = {benchmark.name: {} for benchmark in plan.benchmarks}
+    for reader in plan.readers:
+        model = _load(plan, reader)
+        if reading is not None:
+            reading.read(reader, model)
+        _ask(plan, Evaluated(reader.name, model, reader.tokenizer, None, reader.config.model), said, out, report)
+        del model
+        gc.collect()  # a model may be part of a cycle
+    for name, tokenizer in plan.served.items():
+        served = plan.config.models[name]
+        _ask(plan, Evaluated(name, None, tokenizer, served.url, served.model), said, out, report)
+    found = None if reading is None else summarise(plan, reading.reads)
+    tasks = []
+    for benchmark in plan.benchmarks:
+        answers = {name: said[benchmark.name][name] for name in plan.config.models}
+        tasks += results(benchmark, answers, out, plan.config.seed)
     return Results(
         models=_model_facts(plan, found),
         text=found and found.text,
         metrics=found.metrics if found else {},
         refused=found.refused if found else {},
         differences=found.differences if found else (),
-        tasks=tuple(_tasks(plan, load, out, report)),
+        tasks=tuple(tasks),
         breakdowns=found.breakdowns if found else (),
         worst=found.worst if found else {},
         runs=plan.runs,
@@ -129,20 +120,23 @@ def _evaluate(plan: Plan, command: str, out: Path, report: Report) -> Results:
     )
 
 
-def _tasks(plan: Plan, load: _Models, out: Path, report: Report) -> Sequence[TaskResult]:
-    readers = {reader.name: reader for reader in plan.readers}
-    tasks = expand(plan.config.tasks)
-    if not tasks:
-        return []
-    asked = []
-    for name, model in plan.config.models.items():
-        if name in readers:
-            reader = readers[name]
-            asked.append(Evaluated(name, load(reader), reader.tokenizer, None, model.model))
-        else:
-            tokenizer = None if model.tokenizer is None else load_tokenizer(model.tokenizer)
-            asked.append(Evaluated(name, None, tokenizer, model.url, model.model))
-    return [run_task(task, asked, out, seed=plan.config.seed, report=report) for task in tasks]
+def _load(plan: Plan, reader: Reader) -> PreTrainedModel:
+    asked = reader.config
+    model = models.load_model(
+        asked.model,
+        dtype=getattr(torch, asked.dtype),
+        device=plan.config.device,
+        attention=None if asked.attention == "auto" else asked.attention,
+        revision=asked.revision,
+        trust_remote_code=asked.trust_remote_code,
+    ).requires_grad_(False)
+    models.verify(model, reader.name, pack=plan.config.data is not None and plan.config.data.pack)
+    return model
+
+
+def _ask(plan: Plan, model: Evaluated, said: dict[str, dict[str, Any]], out: Path, report: Report) -> None:
+    for benchmark in plan.benchmarks:
+        said[benchmark.name][model.name] = ask(benchmark, model, out, report)
 
 
 def _model_facts(plan: Plan, found: Found | None) -> tuple[ModelFacts, ...]:
@@ -182,15 +176,24 @@ def _command(given: EvaluateConfig) -> str:
     def words(value: Any, key: str) -> list[str]:
         if isinstance(value, dict):
             return [word for name, item in value.items() for word in words(item, f"{key}.{name}" if key else name)]
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        text = value if isinstance(value, str) and _is_text(value) else json.dumps(value, ensure_ascii=False)
         return [shlex.quote(f"{key}={text}")]
 
     values = scrub(given.model_dump(mode="json", exclude_unset=True))
     return " ".join(["stillroom evaluate", *words(values, "")])
 
 
+def _is_text(value: str) -> bool:
+    """Whether YAML reads it as the text that it is, and not as a number, for instance."""
+    try:
+        return from_yaml(value) == value
+    except YAMLError:
+        return False
+
+
 def _machine(device: str) -> dict[str, str | int]:
     found: dict[str, str | int] = {"platform": platform.platform(), "num_cores": cpu_count() or 1, "device": device}
+    found["working_folder"] = str(Path.cwd())
     if device.startswith("cuda"):
         found["device_name"] = torch.cuda.get_device_name(device)
     return found
@@ -207,9 +210,14 @@ def _facts(results: Results) -> dict[str, Any]:
         },
         "refused": results.refused,
         "differences": [{"what": d.what, "sentence": d.sentence} for d in results.differences],
+        "sentences": sentences(results),
         "tasks": {
-            task.name: {name: scores[task.metric].value for name, scores in task.scores.items()}
+            task.name: {
+                "metric": task.metric,
+                "unit": unit_of(task),
+                "scores": {name: numbers[task.metric].value for name, numbers in task.scores.items()},
+            }
             for task in results.tasks
-            if task.failed is None
+            if task.scores
         },
     }

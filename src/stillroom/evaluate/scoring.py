@@ -1,6 +1,6 @@
 """Scoring: what a model makes of every predicted token of a text, alone or beside its teacher."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -82,15 +82,23 @@ class Predicted:
         return self._places[self._starts[documents] + positions]
 
 
-def batches(documents: CountedDocuments, *, length: int, pack: bool, most: int, pad_token: int) -> Iterator[Batch]:
-    """All documents in batches of at most ``most`` positions, longest rows first."""
-    rows = plan_rows(documents.lengths, length, pack, np.arange(len(documents)))
+def batches(
+    documents: CountedDocuments, *, length: int, pack: bool, most: int, pad_token: int, borders: Collection[int] = ()
+) -> Iterator[Batch]:
+    """All documents in batches of at most ``most`` positions, longest rows first.
+
+    Args:
+        borders: numbers of positions; no batch holds documents of either side of one (see `models.rope_border`).
+    """
 
     def num_positions(row: np.ndarray) -> int:
         return int((documents.lengths[row] - 1).sum())
 
-    for some in group([rows[r] for r in range(len(rows))], num_positions, most):
-        yield collate(documents, some, pad_token)
+    side = np.digitize(documents.lengths - 1, sorted(borders), right=True)
+    for of in reversed(range(len(borders) + 1)):
+        rows = plan_rows(documents.lengths, length, pack, np.flatnonzero(side == of))
+        for some in group([rows[r] for r in range(len(rows))], num_positions, most):
+            yield collate(documents, some, pad_token)
 
 
 @torch.no_grad()
@@ -125,7 +133,7 @@ def score(
     buffers = Buffers()
     for batch in some:
         places = predicted.places(batch)
-        with _enough_memory(limits):
+        with enough_memory(limits):
             values = _score_batch(model, teacher, batch.to(limits.device), passes, columns, limits, buffers)
         for part, rows in zip(names, values, strict=True):
             for one, row in zip(part, rows.cpu().float().numpy(), strict=True):
@@ -171,7 +179,7 @@ def _kept(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 @contextmanager
-def _enough_memory(limits: Limits) -> Iterator[None]:
+def enough_memory(limits: Limits) -> Iterator[None]:
     """Turns a device's running out of memory into an error of the user's."""
     try:
         yield

@@ -11,7 +11,11 @@ RECORD = {
     },
     "refused": {"distilled": {"forward_kl_nats": "its tokenizer differs", "reverse_kl_nats": "its tokenizer differs"}},
     "differences": [{"what": "cross_entropy_nats", "sentence": "teacher beats distilled by 0.75 nats"}],
-    "tasks": {"blimp": {"teacher": 0.6}},
+    "sentences": ["cross-entropy: teacher beats distilled by 0.75 nats"],
+    "tasks": {
+        "blimp": {"metric": "acc", "unit": "%", "scores": {"teacher": 0.6}},
+        "wikitext": {"metric": "word_perplexity", "unit": "", "scores": {"teacher": 23.4, "distilled": 31.0}},
+    },
     "failed_tasks": {"mmlu": "no network"},
     "reports": ["runs/x/report.md", "runs/x/report.html"],
 }
@@ -20,11 +24,12 @@ TEXT = """\
                              teacher  distilled
 cross-entropy, nats a token   1.5000     2.2500
 same top token                     -      87.5%
-blimp                          60.0%          -
+blimp acc                      60.0%          -
+wikitext word_perplexity     23.4000    31.0000
 
 distilled has no KL to the teacher, nats a token, reverse KL, nats a token: its tokenizer differs
 
-cross-entropy, nats a token: teacher beats distilled by 0.75 nats
+cross-entropy: teacher beats distilled by 0.75 nats
 
 the task mmlu failed: no network
 

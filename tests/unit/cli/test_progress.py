@@ -206,7 +206,7 @@ def test_quiet_says_nothing_on_a_terminal():
 
 
 @pytest.mark.usefixtures("clock")
-def test_tokens_that_models_have_read_and_questions_that_they_have_answered_are_counted(capsys):
+def test_tokens_that_models_have_read_and_answers_are_counted(capsys):
     with Progress() as report:
         report("score", {"model": "teacher", "done": 10, "total": 2000})
         report("score", {"model": "distilled", "done": 1500, "total": 2000})
@@ -215,5 +215,5 @@ def test_tokens_that_models_have_read_and_questions_that_they_have_answered_are_
     assert said(capsys) == [
         "teacher: 10 of 2,000 tokens",
         "distilled: 2,000 of 2,000 tokens",
-        "blimp: teacher: 70 of 70 questions",
+        "blimp: teacher: 70 of 70 answers",
     ]

@@ -10,9 +10,9 @@ import pytest
 from fake_server import FakeServer, fake_server
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks import run_task
 from stillroom.evaluate.tasks.asking import Evaluated, answers, likelihoods, served_model
 from stillroom.evaluate.tasks.config import LocalTask
-from stillroom.evaluate.tasks.run import run_task
 
 
 @pytest.fixture
@@ -68,4 +68,4 @@ def test_a_server_that_does_not_echo_fails_with_its_reason(
     found = run_task(task, [behind(serve(echoes=False), tiny_tokenizer)], tmp_path, seed=0)
     assert found.scores == {}
     assert found.failed is not None
-    assert found.failed.startswith("api: ")
+    assert found.failed.startswith("the server echoes no log-probabilities")

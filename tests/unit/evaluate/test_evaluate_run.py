@@ -1,6 +1,9 @@
 """Whole evaluations: what is refused and why, roles, runs, resuming, and every bad input."""
 
+import gc
 import json
+import shlex
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,9 @@ from stillroom.config import load
 from stillroom.errors import ConfigError, DataError, MismatchError, MissingError, NonFiniteError, StorageError
 from stillroom.evaluate import run as evaluation
 from stillroom.evaluate.config import EvaluateConfig
-from stillroom.evaluate.plan import make_plan
+from stillroom.evaluate.plan import NO_DISTRIBUTION, make_plan
 from stillroom.evaluate.results import Results
+from stillroom.evaluate.tasks.local_benchmark import LocalBenchmark
 
 
 @pytest.fixture(scope="module")
@@ -134,17 +138,19 @@ def test_tasks_are_asked_of_all_models_and_one_that_fails_leaves_the_others(tmp_
     text = "kind: multiple_choice\nname: NAME\nversion: '1'\nitems: quiz.jsonl\ncontext: q\nchoices: c\ntarget: t\n"
     for name in ("one", "two"):
         (tmp_path / f"{name}.yaml").write_text(text.replace("NAME", name))
-    whole = evaluation.run_task
+    whole = LocalBenchmark.ask
 
-    def run_task(config, *rest, **more):
-        result = whole(config, *rest, **more)
-        return result.model_copy(update={"failed": "no network"}) if result.name == "one" else result
+    def ask(self, *rest):
+        if self.name == "one":
+            raise ValueError("nobody foresaw this")
+        return whole(self, *rest)
 
-    monkeypatch.setattr(evaluation, "run_task", run_task)
+    monkeypatch.setattr(LocalBenchmark, "ask", ask)
     words = [f"models.teacher={teacher}", f"tasks=[{tmp_path}/one.yaml, {tmp_path}/two.yaml]", f"out={tmp_path}/run"]
     record, results = evaluate(*words)
     assert record["status"] == "failed"
-    assert record["failed_tasks"] == {"one": "no network"}
+    assert record["failed_tasks"]["one"].startswith("ValueError: nobody foresaw this (traceback in ")
+    assert "nobody foresaw this" in (tmp_path / "run/failures/one-teacher.txt").read_text()
     assert set(record["tasks"]) == {"two"}
     assert results.text is None
     assert (tmp_path / "run" / str(results.tasks[1].items)).is_file()
@@ -153,10 +159,101 @@ def test_tasks_are_asked_of_all_models_and_one_that_fails_leaves_the_others(tmp_
         make_plan(load(EvaluateConfig, None, words))
 
 
+def quiz(folder: Path, name: str = "quiz", items: str = "quiz.jsonl") -> Path:
+    (folder / items).write_text('{"q": "still", "c": ["a", "b"], "t": 0}\n' * 4)
+    text = f"kind: multiple_choice\nname: {name}\nitems: {items}\ncontext: q\nchoices: c\ntarget: t\n"
+    (folder / f"{name}.yaml").write_text(text)
+    return folder / f"{name}.yaml"
+
+
+def test_two_tasks_of_one_name_are_refused(tmp_path, teacher):
+    path = quiz(tmp_path)
+    words = [f"models.teacher={teacher}", f"out={tmp_path}/run"]
+    twice = f"tasks=[{path}, {{kind: local, path: {path}, limit: 2}}]"
+    with pytest.raises(ConfigError, match="two tasks are called quiz") as caught:
+        make_plan(load(EvaluateConfig, None, [*words, twice]))
+    assert "limit=2" in caught.value.values["second"]
+    named = f"tasks=[{path}, {{kind: local, path: {path}, limit: 2, name: short}}]"
+    _, results = evaluate(*words, named)
+    assert [(task.name, task.num_items) for task in results.tasks] == [("quiz", 4), ("short", 2)]
+    assert (tmp_path / "run/items/short.jsonl").read_text().count("\n") == 2
+    prints = [task.fingerprint for task in results.tasks]
+    assert len({*prints}) == 2
+    assert all(prints)
+
+
+def test_items_that_overwriting_would_delete_are_refused(tmp_path, teacher):
+    (tmp_path / "run").mkdir()
+    path = quiz(tmp_path, items="run/quiz.jsonl")
+    with pytest.raises(ConfigError, match="lies inside the output folder"):
+        make_plan(load(EvaluateConfig, None, [f"models.teacher={teacher}", f"tasks=[{path}]", f"out={tmp_path}/run"]))
+
+
+def test_one_model_is_held_at_a_time_and_the_teacher_beside_it(text_files, tmp_path, teacher, student, monkeypatch):
+    held, most = weakref.WeakSet[torch.nn.Module](), []
+    whole = evaluation._load
+
+    def loading(plan, reader):
+        gc.collect()
+        most.append((reader.name, len(held)))
+        model = whole(plan, reader)
+        held.add(model)
+        return model
+
+    monkeypatch.setattr(evaluation, "_load", loading)
+    models = {"teacher": teacher, "a": student, "b": student, "c": student}
+    words = [*(f"models.{name}={folder}" for name, folder in models.items()), f"tasks=[{quiz(tmp_path)}]"]
+    _, results = evaluate(*words, f"out={tmp_path}/tasks")
+    assert most == [("teacher", 0), ("a", 0), ("b", 0), ("c", 0)]
+    assert set(results.tasks[0].scores) == {*models}
+    most.clear()
+    evaluate(*settings(text_files, tmp_path / "text", f"tasks=[{quiz(tmp_path)}]", **models))
+    assert most == [("teacher", 0), ("a", 1), ("b", 1), ("c", 1)]
+
+
+def test_an_evaluation_that_is_made_again_keeps_nothing_of_the_first(tmp_path, teacher, monkeypatch):
+    words = [f"models.teacher={teacher}", f"tasks=[{quiz(tmp_path)}]", f"out={tmp_path}/run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalBenchmark, "ask", lambda *_: 1 / 0)
+        record, _ = evaluate(*words)
+    assert record["failed_tasks"]["quiz"].startswith("ZeroDivisionError")
+    (tmp_path / "run/items").mkdir()
+    (tmp_path / "run/items/old.jsonl").write_text("")
+    record, results = evaluate(*words, resume=True)
+    assert record["failed_tasks"] == {}
+    assert results.tasks[0].failed is None
+    assert sorted(path.name for path in (tmp_path / "run/items").iterdir()) == ["quiz.jsonl"]
+    assert not (tmp_path / "run/failures").exists()
+
+
+def test_a_teacher_behind_an_address_compares_nobody(text_files, tmp_path, student, stranger):
+    served = "models.teacher={model: m, url: 'http://127.0.0.1:9/v1'}"
+    words = settings(text_files, tmp_path / "run", served, distilled=student, stranger=stranger)
+    plan = make_plan(load(EvaluateConfig, None, words))
+    for name in ("distilled", "stranger"):
+        assert plan.compares()[name] == f"not token by token: of teacher, {NO_DISTRIBUTION}"
+    _, results = evaluate(*words)
+    for name in ("distilled", "stranger"):
+        assert results.refused[name]["forward_kl_nats"] == f"of teacher, {NO_DISTRIBUTION}"
+
+
+def test_the_tokenizer_of_a_served_model_is_looked_for_first(tmp_path):
+    served = "models.served={model: m, url: 'http://127.0.0.1:9/v1', tokenizer: ./nowhere}"
+    with pytest.raises(MissingError, match="nowhere"):
+        make_plan(load(EvaluateConfig, None, [served, f"tasks=[{quiz(tmp_path)}]", f"out={tmp_path}/run"]))
+
+
+def test_a_text_that_yaml_would_read_otherwise_is_quoted_in_the_command():
+    given = load(EvaluateConfig, None, ["models.a={model: m, revision: '1234567'}", "out=x", "tasks=[hellaswag]"])
+    again = load(EvaluateConfig, None, shlex.split(evaluation._command(given))[2:])
+    assert again == given
+    assert again.models["a"].revision == "1234567"
+
+
 def test_a_finished_one_is_not_repeated_and_an_interrupted_one_starts_again(text_files, tmp_path, teacher, monkeypatch):
     words = settings(text_files, tmp_path / "run", teacher=teacher)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "read_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(evaluation.Reading, "read", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             evaluate(*words)
     assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "interrupted"

@@ -75,7 +75,7 @@ def make_report(results: Results, folder: Path, runs: Mapping[str, Path]) -> Rep
         title=title if any(facts.role == "teacher" for facts in results.models) else "Models side by side",
         about=_about(results),
         headlines=tuple(_headlines(results)),
-        sentences=_sentences(results),
+        sentences=sentences(results),
         task_groups=groups,
         task_note=note,
         agreement_groups=tuple(_agreement(results)),
@@ -124,7 +124,7 @@ def _headlines(results: Results) -> Iterator[Headline]:
             yield Headline(metric.title, ABOUT[key], rows)
 
 
-def _sentences(results: Results) -> tuple[str, ...]:
+def sentences(results: Results) -> tuple[str, ...]:
     """Of distilled models beside the baseline, then beside the teacher; tasks first."""
     roles = {facts.name: facts.role for facts in results.models}
 

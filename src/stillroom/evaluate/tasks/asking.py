@@ -1,6 +1,6 @@
 """Asking: the likelihood of answers, and answers themselves, from a model in this process or behind an address."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,8 @@ from stillroom.errors import DataError, MissingError
 from stillroom.evaluate.tasks.generation import Written, cut, write
 from stillroom.evaluate.tasks.likelihood import Likelihood, encode, log_likelihoods
 
+Report = Callable[[str, Mapping[str, Any]], None]
+"""Is told of the answers so far: "task" with task, model, done and total; "note" with text."""
 Done = Callable[[int], object]
 """Is told of the number of questions to a model that are answered."""
 MOST_STOPS = 4

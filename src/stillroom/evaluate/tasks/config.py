@@ -32,9 +32,11 @@ class HarnessTask(Config):
     """A task or group of lm-eval."""
 
     kind: Literal["lm_eval"]
-    name: str
+    task: str
     """Its name there: hellaswag, leaderboard_bbh, …; leaderboard is the six of the Open LLM Leaderboard v2. Or the
     path of a task in lm-eval's own form."""
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
+    """What the task is called in the results; null is its name there."""
     shots: Whole | None = None
     """Examples before each question; null is the task's own number."""
     limit: Positive | None = None
@@ -45,7 +47,7 @@ def _from_text(value: object) -> object:
     """A bare text: a path where it ends as a description does or is there, and otherwise a name of lm-eval."""
     if isinstance(value, Path) or (isinstance(value, str) and _is_path(value)):
         return {"kind": "local", "path": str(value)}
-    return {"kind": "lm_eval", "name": value} if isinstance(value, str) else value
+    return {"kind": "lm_eval", "task": value} if isinstance(value, str) else value
 
 
 def _is_path(text: str) -> bool:
@@ -71,8 +73,10 @@ def expand(tasks: Sequence[AnyTask]) -> tuple[AnyTask, ...]:
     """The same tasks with `leaderboard` as its six, so that each has a result and one that fails leaves the others."""
     found: list[Any] = []
     for task in tasks:
-        if isinstance(task, HarnessTask) and task.name == "leaderboard":
-            found += [task.model_copy(update={"name": name}) for name in LEADERBOARD]
+        if isinstance(task, HarnessTask) and task.task == "leaderboard":
+            for part in LEADERBOARD:
+                name = None if task.name is None else part.replace("leaderboard", task.name)
+                found.append(task.model_copy(update={"task": part, "name": name}))
         else:
             found.append(task)
     return tuple(found)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from stillroom.config import Config, PathText, load
-from stillroom.errors import ConfigError
+from stillroom.errors import ConfigError, MissingError
 from stillroom.evaluate.tasks.config import LocalTask, Positive, Whole
 from stillroom.recipe import read_recipe
 
@@ -95,7 +95,7 @@ class ExactMatch(_Prompted):
     kind: Literal["exact_match"]
     target: Template
     """The right answer: a column, or a text with columns in braces. Of a list in a column each is right."""
-    until: Annotated[tuple[str, ...], Field(strict=False)] = ("\n",)
+    until: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] = ("\n",)
     """The answer ends before the first of these, or with the end of sequence."""
     max_tokens: Positive = 64
     """The answer ends after so many tokens."""
@@ -130,7 +130,15 @@ def read_description(task: LocalTask) -> Description:
         ConfigError: it is not YAML, or a setting is unknown, missing or not valid.
     """
     path = Path(task.path)
-    values = read_recipe(path)
+    try:
+        values = read_recipe(path)
+    except MissingError as error:
+        raise MissingError(
+            error.what.replace("the recipe", "the description"),
+            error.values,
+            why="It says what a task asks of the models.",
+            fix="Check the path; a task of lm-eval is named without a slash, and without .yaml.",
+        ) from None
     kind = values.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         near = difflib.get_close_matches(str(kind), KINDS, n=1)
@@ -143,7 +151,15 @@ def read_description(task: LocalTask) -> Description:
             why="The kind says what is asked of the model and what counts as right.",
             fix="Set `kind` in the description; docs/guide/tasks.md describes each.",
         )
-    description = load(KINDS[kind], path)
+    try:
+        description = load(KINDS[kind], path)
+    except ConfigError as error:
+        raise ConfigError(
+            error.what,
+            error.values,
+            why=f"Read from {path}, which describes a task.",
+            fix="Mend the description; docs/guide/tasks.md explains each of its settings.",
+        ) from None
     changes: dict[str, Any] = {"items": str(path.parent / description.items)}
     if task.items is not None:
         suffix = re.sub(r"[^\w-]+", "-", Path(task.items).name.split(".")[0])

@@ -5,10 +5,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-from stillroom.evaluate.tasks.likelihood import max_length
+from stillroom.errors import DataError, NonFiniteError, OutOfMemoryError
+from stillroom.evaluate.tasks.likelihood import encoded, max_length
 
 CPU_TOKENS = 4096
 """Tokens of prompts and answers in a batch on a CPU."""
@@ -44,6 +46,20 @@ class _Until(StoppingCriteria):
         return torch.tensor(self.done, device=input_ids.device)
 
 
+class _Finite(LogitsProcessor):
+    """Refuses logits that are not numbers, of which `generate` would take the first as the likeliest."""
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        if torch.isnan(scores).any():
+            raise NonFiniteError(
+                "what the model says is not a number",
+                {"logits": "not a number", "at": f"token {input_ids.shape[1]} (from 0) of a prompt and its answer"},
+                why="What it writes would mean nothing.",
+                fix="Check its weights; where they are good, another dtype or attention may mend it.",
+            )
+        return scores
+
+
 @torch.inference_mode()
 def write(
     model: PreTrainedModel,
@@ -66,12 +82,16 @@ def write(
     Args:
         num_tokens: tokens in a batch, prompts and answers; None finds the number by itself.
         done: is told of the number of prompts that are answered.
+
+    Raises:
+        DataError: the model cannot read so many tokens as an answer may have.
+        NonFiniteError: what the model says is not a number.
+        OutOfMemoryError: the device has too little memory for a single prompt and its answer.
     """
-    limit = max_length(model)
-    room = None if limit is None else max(1, limit - max_tokens)
-    encoded = cast(list[list[int]], tokenizer(list(prompts), verbose=False)["input_ids"])
+    room = _room(model, max_tokens)
+    whole = encoded(tokenizer, list(prompts))
     prefix = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    ids = [(tokens if room is None else tokens[-room:]) or [cast(int, prefix)] for tokens in encoded]
+    ids = [(tokens if room is None else tokens[-room:]) or [cast(int, prefix)] for tokens in whole]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     cpu = next(model.parameters()).device.type == "cpu"
     budget = num_tokens or (CPU_TOKENS if cpu else DEVICE_TOKENS)
@@ -84,11 +104,11 @@ def write(
             written = _write(model, tokenizer, [ids[i] for i in batch], until, max_tokens)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
-                raise
+                raise _too_little_memory(width) from None
             budget = max(width, budget // 2)
             continue
         for i, text in zip(batch, written, strict=True):
-            found[i] = Written(text, max(0, len(encoded[i]) - len(ids[i])))
+            found[i] = Written(text, max(0, len(whole[i]) - len(ids[i])))
         place += len(batch)
         done(place)
     return cast(list[Written], found)
@@ -113,8 +133,36 @@ def _write(
     generate = cast(Callable[..., Tensor], model.generate)
     try:
         model.generation_config = GenerationConfig()  # `generate` would take from its own what ours leaves open
-        out = generate(rows, attention_mask=mask, generation_config=greedy, stopping_criteria=stop)
+        out = generate(
+            rows,
+            attention_mask=mask,
+            generation_config=greedy,
+            logits_processor=LogitsProcessorList([_Finite()]),
+            stopping_criteria=stop,
+        )
     finally:
         model.generation_config = own
     written = tokenizer.batch_decode(out[:, width:].tolist(), skip_special_tokens=True)
     return [cut(text, until) for text in written]
+
+
+def _room(model: PreTrainedModel, max_tokens: int) -> int | None:
+    """The most tokens of a prompt that leave room for its answer; None where the model has no limit."""
+    limit = max_length(model)
+    if limit is None or limit > max_tokens:
+        return None if limit is None else limit - max_tokens
+    raise DataError(
+        "an answer may be longer than the model can read",
+        {"max_tokens": max_tokens, "the model reads": limit},
+        why="There would be no room for a question.",
+        fix=f"Set max_tokens in the description to less than {limit}.",
+    )
+
+
+def _too_little_memory(width: int) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        "the device has too little memory to write a single answer",
+        {"tokens of prompt and answer": width, "batch": "1 prompt"},
+        why="It cannot be written in parts.",
+        fix="Lower max_tokens in the description, or use a smaller dtype, or a device with more memory.",
+    )

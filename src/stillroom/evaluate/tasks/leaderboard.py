@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from stillroom.evaluate.results import Number
 from stillroom.evaluate.tasks.config import LEADERBOARD
 from stillroom.evaluate.tasks.summary import normalise
+from stillroom.statistics import Z_95
 
 BBH_CHOICES = {
     "boolean_expressions": 2,
@@ -70,7 +71,9 @@ def official(task: str, raw: Raw) -> Number | None:
     if task == "leaderboard":
         return _mean([one for name in LEADERBOARD if (one := official(name, raw)) is not None])
     if task in ("leaderboard_ifeval", "leaderboard_instruction_following"):
-        return _mean([raw("leaderboard_ifeval", f"{level}_level_strict_acc") for level in ("prompt", "inst")])
+        return _mean(
+            [raw("leaderboard_ifeval", f"{level}_level_strict_acc") for level in ("prompt", "inst")], alike=True
+        )
     for group in ("bbh", "musr"):
         if task == f"leaderboard_{group}":
             names = [name for name in CHANCE if name.startswith(f"{task}_")]
@@ -80,11 +83,12 @@ def official(task: str, raw: Raw) -> Number | None:
     return normalise(raw(task, METRIC.get(task, "acc_norm")), CHANCE[task], clip=True)
 
 
-def _mean(parts: Sequence[Number]) -> Number:
-    """The plain mean of independent parts."""
+def _mean(parts: Sequence[Number], *, alike: bool = False) -> Number:
+    """The plain mean of independent parts; or of parts that are ``alike``, being of the same answers, whose errors add
+    up: at most too large."""
     value = sum(part.value for part in parts) / len(parts)
-    errors = [part.error for part in parts]
-    if any(error is None for error in errors):
+    errors = [part.error for part in parts if part.error is not None]
+    if len(errors) < len(parts):
         return Number(value=value)
-    error = math.sqrt(sum(error**2 for error in errors if error is not None)) / len(parts)
-    return Number(value=value, error=error, low=value - 1.96 * error, high=value + 1.96 * error)
+    error = (sum(errors) if alike else math.sqrt(sum(error**2 for error in errors))) / len(parts)
+    return Number(value=value, error=error, low=value - Z_95 * error, high=value + Z_95 * error)

@@ -8,6 +8,7 @@ after it. What all rows begin with, as examples before each question, is read on
 padded at their ends, which no kept position sees. Only the logits of continuations are ever made, in chunks.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -17,9 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from stillroom.errors import DataError, OutOfMemoryError
+from stillroom.errors import DataError, NonFiniteError, OutOfMemoryError
 from stillroom.head import Head
-from stillroom.models import backbone, head
+from stillroom.models import backbone, head, rope_border
 
 CPU_TOKENS = 2048
 """Tokens in a batch on a CPU, where more are no faster."""
@@ -70,9 +71,9 @@ def encode(
     moved = [_move_space(context, continuation) for context, continuation in pairs]
     contexts = list(dict.fromkeys(context for context, _ in moved if context))
     numbers = {context: i for i, context in enumerate(contexts)}
-    before = _tokens(tokenizer, contexts)
-    whole = _tokens(tokenizer, [context + continuation for context, continuation in moved if context])
-    alone = _tokens(tokenizer, [text for context, text in moved if not context], special_tokens=False)
+    before = encoded(tokenizer, contexts)
+    whole = encoded(tokenizer, [context + continuation for context, continuation in moved if context])
+    alone = encoded(tokenizer, [text for context, text in moved if not context], special_tokens=False)
     prefix = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
     wholes, alones, found = iter(whole), iter(alone), []
     for i, (context, _) in enumerate(moved):
@@ -99,8 +100,8 @@ def _move_space(context: str, continuation: str) -> tuple[str, str]:
     return stripped, context[len(stripped) :] + continuation
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special_tokens: bool = True) -> list[list[int]]:
-    """A text that begins with the beginning-of-sequence token is given no second one."""
+def encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special_tokens: bool = True) -> list[list[int]]:
+    """The tokens of each text. One that begins with the beginning-of-sequence token is given no second one."""
     bos = tokenizer.bos_token
     begun = [isinstance(bos, str) and text.startswith(bos) for text in texts]
     found: list[list[int]] = [[] for _ in texts]
@@ -147,8 +148,8 @@ def _rows(requests: Sequence[Request], max_length: int | None) -> tuple[list[Row
 def max_length(model: PreTrainedModel) -> int | None:
     """The most tokens that a model can read; None where its config does not say."""
     config = model.config.get_text_config()
-    return next((n for key in ("n_positions", "max_position_embeddings", "n_ctx") if (n := getattr(config, key, None))),
-                None)  # fmt: skip
+    keys = ("n_positions", "max_position_embeddings", "n_ctx", "max_seq_len")
+    return next((n for key in keys if (n := getattr(config, key, None))), None)
 
 
 @torch.inference_mode()
@@ -171,6 +172,7 @@ def log_likelihoods(
 
     Raises:
         DataError: a continuation alone is too long for the model.
+        NonFiniteError: what the model says is not a number.
         OutOfMemoryError: the device has too little memory for a single row.
     """
     limit = limit or max_length(model)
@@ -183,14 +185,15 @@ def log_likelihoods(
                 fix="Shorten or delete the item, or use a model that reads more.",
             )
     rows, cuts = _rows(requests, limit)
-    shared = _Shared.read(model, rows)
+    border = rope_border(model.config)
+    shared = _Shared(0, None) if border is not None else _Shared.read(model, rows)
     device = next(model.parameters()).device
     budget = num_tokens or (CPU_TOKENS if device.type == "cpu" else DEVICE_TOKENS)
     found: list[Likelihood | None] = [None] * len(requests)
     place = answered = 0
     while place < len(rows):
         size = max(1, budget // (len(rows[place].tokens)))
-        batch = rows[place : place + size]
+        batch = _alike(rows[place : place + size], border)
         try:
             answers = _answer(model, batch, requests, shared)
         except torch.OutOfMemoryError:
@@ -199,10 +202,20 @@ def log_likelihoods(
             budget = max(len(rows[place].tokens), budget // 2)
             continue
         for i, log_likelihood, greedy in answers:
+            if math.isnan(log_likelihood):
+                raise _not_a_number(i)
             found[i] = Likelihood(log_likelihood, greedy, len(requests[i].continuation), cuts[i])
         place, answered = place + len(batch), answered + len(answers)
         done(answered)
     return cast(list[Likelihood], found)
+
+
+def _alike(rows: list[Row], border: int | None) -> list[Row]:
+    """The first rows, as far as all lie on the same side of the border at which the model changes its positions."""
+    if border is None:
+        return rows
+    longer = len(rows[0].tokens) > border
+    return rows[: next((i for i, row in enumerate(rows) if (len(row.tokens) > border) != longer), len(rows))]
 
 
 def _answer(
@@ -260,7 +273,10 @@ class _Shared:
         if len(rows) < 2 or length < SHARED_TOKENS:
             return cls(0, None)
         tokens = torch.tensor([rows[0].tokens[:length]], device=next(model.parameters()).device)
-        cache = getattr(backbone(model)(input_ids=tokens, use_cache=True), "past_key_values", None)
+        try:
+            cache = getattr(backbone(model)(input_ids=tokens, use_cache=True), "past_key_values", None)
+        except torch.OutOfMemoryError:
+            raise _too_little_memory(length) from None
         plain = isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
         return cls(length, cache) if plain else cls(0, None)  # windows and states of other kinds are read with each row
 
@@ -283,6 +299,15 @@ def _common(rows: Sequence[Row]) -> int:
     for row in rows:
         length = next((i for i in range(length) if row.tokens[i] != first[i]), length)
     return length
+
+
+def _not_a_number(request: int) -> NonFiniteError:
+    return NonFiniteError(
+        "what the model says is not a number",
+        {"log-likelihood": "not a number", "of": f"request {request} (from 0)"},
+        why="An answer would count as right or wrong by chance.",
+        fix="Check its weights; where they are good, another dtype or attention may mend it.",
+    )
 
 
 def _too_little_memory(length: int) -> OutOfMemoryError:

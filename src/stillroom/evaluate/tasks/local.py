@@ -20,7 +20,8 @@ from stillroom.evaluate.tasks.likelihood import Likelihood
 from stillroom.evaluate.tasks.questions import Question
 
 LOG_LIKELIHOOD = "log_likelihood_nats"
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+)")
+"""A minus that follows a number or a word, as in 10-12, is none; a comma parts thousands."""
 
 
 class Said(NamedTuple):
@@ -123,6 +124,9 @@ def apply(filters: Sequence[Filter], text: str) -> str:
 
 
 def _plain_number(text: str) -> str:
-    """1,234.50 as 1234.5, so that equal numbers are equal texts."""
-    digits = text.replace(",", "")
-    return digits.rstrip("0").rstrip(".") if "." in digits else digits
+    """1,234.50 as 1234.5 and .5 as 0.5, so that equal numbers are equal texts."""
+    sign, digits = ("-" if text.startswith("-") else ""), text.removeprefix("-").replace(",", "")
+    whole, _, part = digits.partition(".")
+    whole, part = whole.lstrip("0") or "0", part.rstrip("0")
+    number = f"{whole}.{part}" if part else whole
+    return number if number == "0" else sign + number

@@ -5,6 +5,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from conftest import build_model
+from stillroom.errors import DataError, NonFiniteError, OutOfMemoryError
+from stillroom.evaluate.tasks import generation
 from stillroom.evaluate.tasks.generation import cut, write
 
 PROMPTS = ["The still", "A teacher says what it thinks of every word", "12", "User: how many drops?"]
@@ -54,6 +56,36 @@ def test_too_long_a_prompt_is_cut_at_its_left_and_told(tiny_tokenizer: PreTraine
     ids = tiny_tokenizer(PROMPTS[1])["input_ids"]
     (found,) = write(model, tiny_tokenizer, [PROMPTS[1]], until=(), max_tokens=4)
     assert found.num_cut == len(ids) - 12 > 0
+
+
+def test_an_answer_that_leaves_no_room_for_a_question_is_refused(tiny_tokenizer: PreTrainedTokenizerFast):
+    model = build_model(max_position_embeddings=16)
+    assert write(model, tiny_tokenizer, PROMPTS[:1], until=(), max_tokens=15)[0].num_cut > 0
+    with pytest.raises(DataError, match="longer than the model can read"):
+        write(model, tiny_tokenizer, PROMPTS[:1], until=(), max_tokens=16)
+
+
+def test_logits_that_are_no_numbers_are_refused(tiny_tokenizer: PreTrainedTokenizerFast):
+    model = build_model()
+    torch.nn.init.constant_(model.lm_head.weight[3], torch.nan)
+    with pytest.raises(NonFiniteError):
+        write(model, tiny_tokenizer, PROMPTS[:1], until=(), max_tokens=2)
+
+
+def test_a_prompt_that_begins_with_the_beginning_of_sequence_has_one(tiny_tokenizer: PreTrainedTokenizerFast):
+    model, read = build_model(), []
+    model.model.register_forward_pre_hook(lambda _, __, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True)
+    plain, begun = (
+        write(model, tiny_tokenizer, [text], until=(), max_tokens=1)[0] for text in ("The still", "<s>The still")
+    )
+    assert plain == begun
+    assert read[0].tolist() == read[1].tolist()
+
+
+def test_memory_that_does_not_suffice_for_one_answer_is_told(tiny_tokenizer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(generation, "_write", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(OutOfMemoryError, match="a single answer"):
+        write(build_model(), tiny_tokenizer, PROMPTS, until=(), max_tokens=2)
 
 
 def test_cut_takes_the_earliest():

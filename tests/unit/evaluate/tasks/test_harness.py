@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks import run_task
 from conftest import build_model
 from stillroom.errors import ConfigError, MissingError
-from stillroom.evaluate.tasks import harness
+from stillroom.evaluate.tasks import harness, harness_results
+from stillroom.evaluate.tasks.asking import Evaluated
 from stillroom.evaluate.tasks.config import HarnessTask, LocalTask
 from stillroom.evaluate.tasks.items import read_items
-from stillroom.evaluate.tasks.run import Evaluated, check_task, run_task
+from stillroom.evaluate.tasks.run import open_benchmark
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -21,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def test_without_lm_eval_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(MissingError, match=r"stillroom\[eval\]"):
-        check_task(HarnessTask(kind="lm_eval", name="hellaswag"))
+        open_benchmark(HarnessTask(kind="lm_eval", task="hellaswag"))
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ def both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[HarnessTask, 
     }
     (tmp_path / "ours.yaml").write_text(json.dumps(ours))
     return (
-        HarnessTask(kind="lm_eval", name=str(tmp_path / "theirs.yaml")),
+        HarnessTask(kind="lm_eval", task=str(tmp_path / "theirs.yaml")),
         LocalTask(kind="local", path=str(tmp_path / "ours.yaml")),
     )
 
@@ -128,7 +130,7 @@ def test_shots_and_limit_are_passed_on(both: tuple[HarnessTask, LocalTask], mode
 def test_a_task_without_network_fails_alone(models: list[Evaluated], tmp_path: Path):
     text = "task: far\ndataset_path: Rowan/hellaswag\noutput_type: multiple_choice\ntest_split: test\n"
     (tmp_path / "far.yaml").write_text(text + "doc_to_text: x\ndoc_to_target: y\ndoc_to_choice: z\n")
-    found = run_task(HarnessTask(kind="lm_eval", name=str(tmp_path / "far.yaml")), models, tmp_path, seed=0)
+    found = run_task(HarnessTask(kind="lm_eval", task=str(tmp_path / "far.yaml")), models, tmp_path, seed=0)
     assert found.failed is not None
     assert "Rowan/hellaswag" in found.failed
     assert (found.name, found.scores, found.items) == ("far", {}, None)
@@ -138,9 +140,9 @@ def test_a_task_without_network_fails_alone(models: list[Evaluated], tmp_path: P
 def test_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(harness, "_manager", lambda **_: SimpleNamespace(all_tasks=["hellaswag", "arc_easy"]))
     with pytest.raises(ConfigError, match="knows no task `helaswag`") as caught:
-        check_task(HarnessTask(kind="lm_eval", name="helaswag"))
+        open_benchmark(HarnessTask(kind="lm_eval", task="helaswag"))
     assert caught.value.values["did you mean"] == "hellaswag"
-    check_task(HarnessTask(kind="lm_eval", name="hellaswag"))
+    open_benchmark(HarnessTask(kind="lm_eval", task="hellaswag"))
 
 
 def found_for(**results: Any) -> dict[str, Any]:
@@ -149,10 +151,10 @@ def found_for(**results: Any) -> dict[str, Any]:
 
 def test_official_scores_stand_beside_the_raw_ones():
     metrics = {"acc,none": 0.37, "acc_stderr,none": 0.01}
-    found = harness._normalised("leaderboard_mmlu_pro", {"m": found_for(leaderboard_mmlu_pro=metrics)})
+    found = harness_results._normalised("leaderboard_mmlu_pro", {"m": found_for(leaderboard_mmlu_pro=metrics)})
     assert found["m"].value == pytest.approx(0.3)
     assert found["m"].error == pytest.approx(0.01 / 0.9)
-    assert harness._normalised("leaderboard_musr", {"m": found_for()}) == {}
+    assert harness_results._normalised("leaderboard_musr", {"m": found_for()}) == {}
 
 
 def test_metrics_keep_the_filter_that_is_not_the_first():
@@ -162,5 +164,5 @@ def test_metrics_keep_the_filter_that_is_not_the_first():
         "exact_match,flexible": 0.75,
         "alias": "x",
     }
-    found = harness._numbers(metrics, "strict")
+    found = harness_results._numbers(metrics, "strict")
     assert {name: number.value for name, number in found.items()} == {"exact_match": 0.5, "exact_match,flexible": 0.75}

@@ -56,6 +56,12 @@ def test_errors_are_scaled_and_joined():
     assert three.error == pytest.approx(((0.02 / 0.5) ** 2 + (0.02 / 0.8) ** 2 + (0.02 * 3 / 2) ** 2) ** 0.5 / 3)
 
 
+def test_the_two_accuracies_of_ifeval_are_of_the_same_answers():
+    found = official("leaderboard_ifeval", raw)
+    assert found is not None
+    assert found.error == pytest.approx(0.02)  # as though they went together wholly
+
+
 def test_other_tasks_have_none_and_a_missing_part_is_not_made_up():
     assert official("hellaswag", raw) is None
     with pytest.raises(KeyError):

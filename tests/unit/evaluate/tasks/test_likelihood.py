@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from conftest import SaveModel, build_model
-from stillroom.errors import DataError, OutOfMemoryError
+from stillroom.errors import DataError, NonFiniteError, OutOfMemoryError
 from stillroom.evaluate.tasks import likelihood
 from stillroom.evaluate.tasks.likelihood import Likelihood, Request, encode, log_likelihoods
 
@@ -114,6 +114,27 @@ def test_a_sliding_window_is_kept():
     model, asked = build_model("gemma2"), [Request(list(range(2, 40)), [i, i + 1]) for i in range(50, 54)]
     found = [one.log_likelihood for one in log_likelihoods(model, asked)]
     assert found == pytest.approx([naive(model, request) for request in asked], abs=1e-5)
+
+
+def test_positions_that_turn_with_the_longest_row_are_kept_apart():
+    """LongRoPE turns all positions of a batch by its longest row: short and long ones must not share one."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 24,
+        "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
+    }  # fmt: skip
+    model = build_model("phi3", rope_parameters=rope, max_position_embeddings=64, original_max_position_embeddings=24)
+    shared = list(range(2, 22))
+    asked = [Request([*shared, i], list(range(30, 32 + 8 * i))) for i in range(3)]
+    assert [len(one.context) + len(one.continuation) - 1 > 24 for one in asked] == [False, True, True]
+    found = [one.log_likelihood for one in log_likelihoods(model, asked)]
+    assert found == pytest.approx([naive(model, request) for request in asked], abs=1e-4)
+
+
+def test_logits_that_are_no_numbers_are_refused():
+    model = build_model()
+    model.lm_head.weight.data[3] = torch.nan
+    with pytest.raises(NonFiniteError):
+        log_likelihoods(model, [Request([1], [2])])
 
 
 class Largest(TorchDispatchMode):

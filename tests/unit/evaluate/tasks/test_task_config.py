@@ -18,25 +18,27 @@ class Whole(Config):
 
 def test_a_text_is_a_path_or_a_name():
     found = load(
-        Whole, overrides=["tasks=[hellaswag, my.yaml, tasks/x.yml, {kind: lm_eval, name: arc_easy, shots: 5}]"]
+        Whole, overrides=["tasks=[hellaswag, my.yaml, tasks/x.yml, {kind: lm_eval, task: arc_easy, shots: 5}]"]
     )
     assert found.tasks == (
-        HarnessTask(kind="lm_eval", name="hellaswag"),
+        HarnessTask(kind="lm_eval", task="hellaswag"),
         LocalTask(kind="local", path="my.yaml"),
         LocalTask(kind="local", path="tasks/x.yml"),
-        HarnessTask(kind="lm_eval", name="arc_easy", shots=5),
+        HarnessTask(kind="lm_eval", task="arc_easy", shots=5),
     )
 
 
 def test_an_unknown_setting_of_a_task_is_named():
     with pytest.raises(ConfigError, match=r"tasks\.0\.shot`[\s\S]*did you mean: shots"):
-        load(Whole, overrides=["tasks=[{kind: lm_eval, name: arc_easy, shot: 5}]"])
+        load(Whole, overrides=["tasks=[{kind: lm_eval, task: arc_easy, shot: 5}]"])
 
 
 def test_the_leaderboard_is_its_six_tasks():
     local = LocalTask(kind="local", path="x.yaml")
-    found = expand([HarnessTask(kind="lm_eval", name="leaderboard", limit=3), local])
-    assert [one.name for one in found] == [*LEADERBOARD, None]
+    found = expand([HarnessTask(kind="lm_eval", task="leaderboard", limit=3), local])
+    assert [getattr(one, "task", None) for one in found] == [*LEADERBOARD, None]
+    named = expand([HarnessTask(kind="lm_eval", task="leaderboard", name="short")])
+    assert [one.name for one in named][:2] == ["short_ifeval", "short_bbh"]
     assert [one.limit for one in found] == [3] * 6 + [None]
 
 

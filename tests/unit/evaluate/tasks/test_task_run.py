@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks import run_task
 from conftest import build_model
 from stillroom.errors import DataError, MissingError
 from stillroom.evaluate.results import Number, TaskResult
+from stillroom.evaluate.tasks.asking import Evaluated
 from stillroom.evaluate.tasks.config import LocalTask
 from stillroom.evaluate.tasks.diff import as_text, changes
 from stillroom.evaluate.tasks.items import read_items
-from stillroom.evaluate.tasks.run import Evaluated, check_task, run_task
+from stillroom.evaluate.tasks.run import open_benchmark
 from stillroom.evaluate.tasks.summary import normalise, scores
 from stillroom.statistics import paired_bootstrap
 
@@ -40,7 +42,7 @@ def models(tiny_tokenizer: PreTrainedTokenizerFast) -> list[Evaluated]:
 
 def test_a_task_scores_every_model(task: LocalTask, models: list[Evaluated], tmp_path: Path):
     told: list[tuple[str, Any]] = []
-    check_task(task)
+    open_benchmark(task)
     found = run_task(task, models, tmp_path / "out", seed=7, report=lambda event, values: told.append((event, values)))
     assert (found.name, found.source, found.version, found.shots) == ("quiz", "local", "3", 0)
     assert (found.num_items, found.metric, found.failed) == (20, "acc", None)
@@ -107,8 +109,8 @@ def test_a_task_is_checked_before_any_model_runs(task: LocalTask, tmp_path: Path
     with (tmp_path / "quiz.jsonl").open("a") as file:
         file.write('{"q": "?", "c": ["only"], "t": 0, "g": "a"}\n')
     with pytest.raises(DataError, match="line 21: there is nothing to choose"):
-        check_task(task)
-    check_task(task.model_copy(update={"limit": 20}))
+        open_benchmark(task)
+    open_benchmark(task.model_copy(update={"limit": 20}))
 
 
 def test_cut_questions_are_told(task: LocalTask, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
@@ -142,6 +144,12 @@ def test_a_perplexity_is_of_the_mean_log_likelihood():
     assert found.low is not None
     assert found.high is not None
     assert found.low < found.value < found.high
+
+
+def test_a_perplexity_that_no_number_can_hold_is_left_out():
+    found = scores({"acc": [1.0, 0.0], "log_likelihood_nats": [-10.0, -8000.0]}, [None, None], "acc")
+    assert "perplexity" not in found
+    assert found["log_likelihood_nats"].value == -4005.0
 
 
 def test_normalised_is_0_at_chance_and_1_at_perfect():

@@ -1,0 +1,26 @@
+"""A benchmark put to models in one call, for tests."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from stillroom.evaluate.results import TaskResult
+from stillroom.evaluate.tasks.asking import Evaluated, Report
+from stillroom.evaluate.tasks.config import AnyTask
+from stillroom.evaluate.tasks.run import ask, open_benchmark, results
+
+
+def run_tasks(
+    config: AnyTask, models: Sequence[Evaluated], out: Path, *, seed: int, report: Report = lambda *_: None
+) -> list[TaskResult]:
+    """All results of a task or group."""
+    benchmark = open_benchmark(config)
+    answers = {model.name: ask(benchmark, model, out, report) for model in models}
+    return list(results(benchmark, answers, out, seed))
+
+
+def run_task(
+    config: AnyTask, models: Sequence[Evaluated], out: Path, *, seed: int, report: Report = lambda *_: None
+) -> TaskResult:
+    """The one result of a task."""
+    (result,) = run_tasks(config, models, out, seed=seed, report=report)
+    return result
