@@ -1,4 +1,4 @@
-"""Every recipe loads, and runs for two steps, or captures, on tiny stand-ins for its models, data and stores."""
+"""Every recipe loads, and runs for two steps, captures or evaluates, on tiny stand-ins for models, data and stores."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,7 @@ from stillroom.capture.config import CaptureConfig
 from stillroom.cli.main import main
 from stillroom.config import Config, load
 from stillroom.distill.config import DistillConfig
+from stillroom.evaluate.config import EvaluateConfig
 from stillroom.recipe import read_recipe
 from stillroom.runs import read_json, read_metrics
 from stillroom.store.reader import Store
@@ -19,11 +20,13 @@ from stillroom.store.reader import Store
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 DISTILLS = [path for path in RECIPES if "student" in read_recipe(path)]
-CAPTURES = [path for path in RECIPES if path not in DISTILLS]
+EVALUATIONS = [path for path in RECIPES if "models" in read_recipe(path)]
+CAPTURES = [path for path in RECIPES if path not in DISTILLS and path not in EVALUATIONS]
 
 
 def load_recipe(path: Path) -> Config:
-    return load(CaptureConfig if path in CAPTURES else DistillConfig, path)
+    verbs = ((DISTILLS, DistillConfig), (EVALUATIONS, EvaluateConfig), (CAPTURES, CaptureConfig))
+    return load(next(config for paths, config in verbs if path in paths), path)
 
 
 @pytest.fixture(autouse=True)
@@ -133,3 +136,19 @@ def test_every_recipe_captures(path: Path, models: list[Path], data: dict[str, P
     store = Store(tmp_path / "run" / "store")
     assert len(store) > 0
     assert store.signal_config == load(CaptureConfig, path).signal
+
+
+@pytest.mark.parametrize("path", EVALUATIONS, ids=lambda path: path.stem)
+def test_every_evaluation_measures_its_models(path, models, data, tmp_path):
+    values = read_recipe(path)
+    (tmp_path / "pairs.jsonl").write_text('{"good": "It runs.", "bad": "runs It."}\n' * 8)
+    (tmp_path / "pairs.yaml").write_text("kind: minimal_pairs\nname: pairs\nitems: pairs.jsonl\ngood: good\nbad: bad\n")
+    stand_in = {name: models[name != "teacher"] for name in values["models"]}
+    words = [f"models.{name}{'.model' if isinstance(values['models'][name], dict) else ''}={folder}"
+             for name, folder in stand_in.items()]  # fmt: skip
+    words += [f"data.path={data['text']}/valid.jsonl", "data.length=32", f"tasks=[{tmp_path}/pairs.yaml]"]
+    assert main(["evaluate", str(path), *words, f"out={tmp_path}/run", "--quiet"]) == 0
+    record = read_json(tmp_path / "run" / "run.json")
+    assert record["metrics"].keys() == record["tasks"]["pairs"]["scores"].keys() == values["models"].keys()
+    for task in values["tasks"]:
+        assert (path.parents[1] / task).is_file()

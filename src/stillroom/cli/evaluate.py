@@ -38,8 +38,11 @@ def summary(record: dict[str, Any]) -> str:
         if any(value is not None for value in values):
             rows.append([title, *(_value(metric, value) for value in values)])
     for task, found in record["tasks"].items():
-        scores, form = found["scores"], ".1%" if found["unit"] else ".4f"
-        rows.append([f"{task} {found['metric']}", *(format(scores[n], form) if n in scores else "-" for n in names)])
+        form = ".1%" if found["unit"] else ".4f"
+        about = f"{found['metric']}, {found['shots']} shots, version {found['version']}"
+        rows.append([f"{task}: {about}", *_formatted(names, found["scores"], form)])
+        if found["normalised"]:
+            rows.append([f"{task}: normalised", *_formatted(names, found["normalised"], ".1%")])
     lines = _table([["", *names], *rows])
     reasons: dict[tuple[str, str], list[str]] = {}
     for name, why in record["refused"].items():
@@ -54,6 +57,10 @@ def summary(record: dict[str, Any]) -> str:
         lines += ["", f"the task {task} failed: {reason}"]
     lines += ["", f"results   {record['config']['out']}/results.json"]
     return "\n".join([*lines, *(f"report    {path}" for path in record["reports"])])
+
+
+def _formatted(names: list[str], values: dict[str, float], form: str) -> list[str]:
+    return [format(values[name], form) if name in values else "-" for name in names]
 
 
 def _value(metric: str, value: float | None) -> str:

@@ -214,8 +214,11 @@ def _facts(results: Results) -> dict[str, Any]:
         "tasks": {
             task.name: {
                 "metric": task.metric,
+                "shots": task.shots,
+                "version": task.version,
                 "unit": unit_of(task),
                 "scores": {name: numbers[task.metric].value for name, numbers in task.scores.items()},
+                "normalised": {name: number.value for name, number in task.normalised.items()},
             }
             for task in results.tasks
             if task.scores

@@ -13,19 +13,34 @@ RECORD = {
     "differences": [{"what": "cross_entropy_nats", "sentence": "teacher beats distilled by 0.75 nats"}],
     "sentences": ["cross-entropy: teacher beats distilled by 0.75 nats"],
     "tasks": {
-        "blimp": {"metric": "acc", "unit": "%", "scores": {"teacher": 0.6}},
-        "wikitext": {"metric": "word_perplexity", "unit": "", "scores": {"teacher": 23.4, "distilled": 31.0}},
+        "blimp": {
+            "metric": "acc",
+            "shots": 0,
+            "version": "1",
+            "unit": "%",
+            "scores": {"teacher": 0.6},
+            "normalised": {"teacher": 0.2},
+        },
+        "wiki": {
+            "metric": "ppl",
+            "shots": 5,
+            "version": "2.0 (lm-eval 0.4.13)",
+            "unit": "",
+            "scores": {"teacher": 23.4, "distilled": 31.0},
+            "normalised": {},
+        },
     },
     "failed_tasks": {"mmlu": "no network"},
     "reports": ["runs/x/report.md", "runs/x/report.html"],
 }
 
 TEXT = """\
-                             teacher  distilled
-cross-entropy, nats a token   1.5000     2.2500
-same top token                     -      87.5%
-blimp acc                      60.0%          -
-wikitext word_perplexity     23.4000    31.0000
+                                                  teacher  distilled
+cross-entropy, nats a token                        1.5000     2.2500
+same top token                                          -      87.5%
+blimp: acc, 0 shots, version 1                      60.0%          -
+blimp: normalised                                   20.0%          -
+wiki: ppl, 5 shots, version 2.0 (lm-eval 0.4.13)  23.4000    31.0000
 
 distilled has no KL to the teacher, nats a token, reverse KL, nats a token: its tokenizer differs
 

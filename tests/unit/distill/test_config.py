@@ -9,6 +9,7 @@ from stillroom.capture.config import CaptureConfig
 from stillroom.config import load
 from stillroom.distill.config import AdamW, DistillConfig
 from stillroom.errors import ConfigError
+from stillroom.evaluate.config import EvaluateConfig
 from stillroom.recipe import to_yaml
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
@@ -215,7 +216,8 @@ def test_what_the_optimizers_settings_allow_torch_allows():
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_valid_and_reads_the_same_after_it_was_written(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("STILLROOM_DATA", "/where/the/data/are")
-    verb = CaptureConfig if recipe.stem.endswith("capture") else DistillConfig
+    verbs = {"capture": CaptureConfig, "evaluation": EvaluateConfig}
+    verb = verbs.get(recipe.stem.rsplit("-", 1)[-1], DistillConfig)
     config = load(verb, recipe)
     again = tmp_path / "again.yaml"
     again.write_text(to_yaml(config.model_dump()))

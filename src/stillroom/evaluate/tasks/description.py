@@ -44,11 +44,17 @@ class _Prompted(_Description):
     """What stands after each example."""
 
 
+def _two_or_more(choices: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    if isinstance(choices, tuple) and len(choices) < 2:
+        raise ValueError(f"there is nothing to choose among {len(choices)}: give two texts or more, or a column")
+    return choices
+
+
 class MultipleChoice(_Prompted):
     """The answer is the choice with the highest log-likelihood after the context."""
 
     kind: Literal["multiple_choice"]
-    choices: str | Annotated[tuple[str, ...], Field(strict=False, min_length=2)]
+    choices: Annotated[str | Annotated[tuple[str, ...], Field(strict=False)], AfterValidator(_two_or_more)]
     """The column that holds the list of choices; or the choices, where all items have the same, as texts that may
     have columns in braces."""
     target: str

@@ -70,7 +70,7 @@ def test_a_task_changes_items_name_and_shots(tmp_path: Path):
         ("name: x\n", "describes no task"),
         ("kind: multiple-choice\nname: x\n", "did you mean: multiple_choice"),
         (CHOICE + "targte: x\n", r"unknown setting `targte`[\s\S]*line 7"),
-        (CHOICE.replace("choices: c", "choices: [only]"), r"`choices[\s\S]*at least 2"),
+        (CHOICE.replace("choices: c", "choices: [only]"), r"`choices[\s\S]*nothing to choose"),
         ("kind: minimal_pairs\nname: x\nitems: x.jsonl\ngood: g\n", "bad: is required"),
         (
             "kind: exact_match\nname: x\nitems: y\ncontext: q\ntarget: t\nfilters: [{kind: regex, pattern: '('}]\n",
