@@ -29,16 +29,28 @@ const outside = [...document.querySelectorAll("figure .draw > svg")].flatMap(svg
     return box.left < frame.left - 1 || box.right > frame.right + 1 || box.bottom > frame.bottom + 1;
   }).map(text => text.textContent);
 });
+const scores = [...document.querySelectorAll("#benchmarks > .wide tbody tr:first-child td.n:not(.minor)")];
+const lines = cell => {
+  const texts = document.createRange();
+  texts.selectNodeContents(cell);
+  const feet = [...texts.getClientRects()].map(box => box.bottom).sort((a, b) => a - b);
+  return feet.filter((foot, i) => i == 0 || foot - feet[i - 1] > 6).length;
+};
 addEventListener("load", () => document.body.append(Object.assign(document.createElement("pre"), {
   id: "measured",
   textContent: JSON.stringify({
     width: document.documentElement.scrollWidth, window: innerWidth, outside,
+    widest: Math.max(0, ...scores.map(cell => cell.offsetWidth)),
+    seen: scores.filter(cell => cell.getBoundingClientRect().right <= innerWidth).length,
+    lines: Math.max(0, ...[...document.querySelectorAll("td.n")].map(lines)),
     loaded: performance.getEntriesByType("resource").map(one => one.name),
   }),
 })));
 </script>
 """
-EVERY_NAME = ("teacher", "distilled", "distilled-of-a-long-name-2026-11-25", "baseline", "another")
+EVERY_NAME = ("teacher", "distilled", "distilled-of-a-long-name-2026-11-25", "baseline", "another", "of-somebody-else")
+PAPER = 688
+"""The width of A4 between the margins, 182 mm, in CSS pixels."""
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +81,16 @@ def browse(page: Path, *words: str, width: int = 1200, height: int = 2400) -> st
     return done.stdout
 
 
-def measure(page: Path, width: int, more: str = "") -> dict[str, Any]:
-    """What the page measures of itself, with all its parts open; without its policy, which lets no script run."""
+def measure(page: Path, width: int, more: str = "", paper: bool = False) -> dict[str, Any]:
+    """What the page measures of itself, with all its parts open; without its policy, which lets no script run.
+
+    Args:
+        paper: by its rules for print.
+    """
     text, number = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text(encoding="utf-8"))
     assert number == 1
+    if paper:
+        text = text.replace("@media screen", "@media print and screen").replace("@media print {", "@media all {")
     copy = page.with_name("measured.html")
     copy.write_text(text.replace("</body>", f"{more}{MEASURE}</body>"), encoding="utf-8")
     dom = browse(copy, "--dump-dom", "--virtual-time-budget=5000", width=width)
@@ -89,6 +107,18 @@ def test_nothing_overflows_and_nothing_is_loaded(reports, name, width):
     assert found["width"] <= width
     assert found["outside"] == [], "text beyond the edge of its chart"
     assert found["loaded"] == []
+
+
+@pytest.mark.parametrize("name", ["full", "usual"])
+def test_nothing_is_cut_off_on_paper(reports, name):
+    found = measure(reports[name], PAPER, paper=True)
+    assert found["width"] <= PAPER
+    assert found["lines"] <= 3, "of a number, its error and its interval"
+
+
+def test_long_names_and_narrow_pages_leave_room_for_the_scores(reports):
+    assert measure(reports["full"], 1200)["widest"] <= 140
+    assert measure(reports["full"], 500)["seen"] >= 2
 
 
 def test_the_measure_sees_what_it_looks_for(reports):

@@ -21,8 +21,8 @@ PASSAGE_TOKENS = 64
 def breakdowns(
     predicted: Predicted, teacher_entropy: np.ndarray, forward_kl: Mapping[str, np.ndarray]
 ) -> tuple[Breakdown, ...]:
-    """The mean forward KL of each model by the frequency of the token that is predicted, by the number of tokens before
-    it, and by the teacher's entropy."""
+    """The mean forward KL of each model by the frequency of the token that is predicted, by the number of tokens read
+    before it (in its piece, where its document was split), and by the teacher's entropy."""
     frequency, frequency_labels = _by_frequency(predicted.tokens)
     position = np.digitize(predicted.position, POSITIONS) - 1
     entropy = np.clip(np.digitize(teacher_entropy, ENTROPIES) - 1, 0, None)

@@ -45,7 +45,7 @@ def pairs(models: Sequence[ModelFacts]) -> tuple[tuple[str, str], ...]:
 def read_changes(tasks: Sequence[TaskResult], models: Sequence[ModelFacts], folder: Path) -> Iterator[Changes]:
     """The changes of every task and pair whose items are known. What cannot be read is told of."""
     for task in tasks:
-        for a, b in pairs(models) if task.items is not None and task.failed is None else ():
+        for a, b in pairs(models) if task.items is not None else ():
             if a in task.scores and b in task.scores:
                 yield _changes(task, a, b, folder)
 

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
 WIDTH = 10.0
 """Of every chart, in inches; the page scales it."""
-BARS_IN_A_ROW = 36
+BARS_IN_A_ROW = 24
 MOST_GROUPS = 8
 LEAST_GROUPS = 3
+AXES_POINTS = 660
+"""The width of the axes of bars, in points, about."""
 
 
 class Group(NamedTuple):
@@ -64,8 +66,8 @@ def _figure(height: float, rows: int, columns: int, **settings: Any) -> tuple["F
 # --- bars ------------------------------------------------------------------------------------------------------------
 
 
-def bars(groups: Sequence[Group], looks: Sequence[Look], name: str, title: str) -> str:
-    """Grouped bars in per cent, with the 95 % interval of each."""
+def bars(groups: Sequence[Group], looks: Sequence[Look], name: str, title: str, axis: str = "per cent") -> str:
+    """Grouped bars in per cent, or in what ``axis`` says, with the 95 % interval of each."""
     looks_by = {look.name: (i, look) for i, look in enumerate(looks)}
     shown = [look.name for look in looks if any(look.name in group.numbers for group in groups)]
     most = max(1, min(MOST_GROUPS, BARS_IN_A_ROW // max(1, len(shown))))
@@ -80,7 +82,7 @@ def bars(groups: Sequence[Group], looks: Sequence[Look], name: str, title: str) 
             slots = max(in_row, LEAST_GROUPS)
             _bars(ax, part, shown, looks_by, f"bar-{row}", slots, hints)
             ax.set_ylim(low, high)
-            ax.set_ylabel("per cent")
+            ax.set_ylabel(axis)
             ax.grid(axis="y")
             ax.axhline(0, color=MUTED, linewidth=0.8)
             ax.spines["left"].set_visible(False)
@@ -95,18 +97,46 @@ def _told(group: Group, shown: Sequence[str]) -> str:
 
 def _range(groups: Sequence[Group]) -> tuple[float, float]:
     """The ends of the axis, in per cent."""
-    ends = [100 * end for group in groups for number in group.numbers.values() for end in _ends(number)]
+    ends = [100 * end for group in groups for number in group.numbers.values() for end in ends_of(number)]
     low, high = min([0.0, *ends]), max([1.0, *ends])
     room = 0.12 * (high - low)
     return (low - room if low < 0 else 0), high + room
 
 
-def _ends(number: Number) -> tuple[float, float]:
+def ends_of(number: Number) -> tuple[float, float]:
     """The 95 % interval, or what the standard error says of it, or the value alone."""
     if number.low is not None and number.high is not None:
         return min(number.low, number.value), max(number.high, number.value)
     half = 1.96 * (number.error or 0.0)
     return number.value - half, number.value + half
+
+
+class _Label(NamedTuple):
+    """How the values of bars are written: at the bar's end, beside the line of the interval, so that neither hides the
+    other."""
+
+    digits: int
+    size: float
+    """Of the letters, in points."""
+    x: float
+    """Of the label's middle from the middle of its bar, in points."""
+    whisker: float
+    """Of the line of the interval from there."""
+
+    @classmethod
+    def in_bars(cls, width: float, numbers: Sequence[Number]) -> "_Label":
+        """The largest label that a bar of so many points has room for, or the smallest there is. The interval's line is
+        moved to the left as far as the label needs."""
+        for digits, size in ((1, 8.0), (1, 7.0), (0, 7.0), (0, 6.0)):
+            label = cls(digits, size, 0, 0)
+            room = max(0.64 * size * len(label.text(100 * number.value)) for number in numbers)
+            if room + 5 <= width:
+                break
+        whisker = max(-width / 2 + 2, min(0, width / 2 - room - 3))
+        return cls(digits, size, whisker + 3 + room / 2, whisker)
+
+    def text(self, value: float) -> str:
+        return f"{value:.{self.digits}f}".replace("-", "−")
 
 
 def _bars(
@@ -119,7 +149,7 @@ def _bars(
     hints: dict[str, str],
 ) -> None:
     width = min(0.8 / max(1, len(shown)), 0.26)
-    tight = slots * len(shown) > 26
+    label = _Label.in_bars(0.9 * width * AXES_POINTS / slots, [n for group in groups for n in group.numbers.values()])
     for g, group in enumerate(groups):
         for i, name in enumerate(shown):
             if name not in group.numbers:
@@ -129,17 +159,16 @@ def _bars(
             (bar,) = ax.bar(x, y, 0.9 * width, color=fill(colour), edgecolor=line(colour), linewidth=1)
             bar.set_gid(f"{key}-{g}-{i}")
             hints[f"{key}-{g}-{i}"] = f"{group.title}, {name}: {_hint(number)}"
-            low, high = (100 * end for end in _ends(number))
+            low, high = (100 * end for end in ends_of(number))
             if high > low:
-                ax.errorbar(x, y, [[y - low], [high - y]], fmt="none", color=INK, ecolor=INK, elinewidth=1, capsize=2.5)
+                at = x + label.whisker * slots / AXES_POINTS
+                ax.errorbar(
+                    at, y, [[y - low], [high - y]], fmt="none", color=INK, ecolor=INK, elinewidth=1, capsize=1.8
+                )
+            place = (label.x if high > low else 0, 2 if y >= 0 else -2)
+            valign = "bottom" if y >= 0 else "top"
             ax.annotate(
-                f"{y:.{0 if tight else 1}f}".replace("-", "−"),
-                (x, max(high, 0)),
-                (0, 2),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-                fontsize=6.5 if tight else 8,
+                label.text(y), (x, y), place, textcoords="offset points", ha="center", va=valign, fontsize=label.size
             )
     characters = int(118 / slots)
     for g, group in enumerate(groups):
@@ -227,7 +256,7 @@ def _dash(pattern: str) -> Any:
 
 BY = {
     "token_frequency": "by how often the token comes",
-    "position": "by the place in the document",
+    "position": "by the tokens read before it",
     "teacher_entropy": "by the teacher's entropy, nats",
 }
 

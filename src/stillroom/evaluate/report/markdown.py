@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from stillroom.evaluate.report import words
 from stillroom.evaluate.report.changes import Changes
-from stillroom.evaluate.report.content import LEVELS, Report
+from stillroom.evaluate.report.content import FAR, LEVELS, Report
 from stillroom.evaluate.report.tables import Cell, Table
 from stillroom.evaluate.results import Passage
 
@@ -20,7 +20,6 @@ def to_markdown(report: Report) -> str:
     for title, found in (
         ("Benchmarks", _benchmarks(report)),
         ("Distance to the teacher", _metrics(report)),
-        ("Differences", _differences(report)),
         ("Training", _training(report)),
         ("Where the student differs from the teacher", map(_table, report.breakdown_tables)),
         ("Worst passages", _worst(report)),
@@ -78,17 +77,18 @@ def _benchmarks(report: Report) -> Iterator[str]:
     if not report.results.tasks:
         yield "No benchmark was asked for."
         return
-    yield _table(report.tasks)
+    yield from (f"- {escaped(failed)}" for failed in report.failed)
+    if report.tasks.rows:
+        yield _table(report.tasks)
     yield from map(_table, report.more_scores)
+    if report.task_differences is not None:
+        yield _table(report.task_differences)
 
 
 def _metrics(report: Report) -> Iterator[str]:
     yield _table(report.metrics) if report.metrics.rows else "No text was read."
-
-
-def _differences(report: Report) -> Iterator[str]:
-    if report.differences is not None:
-        yield _table(report.differences)
+    if report.metric_differences is not None:
+        yield _table(report.metric_differences)
 
 
 def _training(report: Report) -> Iterator[str]:
@@ -99,20 +99,30 @@ def _training(report: Report) -> Iterator[str]:
 
 def _worst(report: Report) -> Iterator[str]:
     if report.worst:
-        yield f"Tokens of which the KL is {MARKED:g} nats and more are **bold**, with the nats behind them."
+        yield f"Tokens of which the KL is {MARKED:g} nats and more are <b>bold</b>, with the nats behind them."
     for name, passages in report.worst:
         yield f"### {escaped(name)}"
         yield from map(_passage, passages)
+        if not passages:
+            yield f"None: no passage is {FAR:g} nats a token or more from the teacher."
 
 
 def _passage(passage: Passage) -> str:
     place = f"{escaped(passage.document)}, from token {passage.first:,}, mean {passage.mean_kl_nats:.2f} nats"
     parts = []
     for token, nats in zip(passage.tokens, passage.kl_nats, strict=True):
-        space = " " if token[:1].isspace() else ""
-        text = escaped(token) or "↵"
-        parts.append(f"{space}**{text}**⟨{nats:.1f}⟩" if nats >= MARKED else f"{space}{text}")
+        before, text, after = _token(token)
+        marked = f"<b>{text or '␣'}</b>⟨{nats:.1f}⟩" if nats >= MARKED else text
+        parts.append(f"{before}{marked}{after}")
     return f"{place}:\n\n> … {''.join(parts).strip()} …"
+
+
+def _token(token: str) -> tuple[str, str, str]:
+    """The white space before a token, what else there is of it, and the white space behind it; line ends are shown."""
+    text = token.replace("\r\n", "\n").replace("\n", "↵") or "∅"
+    inner = text.strip()
+    before = " " if text[:1].isspace() else ""
+    return before, escaped(inner), " " if inner and text[-1:].isspace() else ""
 
 
 def _changes(changes: Sequence[Changes]) -> Iterator[str]:

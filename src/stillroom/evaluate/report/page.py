@@ -45,6 +45,7 @@ def to_page(report: Report) -> str:
         paints=Markup(_paints(report)),
         marks={name: Markup(mark) for name, mark in MARKS.items()},
         levels=content.level_names(),
+        far=f"{content.FAR:g}",
         level=content.level,
         tokens=_tokens,
         tail=_tail,
@@ -62,7 +63,9 @@ def _finalize(value: Any) -> Any:
 def _charts(report: Report) -> dict[str, Markup]:
     found: dict[str, str] = {}
     if report.task_groups:
-        found["tasks"] = charts.bars(report.task_groups, report.looks, "tasks", "Scores of each benchmark")
+        found["tasks"] = charts.bars(
+            report.task_groups, report.looks, "tasks", "Scores of each benchmark", report.task_axis
+        )
     if report.agreement_groups:
         found["agreement"] = charts.bars(report.agreement_groups, report.looks, "agreement", "Agreement")
     if report.training.panels:

@@ -5,9 +5,12 @@ from typing import NamedTuple
 
 from stillroom.evaluate.report import words
 from stillroom.evaluate.report.charts import BY, Panel
-from stillroom.evaluate.results import Breakdown, Number, Results, TaskResult
+from stillroom.evaluate.results import Breakdown, Difference, Number, Results, TaskResult
 
 NONE = "–"
+PER_TOKEN = ("cross_entropy_nats", "perplexity", "entropy_nats", "calibration_error")
+"""Metrics that models with different tokenizers count in different tokens."""
+OWN_TOKENS = "counted in its own tokens; compare bits per byte"
 
 
 class Cell(NamedTuple):
@@ -27,12 +30,21 @@ class Table(NamedTuple):
     rows: tuple[tuple[Cell, ...], ...]
     notes: tuple[str, ...] = ()
     num_texts: int = 1
+    minor: tuple[int, ...] = ()
+    """Columns that a narrow page leaves out."""
 
 
 def cell(number: Number | None, unit: str = "") -> Cell:
     if number is None:
         return Cell(NONE)
     return Cell(words.value(number, unit), tuple(filter(None, (words.error(number, unit), _range(number, unit)))))
+
+
+def headline_cell(number: Number, unit: str) -> Cell:
+    """The value and what stands small beside it: its error, and the unit behind both."""
+    error = words.error(number, unit)
+    text, share = words.value(number, unit), f" {words.SHARE}" if unit == words.SHARE else ""
+    return Cell(text.removesuffix(share), (f"{error}{share}",)) if error else Cell(text)
 
 
 def _range(number: Number, unit: str) -> str:
@@ -55,41 +67,57 @@ class _Notes:
 def metric_table(results: Results) -> Table:
     """A row for each metric that was measured or refused, a column for each model."""
     names, notes, rows = _names(results), _Notes(), []
+    foreign = _foreign(results)
     known = [*words.METRICS, *{key for numbers in results.metrics.values() for key in numbers} - {*words.METRICS}]
     for key in known:
         numbers = {name: results.metrics.get(name, {}).get(key) for name in names}
         refused = {name: results.refused.get(name, {}).get(key) for name in names}
         if not any(numbers.values()) and not any(refused.values()):
             continue
-        metric = words.metric(key)
-        cells = [
-            Cell(NONE, (), notes.mark(f"{name}: {why}"))
-            if (why := refused[name]) and numbers[name] is None
-            else cell(numbers[name], metric.unit)
-            for name in names
-        ]
+        metric, cells = words.metric(key), []
+        for name in names:
+            found, note = cell(numbers[name], metric.unit), None
+            if numbers[name] is None:
+                note = f"{name}: {refused[name]}" if refused[name] else None
+            elif key in PER_TOKEN and name in foreign:
+                note = OWN_TOKENS
+            cells.append(found if note is None else found._replace(mark=notes.mark(note)))
         rows.append((Cell(metric.title), Cell(metric.unit), Cell(metric.better), *cells))
     caption = "Each number with its standard error and [95 % interval], by a bootstrap over documents"
     return Table(caption, ("metric", "unit", "better", *names), tuple(rows), tuple(notes.texts), 3)
 
 
+def _foreign(results: Results) -> set[str]:
+    """The models whose tokenizer is another than the teacher's, or, without a teacher, than that of the first model."""
+    base = next((facts.tokenizer for facts in sorted(results.models, key=lambda one: one.role != "teacher")), None)
+    return {facts.name for facts in results.models if base and facts.tokenizer and facts.tokenizer != base}
+
+
 def task_table(results: Results) -> Table:
-    """A row for each task: its raw scores, and below them the normalised ones."""
-    names, rows = _names(results), []
+    """A row for each task that has any score: its raw scores, and below them the normalised ones."""
+    names, notes, rows = _names(results), _Notes(), []
     for task in results.tasks:
-        if task.failed is not None:
+        if not task.scores:
             continue
         unit = unit_of(task)
         about = (Cell(str(task.shots)), Cell(words.count(task.num_items)))
         raw = [cell(task.scores.get(name, {}).get(task.metric), unit) for name in names]
+        if task.failed is not None:
+            mark = notes.mark(failure(task))
+            raw = [one if one.text != NONE else one._replace(mark=mark) for one in raw]
         better = "" if task.higher_is_better else ", lower is better"
         rows.append((Cell(task.name), Cell(task.version), Cell(f"{task.metric}{better}"), *about, *raw))
         if task.normalised:
             normalised = [cell(task.normalised.get(name), words.SHARE) for name in names]
             rows.append((Cell(""), Cell(""), Cell("normalised"), Cell(""), Cell(""), *normalised))
-    failed = tuple(f"{task.name} failed: {task.failed}" for task in results.tasks if task.failed is not None)
     caption = "Raw scores, and below them those that are 0 at chance and 100 at perfect"
-    return Table(caption, ("task", "version", "score", "shots", "items", *names), tuple(rows), failed, 3)
+    head = ("task", "version", "score", "shots", "items", *names)
+    return Table(caption, head, tuple(rows), tuple(notes.texts), 3, minor=(1, 3, 4))
+
+
+def failure(task: TaskResult) -> str:
+    """Which task failed, and why."""
+    return f"{task.name} failed: {task.failed}"
 
 
 def unit_of(task: TaskResult) -> str:
@@ -103,19 +131,22 @@ def unit_of(task: TaskResult) -> str:
 def more_scores(task: TaskResult, names: Sequence[str]) -> Table | None:
     """The scores of a task besides the main one: other metrics, and its groups."""
     keys = list(dict.fromkeys(key for scores in task.scores.values() for key in scores if key != task.metric))
-    if not keys or task.failed is not None:
+    if not keys:
         return None
     rows = []
     for key in keys:
         unit = unit_of(task) if key.split()[0] == task.metric or key.startswith(("acc", "exact")) else ""
         rows.append((Cell(key), *(cell(task.scores.get(name, {}).get(key), unit) for name in names)))
-    return Table(f"{task.name}: all scores", ("score", *names), tuple(rows))
+    notes = () if task.failed is None else (failure(task),)
+    return Table(f"{task.name}: all scores", ("score", *names), tuple(rows), notes)
 
 
-def difference_table(results: Results) -> Table | None:
-    """Every difference, with what is known of its chance."""
+def difference_table(differences: Sequence[Difference]) -> Table | None:
+    """Every difference, with what is known of its chance; None where there is none."""
+    if not differences:
+        return None
     rows = []
-    for one in (*results.differences, *(d for task in results.tasks for d in task.differences)):
+    for one in differences:
         p = NONE if one.p_value is None else "below 0.0001" if one.p_value < 1e-4 else f"{one.p_value:.4f}"
         rows.append((Cell(words.what(one.what)), Cell(one.sentence), Cell(p)))
     return Table("On the same items, by paired bootstrap", ("of", "in words", "McNemar's p"), tuple(rows), (), 2)
@@ -178,6 +209,9 @@ def fingerprint_table(results: Results) -> Table:
     ]
     if (text := results.text) is not None:
         rows.append((Cell("held-out text"), Cell(NONE), Cell(text.name), Cell(text.fingerprint), Cell(NONE)))
+    for task in results.tasks:
+        if task.fingerprint is not None:
+            rows.append((Cell(f"task {task.name}"), Cell(NONE), Cell(task.source), Cell(task.fingerprint), Cell(NONE)))
     return Table("", ("", "role", "from", "fingerprint", "tokenizer's fingerprint"), tuple(rows), (), 5)
 
 

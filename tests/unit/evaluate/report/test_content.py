@@ -7,11 +7,12 @@ import pytest
 
 from evaluations import build_evaluation
 from stillroom.errors import DataError, MissingError
-from stillroom.evaluate.report import read_results, rebuild, words
+from stillroom.evaluate.report import read_results, rebuild, sentences, words
 from stillroom.evaluate.report.changes import SHOWN, pairs, read_changes
 from stillroom.evaluate.report.content import make_report
+from stillroom.evaluate.report.tables import metric_table
 from stillroom.evaluate.report.training import read_training
-from stillroom.evaluate.results import Number
+from stillroom.evaluate.results import Difference, Number, Results
 from stillroom.evaluate.tasks.items import Item, ModelAnswer, write_items
 
 
@@ -57,6 +58,32 @@ def test_bars_are_of_normalised_scores_where_all_models_have_them(tmp_path):
     assert group.note == "acc_norm"
 
 
+def test_the_axis_of_normalised_scores_says_what_they_are(tmp_path):
+    results = build_evaluation(tmp_path, num_tasks=2)
+    assert make_report(results, tmp_path, {}).task_axis == "per cent"
+    normalised = results.model_copy(update={"tasks": results.tasks[:1]})
+    assert make_report(normalised, tmp_path, {}).task_axis == "0 is chance, 100 perfect"
+
+
+@pytest.mark.parametrize(
+    ("gap", "drawn"),
+    [
+        (Number(value=0.9), True),
+        (Number(value=1.05, low=0.9, high=1.2), True),
+        (Number(value=-0.3), False),
+        (Number(value=1.6), False),
+        (Number(value=0.5, low=-3.0, high=4.0), False),
+    ],
+)
+def test_a_recovered_gap_that_is_no_share_is_not_drawn_among_shares(tmp_path, gap, drawn):
+    results = build_evaluation(tmp_path, num_tasks=0)
+    results.metrics["distilled"]["recovered_gap"] = gap
+    report = make_report(results, tmp_path, {})
+    assert ("recovered gap" in [group.title for group in report.agreement_groups]) == drawn
+    assert ("it has its card" in report.agreement_note) != drawn
+    assert report.headlines[0].title == "recovered gap"
+
+
 def test_a_score_that_is_no_share_is_not_drawn_and_that_is_said(tmp_path):
     results = build_evaluation(tmp_path, num_tasks=1)
     scores = {name: {"perplexity": Number(value=12.0)} for name in results.tasks[0].scores}
@@ -65,6 +92,77 @@ def test_a_score_that_is_no_share_is_not_drawn_and_that_is_said(tmp_path):
     assert report.task_groups == ()
     assert "Not drawn, since its score is no share: blimp." in report.task_note
     assert report.tasks.rows[0][5].text == "12.00"
+
+
+def without(results: Results, name: str) -> Results:
+    """The same, but the first task failed for one model."""
+    task = results.tasks[0]
+    scores = {one: numbers for one, numbers in task.scores.items() if one != name}
+    normalised = {one: number for one, number in task.normalised.items() if one != name}
+    task = task.model_copy(update={"scores": scores, "normalised": normalised, "failed": f"{name}: it is deaf"})
+    return results.model_copy(update={"tasks": (task, *results.tasks[1:])})
+
+
+def test_a_task_that_failed_for_one_model_is_shown_for_the_others(tmp_path):
+    results = without(build_evaluation(tmp_path), "baseline")
+    report = make_report(results, tmp_path, {})
+    assert report.failed == ("leaderboard_mmlu_pro failed: the task's data could not be fetched",)
+    raw, normalised, *_ = report.tasks.rows
+    assert [(cell.text, cell.mark) for cell in raw[5:]] == [("80.0 %", ""), ("73.5 %", ""), ("–", "1")]
+    assert [cell.text for cell in normalised[5:]] == ["60.0 %", "47.0 %", "–"]
+    assert report.tasks.notes == ("blimp failed: baseline: it is deaf",)
+    assert report.more_scores[0].notes == report.tasks.notes
+    assert list(report.task_groups[0].numbers) == ["teacher", "distilled"]
+    assert "no bar, in blimp; why is said below" in report.task_note
+    assert [(one.task, one.a) for one in report.changes][:2] == [
+        ("blimp", "teacher"),
+        ("bbh_causal_judgement", "baseline"),
+    ]
+    assert "2 benchmarks of 16 items" in report.about
+
+
+def difference(what: str, a: str, b: str) -> Difference:
+    return Difference(what=what, a=a, b=b, value=1, low=0, high=2, num_items=9, sentence=f"{a} and {b}")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "wanted"),
+    [
+        (
+            [("cross_entropy_nats", "baseline"), ("bits_per_byte", "baseline"), ("bits_per_byte", "teacher")],
+            ["cross-entropy: baseline and distilled", "bits per byte: teacher and distilled"],
+        ),
+        ([("bits_per_byte", "other"), ("entropy_nats", "other")], ["bits per byte: other and distilled"]),
+    ],
+)
+def test_the_sentences_that_are_read_first(tmp_path, pairs, wanted):
+    results = build_evaluation(tmp_path, names=("teacher", "distilled", "baseline", "other"), num_tasks=0)
+    differences = tuple(difference(what, a, "distilled") for what, a in pairs)
+    assert sentences(results.model_copy(update={"differences": differences})) == tuple(wanted)
+
+
+def test_passages_near_to_the_teacher_are_none_of_the_furthest(tmp_path):
+    results = build_evaluation(tmp_path)
+    far, near = (results.worst["distilled"][0].model_copy(update={"mean_kl_nats": kl}) for kl in (0.01, 0.009))
+    worst = {"distilled": (far, near), "baseline": (near,)}
+    assert make_report(results.model_copy(update={"worst": worst}), tmp_path, {}).worst == (
+        ("distilled", (far,)),
+        ("baseline", ()),
+    )
+
+
+@pytest.mark.parametrize(("base", "marked"), [("teacher", [False, True, False]), ("other", [False, True, True])])
+def test_numbers_in_other_tokens_than_the_teachers_bear_a_note(tmp_path, base, marked):
+    results = build_evaluation(tmp_path, names=(base, "distilled", "baseline"), num_tasks=0)
+    fingerprints = [base, "another", "teacher"]
+    models = tuple(
+        facts.model_copy(update={"tokenizer": one}) for facts, one in zip(results.models, fingerprints, strict=True)
+    )
+    table = metric_table(results.model_copy(update={"models": models}))
+    rows = {row[0].text: [cell.mark == "1" for cell in row[3:]] for row in table.rows}
+    assert rows["cross-entropy"] == rows["perplexity"] == rows["calibration error (ECE, 15 bins)"] == marked
+    assert not any(rows["bits per byte"] + rows["KL to the teacher"])
+    assert table.notes == ("counted in its own tokens; compare bits per byte",)
 
 
 def test_the_curves_of_a_run(tmp_path):

@@ -106,12 +106,44 @@ def test_the_numbers_that_are_read_first(tmp_path):
     _, reader, _ = page(tmp_path)
     text = " ".join(reader.text.split())
     assert "How much of the teacher did the student keep?" in text
-    assert "64.4 % distilled ± 2.0" in text
-    assert "82.65 % distilled ± 0.17 70.30 % baseline" in text
+    assert "64.4 ± 2.0 % distilled" in text
+    assert "82.65 ± 0.17 % distilled 70.30 ± 0.17 % baseline" in text
+    assert "0.156 ± 0.011 distilled 0.312 ± 0.011 baseline" in text
     assert "KL to the teacher: distilled beats baseline by 0.21, 95 % interval 0.16 to 0.26" in text
     assert "leaderboard_mmlu_pro failed: the task's data could not be fetched" in text
     assert "blimp, baseline → distilled: 3 gained, 2 lost of 8" in text
     assert "stillroom evaluate models.teacher=teacher" in text
+
+
+def test_differences_stand_with_what_they_are_of(tmp_path):
+    _, _, text = page(tmp_path)
+    sections = dict(re.findall(r'<section id="(\w+)">(.*?)</section>', text, re.DOTALL))
+    assert '<td class="">distilled beats' in sections["benchmarks"]
+    assert '>KL to the teacher</th><td class="">distilled beats' in sections["distance"]
+    assert "blimp" not in sections["distance"]
+
+
+def test_a_model_that_is_nowhere_far_from_the_teacher(tmp_path):
+    results = build_evaluation(tmp_path, num_tasks=0)
+    near = results.worst["distilled"][0].model_copy(update={"mean_kl_nats": 0.0})
+    write_report(results.model_copy(update={"worst": {"distilled": (near,)}}), tmp_path, {})
+    reader = Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "distilled: none; no passage is 0.01 nats a token or more from the teacher." in reader.text
+    assert "1 passage" not in reader.text
+
+
+def test_what_a_narrow_page_leaves_out_is_in_the_table_of_benchmarks_alone(tmp_path):
+    _, _, text = page(tmp_path)
+    heads = re.findall(r'<th scope="col" class="[^"]*minor">(.*?)</th>', text)
+    assert heads == ["version", "shots", "items"]
+    num_rows = 3
+    assert text.count('minor">') == len(heads) * (1 + num_rows)
+
+
+def test_places_are_by_what_was_read_before(tmp_path):
+    _, reader, _ = page(tmp_path)
+    assert reader.text.count("by the tokens read before it") == 3
+    assert "place in the document" not in reader.text
 
 
 def test_a_task_has_its_raw_score_beside_the_normalised_one(tmp_path):
