@@ -209,9 +209,11 @@ def fingerprint_table(results: Results) -> Table:
     ]
     if (text := results.text) is not None:
         rows.append((Cell("held-out text"), Cell(NONE), Cell(text.name), Cell(text.fingerprint), Cell(NONE)))
-    for task in results.tasks:
-        if task.fingerprint is not None:
-            rows.append((Cell(f"task {task.name}"), Cell(NONE), Cell(task.source), Cell(task.fingerprint), Cell(NONE)))
+    rows += [
+        (Cell(f"task {task.name}"), Cell(NONE), Cell(task.source), Cell(task.fingerprint), Cell(NONE))
+        for task in results.tasks
+        if task.fingerprint is not None
+    ]
     return Table("", ("", "role", "from", "fingerprint", "tokenizer's fingerprint"), tuple(rows), (), 5)
 
 
