@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ class Piece(NamedTuple):
 
 @dataclass
 class Talker:
-    """A model in conversation, which remembers what was said where its tokenizer has a chat template."""
+    """A model in conversation, which remembers what was said and answered where its tokenizer has a chat template."""
 
     name: str
     model: PreTrainedModel
@@ -37,11 +37,8 @@ class Talker:
         if template_of(self.tokenizer) is None:
             found = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
         else:
-            if system is not None and not self.messages:
-                self.messages.append({"role": "system", "content": system})
-            self.messages.append({"role": "user", "content": prompt})
             found = self.tokenizer.apply_chat_template(
-                self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=False
+                self._with(prompt, system), add_generation_prompt=True, return_tensors="pt", return_dict=False
             )
         assert isinstance(found, Tensor)
         if found.shape[1] == 0:
@@ -53,9 +50,14 @@ class Talker:
             )
         return found.to(self.model.device)
 
-    def remember(self, answer: str) -> None:
-        if self.messages:
-            self.messages.append({"role": "assistant", "content": answer})
+    def _with(self, prompt: str, system: str | None) -> list[dict[str, str]]:
+        """The conversation and what is asked now, which is remembered only when it is answered."""
+        before = [{"role": "system", "content": system}] if system is not None and not self.messages else self.messages
+        return [*before, {"role": "user", "content": prompt}]
+
+    def remember(self, prompt: str, system: str | None, answer: str) -> None:
+        if template_of(self.tokenizer) is not None:
+            self.messages = [*self._with(prompt, system), {"role": "assistant", "content": answer}]
 
 
 class Draw(LogitsProcessor):
@@ -109,8 +111,9 @@ def answers(
     temperature: float,
     top_p: float,
     seed: int,
-) -> Iterator[Piece]:
+) -> Generator[Piece]:
     """The pieces of all models' answers, in the order in which they come. Each model answers in a thread of its own.
+    Who stops reading stops them, and what was asked is forgotten: a template may want an answer to each question.
 
     Raises:
         ConfigError: prompt and answer are longer than a model can read.
@@ -143,10 +146,10 @@ def answers(
             pieces.put(error)
 
     threads = [threading.Thread(target=answer, args=(i,), daemon=True) for i in range(len(talkers))]
-    for thread in threads:
-        thread.start()
     texts, left = [""] * len(talkers), len(talkers)
     try:
+        for thread in threads:
+            thread.start()
         while left:
             piece = pieces.get()
             if isinstance(piece, BaseException):
@@ -157,9 +160,10 @@ def answers(
     finally:
         stop.set()
         for thread in threads:
-            thread.join()
+            if thread.ident is not None:  # it was started before somebody interrupted
+                thread.join()
     for talker, text in zip(talkers, texts, strict=True):
-        talker.remember(text)
+        talker.remember(prompt, system, text)
 
 
 def _pad(talker: Talker) -> int | None:

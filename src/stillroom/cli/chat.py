@@ -1,9 +1,11 @@
 """``stillroom chat``."""
 
 import json
+import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from stillroom.chat.config import ChatConfig
@@ -15,11 +17,14 @@ from stillroom.terminal import harmless
 if TYPE_CHECKING:
     from stillroom.chat.answer import Piece
 
+Written = Callable[[str, bool], str]
+
 USAGE = """\
 usage: stillroom chat MODEL [MODEL] [key=value …]
 
-Answers prompt=…, or what stands on stdin. On a terminal without either it asks turn by turn, until Ctrl-D. Two models
-answer side by side, in the terminal's width; where stdout is no terminal, one after the other.
+Answers prompt=…, or what stands on stdin, less the newline at its end. On a terminal without either it asks turn by
+turn, until Ctrl-D; Ctrl-C stops an answer, which is then forgotten with its question, or, at the prompt, the chat. Two
+models answer side by side, in the terminal's width; where stdout is no terminal, one after the other.
 
 settings"""
 
@@ -38,13 +43,14 @@ def main(arguments: Arguments) -> int:
     words = [f"models={json.dumps(arguments.words, ensure_ascii=False)}"] if arguments.words else []
     config = load(ChatConfig, None, [*words, *map(_literal, arguments.overrides)])
     try:
-        prompts = _prompts(config)
+        typed = config.prompt is None and sys.stdin.isatty()
+        prompts = _typed() if typed else iter([_given(config)])
 
         from stillroom.chat.run import run
         from stillroom.models import quiet
 
         quiet()
-        run(config, prompts, lambda pieces: _show(config.models, pieces))
+        run(config, prompts, lambda pieces: _show(config.models, pieces), _tell, turn_by_turn=typed)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
@@ -57,14 +63,16 @@ def _literal(word: str) -> str:
     return f"{key}={json.dumps(text, ensure_ascii=False)}" if key in ("prompt", "system") else word
 
 
-def _prompts(config: ChatConfig) -> Iterator[str]:
-    """The one prompt that is given, or those that are typed."""
-    if config.prompt is None and sys.stdin.isatty():
-        return _typed()
-    prompt = sys.stdin.read() if config.prompt is None else config.prompt
+def _tell(text: str) -> None:
+    print(harmless(text), file=sys.stderr)
+
+
+def _given(config: ChatConfig) -> str:
+    """The prompt of the settings, or stdin's, which ends with a newline that nobody meant."""
+    prompt = re.sub(r"\r?\n\Z", "", sys.stdin.read()) if config.prompt is None else config.prompt
     if not prompt.strip():
         raise _no_prompt()
-    return iter([prompt])
+    return prompt
 
 
 def _typed() -> Iterator[str]:
@@ -95,9 +103,12 @@ def _show(names: tuple[str, ...], pieces: "Iterator[Piece]") -> None:
     from stillroom.chat.columns import BETWEEN, NARROWEST, SideBySide
 
     size = shutil.get_terminal_size()
-    live = sys.stdout.isatty()
-    if not live or len(names) == 1 or size.columns < 2 * NARROWEST + len(BETWEEN):
-        _one_after_the_other(names, pieces)
+    if not sys.stdout.isatty() or len(names) == 1:
+        _one_after_the_other(names, pieces, [_as_it_comes] * len(names))
+        return
+    if size.columns < 2 * NARROWEST + len(BETWEEN):
+        columns = [SideBySide([name], size.columns - 1, size.lines) for name in names]
+        _one_after_the_other(names, pieces, [partial(column.add, 0) for column in columns])
         return
     screen = SideBySide(names, size.columns - 1, size.lines)
     sys.stdout.write(screen.head())
@@ -106,25 +117,32 @@ def _show(names: tuple[str, ...], pieces: "Iterator[Piece]") -> None:
         sys.stdout.flush()
 
 
-def _one_after_the_other(names: tuple[str, ...], pieces: "Iterator[Piece]") -> None:
-    """The first answer as it comes; that of a second model when the first is done."""
-    clean = harmless if sys.stdout.isatty() else str
+def _as_it_comes(text: str, last: bool) -> str:
+    return f"{harmless(text) if sys.stdout.isatty() else text}{chr(10) if last else ''}"
+
+
+def _one_after_the_other(names: tuple[str, ...], pieces: "Iterator[Piece]", written: Sequence[Written]) -> None:
+    """The first answer as it comes; that of a second model when the first is done.
+
+    Args:
+        written: of each model, what to write for a piece of its answer, and whether it is the last one.
+    """
     waiting, now, done = [""] * len(names), 0, [False] * len(names)
 
     def begin() -> None:
         if len(names) > 1:
-            print(f"{'' if now == 0 else chr(10)}== {clean(names[now])} ==")
+            title = harmless(names[now]) if sys.stdout.isatty() else names[now]
+            print(f"{'' if now == 0 else chr(10)}== {title} ==")
 
     begin()
     for piece in pieces:
         waiting[piece.model] += piece.text
         done[piece.model] |= piece.last
         while now < len(names):
-            print(clean(waiting[now]), end="", flush=True)
+            print(written[now](waiting[now], done[now]), end="", flush=True)
             waiting[now] = ""
             if not done[now]:
                 break
-            print()
             now += 1
             if now < len(names):
                 begin()

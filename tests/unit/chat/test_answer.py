@@ -100,5 +100,40 @@ def test_each_prompt_is_answered_by_every_model(saved_model):
     models = [str(saved_model(seed=1)), str(saved_model(seed=2))]
     config = load_config(ChatConfig, None, [f"models={models}", "max_tokens=4", "device=cpu"])
     seen = []
-    run(config, ["The still", "A teacher"], lambda pieces: seen.append({piece.model for piece in pieces}))
+    run(config, ["The still", "A teacher"], lambda pieces: seen.append({piece.model for piece in pieces}), print)
     assert seen == [{0, 1}, {0, 1}]
+
+
+@pytest.mark.parametrize("turn_by_turn", [True, False])
+@pytest.mark.parametrize("way", ["too long", "stopped"])
+def test_a_turn_that_fails_ends_alone_where_one_is_asked_turn_by_turn(
+    saved_model, chat_tokenizer_folder, way, turn_by_turn
+):
+    model = saved_model(seed=1, tokenizer=chat_tokenizer_folder, max_position_embeddings=512)
+    config = load_config(ChatConfig, None, [f"models=[{model}]", "max_tokens=40", "temperature=0", "device=cpu"])
+    num_threads = threading.active_count()
+    given, shown, told = ["How many?", "again " * 500 if way == "too long" else "And now?", "And now?"], [], []
+
+    def show(pieces) -> None:
+        texts = []
+        for piece in pieces:
+            texts.append(piece.text)
+            if way == "stopped" and len(shown) == 1:
+                shown.append(None)
+                raise KeyboardInterrupt
+        shown.append("".join(texts))
+
+    if not turn_by_turn:
+        with pytest.raises(ConfigError if way == "too long" else KeyboardInterrupt):
+            run(config, given, show, told.append)
+        assert told == []
+        return
+    run(config, given, show, told.append, turn_by_turn=True)
+    assert threading.active_count() == num_threads
+    assert len(told) == 1
+    assert told[0].startswith("error: " if way == "too long" else "\nstopped; this turn is forgotten")
+    wanted = []
+    run(
+        config, [given[0], given[2]], lambda pieces: wanted.append("".join(piece.text for piece in pieces)), told.append
+    )
+    assert [text for text in shown if text is not None] == wanted, "the turn that failed was remembered"
