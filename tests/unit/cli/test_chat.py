@@ -88,6 +88,15 @@ def test_one_prompt_that_fails_is_an_error_and_a_system_that_is_not_used_is_told
     assert "cannot read prompt and answer" in here(*words, "max_tokens=9999", code=2).stderr
 
 
+def test_ctrl_c_at_the_prompt_ends_the_chat(here, saved_model, monkeypatch):
+    def interrupted(_: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", interrupted)
+    assert here("chat", str(saved_model(seed=1)), "device=cpu", code=130).stderr == "\ninterrupted\n"
+
+
 def test_an_empty_stdin_is_no_prompt(here, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert "there is no prompt" in here("chat", "a", code=2).stderr
