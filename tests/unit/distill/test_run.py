@@ -428,11 +428,13 @@ def test_a_broken_row_does_not_stand_in_the_way_of_the_mended_one(distil, tmp_pa
     assert distil("run", f"data.path={data}", resume=True)["status"] == "done"
 
 
-def poisoned(saved_model, tmp_path: Path, value: float) -> Path:
+def poisoned(
+    saved_model, tmp_path: Path, value: float, weight: str = "layers.1.mlp.down_proj.weight", rows: slice = slice(1)
+) -> Path:
     folder = tmp_path / "poisoned"
     model = AutoModelForCausalLM.from_pretrained(saved_model("llama", seed=1))
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[3, 3] = value
+        model.model.get_parameter(weight)[rows, 3] = value
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(saved_model("llama", seed=1)).save_pretrained(folder)
     return folder
@@ -440,8 +442,17 @@ def poisoned(saved_model, tmp_path: Path, value: float) -> Path:
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_a_student_with_a_broken_weight(value, distil, saved_model, tmp_path):
-    with pytest.raises(NonFiniteError, match="step 1 is not finite") as raised:
+    with pytest.raises(NonFiniteError, match="what the student says is not a number"):
         distil("run", f"student.model={poisoned(saved_model, tmp_path, value)}")
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_student_with_a_broken_embedding(value, distil, saved_model, tmp_path):
+    """Of full stops and other signs, which are not among the tokens that a model is tried with."""
+    model = poisoned(saved_model, tmp_path, value, "embed_tokens.weight", slice(10, 37))
+    with pytest.raises(NonFiniteError, match="step 1 is not finite") as raised:
+        distil("run", f"student.model={model}")
     assert "train.jsonl line" in raised.value.values["documents"]
     assert not (tmp_path / "run" / "model").exists()
 
