@@ -5,6 +5,7 @@ import json
 import socket
 import sqlite3
 import struct
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,14 +168,24 @@ def wandb_records(path: Path) -> Iterator[bytes]:
             record = b""
 
 
+WANDB_RUN = f"""
+import sys
+from pathlib import Path
+from stillroom.tracking import track
+
+offset = int(sys.argv[2])
+tracker = track(["wandb"], Path(sys.argv[1]), {CONFIG!r})
+tracker.log({{"train/loss_nats": 1.8125, "train/learning_rate": 0.03125}}, 1 + offset)
+tracker.log({{"train/loss_nats": 1.4375}}, 2 + offset)
+tracker.log({{"held_out/loss_nats": 1.6875}}, 2 + offset)
+tracker.close()
+"""
+
+
 def test_wandb_holds_every_value_of_a_run_and_of_its_resume(folder):
     need("wandb")
-    for offset in (0, 2):
-        tracker = track(["wandb"], folder, CONFIG)
-        tracker.log({"train/loss_nats": 1.8125, "train/learning_rate": 0.03125}, 1 + offset)
-        tracker.log({"train/loss_nats": 1.4375}, 2 + offset)
-        tracker.log({"held_out/loss_nats": 1.6875}, 2 + offset)
-        tracker.close()
+    for offset in (0, 2):  # each in a process of its own: wandb may lose a run that another of its id came just before
+        subprocess.run([sys.executable, "-c", WANDB_RUN, str(folder), str(offset)], check=True, timeout=120)
     from wandb.proto import wandb_internal_pb2
 
     files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
