@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from stillroom.batch import Batch
+from stillroom.distill.ahead import Micro
 from stillroom.distill.checkpoint import Checkpoints, TrainState
 from stillroom.distill.teacher import Teacher
 from stillroom.errors import Interrupted, NonFiniteError, OutOfMemoryError
@@ -64,7 +65,7 @@ def train(
             if not measurement_is_due():
                 state.module.train()
                 now = None if objectives is None else objectives(state.step / max(1, num_steps - 1))
-                values = _step(state, teacher, clip, checkpoints, now)
+                values = optimizer_step(state, teacher, clip, checkpoints, now)
                 record(values)
                 report("step", {**values, "num_steps": num_steps, "total_time_s": state.time_s})
             if measure is not None and measurement_is_due() and (measured := measure(interrupted)) is not None:
@@ -82,18 +83,27 @@ def train(
                     raise Interrupted(f"interrupted after step {state.step} of {num_steps}; saved as {path}")
 
 
-def _step(
+def optimizer_step(
     state: TrainState,
     teacher: Teacher | None,
     clip: float | None,
     checkpoints: Checkpoints,
     now: Scheduled | None = None,
+    micros: Sequence[Micro] | None = None,
 ) -> dict[str, Any]:
-    """One optimizer step: all its micro-batches, then the update. Returns its line of metrics."""
+    """One optimizer step: all its micro-batches, then the update. Returns its line of metrics.
+
+    Args:
+        now: the objectives and weights of this step, where they change.
+        micros: its micro-batches; None takes the next of the stream.
+
+    Raises:
+        NonFiniteError, OutOfMemoryError: the update was not made.
+    """
     start = time.perf_counter()
     parameters = [p for p in state.module.parameters() if p.requires_grad]
     device = state.device
-    micros = next(state.stream)
+    micros = next(state.stream) if micros is None else micros
     batches = [batch for batch, _ in micros]
     num_kept = sum(batch.num_kept for batch in batches)
 

@@ -6,27 +6,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from stillroom import models
 from stillroom.data.config import AnyData
 from stillroom.data.documents import Documents, prepare
-from stillroom.data.stream import BatchStream, DocumentSet
+from stillroom.data.stream import DocumentSet
 from stillroom.distill.ahead import ReadAhead
+from stillroom.distill.build import asked_in_training, build_pair, build_state, build_stream, build_teacher, fit_to
 from stillroom.distill.checkpoint import Checkpoints, TrainState
 from stillroom.distill.config import DistillConfig, StoredData, StoreTeacher
-from stillroom.distill.cut import cut_student
-from stillroom.distill.first_step import fit_to_first_step
 from stillroom.distill.held_out import measure_held_out
-from stillroom.distill.hidden import HiddenSpec, HiddenTerm, layers_of
-from stillroom.distill.hidden_plan import Origin
 from stillroom.distill.loop import Measure, Report, Scheduled, train
-from stillroom.distill.objective_config import Hidden, ObjectiveConfig
+from stillroom.distill.objective_config import ObjectiveConfig
 from stillroom.distill.objectives import build_objectives, hidden_weights, needs_teacher, scheduled
-from stillroom.distill.optimizer import build_optimizer, build_schedule
 from stillroom.distill.plan import Plan, make_plan
-from stillroom.distill.step import StudentStep
-from stillroom.distill.student import Student, build_student
+from stillroom.distill.student import Student
 from stillroom.distill.teacher import LiveTeacher, StoredTeacher
 from stillroom.errors import MismatchError
 from stillroom.runs import Metrics, RunFolder, check_place
@@ -72,22 +66,26 @@ def run(
         held_out: Documents | Store | None = plan.held_out_store
         if plan.held_out is not None and held_out is None:
             held_out = _prepare(plan.held_out, plan, report)
-        teacher, student, specs = _models(plan, data, folder, report)
+        measured = needs_teacher(config.objectives) or config.held_out is not None
+        teacher = build_teacher(plan) if measured else None
+        student, specs = build_pair(plan, teacher, data, folder.path, lambda text: report("note", {"text": text}))
         facts = _facts(plan, student, teacher, data, held_out)
         _check_same_things(folder, facts)
         folder.update(status="started", **facts)
 
-        stream = _stream(plan, data, config.data, tokens=config.batch.tokens, epochs=config.epochs)
+        stream = build_stream(plan, data, config.data, tokens=config.batch.tokens, epochs=config.epochs)
         num_steps = config.steps or stream.num_steps()
         assert num_steps is not None  # a config has either steps or epochs
-        asked = _asked(plan, teacher)
-        state = _state(plan, student, specs, ReadAhead(stream, asked), num_steps)
+        asked = asked_in_training(plan, teacher)
+        state = build_state(plan, student, specs, ReadAhead(stream, asked), num_steps)
         checkpoints = Checkpoints(folder.path / "checkpoints", keep=config.checkpoints.keep)
         if (latest := checkpoints.latest()) is not None:
             checkpoints.load(state, latest)
             report("note", {"text": f"resumed after step {state.step} of {num_steps}, from {latest}"})
-        elif asked is not None and any(spec.measures_first for spec in specs):
-            _fit(state, asked)
+        elif any(spec.measures_first for spec in specs):
+            begin = state.stream.state()
+            fit_to(state, specs, asked, next(state.stream))
+            state.stream.restore(begin)  # the first step is made as if nobody had seen it
         _train(plan, state, num_steps, (asked, teacher), held_out, checkpoints, folder, report)
 
         results = _results(state)
@@ -127,111 +125,6 @@ def _prepare(data: AnyData | StoredData, plan: Plan, report: Report) -> Document
     report("note", {"text": f"{data.path}: {len(documents)} documents, {documents.counts['tokens_learnt']} tokens to "
                             f"learn{'; ' + told if told else ''}"})  # fmt: skip
     return documents
-
-
-def _models(
-    plan: Plan, data: DocumentSet, folder: RunFolder, report: Report
-) -> tuple[LiveTeacher | StoredTeacher | None, Student, tuple[HiddenSpec, ...]]:
-    """The teacher, the student, and what the objectives of inner states compare of them."""
-    teacher, part, cut = _teacher(plan), None, None
-    if plan.cut is not None:
-        live = teacher.model if isinstance(teacher, LiveTeacher) else None
-        part = cut_student(plan, live, data, folder.path, lambda text: report("note", {"text": text}))
-        cut = part[1]
-    specs: tuple[HiddenSpec, ...] = ()
-    if plan.hidden is not None:
-        known = plan.hidden.origin
-        specs = plan.hidden.specs(known if known is None or cut is None else Origin(cut.layers, cut.channels))
-    if teacher is not None:
-        teacher.ask_for(*layers_of(specs, 1))
-    student = build_student(plan.config, plan.fresh, part)
-    models.verify(student.model, "the student", pack=plan.config.data.pack)
-    return teacher, student, specs
-
-
-def _teacher(plan: Plan) -> LiveTeacher | StoredTeacher | None:
-    """The teacher, where training or measuring needs one."""
-    teacher = plan.config.teacher
-    if teacher is None or not (needs_teacher(plan.config.objectives) or plan.config.held_out is not None):
-        return None
-    if isinstance(teacher, StoreTeacher):
-        assert plan.store is not None
-        return StoredTeacher(plan.store)
-    model: PreTrainedModel = models.load_model(
-        teacher.model,
-        dtype=getattr(torch, teacher.dtype),
-        device=plan.config.device,
-        attention=None if teacher.attention == "auto" else teacher.attention,
-        revision=teacher.revision,
-        trust_remote_code=teacher.trust_remote_code,
-    )
-    models.verify(model, "the teacher", pack=plan.config.data.pack)
-    return LiveTeacher(model)
-
-
-def _asked(plan: Plan, teacher: LiveTeacher | StoredTeacher | None) -> LiveTeacher | StoredTeacher | None:
-    """The teacher as it is asked while training: None where no objective needs it."""
-    config = plan.config
-    if not needs_teacher(config.objectives):
-        return None
-    if not isinstance(teacher, StoredTeacher):
-        return teacher
-    signals = any(objective.needs_teacher for objective in config.objectives if not isinstance(objective, Hidden))
-    return StoredTeacher(teacher.store, teacher.layers, signals=signals)
-
-
-def _fit(state: TrainState, teacher: LiveTeacher | StoredTeacher) -> None:
-    """Lets the objectives see the first step, which is then made as if nobody had."""
-    begin = state.stream.state()
-    fit_to_first_step(state.module, teacher, next(state.stream))
-    state.stream.restore(begin)
-
-
-def _stream(
-    plan: Plan, documents: DocumentSet, data: AnyData | StoredData, *, tokens: int, epochs: int | None
-) -> BatchStream:
-    micro_tokens = plan.config.batch.micro_tokens
-    assert micro_tokens != "auto"
-    assert data.length != "auto"
-    return BatchStream(
-        documents,
-        length=data.length,
-        pack=data.pack,
-        shuffle=data.shuffle,
-        tokens=tokens,
-        micro_tokens=micro_tokens,
-        seed=plan.config.seed,
-        epochs=epochs,
-        pad_token=_id(plan.tokenizer.pad_token_id),
-    )
-
-
-def _id(token: Any) -> int:
-    """A special token's id, or 0 where the tokenizer has none; what stands on padding does not matter."""
-    return token if isinstance(token, int) else 0
-
-
-def _state(plan: Plan, student: Student, specs: Sequence[HiddenSpec], stream: ReadAhead, num_steps: int) -> TrainState:
-    config = plan.config
-    assert config.logits_bytes != "auto"
-    module = StudentStep(
-        student.model,
-        build_objectives(config.objectives),
-        num_columns=plan.columns,
-        logits_bytes=config.logits_bytes,
-        precision=getattr(torch, config.precision),
-        hidden=[HiddenTerm(spec, seed=config.seed + number) for number, spec in enumerate(specs)],
-        hidden_weights=hidden_weights(config.objectives),
-    ).to(config.device)
-    optimizer = build_optimizer(module, config.optimizer)
-    torch.manual_seed(config.seed)
-    return TrainState(
-        module=module,
-        optimizer=optimizer,
-        schedule=build_schedule(optimizer, config.optimizer, num_steps),
-        stream=stream,
-        frozen_saved=student.adapters is None,
-    )
 
 
 def _train(
@@ -316,7 +209,7 @@ def _measure(
     stop: Callable[[], bool],
 ) -> dict[str, float] | None:
     assert plan.config.batch.micro_tokens != "auto"
-    steps = _stream(plan, documents, data, tokens=plan.config.batch.micro_tokens, epochs=1)
+    steps = build_stream(plan, documents, data, tokens=plan.config.batch.micro_tokens, epochs=1)
     return measure_held_out(state.module, teacher, steps, plan.config.device, stop)
 
 

@@ -317,7 +317,7 @@ def test_a_run_that_failed_goes_on_bit_for_bit(recipe, stored, tmp_path, monkeyp
     words = [f"teacher={{kind: store, path: {stored(kind, 'shard_positions=60').path}}}", "data={format: store}",
              "held_out=null", "checkpoints.every=1", "steps=6"]  # fmt: skip
     run(load(DistillConfig, recipe, [*words, f"out={tmp_path}/whole"]))
-    step, calls = loop._step, []
+    step, calls = loop.optimizer_step, []
 
     def fail(*arguments: Any) -> Any:
         calls.append(1)
@@ -325,10 +325,10 @@ def test_a_run_that_failed_goes_on_bit_for_bit(recipe, stored, tmp_path, monkeyp
             raise OSError("the power is out")
         return step(*arguments)
 
-    monkeypatch.setattr(loop, "_step", fail)
+    monkeypatch.setattr(loop, "optimizer_step", fail)
     with pytest.raises(OSError, match="the power is out"):
         run(load(DistillConfig, recipe, [*words, f"out={tmp_path}/a"]))
-    monkeypatch.setattr(loop, "_step", step)
+    monkeypatch.setattr(loop, "optimizer_step", step)
     run(load(DistillConfig, recipe, [*words, f"out={tmp_path}/a"]), resume=True)
     assert measured(tmp_path / "a") == measured(tmp_path / "whole")
     assert all(torch.equal(t, weights(tmp_path / "a")[name]) for name, t in weights(tmp_path / "whole").items())
