@@ -1,4 +1,4 @@
-"""The command line's own grammar: VERB [RECIPE.yaml] [key=value …] and six flags."""
+"""The command line's own grammar: VERB [RECIPE.yaml] [key=value …] and the flags."""
 
 import difflib
 import re
@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from stillroom.errors import ConfigError
 
 FLAGS = ("dry-run", "resume", "overwrite", "quiet", "debug", "help")
+OF_SOME = {"json": ("doctor",)}
+"""Flags that only some verbs have."""
 WITH_WORDS = ("chat", "report", "store")
 """Verbs that take words of their own in the place of a recipe: `stillroom store check DIR`, `stillroom report RUN`."""
 
@@ -29,7 +31,7 @@ def parse(words: Sequence[str], verbs: Sequence[str]) -> Arguments:
         if word in ("-h", "--help"):
             arguments.flags.add("help")
         elif word.startswith("-"):
-            arguments.flags.add(_known(word.lstrip("-"), FLAGS, "flag", word))
+            arguments.flags.add(_known(word.lstrip("-"), (*FLAGS, *OF_SOME), "flag", word))
         elif arguments.verb is None:
             arguments.verb = _known(word, verbs, "verb", word)
         elif re.match(r"[A-Za-z_][\w.]*=", word):
@@ -52,6 +54,14 @@ def parse(words: Sequence[str], verbs: Sequence[str]) -> Arguments:
             why="The first word says what to do.",
             fix="Write `stillroom VERB [RECIPE.yaml] [key=value …]`; see `stillroom --help`.",
         )
+    for flag, having in OF_SOME.items():
+        if flag in arguments.flags and arguments.verb not in (None, *having):
+            raise ConfigError(
+                f"`{arguments.verb}` has no --{flag}",
+                {"verbs that have it": ", ".join(having), "flags": ", ".join(f"--{name}" for name in FLAGS)},
+                why="Nothing would be done for it.",
+                fix="Leave it out.",
+            )
     if {"resume", "overwrite"} <= arguments.flags:
         raise ConfigError(
             "--resume and --overwrite contradict each other",

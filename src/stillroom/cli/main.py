@@ -16,6 +16,7 @@ VERBS = {
     "capture": "ask a teacher once, and store what it said",
     "chat": "ask one model, or two side by side, in the terminal",
     "distill": "train a student to predict as its teacher does",
+    "doctor": "look at a run of distill before it is paid for",
     "evaluate": "compare models with their teacher: distillation metrics and benchmarks",
     "prune": "cut a smaller model out of a bigger one",
     "report": "make the report of an evaluation anew from its files",

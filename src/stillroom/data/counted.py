@@ -55,6 +55,10 @@ class CountedDocuments:
         """Which of its tokens are to be predicted, bool [n]; entry i speaks of token i itself."""
         return self._encoded[index].learn
 
+    def weight(self, index: int) -> float:
+        """What each of its tokens counts, for objectives that go by it; 1 unless the data say otherwise."""
+        return self._encoded[index].weight
+
     def num_bytes(self, index: int) -> np.ndarray | None:
         """The bytes of the text that each of its tokens stands for, int32 [n]; None where the tokenizer drops some."""
         return self._encoded[index].num_bytes

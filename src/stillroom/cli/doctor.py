@@ -1,0 +1,195 @@
+"""``stillroom doctor``."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from stillroom.cli.arguments import Arguments
+from stillroom.config import explain, load
+from stillroom.distill.config import DistillConfig
+from stillroom.doctor.config import DoctorConfig
+from stillroom.errors import ConfigError
+from stillroom.terminal import harmless
+
+if TYPE_CHECKING:
+    from stillroom.doctor.overlap import Item
+
+USAGE = """\
+usage: stillroom doctor RECIPE.yaml [key=value …] [--json]
+
+Looks at a run of `stillroom distill` before it is paid for: how tokenizers, chat templates and vocabularies fit; how
+many tokens are learnt; how far the student is from its teacher; whether the data hold what the student will be asked;
+and one real optimizer step on the longest rows, so that a lack of memory shows now. Nothing is written. It ends with a
+verdict, and exit code 0, or 2 where something is to be changed.
+
+--json prints all of it as JSON. Every setting of `stillroom distill` may be given besides these:
+
+settings"""
+
+Row = tuple[str, str]
+
+
+def main(arguments: Arguments) -> int:
+    if "help" in arguments.flags:
+        print(f"{USAGE}\n{explain(DoctorConfig)}")
+        return 0
+    if flags := arguments.flags - {"quiet", "debug", "json"}:
+        raise ConfigError(
+            "`doctor` writes nothing that could be planned, resumed or overwritten",
+            {"given": ", ".join(f"--{flag}" for flag in sorted(flags)), "flags": "--json, --quiet, --debug, --help"},
+            why="Nothing would be done for it.",
+            fix="Leave it out.",
+        )
+    own = [word for word in arguments.overrides if _key(word) in DoctorConfig.model_fields]
+    config = load(DoctorConfig, None, own)
+    recipe = load(DistillConfig, arguments.recipe, [word for word in arguments.overrides if word not in own])
+
+    from stillroom.cli.progress import Progress
+    from stillroom.distill.trial import Trial
+    from stillroom.doctor.run import run
+    from stillroom.models import quiet
+
+    quiet()
+    try:
+        with Progress(quiet="quiet" in arguments.flags) as progress:
+            record = run(config, Trial(recipe, config.sequences, progress), items_of, progress)
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was written", file=sys.stderr)
+        return 130
+    print(json.dumps(record, indent=1, ensure_ascii=False) if "json" in arguments.flags else harmless(as_text(record)))
+    return 0 if record["ready"] else 2
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].partition(".")[0]
+
+
+def items_of(path: str) -> "tuple[str, Iterable[Item]]":
+    """The name of the task that a file describes, and its items as texts: each question with each of its answers."""
+    from stillroom.doctor.overlap import Item
+    from stillroom.evaluate.tasks.config import LocalTask
+    from stillroom.evaluate.tasks.description import read_description
+    from stillroom.evaluate.tasks.questions import questions
+
+    description = read_description(LocalTask(kind="local", path=path))
+    found = questions(description)
+    answers = [(one, one.labels or one.answers or ("",)) for one in found]
+    return description.name, [Item(one.id, [f"{one.shown} {text}" for text in texts]) for one, texts in answers]
+
+
+# --- as text ---------------------------------------------------------------------------------------------------------
+
+
+def as_text(record: Mapping[str, Any]) -> str:
+    """What was found as an aligned table, then each finding in full, then the verdict."""
+    from stillroom.doctor.findings import Finding
+
+    parts = (("fit", _fit), ("data", _data), ("overlap", _overlap), ("measures", _measures), ("step", _step))
+    rows = [row for name, of in parts if record[name] is not None for row in of(record[name])]
+    width = max((len(title) for title, _ in rows), default=0)
+    lines = [f"{title:{width}}  {text}" for title, text in rows]
+    for finding in record["findings"]:
+        lines += ["", str(Finding(**finding))]
+    return "\n".join([*lines, *([""] if lines else []), record["verdict"]])
+
+
+def _fit(fit: Mapping[str, Any]) -> Iterator[Row]:
+    yield "tokenizer", f"{fit['num_tokens']:,} tokens, fingerprint {fit['tokenizer'][:16]}"
+    yield "chat template", "none: rows go through none" if fit["template"] is None else fit["template"][:16]
+    widths = [
+        f"{who} {fit[key]:,}"
+        for who, key in (("student", "student_columns"), ("teacher", "teacher_columns"), ("store", "stored_columns"))
+        if fit[key] is not None
+    ]
+    yield "vocabulary", f"{fit['columns']:,} columns compared ({', '.join(widths)})"
+    yield "device", fit["device"]
+
+
+LOST = {
+    "cut": "cut after data.length",
+    "dropped_overlong": "left out as too long",
+    "dropped_empty": "left out with nothing to learn",
+    "dropped_cut_away": "left out, all to learn lay beyond the cut",
+}
+
+
+def _data(data: Mapping[str, Any]) -> Iterator[Row]:
+    if "rows" in data:
+        which = "all of them" if data["whole"] else "the first; the rest is tokenised by the run"
+        yield "rows", f"{data['rows']:,} ({which}), which make {data['documents']:,} documents"
+        lost = [f"{data[name]:,} {text}" for name, text in LOST.items() if data[name]]
+        split = [f"{data['split']:,} split into several"] if data["split"] else []
+        yield "rows lost", ", ".join([*(lost or ["none"]), *split])
+    else:
+        yield "documents", f"{data['documents']:,} in the store"
+    learnt, tokens, documents = data["tokens_learnt"], data["tokens"], data["documents"]
+    yield "tokens learnt", f"{learnt:,} of {tokens:,} ({learnt / tokens:.1%})"
+    yield "not learnt", f"{documents:,} begin a document, {tokens - documents - learnt:,} are of prompts and the like"
+    yield "looked at", f"{data['looked_at']:,} documents, drawn by the seed"
+
+
+def _overlap(overlap: Mapping[str, Any]) -> Iterator[Row]:
+    number, shared = overlap["num_documents"], overlap["num_shared"]
+    yield (
+        "in the tasks",
+        f"{shared:,} of {number:,} documents share 13 words in a row with an item ({shared / number:.1%})",
+    )
+    for task, items in overlap["num_items"].items():
+        told = f"{overlap['num_items_shared'][task]:,} of {items:,} items found"
+        short = overlap["num_short"][task]
+        yield "", f"{task}: {told}" + (f"; {short:,} are too short to tell" if short else "")
+
+
+STUDENTS = {
+    "new": "random weights",
+    "part": "a part of its teacher, untrained",
+    "trained": "a trained model",
+}
+
+
+def _measures(measured: Mapping[str, Any]) -> Iterator[Row]:
+    kind, number, trained = (measured[key] for key in ("student", "student_parameters", "student_trained"))
+    some = "all" if trained == number else f"{trained:,}"
+    yield "student", f"{number:,} parameters, {some} of them trained; {STUDENTS[kind]}"
+    if (of_teacher := measured["teacher_parameters"]) is not None:
+        yield "teacher", f"{of_teacher:,} parameters"
+    teacher, student = measured.get("teacher_cross_entropy_nats"), measured["cross_entropy_nats"]
+    of_teacher = [] if teacher is None else [f"teacher {_number(teacher)}"]
+    both = ", ".join([*of_teacher, f"student {_number(student)}"])
+    yield "cross-entropy", f"{both} nats a token, over {measured['num_tokens']:,} tokens"
+    if teacher is not None and student and kind == "trained":
+        yield "loss ratio", f"{teacher / student:.3f}, teacher's over student's"
+    for key, title, form in (
+        ("forward_kl_nats", "KL to teacher", "{:.4f} nats a token"),
+        ("top1_agreement", "same top token", "{:.1%}"),
+        ("accepted_mass", "accepted mass", "{:.1%}"),
+    ):
+        if measured.get(key) is not None:
+            yield title, form.format(measured[key])
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def _step(step: Mapping[str, Any]) -> Iterator[Row]:
+    rows, length, micros = step["rows"], step["longest_row"], step["micro_batches"]
+    yield "one step", f"{rows:,} rows of up to {length:,} tokens, in {micros:,} micro-batch{'es' * (micros > 1)}"
+    yield "", f"loss {step['loss_nats']:.4f} nats, gradient norm {step['grad_norm']:.4f}"
+    yield "its time", f"{step['time_s']:.2f} s ({step['num_tokens'] / step['time_s']:,.0f} tokens/s)" + _whole(step)
+    peak, there = step["peak_memory_bytes"], step["memory_bytes"]
+    of = " of this process" if there is None else f" of {there / 2**30:.2f} GiB on the device"
+    yield "peak memory", f"{peak / 2**30:.2f} GiB{of}"
+
+
+def _whole(step: Mapping[str, Any]) -> str:
+    number = step["num_steps"]
+    if number is None:
+        return "; how many steps the epochs make is known once the data are tokenised"
+    minutes = number * step["time_s"] / 60
+    return (
+        f"; {number:,} steps in about {minutes / 60:.1f} hours"
+        if minutes > 90
+        else (f"; {number:,} steps in about {minutes:.1f} minutes")
+    )

@@ -1,0 +1,137 @@
+"""Findings: what of the numbers of a pre-flight stands in a run's way, or is to be thought about."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from stillroom.doctor.overlap import WORDS, Overlap
+from stillroom.errors import StillroomError
+
+Facts = Mapping[str, Any]
+
+KNEE = 1 / 1.315
+"""Teacher's loss over the student's, below which a better teacher began to make a worse student (arXiv 2502.08606)."""
+LOST = 0.1
+"""The share of rows that may be cut or left out without a word."""
+WORSE_THAN_A_GUESS = 1.05
+"""Times the cross-entropy of equal probability for every token: a trained model is far below."""
+
+
+class Finding(NamedTuple):
+    """In the four parts of an error, and which part of the pre-flight it is of."""
+
+    level: Literal["error", "warning"]
+    """An error is to be mended before the run; a warning is to be thought about."""
+    of: str
+    what: str
+    values: dict[str, Any]
+    why: str
+    fix: str
+
+    @classmethod
+    def from_error(cls, of: str, error: StillroomError) -> "Finding":
+        values = {name: value if isinstance(value, int | float) else str(value) for name, value in error.values.items()}
+        return cls("error", of, error.what, values, error.why, error.fix)
+
+    def __str__(self) -> str:
+        return f"{self.level}: {StillroomError(self.what, self.values, why=self.why, fix=self.fix)}"
+
+
+def of_data(counts: Facts) -> list[Finding]:
+    """Rows that lose text."""
+    rows = counts.get("rows")
+    lost = {name: n for name, n in counts.items() if n and name.startswith(("cut", "dropped"))}
+    if not rows or sum(lost.values()) <= LOST * rows:
+        return []
+    return [
+        Finding(
+            "warning",
+            "data",
+            f"{sum(lost.values()) / rows:.0%} of the rows are cut or left out",
+            {"rows": rows, **{name.replace("_", " "): n for name, n in lost.items()}},
+            "What lies beyond the cut is never learnt: the end of an answer, say, and with it to stop.",
+            "Raise data.length, shorten the rows, or check what data.keep says is to be learnt.",
+        )
+    ]
+
+
+def of_overlap(found: Overlap) -> list[Finding]:
+    """Text that is trained on and asked."""
+    if not found.num_shared:
+        return []
+    return [
+        Finding(
+            "error",
+            "overlap",
+            f"{found.num_shared} of {found.num_documents} documents hold text of the evaluation's items",
+            {
+                **{task: f"{n} of {found.num_items[task]} items" for task, n in found.num_items_shared.items() if n},
+                **{one.document: f"{one.task} {one.item}: “{one.words}”" for one in found.shown},
+            },
+            f"They share {WORDS} words in a row, so the student would be asked what it was trained on.",
+            "Take these rows out of the data, or do not evaluate on these tasks; other rows of the data may hold more.",
+        )
+    ]
+
+
+def of_measures(measured: Facts, columns: int) -> list[Finding]:
+    """What teacher and student say of the text before any training."""
+    student, teacher = measured["cross_entropy_nats"], measured.get("teacher_cross_entropy_nats")
+    bad = [name for name, value in measured.items() if isinstance(value, float) and not math.isfinite(value)]
+    if bad:
+        return [_not_finite(measured, bad)]
+    found = []
+    guess = math.log(columns)
+    if teacher is not None and teacher > WORSE_THAN_A_GUESS * guess:
+        found.append(_worse_than_a_guess("error", "teacher", teacher, guess))
+    if measured["student"] == "trained" and student > WORSE_THAN_A_GUESS * guess:
+        found.append(_worse_than_a_guess("warning", "student", student, guess))
+    if teacher is None or measured["student"] != "trained" or found:
+        return found
+    values = {"teacher": f"{teacher:.4f} nats", "student": f"{student:.4f} nats", "ratio": f"{teacher / student:.3f}"}
+    if teacher >= student:
+        return [
+            Finding(
+                "warning",
+                "measures",
+                "the teacher predicts this text no better than the student",
+                values,
+                "Its labels alone would teach the student more than this teacher can.",
+                "Use data that the teacher knows (its own answers, say), or a better teacher.",
+            )
+        ]
+    if teacher / student < KNEE:
+        return [
+            Finding(
+                "warning",
+                "measures",
+                "the teacher is far ahead of the student",
+                {**values, "published knee": f"1/1.315 = {KNEE:.3f}"},
+                "Below that ratio a better teacher was seen to make a worse student (capacity gap, arXiv 2502.08606); the "
+                "student's loss there is what it reaches on labels alone, here what it has before training.",
+                "Where training does not close the gap, try a teacher between the two, or a larger student.",
+            )
+        ]
+    return []
+
+
+def _worse_than_a_guess(level: Literal["error", "warning"], who: str, nats: float, guess: float) -> Finding:
+    return Finding(
+        level,
+        "measures",
+        f"the {who} predicts this text worse than a guess",
+        {f"{who}'s cross-entropy": f"{nats:.4f} nats", "equal probability for every token": f"{guess:.4f} nats"},
+        "A trained model is far below that on text of its kind, in the form in which it saw it.",
+        f"Check that these are the {who}'s trained weights, its tokenizer and chat template, and a language it knows.",
+    )
+
+
+def _not_finite(measured: Facts, bad: list[str]) -> Finding:
+    return Finding(
+        "error",
+        "measures",
+        "what is measured is not finite",
+        {name.replace("_", " "): str(measured[name]) for name in bad},
+        "No step could learn from it.",
+        "Check the weights of both models; where they are good, precision or teacher.dtype=float32 may mend it.",
+    )

@@ -1,0 +1,76 @@
+"""Overlap: text that is trained on and asked in an evaluation too, told by 13 words in a row (arXiv 2005.14165, C)."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+WORDS = 13
+"""In a row. Fewer are shared by chance; a text of fewer words cannot be told."""
+MOST_SHOWN = 5
+
+Texts = Sequence[str]
+
+
+class Item(NamedTuple):
+    """What is asked of a task, with each of its answers."""
+
+    id: str
+    texts: Texts
+
+
+class Shared(NamedTuple):
+    """One place of a document that is an item's too."""
+
+    document: str
+    task: str
+    item: str
+    words: str
+
+
+class Overlap(NamedTuple):
+    """What of the documents is in the items."""
+
+    num_documents: int
+    num_shared: int
+    """Documents that share words with an item."""
+    num_items: dict[str, int]
+    """By task."""
+    num_items_shared: dict[str, int]
+    """By task, the items that share words with a document."""
+    num_short: dict[str, int]
+    """By task, the items of fewer words, of which nothing can be told."""
+    shown: tuple[Shared, ...]
+    """The first few documents that do."""
+
+
+def grams(text: str) -> Iterator[str]:
+    """Every 13 words in a row of a text: small letters, what is no letter, digit or underscore taken for a space."""
+    words = re.findall(r"\w+", text.lower())
+    return (" ".join(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1))
+
+
+def overlap(documents: Iterable[tuple[str, str]], tasks: Mapping[str, Iterable[Item]]) -> Overlap:
+    """Which documents, given as (name, text), share 13 words in a row with an item of the tasks."""
+    where: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    num_items, num_short = dict.fromkeys(tasks, 0), dict.fromkeys(tasks, 0)
+    for task, items in tasks.items():
+        for item in items:
+            found = {gram for text in item.texts for gram in grams(text)}
+            num_items[task] += 1
+            num_short[task] += not found
+            for gram in found:
+                where[gram].append((task, item.id))
+    shown: list[Shared] = []
+    shared_items: set[tuple[str, str]] = set()
+    num_documents = num_shared = 0
+    for name, text in documents:
+        num_documents += 1
+        of_document = [gram for gram in grams(text) if gram in where]
+        shared_items.update(place for gram in of_document for place in where[gram])
+        if of_document:
+            num_shared += 1
+            if len(shown) < MOST_SHOWN:
+                shown.append(Shared(name, *where[of_document[0]][0], of_document[0]))
+    num_items_shared = {task: sum(place[0] == task for place in shared_items) for task in tasks}
+    return Overlap(num_documents, num_shared, num_items, num_items_shared, num_short, tuple(shown))
