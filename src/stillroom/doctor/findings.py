@@ -107,8 +107,8 @@ def of_measures(measured: Facts, columns: int) -> list[Finding]:
                 "measures",
                 "the teacher is far ahead of the student",
                 {**values, "published knee": f"1/1.315 = {KNEE:.3f}"},
-                "Below that ratio a better teacher was seen to make a worse student (capacity gap, arXiv 2502.08606); the "
-                "student's loss there is what it reaches on labels alone, here what it has before training.",
+                "Below that ratio a better teacher was seen to make a worse student (capacity gap, arXiv 2502.08606). "
+                "The student's loss there is what it reaches on labels alone, here what it has before training.",
                 "Where training does not close the gap, try a teacher between the two, or a larger student.",
             )
         ]

@@ -41,8 +41,8 @@ class Trial(Protocol):
 
 
 def run(config: DoctorConfig, trial: Trial, items_of: ItemsOf, report: Report = lambda *_: None) -> Facts:
-    """All that was found, as JSON values: ``fit``, ``data``, ``overlap``, ``measures``, ``step``, each None where it was
-    not come to; ``findings``; ``ready``, False where one of them is to be mended; and the ``verdict`` in words.
+    """All that was found, as JSON values: ``fit``, ``data``, ``overlap``, ``measures``, ``step``, each None where it
+    was not come to; ``findings``; ``ready``, False where one of them is to be mended; and the ``verdict`` in words.
 
     Args:
         trial: of the recipe.

@@ -1,0 +1,104 @@
+"""The order of a pre-flight, and what is left of it where a part fails."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from stillroom.doctor.config import DoctorConfig
+from stillroom.doctor.overlap import Item
+from stillroom.doctor.run import run
+from stillroom.errors import MismatchError, MissingError
+
+WORDS = " ".join(f"w{i}" for i in range(13))
+
+
+class Patient:
+    """A recipe with nothing wrong, but for one part."""
+
+    def __init__(self, sick: str | None = None, **measures: float) -> None:
+        self.sick, self.measures, self.asked = sick, measures, []
+
+    def _part(self, name: str, facts: dict[str, Any]) -> dict[str, Any]:
+        self.asked.append(name)
+        if name == self.sick:
+            raise MismatchError(f"{name} is wrong", {"one": 1, "other": self}, why="Because.", fix="Mend it.")
+        return facts
+
+    def fit(self):
+        return self._part("fit", {"columns": 100})
+
+    def look(self):
+        return self._part("look", {"rows": 2, "documents": 2})
+
+    def texts(self):
+        self.asked.append("texts")
+        return [("a", WORDS), ("b", "other")]
+
+    def measure(self):
+        losses = {"cross_entropy_nats": 2.0, "teacher_cross_entropy_nats": 1.8}
+        return self._part("measure", {"student": "trained", **losses, **self.measures})
+
+    def step(self):
+        return self._part("step", {"time_s": 1.0})
+
+
+def no_task(path: str):
+    raise MissingError(f"{path} is not there", why="Because.", fix="Mend it.")
+
+
+def test_everything_is_looked_at_once_and_in_order():
+    patient = Patient()
+    record = run(DoctorConfig(), patient, no_task)
+    assert patient.asked == ["fit", "look", "measure", "step"]
+    assert record["ready"]
+    assert record["findings"] == []
+    assert record["overlap"] is None
+    assert record["verdict"] == "ready: nothing found that stands in the way of this run"
+
+
+@pytest.mark.parametrize(
+    ("sick", "asked", "part"),
+    [
+        ("fit", ["fit"], "fit"),
+        ("look", ["fit", "look"], "data"),
+        ("measure", ["fit", "look", "measure"], "measures"),
+        ("step", ["fit", "look", "measure", "step"], "step"),
+    ],
+)
+def test_what_comes_after_a_failure_is_not_tried(sick, asked, part):
+    patient = Patient(sick)
+    record = run(DoctorConfig(), patient, no_task)
+    assert patient.asked == asked
+    assert not record["ready"]
+    assert record[part] is None
+    assert [finding["of"] for finding in record["findings"]] == [part]
+    assert record["findings"][0]["fix"] == "Mend it."
+    assert record["verdict"].startswith("not ready: 1 thing to change before this run; what comes after")
+    json.dumps(record, allow_nan=False)
+
+
+def test_text_of_a_task_is_found_and_the_rest_is_looked_at_all_the_same():
+    patient = Patient()
+    record = run(DoctorConfig(tasks=("quiz.yaml",)), patient, lambda _: ("quiz", [Item("q", [WORDS])]))
+    assert patient.asked == ["fit", "look", "texts", "measure", "step"]
+    assert not record["ready"]
+    assert record["overlap"]["num_shared"] == 1
+    assert record["verdict"] == "not ready: 1 thing to change before this run"
+    missing = run(DoctorConfig(tasks=("quiz.yaml",)), Patient(), no_task)
+    assert missing["step"] is not None
+    assert not missing["ready"]
+
+
+def test_a_warning_does_not_stand_in_the_way():
+    record = run(DoctorConfig(), Patient(teacher_cross_entropy_nats=1.0), no_task)
+    assert record["ready"]
+    assert record["verdict"].endswith("; 1 thing to think about")
+
+
+def test_what_is_not_finite_is_told_and_is_still_json():
+    record = run(DoctorConfig(), Patient(cross_entropy_nats=math.inf), no_task)
+    assert not record["ready"]
+    assert record["measures"]["cross_entropy_nats"] is None
+    json.dumps(record, allow_nan=False)
