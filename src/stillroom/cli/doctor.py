@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from stillroom.doctor.overlap import Item
 
 USAGE = """\
-usage: stillroom doctor RECIPE.yaml [key=value …] [--json]
+usage: stillroom doctor [RECIPE.yaml] [key=value …]
 
 Looks at a run of `stillroom distill` before it is paid for: how tokenizers, chat templates and vocabularies fit; how
 many tokens are learnt; how far the student is from its teacher; whether the data hold what the student will be asked;
@@ -88,10 +88,9 @@ def as_text(record: Mapping[str, Any]) -> str:
     parts = (("fit", _fit), ("data", _data), ("overlap", _overlap), ("measures", _measures), ("step", _step))
     rows = [row for name, of in parts if record[name] is not None for row in of(record[name])]
     width = max((len(title) for title, _ in rows), default=0)
-    lines = [f"{title:{width}}  {text}" for title, text in rows]
-    for finding in record["findings"]:
-        lines += ["", str(Finding(**finding))]
-    return "\n".join([*lines, *([""] if lines else []), record["verdict"]])
+    table = "\n".join(f"{title:{width}}  {text}" for title, text in rows)
+    blocks = [table, *(str(Finding(**finding)) for finding in record["findings"]), record["verdict"]]
+    return "\n\n".join(filter(None, blocks))
 
 
 def _fit(fit: Mapping[str, Any]) -> Iterator[Row]:
@@ -131,10 +130,8 @@ def _data(data: Mapping[str, Any]) -> Iterator[Row]:
 
 def _overlap(overlap: Mapping[str, Any]) -> Iterator[Row]:
     number, shared = overlap["num_documents"], overlap["num_shared"]
-    yield (
-        "in the tasks",
-        f"{shared:,} of {number:,} documents share 13 words in a row with an item ({shared / number:.1%})",
-    )
+    share = f"{shared:,} of {number:,} documents ({shared / number:.1%})"
+    yield "in the tasks", f"{share} share 13 words in a row with an item"
     for task, items in overlap["num_items"].items():
         told = f"{overlap['num_items_shared'][task]:,} of {items:,} items found"
         short = overlap["num_short"][task]

@@ -80,6 +80,13 @@ def test_a_second_recipe_is_refused(words, word):
     assert caught.value.values == {"recipe": "a.yaml", "then": word}
 
 
+def test_a_flag_of_some_verbs_is_refused_by_others():
+    assert parse(["doctor", "--json", "r.yaml"], ("distill", "doctor")) == Arguments("doctor", "r.yaml", [], {"json"})
+    for words in (["distill", "--json"], ["--json", "distill"]):
+        with pytest.raises(ConfigError, match="`distill` has no --json"):
+            parse(words, ("distill", "doctor"))
+
+
 @pytest.mark.parametrize("words", [["--resume", "distill", "--overwrite"], ["--overwrite", "--resume", "distill"]])
 def test_resume_and_overwrite_contradict_each_other(words):
     with pytest.raises(ConfigError, match="--resume and --overwrite contradict each other"):

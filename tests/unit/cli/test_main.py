@@ -33,6 +33,7 @@ verbs
   capture     ask a teacher once, and store what it said
   chat        ask one model, or two side by side, in the terminal
   distill     train a student to predict as its teacher does
+  doctor      look at a run of distill before it is paid for
   evaluate    compare models with their teacher: distillation metrics and benchmarks
   prune       cut a smaller model out of a bigger one
   report      make the report of an evaluation anew from its files
@@ -127,7 +128,7 @@ ERRORS = {
         "distil r.yaml",
         """\
 error: `distil` is not a verb
-  did you mean: distill     verbs: capture, chat, distill, evaluate, prune, report, store
+  did you mean: distill     verbs: capture, chat, distill, doctor, evaluate, prune, report, store
   The first word says what to do.
   See `stillroom --help`; settings are written as key=value.
 """,
