@@ -33,6 +33,7 @@ from stillroom.distill.checkpoint import Checkpoints
 from stillroom.distill.config import DistillConfig, StoredData, StoreTeacher
 from stillroom.distill.held_out import measure_held_out
 from stillroom.distill.loop import Report, optimizer_step
+from stillroom.distill.own_text import own_text_kl
 from stillroom.distill.plan import make_plan
 from stillroom.distill.teacher import LiveTeacher
 from stillroom.errors import OutOfMemoryError
@@ -46,7 +47,7 @@ Facts = dict[str, Any]
 
 class Trial:
     """A recipe's tokenizer, data and models, in the order in which they can be looked at: ``fit``, ``look``, ``texts``,
-    ``measure``, ``step``. Nothing is written into ``out``; models are loaded by ``measure``.
+    ``measure``, ``own_text``, ``step``. Nothing is written into ``out``; models are loaded by ``measure``.
 
     Args:
         sequences: so many documents are looked at.
@@ -149,6 +150,32 @@ class Trial:
             "teacher_parameters": models.num_parameters(teacher.model) if isinstance(teacher, LiveTeacher) else None,
             **measured,
         }
+
+    def own_text(self) -> Facts | None:
+        """How far the student is from a live teacher on text that it writes itself; None where it is not trained yet or
+        no teacher can read it.
+
+        Raises:
+            OutOfMemoryError: the device has too little memory.
+        """
+        plan = self.plan
+        if not isinstance(self.teacher, LiveTeacher) or plan.fresh is not None or plan.cut is not None:
+            return None
+        length, end = plan.config.data.length, plan.tokenizer.eos_token_id
+        assert length != "auto"
+        assert plan.columns is not None  # there is a teacher
+        with self._enough_memory("a text of the student's own"):
+            nats, num_tokens = own_text_kl(
+                self.state.module,
+                self.teacher,
+                self.documents,
+                self.drawn.tolist(),
+                columns=plan.columns,
+                length=length,
+                end=end if isinstance(end, int) else None,
+                seed=plan.config.seed,
+            )
+        return {"reverse_kl_nats": nats, "num_tokens": num_tokens} if num_tokens else None
 
     def step(self) -> Facts:
         """One real optimizer step on the longest rows, as many as a step can hold.

@@ -11,6 +11,7 @@ from stillroom.doctor.overlap import Item, overlap
 from stillroom.errors import StillroomError
 
 Facts = dict[str, Any]
+PARTS = ("fit", "data", "overlap", "measures", "own_text", "step")
 Report = Callable[[str, Mapping[str, Any]], None]
 ItemsOf = Callable[[str], tuple[str, Iterable[Item]]]
 """The name and the items of the task that a description file describes."""
@@ -35,14 +36,20 @@ class Trial(Protocol):
         """What the models make of them."""
         ...
 
+    def own_text(self) -> Facts | None:
+        """What they make of text that the student writes; None where that tells nothing."""
+        ...
+
     def step(self) -> Facts:
         """One real step."""
         ...
 
 
 def run(config: DoctorConfig, trial: Trial, items_of: ItemsOf, report: Report = lambda *_: None) -> Facts:
-    """All that was found, as JSON values: ``fit``, ``data``, ``overlap``, ``measures``, ``step``, each None where it
-    was not come to; ``findings``; ``ready``, False where one of them is to be mended; and the ``verdict`` in words.
+    """All that was found, as JSON values.
+
+    It has each of ``PARTS``, None where it was not come to or tells nothing; ``findings``; ``ready``, False where one
+    of them is to be mended; and the ``verdict`` in words.
 
     Args:
         trial: of the recipe.
@@ -50,9 +57,9 @@ def run(config: DoctorConfig, trial: Trial, items_of: ItemsOf, report: Report = 
         report: is told what is going on.
     """
     found: list[Finding] = []
-    record: Facts = dict.fromkeys(("fit", "data", "overlap", "measures", "step"))
+    record: Facts = dict.fromkeys(PARTS)
 
-    def try_(name: str, look: Callable[[], Facts], doing: str) -> bool:
+    def try_(name: str, look: Callable[[], Facts | None], doing: str) -> bool:
         report("note", {"text": doing})
         try:
             record[name] = look()
@@ -73,8 +80,11 @@ def run(config: DoctorConfig, trial: Trial, items_of: ItemsOf, report: Report = 
             try_("overlap", shared, "looking for the data in the tasks")
         if try_("measures", trial.measure, "loading the models, and measuring them on the data"):
             found += findings.of_measures(record["measures"], record["fit"]["columns"])
-            record["measures"] = {name: _finite(value) for name, value in record["measures"].items()}
-            try_("step", trial.step, "one optimizer step on the longest rows")
+            finite = {name: _finite(value) for name, value in record["measures"].items()}
+            sound, record["measures"] = finite == record["measures"], finite
+            if sound:
+                try_("own_text", trial.own_text, "measuring them on what the student writes")
+                try_("step", trial.step, "one optimizer step on the longest rows")
     errors = sum(finding.level == "error" for finding in found)
     return {
         **record,

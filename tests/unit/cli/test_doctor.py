@@ -2,7 +2,7 @@
 
 import pytest
 
-from stillroom.cli.doctor import as_text, items_of
+from stillroom.cli.doctor import PARTS, as_text, items_of
 from stillroom.doctor.findings import Finding
 
 RECORD = {
@@ -15,6 +15,7 @@ RECORD = {
     "measures": {"student": "new", "student_parameters": 1000, "student_trained": 1000, "teacher_parameters": 2000,
                  "cross_entropy_nats": 5.7, "teacher_cross_entropy_nats": 2.0, "forward_kl_nats": 3.5,
                  "top1_agreement": 0.125, "accepted_mass": 0.25, "num_tokens": 600},
+    "own_text": {"reverse_kl_nats": 0.12, "num_tokens": 512},
     "step": {"rows": 4, "longest_row": 32, "micro_batches": 2, "num_tokens": 100, "num_kept": 60, "loss_nats": 3.5,
              "grad_norm": 1.0, "time_s": 2.0, "num_steps": 5400, "peak_memory_bytes": 3 * 2**30,
              "memory_bytes": 80 * 2**30},
@@ -41,6 +42,7 @@ def test_the_table_is_aligned_and_says_everything():
         "random weights",
         "teacher 2.0000, student 5.7000 nats a token, over 600 tokens",
         "12.5%",
+        "KL from teacher 0.1200 nats a token, over 512 that the student wrote",
         "2.00 s (50 tokens/s); 5,400 steps in about 3.0 hours",
         "3.00 GiB of 80.00 GiB on the device",
     ):
@@ -56,7 +58,7 @@ def test_a_trained_student_has_a_loss_ratio_and_what_is_not_finite_no_number():
 
 def test_findings_come_in_full_before_the_verdict():
     finding = Finding("error", "fit", "they differ", {"one": 1, "other": 2}, "Because.", "Mend it.")._asdict()
-    nothing = dict.fromkeys(("fit", "data", "overlap", "measures", "step"))
+    nothing = dict.fromkeys(PARTS)
     text = as_text({**nothing, "findings": [finding], "ready": False, "verdict": "not ready"})
     assert text == "error: they differ\n  one: 1     other: 2\n  Because.\n  Mend it.\n\nnot ready"
 

@@ -47,6 +47,7 @@ def test_measures_are_those_of_full_logits(begin, saved_model):
 def test_nothing_is_written(begin, own_cache, tmp_path):
     trial, _, _ = begin()
     trial.measure()
+    assert trial.own_text()["num_tokens"] > 32
     trial.step()
     assert not (tmp_path / "run").exists()
     assert not own_cache.exists()
@@ -116,6 +117,7 @@ def test_every_kind_of_student(begin, tmp_path, words, kind):
     assert found["student"] == kind
     assert (found["student_trained"] < found["student_parameters"]) == ("lora" in words[0])
     assert ("forward_kl_nats" in found) == ("teacher=null" not in words)
+    assert (trial.own_text() is None) == (kind != "trained" or "teacher=null" in words)
     assert trial.step()["loss_nats"] > 0
     assert not (tmp_path / "run").exists()
 
@@ -135,6 +137,7 @@ def test_from_a_store(begin, saved_model, text_files, tmp_path):
         assert found[name] == pytest.approx(of_live[name], rel=1e-5)
     assert found["teacher_cross_entropy_nats"] == pytest.approx(of_live["teacher_cross_entropy_nats"], abs=0.01)
     assert found["teacher_parameters"] is None
+    assert trial.own_text() is None
     assert trial.step()["num_steps"] == 6
 
 

@@ -40,6 +40,9 @@ class Patient:
         losses = {"cross_entropy_nats": 2.0, "teacher_cross_entropy_nats": 1.8}
         return self._part("measure", {"student": "trained", **losses, **self.measures})
 
+    def own_text(self):
+        return self._part("own_text", None)
+
     def step(self):
         return self._part("step", {"time_s": 1.0})
 
@@ -51,7 +54,7 @@ def no_task(path: str):
 def test_everything_is_looked_at_once_and_in_order():
     patient = Patient()
     record = run(DoctorConfig(), patient, no_task)
-    assert patient.asked == ["fit", "look", "measure", "step"]
+    assert patient.asked == ["fit", "look", "measure", "own_text", "step"]
     assert record["ready"]
     assert record["findings"] == []
     assert record["overlap"] is None
@@ -64,7 +67,7 @@ def test_everything_is_looked_at_once_and_in_order():
         ("fit", ["fit"], "fit"),
         ("look", ["fit", "look"], "data"),
         ("measure", ["fit", "look", "measure"], "measures"),
-        ("step", ["fit", "look", "measure", "step"], "step"),
+        ("step", ["fit", "look", "measure", "own_text", "step"], "step"),
     ],
 )
 def test_what_comes_after_a_failure_is_not_tried(sick, asked, part):
@@ -79,10 +82,16 @@ def test_what_comes_after_a_failure_is_not_tried(sick, asked, part):
     json.dumps(record, allow_nan=False)
 
 
+def test_a_step_is_made_though_the_student_could_not_write():
+    record = run(DoctorConfig(), Patient("own_text"), no_task)
+    assert record["step"] is not None
+    assert record["verdict"] == "not ready: 1 thing to change before this run"
+
+
 def test_text_of_a_task_is_found_and_the_rest_is_looked_at_all_the_same():
     patient = Patient()
     record = run(DoctorConfig(tasks=("quiz.yaml",)), patient, lambda _: ("quiz", [Item("q", [WORDS])]))
-    assert patient.asked == ["fit", "look", "texts", "measure", "step"]
+    assert patient.asked == ["fit", "look", "texts", "measure", "own_text", "step"]
     assert not record["ready"]
     assert record["overlap"]["num_shared"] == 1
     assert record["verdict"] == "not ready: 1 thing to change before this run"
@@ -98,7 +107,9 @@ def test_a_warning_does_not_stand_in_the_way():
 
 
 def test_what_is_not_finite_is_told_and_is_still_json():
-    record = run(DoctorConfig(), Patient(cross_entropy_nats=math.inf), no_task)
+    patient = Patient(cross_entropy_nats=math.inf)
+    record = run(DoctorConfig(), patient, no_task)
+    assert patient.asked == ["fit", "look", "measure"]
     assert not record["ready"]
     assert record["measures"]["cross_entropy_nats"] is None
     json.dumps(record, allow_nan=False)
