@@ -60,7 +60,8 @@ def test_every_command_line_means_something(words, monkeypatch):
     arguments = parse(words[1:], tuple(VERBS))
     assert arguments.verb in VERBS
     if arguments.recipe is not None and arguments.recipe != "recipe.yaml":  # the guide's stand-in for the reader's own
-        verbs = {"capture": CaptureConfig, "distill": DistillConfig, "evaluate": EvaluateConfig, "prune": PruneConfig}
+        verbs = {"capture": CaptureConfig, "distill": DistillConfig, "doctor": DistillConfig,
+                 "evaluate": EvaluateConfig, "prune": PruneConfig}  # fmt: skip
         settings = verbs[arguments.verb]
         assert isinstance(load(settings, arguments.recipe, arguments.overrides), Config)
 
