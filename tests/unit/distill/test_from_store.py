@@ -70,7 +70,7 @@ def test_a_run_from_a_store_resumes_bit_for_bit(distil, tmp_path, kind, monkeypa
     whole = distil("whole", kind, "steps=6")
     from stillroom.distill import loop
 
-    steps, step = [], loop._step
+    steps, step = [], loop.optimizer_step
 
     def interrupt(*arguments: Any) -> Any:
         import signal
@@ -80,10 +80,10 @@ def test_a_run_from_a_store_resumes_bit_for_bit(distil, tmp_path, kind, monkeypa
             signal.raise_signal(signal.SIGINT)
         return step(*arguments)
 
-    monkeypatch.setattr(loop, "_step", interrupt)
+    monkeypatch.setattr(loop, "optimizer_step", interrupt)
     with pytest.raises(Interrupted):
         distil("a", kind, "steps=6")
-    monkeypatch.setattr(loop, "_step", step)
+    monkeypatch.setattr(loop, "optimizer_step", step)
     distil("a", kind, "steps=6", resume=True)
     assert measured(tmp_path / "a") == measured(whole)
     for name, tensor in weights(whole).items():
