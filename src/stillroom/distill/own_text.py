@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from stillroom import models
 from stillroom.data.stream import DocumentSet, collate
 from stillroom.distill.step import StudentStep
 from stillroom.distill.teacher import LiveTeacher
@@ -93,9 +94,10 @@ def _write(
     text = torch.from_numpy(prompt.astype(np.int64))[None].to(device)
     unread, cache = text, None
     for _ in range(most):
-        said: Any = model(input_ids=unread, past_key_values=cache, use_cache=True)
+        said: Any = models.backbone(model)(input_ids=unread, past_key_values=cache, use_cache=True)
         cache = getattr(said, "past_key_values", None)
-        probabilities = said.logits[0, -1, :columns].float().softmax(-1).cpu()
+        logits = models.head(model).logits(said[0][0, -1:])  # of the last position alone
+        probabilities = logits[0, :columns].softmax(-1).cpu()
         token = torch.multinomial(probabilities, 1, generator=generator)[None].to(device)
         text = torch.cat([text, token], 1)
         if token.item() == end:
