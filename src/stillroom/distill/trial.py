@@ -248,11 +248,11 @@ class Trial:
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            ours = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
-            if not ours:
-                raise
             said = error.values.get("device", error) if isinstance(error, OutOfMemoryError) else error
-            raise self._too_little(wanted, str(said)) from error
+            _, on_cpu, of_cpu = str(said).partition("DefaultCPUAllocator: ")
+            if not on_cpu and not isinstance(error, torch.OutOfMemoryError | MemoryError):
+                raise
+            raise self._too_little(wanted, of_cpu or str(said)) from error
 
     def _too_little(self, wanted: str, said: str) -> OutOfMemoryError:
         """What asks for less memory, the least painful first."""

@@ -165,6 +165,18 @@ def test_too_little_memory_says_what_asks_for_less(begin, monkeypatch):
     assert "--resume" not in str(raised.value)
 
 
+def test_a_lack_of_memory_on_a_cpu(begin, monkeypatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+                           "you tried to allocate 99 bytes. Error code 12 (Cannot allocate memory)")  # fmt: skip
+
+    trial, _, _ = begin()
+    monkeypatch.setattr(module, "build_pair", full)
+    with pytest.raises(OutOfMemoryError) as raised:
+        trial.measure()
+    assert raised.value.values["reason"] == "can't allocate memory: you tried to allocate 99 bytes"
+
+
 def test_a_bug_is_no_lack_of_memory(begin, monkeypatch):
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
