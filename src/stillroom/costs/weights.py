@@ -1,0 +1,141 @@
+"""A model's config.json and the headers of its safetensors: from a folder, or these small files alone from the hub."""
+
+import json
+import os
+import re
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from stillroom.errors import DataError, MissingError, StillroomError
+
+MOST_HEADER_BYTES = 100_000_000
+"""The longest header that safetensors itself accepts."""
+ITEM_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2, "F8_E4M3": 1,
+    "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a model's small files tell."""
+
+    config: Mapping[str, Any]
+    """The values of config.json."""
+    numbers: Mapping[str, int]
+    """How many numbers its weights hold, by the type that safetensors calls them: BF16, F32, …"""
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(ITEM_BYTES.get(dtype, 1) * count for dtype, count in self.numbers.items())
+
+
+def read_model(name: str, revision: str | None = None, whose: str = "the model") -> ModelFiles:
+    """The config and the headers of a folder, or of a model on the hub (of which no weights are loaded).
+
+    Raises:
+        MissingError: there is no such model, or it has no config.json or no safetensors.
+        DataError: a file is damaged.
+    """
+    return _local(Path(name), whose) if _is_folder(name) else _from_hub(name, revision, whose)
+
+
+def _is_folder(name: str) -> bool:
+    """Whether a folder is meant: it, or the folder it begins with, is there; or it cannot be a name on the hub."""
+    hub_form = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name)
+    return Path(name).exists() or hub_form is None or ("/" in name and Path(name).parts[0] in os.listdir())
+
+
+def _local(folder: Path, whose: str) -> ModelFiles:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise MissingError(
+            f"{whose} is not there",
+            {"folder": folder, "expected": "config.json"},
+            why="Its sizes are read from its config.json.",
+            fix="Check the path; the name of a model on the hub has the form owner/name.",
+        )
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise MissingError(
+            f"{whose} has a config and no weights",
+            {"folder": folder, "expected": "*.safetensors"},
+            why="Nothing could be loaded from it, so there is no run to plan.",
+            fix="Check that the download was complete; a student that is to be new is student.init of kind config.",
+        )
+    numbers: Counter[str] = Counter()
+    for weight in weights:
+        numbers.update(_numbers(weight))
+    return ModelFiles(_read_json(path), numbers)
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+        if isinstance(values, dict):
+            return values
+        problem = f"a {type(values).__name__}"
+    except ValueError as error:
+        problem = str(error)
+    raise DataError(
+        f"{path} is damaged",
+        {"expected": "an object in JSON", "found": problem},
+        why="The sizes of the model are read from it.",
+        fix="Copy or download the file again.",
+    )
+
+
+def _numbers(path: Path) -> Counter[str]:
+    """How many numbers a safetensors file holds, by type."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        header = file.read(length) if 8 + length <= size and length <= MOST_HEADER_BYTES else b""
+    try:
+        tensors = json.loads(header)
+        found: Counter[str] = Counter()
+        for name, tensor in tensors.items():
+            if name != "__metadata__":
+                found[str(tensor["dtype"])] += prod(tensor["shape"])
+        return found
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise DataError(
+            f"{path} is not a safetensors file",
+            {"bytes": size, "expected": "a header that names each tensor with its type and shape"},
+            why="How large its weights are is read from its header.",
+            fix="Copy or download the file again; a git-lfs pointer needs `git lfs pull`.",
+        ) from None
+
+
+def _from_hub(name: str, revision: str | None, whose: str) -> ModelFiles:
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, NotASafetensorsRepoError
+
+    try:
+        config = _read_json(Path(hf_hub_download(name, "config.json", revision=revision)))
+        cached = try_to_load_from_cache(name, "model.safetensors", revision=revision)
+        if isinstance(cached, str):
+            return ModelFiles(config, _numbers(Path(cached)))
+        found = get_safetensors_metadata(name, revision=revision)
+    except StillroomError:
+        raise
+    except NotASafetensorsRepoError as error:
+        raise _not_there(name, whose, "a config and no safetensors weights") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise _not_there(name, whose, str(error).splitlines()[0][:200]) from error
+    return ModelFiles(config, {str(dtype): count for dtype, count in found.parameter_count.items()})
+
+
+def _not_there(name: str, whose: str, found: str) -> MissingError:
+    return MissingError(
+        f"{whose} cannot be read from the hub",
+        {"model": name, "found": found},
+        why="Its config.json and the headers of its safetensors tell its sizes; its weights are not loaded.",
+        fix="Check the name, the network (or HF_HUB_OFFLINE) and the access (`hf auth login`); or name a folder.",
+    )
