@@ -60,7 +60,8 @@ class Architecture:
     """Channels of the expert that all tokens go through."""
 
     @property
-    def _family(self) -> Family:
+    def kind(self) -> Family:
+        """What its family has in common."""
         return FAMILIES[self.family]
 
     @property
@@ -75,7 +76,7 @@ class Architecture:
 
     @property
     def mlp_matrices(self) -> int:
-        return 3 if self._family.gated else 2
+        return 3 if self.kind.gated else 2
 
     @property
     def attention_matmul(self) -> int:
@@ -110,8 +111,17 @@ class Architecture:
     def head_matmul_parameters(self) -> int:
         return self.vocab_size * self.hidden_size
 
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of the largest layer."""
+        h = self.hidden_size
+        shared = self._mlp(self.shared_size) + h if self.shared_size else 0
+        sparse = self.num_experts * (self._mlp(self.expert_size) + h) + shared if self.num_sparse_layers else 0
+        dense = self._mlp(self.intermediate_size) if self.num_sparse_layers < self.num_layers else 0
+        return self.attention_matmul + max(sparse, dense) + self.kind.norms * h
+
     def _parameters(self, experts: int) -> Parameters:
-        h, n, family = self.hidden_size, self.num_layers, self._family
+        h, n, family = self.hidden_size, self.num_layers, self.kind
         attention = self.attention_matmul
         attention += self.qkv_bias * (self.query_size + 2 * self.key_size) + self.output_bias * h
         norm = h * (2 if family.layer_norms else 1)

@@ -34,6 +34,13 @@ class Family:
     """Besides its experts a block has one that all tokens go through, with a gate of its own."""
     every_head_has_keys: bool = False
     """As many key and value heads as query heads, where their number is left out."""
+    squares: int = 0
+    """Matrices of length by length that each head keeps for the backward pass: 0 with fused attention; 2 where it is
+    capped; 3 with dropout."""
+    fused_matrices: bool = False
+    """Queries, keys and values are one product, which is kept as a whole; so are the MLP's first two."""
+    mlp_tensors: int = 4
+    """Tensors of the MLP's channels that are kept for the backward pass."""
     names: MappingProxyType[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """Its own names for keys that others call otherwise."""
 
@@ -46,11 +53,11 @@ FAMILIES = {
     "qwen2": Family(qkv_bias=True),
     "qwen3": Family(qkv_bias="attention_bias", output_bias="attention_bias", head_norms=True, head_dim=128),
     "gemma": Family(qkv_bias="attention_bias", output_bias="attention_bias", tied=True, head_dim=256),
-    "gemma2": Family(qkv_bias="attention_bias", output_bias="attention_bias", tied=True, head_dim=256, norms=4),
+    "gemma2": Family(qkv_bias="attention_bias", output_bias="attention_bias", tied=True, head_dim=256, norms=4, squares=2),
     "gemma3_text": Family(
         qkv_bias="attention_bias", output_bias="attention_bias", tied=True, head_dim=256, norms=4, head_norms=True
     ),
-    "phi3": Family(every_head_has_keys=True),
+    "phi3": Family(every_head_has_keys=True, fused_matrices=True),
     "mixtral": Family(experts=True, names=MappingProxyType({"num_experts": "num_local_experts"})),
     "qwen2_moe": Family(experts=True, shared_expert=True, qkv_bias="qkv_bias"),
     "qwen3_moe": Family(
@@ -65,6 +72,9 @@ FAMILIES = {
         mlp_bias=True,
         tied=True,
         every_head_has_keys=True,
+        squares=3,
+        fused_matrices=True,
+        mlp_tensors=5,
         names=MappingProxyType(
             {
                 "hidden_size": "n_embd",

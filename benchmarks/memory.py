@@ -1,0 +1,161 @@
+"""Peak memory of six real runs on a CPU, beside what `stillroom plan` predicts of them.
+
+Each run is `stillroom distill` in a process of its own, with random weights at sizes where the models dominate. Before
+it, the same process makes a run of a tiny student, so that imports, compiled kernels and threads are there already; the
+resident size then is what is subtracted from the peak. The peak is that of the second step and all after it.
+
+    python benchmarks/memory.py [--only NAME]
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from results import data_folder, machine, save
+
+BAR = 0.15
+STEPS = 3
+STUDENT = {
+    "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+TEACHER = {
+    "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+}  # fmt: skip
+TINY = {name: 8 if "size" in name else 1 for name in STUDENT}
+MICRO_TOKENS, LENGTH = 2048, 512
+RUNS: dict[str, list[str]] = {
+    "live": [],
+    "stored": ["teacher={kind: store, path: $FOLDER/captured/store}", "data={format: store}"],
+    "hidden": ["objectives=[{kind: forward_kl}, {kind: hidden}]"],
+    "lora": ["student.lora={rank: 16}"],
+    "no checkpointing": ["teacher=null", "objectives=[{kind: cross_entropy}]", f"batch.tokens={3 * MICRO_TOKENS}"],
+    "checkpointing": [
+        "teacher=null", "objectives=[{kind: cross_entropy}]", f"batch.tokens={3 * MICRO_TOKENS}",
+        "student.gradient_checkpointing=true",
+    ],
+}  # fmt: skip
+
+
+def prepare(folder: Path) -> None:
+    """Writes the teacher, and a store of what it says."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from stillroom.capture.config import CaptureConfig
+    from stillroom.capture.run import run
+    from stillroom.config import load
+
+    tokenizer = AutoTokenizer.from_pretrained(data_folder() / "tokenizers" / "llama2")
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=LENGTH, **TEACHER)
+    LlamaForCausalLM(config).save_pretrained(folder / "teacher")
+    tokenizer.save_pretrained(folder / "teacher")
+    settings = [f"teacher.model={folder}/teacher", *data(), "data.max_documents=40", f"out={folder}/captured"]
+    run(load(CaptureConfig, None, settings))
+
+
+def data() -> list[str]:
+    path = data_folder() / "text" / "tinystories_valid.jsonl"
+    return ["data.format=text", f"data.path={path}", f"data.length={LENGTH}"]
+
+
+def settings(name: str, folder: Path, sizes: dict[str, int]) -> list[str]:
+    student = {"kind": "config", "like": f"{folder}/teacher", "settings": sizes}
+    found = [
+        f"student.init={json.dumps(student)}", f"student.tokenizer={folder}/teacher",
+        f"teacher={{kind: model, model: {folder}/teacher}}", *data(), "objectives=[{kind: forward_kl}]",
+        f"steps={STEPS}", f"batch={{tokens: {MICRO_TOKENS}, micro_tokens: {MICRO_TOKENS}}}",
+        "optimizer.learning_rate=1e-4", f"data.cache={folder}/cache", "device=cpu",
+        f"out={folder}/{name.replace(' ', '-')}-{sizes['hidden_size']}",
+    ]  # fmt: skip
+    own = [word.replace("$FOLDER", str(folder)) for word in RUNS[name]]
+    replaced = {word.partition("=")[0] for word in own}
+    kept = [w for w in found if not any(w.partition("=")[0] == r or w.startswith(f"{r}.") for r in replaced)]
+    return [*kept, *own]
+
+
+def resident_bytes(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def work(name: str, folder: Path) -> dict[str, Any]:
+    """Measures and predicts one run, in a process of its own."""
+    from stillroom.config import load
+    from stillroom.costs.architecture import read_architecture
+    from stillroom.costs.hardware import Hardware
+    from stillroom.costs.memory import memory
+    from stillroom.costs.weights import read_model
+    from stillroom.distill.config import DistillConfig
+    from stillroom.distill.costs import Known, load_of, student_values
+    from stillroom.distill.run import run
+
+    run(load(DistillConfig, None, [*settings(name, folder, TINY), "steps=1"]))
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = resident_bytes("VmRSS")
+    peaks = []
+
+    def report(event: str, values: Any) -> None:
+        if event == "step" and values["step"] == 1:
+            Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+        elif event == "step":
+            peaks.append(resident_bytes("VmHWM") - before)
+
+    config = load(DistillConfig, None, settings(name, folder, STUDENT))
+    run(config, report=report)
+    source = read_model(f"{folder}/teacher").config
+    stored = folder / "captured" / "store" / "manifest.json"
+    offline = config.teacher is not None and config.teacher.kind == "store"
+    known = Known(
+        read_architecture(student_values(config, source)),
+        read_architecture(source) if config.teacher is not None and not offline else None,
+        json.loads(stored.read_text()) if offline else None,
+    )
+    told = memory(load_of(config, known, Hardware(device="CPU")))
+    return {
+        "measured_bytes": peaks[-1],
+        "predicted_bytes": told.total,
+        "ratio": told.total / peaks[-1],
+        "moment": told.moment,
+        "predicted": {part: round(value / 2**20, 1) for part, value in {**told.stays, **told.comes}.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", choices=RUNS)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--worker")
+    options = parser.parse_args()
+    if options.worker:
+        prepare(options.folder) if options.worker == "prepare" else print(json.dumps(work(options.worker, options.folder)))
+        return
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("prepare", *([options.only] if options.only else RUNS)):
+            command = [sys.executable, __file__, "--worker", name, "--folder", str(options.folder or folder)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
+            if name == "prepare":
+                continue
+            found[name] = json.loads(done.stdout)
+            measured, predicted = (found[name][f"{what}_bytes"] / 2**20 for what in ("measured", "predicted"))
+            print(f"{name:18} measured {measured:8.1f} MiB, predicted {predicted:8.1f}, ratio {predicted / measured:.3f}")
+    if options.only is None:
+        worst = max(abs(run["ratio"] - 1) for run in found.values())
+        save(__file__, {"machine": machine(), "runs": found, "worst": worst, "bar": BAR})
+
+
+if __name__ == "__main__":
+    main()

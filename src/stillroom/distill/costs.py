@@ -1,0 +1,335 @@
+"""What a distillation will need: memory, arithmetic, time and cost, from its settings and its models' configs alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from stillroom.costs.activations import layer_bytes
+from stillroom.costs.adapters import adapter_parameters
+from stillroom.costs.advice import advise
+from stillroom.costs.architecture import Architecture, read_architecture
+from stillroom.costs.estimate import CAPTURE_SPEED, STORE_STEP, estimate, live_or_offline
+from stillroom.costs.flops import forward_flops, training_flops
+from stillroom.costs.hardware import Hardware
+from stillroom.costs.memory import Adapters, Load, TeacherLoad, memory, trained_parameters
+from stillroom.costs.report import Report
+from stillroom.costs.storage import stored
+from stillroom.cut.config import BestLayers, CutConfig, EveryLayer, Width
+from stillroom.distill.config import DistillConfig, LiveTeacher, StoreTeacher
+from stillroom.distill.hidden_config import Every, Last, Pairs, Uniform
+from stillroom.distill.objective_config import Hidden
+from stillroom.errors import ConfigError
+
+LOGITS_BYTES = 256 * 2**20
+"""What `logits_bytes=auto` is."""
+WIDTHS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+
+
+@dataclass(frozen=True)
+class Known:
+    """What headers tell of a distillation."""
+
+    student: Architecture
+    teacher: Architecture | None = None
+    """A live one."""
+    store: Mapping[str, Any] | None = None
+    """The manifest of a store."""
+    num_tokens: float | None = None
+    """Tokens in one pass over the data."""
+    documents_share_rows: bool = True
+
+    @property
+    def teacher_width(self) -> int:
+        """Hidden channels of the teacher's inner states."""
+        if self.teacher is not None:
+            return self.teacher.hidden_size
+        return 0 if self.store is None else int(self.store.get("hidden_width", 0))
+
+    @property
+    def teacher_layers(self) -> int:
+        if self.teacher is not None:
+            return self.teacher.num_layers
+        return 0 if self.store is None else int(self.store.get("num_layers", 0))
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def student_values(config: DistillConfig, source: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The values of the student's config.json, of one that is new or cut from ``source``; else ``source`` itself.
+
+    Args:
+        source: the config of the student's model, of what it is like, or of what it is cut from; None for a family's
+            name, whose sizes are all in the settings.
+    """
+    init = config.student.init
+    if init is None:
+        assert source is not None
+        return source
+    if init.kind == "config":
+        begin = {"model_type": init.family} if source is None else source
+        return {**begin, **init.settings}
+    assert source is not None
+    return cut_values(init, source)
+
+
+def cut_values(cut: CutConfig, source: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of a part of a model: how many layers it keeps, and its widths."""
+    model = read_architecture(source, "the model that the student is cut from")
+    there = dict(
+        zip(WIDTHS, (model.hidden_size, model.num_heads, model.num_kv_heads, model.intermediate_size), strict=True)
+    )
+    found = {**source, "num_hidden_layers": _kept_layers(cut, model.num_layers)}
+    if isinstance(cut.width, Width):
+        asked = {name: value for name in WIDTHS if (value := getattr(cut.width, name)) is not None}
+        if "num_attention_heads" in asked and "num_key_value_heads" not in asked:
+            asked["num_key_value_heads"] = asked["num_attention_heads"] * model.num_kv_heads // model.num_heads
+        return {**found, **there, "head_dim": model.head_dim, **asked}
+    if cut.width is not None:
+        share = {name: number * cut.width // model.hidden_size for name, number in there.items()}
+        return {**found, **share, "head_dim": model.head_dim}
+    return found
+
+
+def _kept_layers(cut: CutConfig, num_layers: int) -> int:
+    rule = cut.layers
+    if rule is None:
+        return num_layers
+    if isinstance(rule, EveryLayer):
+        return num_layers // rule.step
+    if isinstance(rule, BestLayers):
+        return min(rule.count, num_layers)
+    return len(rule) if isinstance(rule, tuple) else min(rule, num_layers)
+
+
+def num_pairs(config: DistillConfig, known: Known) -> int:
+    """How many pairs of layers the objectives of inner states compare."""
+    ours, theirs, total = known.student.num_layers, known.teacher_layers, 0
+    for objective in config.objectives:
+        if not isinstance(objective, Hidden):
+            continue
+        match objective.layers:
+            case Pairs(pairs=pairs):
+                total += len(pairs)
+            case Last(count=count):
+                total += count
+            case Every(step=step):
+                total += min(ours, theirs // step)
+            case Uniform(one_in=one_in):
+                total += -(-ours // one_in)
+            case _:
+                total += ours
+    return total
+
+
+def load_of(config: DistillConfig, known: Known, hardware: Hardware) -> Load:
+    """What memory follows from, of a run on this hardware."""
+    student, lora = config.student, config.student.lora
+    length = _length(config, known)
+    micro_tokens = config.batch.micro_tokens
+    if micro_tokens == "auto":
+        micro_tokens = max(length, 16384)
+    micro_tokens = min(micro_tokens, config.batch.tokens)
+    half = config.precision == "bfloat16" or (config.precision == "auto" and not hardware.is_cpu)
+    load = Load(
+        known.student,
+        length,
+        micro_tokens,
+        half=half,
+        checkpointing=student.gradient_checkpointing,
+        masked=known.documents_share_rows,
+        flash=student.attention.startswith("flash"),
+        columns=_columns(config, known),
+        logits_bytes=LOGITS_BYTES if config.logits_bytes == "auto" else config.logits_bytes,
+        keeps_logits=hardware.is_cpu,
+        states=hardware.states,
+        adapters=None if lora is None else Adapters(adapter_parameters(known.student, lora.rank, lora.targets)),
+        teacher=_teacher_load(config, known, hardware),
+        stored_entries=_entries(known),
+        hidden_pairs=num_pairs(config, known),
+        teacher_width=known.teacher_width,
+        objective=any(not isinstance(objective, Hidden) for objective in config.objectives),
+        driver_bytes=hardware.driver_bytes,
+        num_devices=hardware.num_devices,
+        parallel=hardware.how_parallel,
+    )
+    return replace(load, micro_batches=max(1, -(-config.batch.tokens // (load.tokens * hardware.num_devices))))
+
+
+def _length(config: DistillConfig, known: Known) -> int:
+    if config.data.length != "auto":
+        return config.data.length
+    if known.store is not None:
+        return int(known.store["length"])
+    raise ConfigError(
+        "the length of a row is not known",
+        {"data.length": "auto", "the store": "not there yet"},
+        why="Activations, and so memory, follow from it.",
+        fix="Set data.length to the length that the store will be captured with.",
+    )
+
+
+def _columns(config: DistillConfig, known: Known) -> int | None:
+    if known.store is not None:
+        return int(known.store["num_columns"])
+    columns = getattr(config.teacher, "columns", "auto")
+    if columns != "auto":
+        return columns
+    return None if known.teacher is None else min(known.student.vocab_size, known.teacher.vocab_size)
+
+
+def _teacher_load(config: DistillConfig, known: Known, hardware: Hardware) -> TeacherLoad | None:
+    teacher = config.teacher
+    if not isinstance(teacher, LiveTeacher) or known.teacher is None or not _asks_teacher(config):
+        return None
+    single = teacher.dtype == "float32" or (teacher.dtype == "auto" and hardware.is_cpu)
+    return TeacherLoad(known.teacher, 4 if single else 2)
+
+
+def _asks_teacher(config: DistillConfig) -> bool:
+    asked = any(objective.weight != 0 and objective.needs_teacher for objective in config.objectives)
+    return asked or config.held_out is not None
+
+
+def _entries(known: Known) -> float:
+    if known.store is None:
+        return 0.0
+    return int(known.store.get("entries", 0)) / max(1, int(known.store.get("positions", 0)))
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def costs(config: DistillConfig, known: Known, hardware: Hardware, title: str = "distill") -> Report:
+    """Parameters, memory, arithmetic, time and cost of a run; whether it fits; live or offline."""
+    report, device = Report(title, assumptions=hardware.assumptions()), hardware.found()
+    load = load_of(config, known, hardware)
+    _add_parameters(report, load, known)
+    _add_memory(report, load, device.memory_bytes)
+    _add_time(report, config, known, load, hardware)
+    _assume(report, config, load)
+    return report
+
+
+def _add_parameters(report: Report, load: Load, known: Known) -> None:
+    own = known.student.parameters
+    report.add("parameters", "student", own.total, "count", _parts(known.student))
+    report.add("parameters", "trained", trained_parameters(load), "count")
+    if known.student.num_experts:
+        report.add("parameters", "student, active", known.student.active.total, "count", "those that a token meets")
+    if known.teacher is not None:
+        report.add("parameters", "teacher", known.teacher.parameters.total, "count", _parts(known.teacher))
+        if known.teacher.num_experts:
+            report.add("parameters", "teacher, active", known.teacher.active.total, "count", "those that a token meets")
+
+
+def _parts(model: Architecture) -> str:
+    own = model.parameters
+    parts = {name: getattr(own, name) for name in ("embeddings", "attention", "mlp", "experts", "router", "head")}
+    text = ", ".join(f"{name} {value / 1e6:,.1f}M" for name, value in parts.items() if value)
+    return f"{model.family}: {text}{', head tied' if model.tied else ''}"
+
+
+def _add_memory(report: Report, load: Load, memory_bytes: int) -> None:
+    found = memory(load)
+    for name, value in found.stays.items():
+        report.add("memory of a device", name, value, "bytes")
+    for name, value in found.comes.items():
+        report.add("memory of a device", name, value, "bytes", f"at the {found.moment} of a step")
+    report.add("memory of a device", "in all", found.total, "bytes", f"of {memory_bytes / 2**30:,.2f} GiB")
+    report.advice += advise(load, memory_bytes)
+
+
+def _add_time(report: Report, config: DistillConfig, known: Known, load: Load, hardware: Hardware) -> None:
+    adapters = None if load.adapters is None else load.adapters.num_parameters
+    trained = training_flops(
+        load.student, load.length, checkpointing=load.checkpointing, adapter_parameters=adapters
+    )
+    asked = 0.0 if load.teacher is None else forward_flops(load.teacher.model, load.length)
+    section = "arithmetic of a token"
+    report.add(section, "student, forward", trained.forward, "FLOP")
+    report.add(section, "student, backward", trained.backward, "FLOP")
+    if trained.recomputed:
+        report.add(section, "student, recomputed", trained.recomputed, "FLOP")
+    if asked:
+        report.add(section, "teacher, forward", asked, "FLOP")
+    device, n, each = hardware.found(), hardware.num_devices, trained.total + asked
+    whose = f"{n} x {device.name}" if n > 1 else device.name
+    if isinstance(config.teacher, StoreTeacher):
+        each *= STORE_STEP
+    pace = 1 / estimate(each, device, n, hardware.utilisation).time_s
+    section = f"time on {whose}"
+    report.add(section, "tokens a second", pace, "count")
+    tokens, why = _num_tokens(config, known, hardware)
+    report.add(section, "tokens", tokens, "count", why)
+    if tokens is None:
+        return
+    whole = estimate(each * tokens, device, n, hardware.utilisation)
+    report.add(section, "arithmetic", whole.flops, "FLOP")
+    report.add(section, "time", whole.time_s, "s")
+    report.add(section, "device-hours", whole.device_hours, "hours")
+    if whole.cost is not None:
+        report.add(section, "cost", whole.cost, "$")
+    if load.teacher is not None:
+        _compare(report, config, load, trained.total, asked, tokens, hardware)
+
+
+def _num_tokens(config: DistillConfig, known: Known, hardware: Hardware) -> tuple[float | None, str]:
+    if config.steps is not None:
+        return config.steps * config.batch.tokens, f"{config.steps:,} steps of at most {config.batch.tokens:,}"
+    of_pass = hardware.data_tokens or known.num_tokens
+    assert config.epochs is not None  # a config has either
+    if of_pass is None:
+        return None, "the data are not tokenised yet: data_tokens=… tells how many are in one pass"
+    return config.epochs * of_pass, f"{config.epochs} x {of_pass:,.0f}"
+
+
+def _compare(
+    report: Report, config: DistillConfig, load: Load, trained: float, asked: float, tokens: float, hardware: Hardware
+) -> None:
+    """Asking the teacher live beside asking it once."""
+    epochs = config.epochs or 1
+    of_pass = tokens / epochs
+    found = live_or_offline(asked, trained, of_pass, epochs, hardware.students)
+    device, section = hardware.found(), "live or offline"
+    for name, flops in (("live", found.live), ("offline", found.offline)):
+        told = estimate(flops, device, hardware.num_devices, hardware.utilisation)
+        note = f"{told.device_hours:,.3g} device-hours" + ("" if told.cost is None else f", ${told.cost:,.2f}")
+        report.add(section, name, flops, "FLOP", note)
+    report.add(
+        section, "break-even", found.break_even, "number", "epochs times students from which on offline takes less"
+        if found.break_even is not None else "never: reading a store costs more than this teacher",
+    )  # fmt: skip
+    kind = stored(load.columns or load.student.vocab_size)
+    report.add(section, "the store", of_pass * kind.bytes_per_position, "bytes",
+               f"{kind.bytes_per_position:.1f} bytes a position; {kind.source}")  # fmt: skip
+    better = "offline" if found.offline < found.live else "live"
+    share = min(found.live, found.offline) / max(found.live, found.offline)
+    report.advice.append(
+        f"{better} takes less: {share:.0%} of the other's arithmetic, in {epochs} "
+        f"epoch{'s' * (epochs > 1)} for {hardware.students} student{'s' * (hardware.students > 1)}"
+    )
+    report.assumptions.append(
+        f"offline: a capture at {CAPTURE_SPEED:.0%} of a bare forward pass, a step from a store {STORE_STEP:.3f} times "
+        "as long (both measured with tiny models, benchmarks/store.json)"
+    )
+
+
+def _assume(report: Report, config: DistillConfig, load: Load) -> None:
+    report.assumptions += [
+        "a token's FLOPs: 2 for each entry of a matrix it is multiplied with, 2 · layers · query channels · length of "
+        "attention (causal: half of the row); backward twice that; norms and the optimizer are left out",
+        f"micro-batches of {load.tokens:,} tokens, all of which are learnt, {load.micro_batches} of them in a step of "
+        "a device; weights and gradients in float32",
+    ]
+    if load.masked and not load.flash and not load.student.kind.squares:
+        report.assumptions.append("several documents in a row: attention goes by a mask, kept by each layer")
+    if load.student.kind.squares:
+        each = layer_bytes(load.student, load.length, half=load.half) * load.tokens / 2**20
+        report.assumptions.append(
+            f"a {load.student.family} keeps attention matrices of length by length: {each:,.0f} MiB a layer"
+        )
+    if config.student.freeze:
+        report.assumptions.append("student.freeze: frozen parameters are counted as if they were trained")
+    if load.student.num_sparse_layers:
+        report.assumptions.append("experts are met evenly; all of their parameters are in memory")
