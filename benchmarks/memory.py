@@ -140,7 +140,9 @@ def main() -> None:
     parser.add_argument("--worker")
     options = parser.parse_args()
     if options.worker:
-        prepare(options.folder) if options.worker == "prepare" else print(json.dumps(work(options.worker, options.folder)))
+        prepare(options.folder) if options.worker == "prepare" else print(
+            json.dumps(work(options.worker, options.folder))
+        )
         return
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -151,7 +153,9 @@ def main() -> None:
                 continue
             found[name] = json.loads(done.stdout)
             measured, predicted = (found[name][f"{what}_bytes"] / 2**20 for what in ("measured", "predicted"))
-            print(f"{name:18} measured {measured:8.1f} MiB, predicted {predicted:8.1f}, ratio {predicted / measured:.3f}")
+            print(
+                f"{name:18} measured {measured:8.1f} MiB, predicted {predicted:8.1f}, ratio {predicted / measured:.3f}"
+            )
     if options.only is None:
         worst = max(abs(run["ratio"] - 1) for run in found.values())
         save(__file__, {"machine": machine(), "runs": found, "worst": worst, "bar": BAR})

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from stillroom.errors import ConfigError
 
 FLAGS = ("dry-run", "resume", "overwrite", "quiet", "debug", "help")
-OF_SOME = {"json": ("doctor",)}
+OF_SOME = {"json": ("doctor", "plan")}
 """Flags that only some verbs have."""
-WITH_WORDS = ("chat", "report", "store")
+WITH_WORDS = ("chat", "plan", "report", "store")
 """Verbs that take words of their own in the place of a recipe: `stillroom store check DIR`, `stillroom report RUN`."""
 
 

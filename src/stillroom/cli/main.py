@@ -18,6 +18,7 @@ VERBS = {
     "distill": "train a student to predict as its teacher does",
     "doctor": "look at a run of distill before it is paid for",
     "evaluate": "compare models with their teacher: distillation metrics and benchmarks",
+    "plan": "what a run will need: memory, time, cost and storage, from headers alone",
     "prune": "cut a smaller model out of a bigger one",
     "report": "make the report of an evaluation anew from its files",
     "store": "check, show, export, import and merge stores of what teachers said",

@@ -53,7 +53,9 @@ FAMILIES = {
     "qwen2": Family(qkv_bias=True),
     "qwen3": Family(qkv_bias="attention_bias", output_bias="attention_bias", head_norms=True, head_dim=128),
     "gemma": Family(qkv_bias="attention_bias", output_bias="attention_bias", tied=True, head_dim=256),
-    "gemma2": Family(qkv_bias="attention_bias", output_bias="attention_bias", tied=True, head_dim=256, norms=4, squares=2),
+    "gemma2": Family(
+        qkv_bias="attention_bias", output_bias="attention_bias", tied=True, head_dim=256, norms=4, squares=2
+    ),
     "gemma3_text": Family(
         qkv_bias="attention_bias", output_bias="attention_bias", tied=True, head_dim=256, norms=4, head_norms=True
     ),

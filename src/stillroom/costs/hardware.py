@@ -85,7 +85,9 @@ class Hardware(Config):
         if not self.is_cpu:
             found.append(f"{DRIVER_BYTES / 2**30:.0f} GiB of a device for its driver, workspaces and fragments")
         if self.num_devices > 1:
-            found.append("one process trains on one device as yet; of several this tells what PyTorch's own DDP or FSDP2 takes")
+            found.append(
+                "one process trains on one device as yet; of several this tells what PyTorch's own DDP or FSDP2 takes"
+            )
         if self.states == "int8":
             found.append("8-bit moments are arithmetic alone: runs have AdamW in float32")
         return found

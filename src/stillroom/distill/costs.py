@@ -1,7 +1,9 @@
 """What a distillation will need: memory, arithmetic, time and cost, from its settings and its models' configs alone."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from stillroom.costs.activations import layer_bytes
@@ -14,14 +16,17 @@ from stillroom.costs.hardware import Hardware
 from stillroom.costs.memory import Adapters, Load, TeacherLoad, memory, trained_parameters
 from stillroom.costs.report import Report
 from stillroom.costs.storage import stored
+from stillroom.costs.weights import read_model
 from stillroom.cut.config import BestLayers, CutConfig, EveryLayer, Width
 from stillroom.distill.config import DistillConfig, LiveTeacher, StoreTeacher
 from stillroom.distill.hidden_config import Every, Last, Pairs, Uniform
 from stillroom.distill.objective_config import Hidden
-from stillroom.errors import ConfigError
+from stillroom.errors import ConfigError, DataError
 
 LOGITS_BYTES = 256 * 2**20
 """What `logits_bytes=auto` is."""
+ENTRIES = 20.0
+"""Of a position in a store that is not there yet: the default signal's at the most."""
 WIDTHS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
@@ -145,7 +150,7 @@ def load_of(config: DistillConfig, known: Known, hardware: Hardware) -> Load:
         states=hardware.states,
         adapters=None if lora is None else Adapters(adapter_parameters(known.student, lora.rank, lora.targets)),
         teacher=_teacher_load(config, known, hardware),
-        stored_entries=_entries(known),
+        stored_entries=_entries(config, known),
         hidden_pairs=num_pairs(config, known),
         teacher_width=known.teacher_width,
         objective=any(not isinstance(objective, Hidden) for objective in config.objectives),
@@ -172,9 +177,8 @@ def _length(config: DistillConfig, known: Known) -> int:
 def _columns(config: DistillConfig, known: Known) -> int | None:
     if known.store is not None:
         return int(known.store["num_columns"])
-    columns = getattr(config.teacher, "columns", "auto")
-    if columns != "auto":
-        return columns
+    if isinstance(config.teacher, LiveTeacher) and config.teacher.columns != "auto":
+        return config.teacher.columns
     return None if known.teacher is None else min(known.student.vocab_size, known.teacher.vocab_size)
 
 
@@ -191,10 +195,61 @@ def _asks_teacher(config: DistillConfig) -> bool:
     return asked or config.held_out is not None
 
 
-def _entries(known: Known) -> float:
-    if known.store is None:
+def _entries(config: DistillConfig, known: Known) -> float:
+    if not isinstance(config.teacher, StoreTeacher):
         return 0.0
+    if known.store is None:
+        return ENTRIES
     return int(known.store.get("entries", 0)) / max(1, int(known.store.get("positions", 0)))
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_known(config: DistillConfig) -> Known:
+    """What the headers of the models tell, and the manifest of a store where it is there.
+
+    Raises:
+        MissingError, DataError: a model is not there, or not whole.
+        ConfigError: its architecture is not known.
+    """
+    student, init, teacher = config.student, config.student.init, config.teacher
+    asked = store = None
+    if isinstance(teacher, LiveTeacher):
+        asked = read_model(teacher.model, teacher.revision, "the teacher").config
+    elif isinstance(teacher, StoreTeacher):
+        store = _manifest(teacher.path)
+    name = student.model or getattr(init, "model", None) or getattr(init, "like", None)
+    source = asked if name is None else read_model(name, student.revision, "the student").config
+    if getattr(init, "family", None) is not None:
+        source = None
+    return Known(
+        read_architecture(student_values(config, source), "the student"),
+        None if asked is None else read_architecture(asked, "the teacher"),
+        store,
+        None if store is None else float(store["positions"]),
+        config.data.pack,
+    )
+
+
+def _manifest(path: str) -> Mapping[str, Any] | None:
+    """The manifest of a store in a folder; None where none is there yet."""
+    file = Path(path) / "manifest.json"
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_bytes())
+        if all(isinstance(values[name], int) for name in ("positions", "length", "num_columns")):
+            return values
+        found = "other values"
+    except (ValueError, TypeError, KeyError) as error:
+        found = f"{type(error).__name__}: {error}"
+    raise DataError(
+        f"{file} is no manifest of a store",
+        {"expected": "positions, length and num_columns", "found": found},
+        why="They tell how much there is to learn.",
+        fix="See what `stillroom store check` says of it.",
+    )
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
@@ -242,9 +297,7 @@ def _add_memory(report: Report, load: Load, memory_bytes: int) -> None:
 
 def _add_time(report: Report, config: DistillConfig, known: Known, load: Load, hardware: Hardware) -> None:
     adapters = None if load.adapters is None else load.adapters.num_parameters
-    trained = training_flops(
-        load.student, load.length, checkpointing=load.checkpointing, adapter_parameters=adapters
-    )
+    trained = training_flops(load.student, load.length, checkpointing=load.checkpointing, adapter_parameters=adapters)
     asked = 0.0 if load.teacher is None else forward_flops(load.teacher.model, load.length)
     section = "arithmetic of a token"
     report.add(section, "student, forward", trained.forward, "FLOP")

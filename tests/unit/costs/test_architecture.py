@@ -4,11 +4,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from published import LLAMA, PUBLISHED, sizes
 from stillroom.costs.architecture import read_architecture
 from stillroom.costs.families import FAMILIES
 from stillroom.errors import ConfigError
-
-from .configs import LLAMA, PUBLISHED, sizes
 
 TINY = {"vocab_size": 96, **sizes(24, 40, 3, 4, 2)}
 OWN = {

@@ -2,13 +2,12 @@
 
 import pytest
 
+from published import PUBLISHED
 from stillroom.costs import storage
 from stillroom.costs.architecture import read_architecture
 from stillroom.costs.devices import DEVICES, Device
 from stillroom.costs.estimate import estimate, live_or_offline
 from stillroom.costs.flops import forward_flops, training_flops
-
-from .configs import PUBLISHED
 
 TEACHER, STUDENT = (read_architecture(PUBLISHED[f"Llama 3.1 {size}"][0]) for size in ("405B", "70B"))
 

@@ -5,10 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from published import PUBLISHED, sizes
 from stillroom.costs.architecture import read_architecture
 from stillroom.costs.flops import attention_flops, forward_flops, training_flops
-
-from .configs import PUBLISHED, sizes
 
 LENGTH = 64
 

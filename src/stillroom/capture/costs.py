@@ -1,0 +1,153 @@
+"""What a capture will need: memory, arithmetic, time, cost and storage, from settings and its teacher's config alone."""
+
+from dataclasses import dataclass
+
+from stillroom.capture.config import CaptureConfig, Transformers
+from stillroom.costs.activations import passing_bytes
+from stillroom.costs.architecture import Architecture, read_architecture
+from stillroom.costs.estimate import CAPTURE_SPEED, estimate
+from stillroom.costs.flops import forward_flops
+from stillroom.costs.hardware import Hardware
+from stillroom.costs.kinds import add_kinds
+from stillroom.costs.report import Report, bytes_text
+from stillroom.costs.storage import Kind, full, hidden_states, stored
+from stillroom.costs.weights import read_model
+from stillroom.errors import ConfigError
+from stillroom.store.config import Full, HeadAndSample, Sampled, TopK
+
+LOGITS_BYTES = {True: 8 * 2**20, False: 256 * 2**20}
+"""What `logits_bytes=auto` is, on a CPU and elsewhere."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What headers tell of a capture."""
+
+    teacher: Architecture | None
+    """None for a server, whose memory and arithmetic are its own."""
+    num_positions: float | None = None
+    """Positions that will be stored."""
+
+
+def read_known(config: CaptureConfig) -> Known:
+    """The teacher's architecture, from its config.json and the headers of its weights."""
+    if not isinstance(config.teacher.engine, Transformers):
+        return Known(None)
+    found = read_model(config.teacher.model, config.teacher.revision, "the teacher")
+    return Known(read_architecture(found.config, "the teacher"))
+
+
+def costs(config: CaptureConfig, known: Known, hardware: Hardware, title: str = "capture") -> Report:
+    """Parameters, memory, arithmetic and time of asking the teacher, and what the store takes."""
+    report = Report(title)
+    positions = hardware.data_tokens or known.num_positions
+    if known.teacher is not None:
+        report.assumptions += hardware.assumptions()
+        report.add("parameters", "teacher", known.teacher.parameters.total, "count")
+        _add_memory(report, config, known.teacher, hardware)
+        _add_time(report, config, known.teacher, hardware, positions)
+    _add_storage(report, config, known, positions)
+    return report
+
+
+def _add_memory(report: Report, config: CaptureConfig, model: Architecture, hardware: Hardware) -> None:
+    engine = config.teacher.engine
+    assert isinstance(engine, Transformers)
+    single = engine.dtype == "float32" or (engine.dtype == "auto" and hardware.is_cpu)
+    item = 4 if single else 2
+    tokens = max(config.data.length, 16384) if engine.batch_tokens == "auto" else engine.batch_tokens
+    logits = LOGITS_BYTES[hardware.is_cpu] if engine.logits_bytes == "auto" else engine.logits_bytes
+    share = 1 / hardware.num_devices if hardware.how_parallel == "fsdp" else 1.0
+    parts = {
+        "teacher's weights": item * model.parameters.total * share,
+        "teacher's activations": tokens * passing_bytes(model, item),
+        "last states": float(tokens * model.hidden_size * item),
+        "logits and probabilities": 2.0 * max(logits, 4 * model.vocab_size),
+        "driver and workspaces": float(hardware.driver_bytes),
+    }
+    if config.hidden is not None:
+        parts["inner states"] = float(tokens * len(config.hidden.layers) * model.hidden_size * item)
+    memory_bytes, total = hardware.found().memory_bytes, sum(parts.values())
+    for name, value in parts.items():
+        if value:
+            report.add("memory of a device", name, value, "bytes")
+    report.add("memory of a device", "in all", total, "bytes", f"of {memory_bytes / 2**30:,.2f} GiB")
+    if total <= memory_bytes:
+        report.advice.append(f"fits: {bytes_text(total)} of {bytes_text(memory_bytes)} on each device")
+        return
+    report.advice.append(f"does not fit: {bytes_text(total)} are needed and a device has {bytes_text(memory_bytes)}")
+    least = total - parts["teacher's activations"] * (1 - config.data.length / tokens)
+    if least <= memory_bytes:
+        report.advice.append(f"would fit with teacher.engine.batch_tokens={config.data.length}: {bytes_text(least)}")
+    else:
+        report.advice.append("a server that divides the teacher would do: teacher.engine.kind=vllm (top_k or top_p)")
+
+
+def _add_time(
+    report: Report, config: CaptureConfig, model: Architecture, hardware: Hardware, positions: float | None
+) -> None:
+    device, n = hardware.found(), hardware.num_devices
+    each = forward_flops(model, config.data.length)
+    report.add("arithmetic of a token", "teacher, forward", each, "FLOP")
+    section = f"time on {n} x {device.name}" if n > 1 else f"time on {device.name}"
+    pace = CAPTURE_SPEED / estimate(each, device, n, hardware.utilisation).time_s
+    report.add(section, "tokens a second", pace, "count")
+    report.assumptions.append(
+        f"a capture runs at {CAPTURE_SPEED:.0%} of a bare forward pass, as measured with a tiny teacher "
+        "(benchmarks/store.json)"
+    )
+    if config.generate is not None:
+        report.assumptions.append(
+            "answers are read as fast as any text: writing them takes longer, which is not counted"
+        )
+    if positions is None:
+        report.add(
+            section, "tokens", None, "count", "the data are not tokenised yet: data_tokens=… tells how many there are"
+        )
+        return
+    whole = estimate(each * positions / CAPTURE_SPEED, device, n, hardware.utilisation)
+    report.add(section, "tokens", positions, "count")
+    report.add(section, "time", whole.time_s, "s")
+    report.add(section, "device-hours", whole.device_hours, "hours")
+    if whole.cost is not None:
+        report.add(section, "cost", whole.cost, "$")
+
+
+def _add_storage(report: Report, config: CaptureConfig, known: Known, positions: float | None) -> None:
+    columns = _columns(config, known)
+    kept = [_kind(config, columns)]
+    if config.hidden is not None and known.teacher is not None:
+        kept.append(hidden_states(known.teacher.hidden_size, len(config.hidden.layers), config.hidden.format))
+    for kind in kept:
+        report.add("this store, a position", kind.name, kind.bytes_per_position, "each", kind.source)
+    if positions is not None:
+        total = sum(kind.bytes_per_position for kind in kept)
+        report.add("this store, a position", "in all", total * positions, "bytes", f"{positions:,.0f} positions")
+    add_kinds(report, "beside it", columns, positions)
+
+
+def _columns(config: CaptureConfig, known: Known) -> int:
+    if config.teacher.columns != "auto":
+        return config.teacher.columns
+    if known.teacher is not None:
+        return known.teacher.vocab_size
+    raise ConfigError(
+        "the columns of the teacher's head are not known",
+        {"teacher.engine": config.teacher.engine.kind, "teacher.columns": "auto"},
+        why="A server's config is not read, and the bytes of a position depend on its vocabulary.",
+        fix="Set teacher.columns to the size of its vocabulary.",
+    )
+
+
+def _kind(config: CaptureConfig, columns: int) -> Kind:
+    signal = config.signal
+    if isinstance(signal, Full):
+        return full(columns, 4)
+    if isinstance(signal, TopK):
+        return stored(columns, "top_k", signal.k)
+    if isinstance(signal, Sampled):
+        return stored(columns, "sampled", signal.draws)
+    if isinstance(signal, HeadAndSample):
+        default = (signal.head, signal.draws) == (12, 8)
+        return stored(columns, "head_and_sample", None if default else signal.head + signal.draws)
+    return stored(columns, "top_p", signal.most)

@@ -1,0 +1,133 @@
+"""`stillroom plan`: recipes, storage, settings of both kinds, JSON, and what it refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from published import PUBLISHED
+from stillroom.cli.main import main
+from stillroom.distill.costs import cut_values
+
+QWEN_7B, QWEN_1B = (PUBLISHED[name][0] for name in ("Qwen2 7B", "Qwen2 1.5B"))
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A live distillation of Qwen2 7B into Qwen2 1.5B: configs, with weights of one number in their headers."""
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}).encode()
+    for name, config in {"teacher": QWEN_7B, "student": QWEN_1B}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        (tmp_path / name / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"""
+student: {{model: {tmp_path}/student}}
+teacher: {{kind: model, model: {tmp_path}/teacher}}
+data: {{path: nowhere.jsonl, format: text, length: 4096}}
+objectives: [{{kind: forward_kl}}]
+epochs: 3
+batch: {{tokens: 32768, micro_tokens: 32768}}
+optimizer: {{learning_rate: 1e-5}}
+out: {tmp_path}/out
+""")
+    return path
+
+
+def planned(capsys, *words):
+    assert main(["plan", *map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_storage_with_no_model(capsys):
+    assert main(["plan", "storage", "prompts=50000", "vocab=100000", "length=512"]) == 0
+    shown = capsys.readouterr().out
+    assert "2.56e+12 (2.33 Ti)" in shown
+    assert "4.66 TiB" in shown
+    assert "benchmarks/store.json" in shown
+    assert "top 128, plain columns" in shown
+
+
+def test_a_recipe_as_json(capsys, recipe):
+    found = planned(capsys, recipe, "data_tokens=6e7", "utilisation=0.4", "price=3")
+    assert found["parameters"]["student"]["value"] == 1_543_714_304
+    assert found["parameters"]["teacher"]["value"] == 7_615_616_512
+    time = found["time on H100"]
+    assert time["tokens"]["value"] == 1.8e8
+    assert time["time"]["value"] == pytest.approx(time["arithmetic"]["value"] / (989.4e12 * 0.4))
+    assert time["cost"]["value"] == pytest.approx(3 * time["device-hours"]["value"])
+    assert any("utilisation" in sentence for sentence in found["assumed"])
+
+
+def test_how_many_tokens_there_are_is_not_made_up(capsys, recipe):
+    found = planned(capsys, recipe)
+    assert found["time on H100"]["tokens"]["value"] is None
+    assert "time" not in found["time on H100"]
+
+
+def test_what_does_not_fit_is_told_with_the_nearest_that_does(capsys, recipe):
+    advice = planned(capsys, recipe, "device=H100")["advice"]
+    assert advice[0].startswith("does not fit")
+    assert "would fit with batch.micro_tokens=" in advice[1]
+    smaller = advice[1].split("with ")[1].split(":")[0]
+    assert planned(capsys, recipe, "device=H100", smaller)["advice"][0].startswith("fits")
+    alone = planned(capsys, recipe, "device=RTX4090")["advice"]
+    assert "num_devices=" in alone[1]
+
+
+def test_fsdp_divides_what_stays(capsys, recipe):
+    one, eight = (planned(capsys, recipe, f"num_devices={n}")["memory of a device"] for n in (1, 8))
+    assert eight["optimizer's states"]["value"] == one["optimizer's states"]["value"] / 8
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    {
+        "device": (["device=H10"], "did you mean: H100"),
+        "zero": (["num_devices=0"], "num_devices"),
+        "absurd": (["utilisation=3"], "utilisation"),
+        "parallel": (["num_devices=2", "parallel=none"], "one device does all of the work"),
+        "recipe's": (["batch.micro_token=8"], "did you mean: micro_tokens"),
+        "no model": (["teacher.model=/nowhere/at/all"], "the teacher is not there"),
+        "flag": (["--resume"], "`plan` has no --resume"),
+    }.values(),
+)
+def test_what_cannot_be_meant_is_refused(capsys, recipe, words, message):
+    assert main(["plan", str(recipe), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_nothing_to_plan_and_json_elsewhere_are_refused(capsys):
+    assert main(["plan"]) == 2
+    assert main(["plan", "storage", "prompts=0", "vocab=1", "length=1"]) == 2
+    assert main(["distill", "--json"]) == 2
+    assert "`--json` is not a flag" in capsys.readouterr().err
+
+
+def test_a_capture(capsys, recipe, tmp_path):
+    words = [f"teacher.model={recipe.parent}/teacher", "data={path: x.jsonl, format: text, length: 4096}",
+             f"out={tmp_path}/x", "hidden={layers: [3, 9]}", "data_tokens=1e6"]  # fmt: skip
+    found = planned(capsys, *words)
+    kept = found["this store, a position"]
+    assert kept["hidden states, int8"]["value"] == 2 * (3584 + 4)
+    assert kept["in all"]["value"] == pytest.approx(1e6 * sum(f["value"] for f in kept.values() if f["unit"] == "each"))
+
+
+def test_a_cut_student_has_the_sizes_of_its_part():
+    from stillroom.cut.config import CutConfig
+
+    half = cut_values(CutConfig(layers=14, width=1792), QWEN_7B)
+    assert {name: half[name] for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim")} == {
+        "num_hidden_layers": 14, "hidden_size": 1792, "num_attention_heads": 14, "head_dim": 128,
+    }  # fmt: skip
+
+
+def test_no_torch_is_imported(recipe):
+    code = (
+        "import sys; from stillroom.cli.main import main; "
+        f"assert main(['plan', {str(recipe)!r}, 'data_tokens=1e6']) == 0; "
+        "print([m for m in ('torch', 'transformers', 'numpy', 'pyarrow') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
