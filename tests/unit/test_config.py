@@ -19,10 +19,13 @@ from stillroom.chat.config import ChatConfig
 from stillroom.cli.report import BetweenConfig
 from stillroom.cli.store import MergeConfig
 from stillroom.config import Config, PathText, explain, load, replace
+from stillroom.costs.hardware import Hardware
+from stillroom.costs.kinds import Storage
 from stillroom.cut.config import Layers
 from stillroom.distill.config import DistillConfig
 from stillroom.distill.hidden_config import Distance
 from stillroom.distill.objective_config import LogitObjective
+from stillroom.doctor.config import DoctorConfig
 from stillroom.errors import ConfigError, MissingError
 from stillroom.evaluate.config import EvaluateConfig
 from stillroom.evaluate.tasks.description import ExactMatch, LastWord, MinimalPairs, MultipleChoice
@@ -719,6 +722,9 @@ def test_explaining_reaches_every_config_class_of_the_package():
         ImportConfig,
         MergeConfig,
         BetweenConfig,
+        DoctorConfig,
+        Hardware,
+        Storage,
     )
     files = (MultipleChoice, MinimalPairs, ExactMatch, LastWord)  # descriptions of tasks, which the guide explains
     told = set[type[Config]]().union(*map(reachable, (*verbs, *files)))

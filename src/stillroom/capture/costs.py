@@ -1,4 +1,4 @@
-"""What a capture will need: memory, arithmetic, time, cost and storage, from settings and its teacher's config alone."""
+"""What a capture will need: memory, arithmetic, time, cost and storage, from its settings and its teacher's config."""
 
 from dataclasses import dataclass
 

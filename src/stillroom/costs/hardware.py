@@ -75,8 +75,8 @@ class Hardware(Config):
         """What the figures rest on besides configs and headers."""
         device = self.found()
         found = [
-            f"{device.name}: {device.flops / 1e12:,.4g} TFLOP/s in {'float32' if self.is_cpu else 'bfloat16, dense'}, of "
-            f"which {self.utilisation:.0%} are reached (utilisation)"
+            f"{device.name}: {device.flops / 1e12:,.4g} TFLOP/s in {'float32' if self.is_cpu else 'bfloat16, dense'}, "
+            f"of which {self.utilisation:.0%} are reached (utilisation)"
         ]
         if device.note:
             found.append(device.note)

@@ -35,6 +35,7 @@ verbs
   distill     train a student to predict as its teacher does
   doctor      look at a run of distill before it is paid for
   evaluate    compare models with their teacher: distillation metrics and benchmarks
+  plan        what a run will need: memory, time, cost and storage, from headers alone
   prune       cut a smaller model out of a bigger one
   report      make the report of an evaluation anew from its files
   store       check, show, export, import and merge stores of what teachers said
@@ -92,7 +93,12 @@ def test_every_verb_has_its_module_its_line_and_its_help(capsys, verb):
     assert callable(import_module(f"stillroom.cli.{verb}").main)
     assert main([verb, "--help"]) == 0
     out, err = capsys.readouterr()
-    words = {"chat": "MODEL [MODEL] [key=value …]", "report": "RUN…", "store": "COMMAND …"}
+    words = {
+        "chat": "MODEL [MODEL] [key=value …]",
+        "plan": "RECIPE.yaml [key=value …] [--json]",
+        "report": "RUN…",
+        "store": "COMMAND …",
+    }
     assert out.startswith(f"usage: stillroom {verb} {words.get(verb, '[RECIPE.yaml] [key=value …]')}\n")
     assert err == ""
 
@@ -128,7 +134,7 @@ ERRORS = {
         "distil r.yaml",
         """\
 error: `distil` is not a verb
-  did you mean: distill     verbs: capture, chat, distill, doctor, evaluate, prune, report, store
+  did you mean: distill     verbs: capture, chat, distill, doctor, evaluate, plan, prune, report, store
   The first word says what to do.
   See `stillroom --help`; settings are written as key=value.
 """,
