@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Val
 from stillroom.recipe import line_of, override, read_recipe
 from stillroom.schema import explain, explain_error
 
-__all__ = ["Config", "PathText", "explain", "load", "quoted", "replace"]
+__all__ = ["Config", "PathText", "explain", "is_local", "load", "quoted", "replace"]
 
 
 class Config(BaseModel):
@@ -41,6 +41,13 @@ def _text(value: object) -> object:
 
 PathText = Annotated[str, BeforeValidator(_text), AfterValidator(_expand)]
 """A path or a hub name; ``~`` and ``$VARIABLES`` are expanded, and an unset variable is an error."""
+
+
+def is_local(path: str) -> bool:
+    """Whether ``path`` means a place on this machine: it, or the folder it begins with, is there; or it cannot be a
+    name on the hub."""
+    hub_form = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", path)
+    return Path(path).exists() or hub_form is None or ("/" in path and Path(path).parts[0] in os.listdir())
 
 
 def load(config_class: type[C], recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> C:

@@ -3,7 +3,6 @@
 import hashlib
 import inspect
 import json
-import struct
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,12 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging
 
 from stillroom.batch import Batch
+from stillroom.config import is_local
+from stillroom.costs.weights import read_header
 from stillroom.errors import ConfigError, DataError, MismatchError, MissingError, NonFiniteError
 from stillroom.head import Head
-from stillroom.tokenizers import is_lfs_pointer, is_local
-
-MOST_HEADER_BYTES = 100_000_000
-"""The longest header that safetensors itself accepts."""
+from stillroom.tokenizers import is_lfs_pointer
 
 # --- on disk ---------------------------------------------------------------------------------------------------------
 
@@ -102,12 +100,9 @@ def _check_safetensors(path: Path) -> None:
             why="The repository was cloned without its large files.",
             fix="Run `git lfs pull` in the model's folder.",
         )
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        header = file.read(length) if 8 + length <= size and length <= MOST_HEADER_BYTES else b""
+    header = read_header(path)
     data_bytes = _data_bytes(header)
-    expected = None if data_bytes is None else 8 + length + data_bytes
+    expected = None if data_bytes is None else 8 + len(header) + data_bytes
     if expected != size:
         raise DataError(
             f"{path} is truncated or damaged",

@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import os
-import re
 from itertools import islice
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from stillroom.config import is_local
 from stillroom.errors import DataError, MismatchError, MissingError
 
 PROBE = (
@@ -26,13 +25,6 @@ _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token", "mask
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 """Of which a model's folder has at least one, where it has a tokenizer."""
 _LFS = b"version https://git-lfs.github.com/spec/"
-
-
-def is_local(path: str) -> bool:
-    """Whether ``path`` means a place on this machine: it, or the folder it begins with, is there; or it cannot be a
-    name on the hub."""
-    hub_form = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", path)
-    return Path(path).exists() or hub_form is None or ("/" in path and Path(path).parts[0] in os.listdir())
 
 
 def is_lfs_pointer(path: Path) -> bool:

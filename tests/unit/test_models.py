@@ -435,7 +435,7 @@ def test_a_model_that_sees_what_comes_later_is_refused():
 
 @pytest.mark.parametrize("there", [True, False])
 def test_a_path_that_begins_in_a_folder_here_is_never_asked_of_the_hub(tmp_path, monkeypatch, there):
-    from stillroom.tokenizers import is_local
+    from stillroom.config import is_local
 
     monkeypatch.chdir(tmp_path)
     if there:

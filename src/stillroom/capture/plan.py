@@ -8,7 +8,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from stillroom import models
 from stillroom.capture.config import CaptureConfig, TeacherConfig, Transformers
 from stillroom.capture.hidden import size_text
-from stillroom.config import quoted, replace
+from stillroom.config import is_local, quoted, replace
 from stillroom.data.documents import cache_folder, cache_path, prepared
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
@@ -16,7 +16,7 @@ from stillroom.errors import ConfigError, MismatchError, MissingError
 from stillroom.layers import check_layers
 from stillroom.recipe import to_yaml
 from stillroom.runs import check_outside, scrub
-from stillroom.tokenizers import compare, has_tokenizer, is_local, load_tokenizer, num_columns, template_of
+from stillroom.tokenizers import compare, has_tokenizer, load_tokenizer, num_columns, template_of
 
 LOGITS_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 

@@ -1,8 +1,6 @@
 """A model's config.json and the headers of its safetensors: from a folder, or these small files alone from the hub."""
 
 import json
-import os
-import re
 import struct
 from collections import Counter
 from collections.abc import Mapping
@@ -11,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from stillroom.config import is_local
 from stillroom.errors import DataError, MissingError, StillroomError
 
 MOST_HEADER_BYTES = 100_000_000
@@ -42,13 +41,7 @@ def read_model(name: str, revision: str | None = None, whose: str = "the model")
         MissingError: there is no such model, or it has no config.json or no safetensors.
         DataError: a file is damaged.
     """
-    return _local(Path(name), whose) if _is_folder(name) else _from_hub(name, revision, whose)
-
-
-def _is_folder(name: str) -> bool:
-    """Whether a folder is meant: it, or the folder it begins with, is there; or it cannot be a name on the hub."""
-    hub_form = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name)
-    return Path(name).exists() or hub_form is None or ("/" in name and Path(name).parts[0] in os.listdir())
+    return _local(Path(name).expanduser(), whose) if is_local(name) else _from_hub(name, revision, whose)
 
 
 def _local(folder: Path, whose: str) -> ModelFiles:
@@ -70,7 +63,7 @@ def _local(folder: Path, whose: str) -> ModelFiles:
         )
     numbers: Counter[str] = Counter()
     for weight in weights:
-        numbers.update(_numbers(weight))
+        numbers.update(numbers_of(weight))
     return ModelFiles(_read_json(path), numbers)
 
 
@@ -90,15 +83,19 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     )
 
 
-def _numbers(path: Path) -> Counter[str]:
-    """How many numbers a safetensors file holds, by type."""
+def read_header(path: Path) -> bytes:
+    """The header of a safetensors file, as it stands there; nothing where it has none that can be read."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        header = file.read(length) if 8 + length <= size and length <= MOST_HEADER_BYTES else b""
+        return file.read(length) if 8 + length <= size and length <= MOST_HEADER_BYTES else b""
+
+
+def numbers_of(path: Path) -> Counter[str]:
+    """How many numbers a safetensors file holds, by type."""
     try:
-        tensors = json.loads(header)
+        tensors = json.loads(read_header(path))
         found: Counter[str] = Counter()
         for name, tensor in tensors.items():
             if name != "__metadata__":
@@ -107,7 +104,7 @@ def _numbers(path: Path) -> Counter[str]:
     except (ValueError, TypeError, KeyError, AttributeError):
         raise DataError(
             f"{path} is not a safetensors file",
-            {"bytes": size, "expected": "a header that names each tensor with its type and shape"},
+            {"bytes": path.stat().st_size, "expected": "a header that names each tensor with its type and shape"},
             why="How large its weights are is read from its header.",
             fix="Copy or download the file again; a git-lfs pointer needs `git lfs pull`.",
         ) from None
@@ -121,7 +118,7 @@ def _from_hub(name: str, revision: str | None, whose: str) -> ModelFiles:
         config = _read_json(Path(hf_hub_download(name, "config.json", revision=revision)))
         cached = try_to_load_from_cache(name, "model.safetensors", revision=revision)
         if isinstance(cached, str):
-            return ModelFiles(config, _numbers(Path(cached)))
+            return ModelFiles(config, numbers_of(Path(cached)))
         found = get_safetensors_metadata(name, revision=revision)
     except StillroomError:
         raise

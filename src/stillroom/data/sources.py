@@ -10,9 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from stillroom.config import is_local
 from stillroom.data.config import AnyData
 from stillroom.errors import DataError, MissingError, require
-from stillroom.tokenizers import is_lfs_pointer, is_local
+from stillroom.tokenizers import is_lfs_pointer
 
 Row = dict[str, Any]
 

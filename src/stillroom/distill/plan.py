@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from stillroom import models
-from stillroom.config import replace
+from stillroom.config import is_local, replace
 from stillroom.cut.plan import CutPlan
 from stillroom.data.config import AnyData
 from stillroom.data.documents import cache_folder, cache_path
@@ -30,7 +30,7 @@ from stillroom.losses.linear import CHUNK_BYTES
 from stillroom.recipe import to_yaml
 from stillroom.runs import check_outside
 from stillroom.store.reader import Store
-from stillroom.tokenizers import compare, is_local, load_tokenizer, num_columns, template_fingerprint, template_of
+from stillroom.tokenizers import compare, load_tokenizer, num_columns, template_fingerprint, template_of
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ from pathlib import Path
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from stillroom import models
+from stillroom.config import is_local
 from stillroom.cut.cut import read_cut
 from stillroom.cut.plan import CutPlan, plan_cut
 from stillroom.distill.config import DistillConfig, FromConfig, FromTeacher, LiveTeacher
 from stillroom.distill.hidden_plan import Origin
 from stillroom.errors import ConfigError
 from stillroom.store.reader import Store
-from stillroom.tokenizers import is_local, num_columns
+from stillroom.tokenizers import num_columns
 
 
 def student_parts(

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from stillroom import models
-from stillroom.config import quoted, replace
+from stillroom.config import is_local, quoted, replace
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.errors import ConfigError, MismatchError, MissingError
@@ -20,7 +20,6 @@ from stillroom.runs import check_outside, scrub
 from stillroom.tokenizers import (
     compare,
     has_tokenizer,
-    is_local,
     load_tokenizer,
     num_columns,
     template_fingerprint,

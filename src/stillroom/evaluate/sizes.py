@@ -1,15 +1,13 @@
 """Sizes of a model's files, from the headers of its weights alone."""
 
-import json
-import math
-import struct
 from pathlib import Path
 from typing import NamedTuple
 
 from transformers.utils.hub import cached_file
 
 from stillroom import models
-from stillroom.tokenizers import is_local
+from stillroom.config import is_local
+from stillroom.costs.weights import numbers_of
 
 
 class Sizes(NamedTuple):
@@ -31,11 +29,4 @@ def sizes(name: str, revision: str | None) -> Sizes:
     else:
         folder = Path(str(cached_file(name, "config.json", revision=revision, local_files_only=True))).parent
     weights = [path for path in models.check_folder(folder) if path.suffix == ".safetensors"]
-    return Sizes(sum(map(_num_parameters, weights)), sum(path.stat().st_size for path in weights))
-
-
-def _num_parameters(path: Path) -> int:
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return Sizes(sum(sum(numbers_of(path).values()) for path in weights), sum(path.stat().st_size for path in weights))

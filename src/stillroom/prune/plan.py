@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from stillroom import models
-from stillroom.config import quoted, replace
+from stillroom.config import is_local, quoted, replace
 from stillroom.cut.plan import CutPlan, plan_cut
 from stillroom.data.config import AnyData
 from stillroom.data.documents import cache_folder, cache_path
@@ -16,7 +16,7 @@ from stillroom.errors import ConfigError, MismatchError, MissingError
 from stillroom.prune.config import PruneConfig
 from stillroom.recipe import to_yaml
 from stillroom.runs import check_outside, scrub
-from stillroom.tokenizers import is_local, load_tokenizer, num_columns, template_of
+from stillroom.tokenizers import load_tokenizer, num_columns, template_of
 
 
 @dataclass(frozen=True)
