@@ -7,8 +7,7 @@ import numpy as np
 
 from stillroom.batch import Batch
 from stillroom.data.documents import Documents
-from stillroom.data.rows import plan_rows
-from stillroom.data.stream import collate, group
+from stillroom.data.stream import in_batches
 
 WINDOW_DOCUMENTS = 256
 """Documents that are batched together at most. Windows begin at multiples of their size, so a resumed capture makes
@@ -60,10 +59,5 @@ def batches(documents: Sequence[Document], *, length: int, pack: bool, most: int
     ``Batch.documents`` holds each one's place in ``documents``.
     """
     lengths = np.array([len(document.tokens) for document in documents])
-    rows = plan_rows(lengths, length, pack, np.arange(len(documents)))
-
-    def num_positions(row: np.ndarray) -> int:
-        return int((lengths[row] - 1).sum())
-
-    for some in group([rows[r] for r in range(len(rows))], num_positions, most):
-        yield collate(_Window(documents), some, pad_token)
+    order = np.arange(len(documents))
+    return in_batches(_Window(documents), lengths, order, length=length, pack=pack, most=most, pad_token=pad_token)

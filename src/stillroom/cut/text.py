@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from stillroom.batch import Batch
-from stillroom.data.rows import plan_rows
-from stillroom.data.stream import DocumentSet, collate, group
+from stillroom.data.stream import DocumentSet, in_batches
 
 
 def text_batches(
@@ -21,10 +20,5 @@ def text_batches(
     """The first ``number`` documents (all by default) as they come, in batches of at most ``batch_tokens`` positions,
     padding counted, and at least one row."""
     order = np.arange(len(documents) if number is None else min(number, len(documents)))
-    rows = plan_rows(documents.lengths, length, pack, order)
-
-    def num_positions(row: np.ndarray) -> int:
-        return int((documents.lengths[row] - 1).sum())
-
-    for some in group([rows[r] for r in range(len(rows))], num_positions, batch_tokens):
-        yield collate(documents, some, pad_token if isinstance(pad_token, int) else 0)
+    pad = pad_token if isinstance(pad_token, int) else 0
+    return in_batches(documents, documents.lengths, order, length=length, pack=pack, most=batch_tokens, pad_token=pad)

@@ -1,6 +1,6 @@
 """BatchStream: documents to the batches of each optimizer step, from a state that can be saved and resumed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,7 +55,7 @@ class BatchStream(Iterator[list[Batch]]):
         if not rows:
             raise StopIteration
         self.step += 1
-        groups = group(rows, self._num_positions, self.micro_tokens)
+        groups = group(rows, self.documents.lengths, self.micro_tokens)
         return [collate(self.documents, rows, self.pad_token) for rows in groups]
 
     def num_steps(self) -> int | None:
@@ -127,9 +127,6 @@ class BatchStream(Iterator[list[Batch]]):
             row += 1
         return epoch, row, taken
 
-    def _num_positions(self, row: np.ndarray) -> int:
-        return int((self.documents.lengths[row] - 1).sum())
-
 
 class Sequences(Protocol):
     """Documents to read from: those of a data set, of a store, or any others."""
@@ -184,8 +181,12 @@ def collate(documents: Sequences, rows: Sequence[np.ndarray], pad_token: int) ->
     return Batch(*map(torch.from_numpy, arrays))
 
 
-def group(rows: Sequence[np.ndarray], num_positions: Callable[[np.ndarray], int], most: int) -> list[list[np.ndarray]]:
+def group(rows: Iterable[np.ndarray], lengths: np.ndarray, most: int) -> list[list[np.ndarray]]:
     """Rows, longest first, in groups of at most ``most`` positions, padding counted, and at least one row."""
+
+    def num_positions(row: np.ndarray) -> int:
+        return int((lengths[row] - 1).sum())
+
     groups: list[list[np.ndarray]] = []
     widest = 0
     for row in sorted(rows, key=num_positions, reverse=True):
@@ -195,3 +196,24 @@ def group(rows: Sequence[np.ndarray], num_positions: Callable[[np.ndarray], int]
             groups.append([row])
             widest = num_positions(row)
     return groups
+
+
+def in_batches(
+    documents: Sequences,
+    lengths: np.ndarray,
+    order: np.ndarray,
+    *,
+    length: int,
+    pack: bool,
+    most: int,
+    pad_token: int,
+) -> Iterator[Batch]:
+    """The documents of ``order`` once, in batches of at most ``most`` positions, longest rows first.
+
+    Args:
+        lengths: the tokens of every document, int64 [documents].
+        length, pack: of a row (see `rows.plan_rows`).
+    """
+    rows = plan_rows(lengths, length, pack, order)
+    for some in group((rows[row] for row in range(len(rows))), lengths, most):
+        yield collate(documents, some, pad_token)

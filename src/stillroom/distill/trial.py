@@ -18,7 +18,7 @@ from stillroom.data.config import AnyData
 from stillroom.data.counted import CountedDocuments
 from stillroom.data.documents import Documents, prepared
 from stillroom.data.rows import epoch_order, plan_rows
-from stillroom.data.stream import collate, group
+from stillroom.data.stream import collate, group, in_batches
 from stillroom.distill.ahead import Micro, ReadAhead
 from stillroom.distill.build import (
     asked_in_training,
@@ -139,8 +139,7 @@ class Trial:
             ahead = ReadAhead(stream, self.asked)
             self.state = build_state(plan, self.student, self.specs, ahead, self.num_steps or 1)
             fit_to(self.state, self.specs, self.asked, self._longest())
-            micros = self._batches(self._rows(self.drawn))
-            measured = measure_held_out(self.state.module, self.teacher, [micros], config.device)
+            measured = measure_held_out(self.state.module, self.teacher, [self._drawn_batches()], config.device)
         assert measured is not None  # nobody said to stop
         model, teacher = self.student.model, self.teacher
         return {
@@ -213,33 +212,32 @@ class Trial:
 
     # --- batches ------------------------------------------------------------------------------------------------------
 
-    def _rows(self, numbers: np.ndarray) -> list[np.ndarray]:
-        """Some documents in rows, each as its documents."""
-        data = self.plan.config.data
-        assert data.length != "auto"
-        rows = plan_rows(self.documents.lengths, data.length, data.pack, numbers)
-        return [rows[row] for row in range(len(rows))]
-
-    def _batches(self, rows: list[np.ndarray]) -> list[Batch]:
-        micro_tokens = self.plan.config.batch.micro_tokens
-        assert micro_tokens != "auto"
-        groups = group(rows, self._num_positions, micro_tokens)
-        return [collate(self.documents, some, pad_token(self.plan)) for some in groups]
-
-    def _num_positions(self, row: np.ndarray) -> int:
-        return int((self.documents.lengths[row] - 1).sum())
-
     def _longest(self) -> list[Micro]:
         """The micro-batches of a step of the longest rows of all; where they are too few, some come again."""
-        rows = sorted(self._rows(np.arange(len(self.documents))), key=self._num_positions, reverse=True)
+        config = self.plan.config
+        length, pack, micro_tokens = config.data.length, config.data.pack, config.batch.micro_tokens
+        assert length != "auto"
+        assert micro_tokens != "auto"
+        rows = plan_rows(self.documents.lengths, length, pack, np.arange(len(self.documents)))
         taken: list[np.ndarray] = []
         total = 0
-        for row in cycle(rows):
-            total += self._num_positions(row)
-            if taken and total > self.plan.config.batch.tokens:
+        for row in cycle(np.argsort(-rows.num_positions, kind="stable").tolist()):
+            total += int(rows.num_positions[row])
+            if taken and total > config.batch.tokens:
                 break
-            taken.append(row)
-        return [(batch, None if self.asked is None else self.asked.read(batch)) for batch in self._batches(taken)]
+            taken.append(rows[row])
+        groups = group(taken, self.documents.lengths, micro_tokens)
+        batches = [collate(self.documents, some, pad_token(self.plan)) for some in groups]
+        return [(batch, None if self.asked is None else self.asked.read(batch)) for batch in batches]
+
+    def _drawn_batches(self) -> list[Batch]:
+        config = self.plan.config
+        length, pack, micro_tokens = config.data.length, config.data.pack, config.batch.micro_tokens
+        assert length != "auto"
+        assert micro_tokens != "auto"
+        settings: dict[str, Any] = {"length": length, "pack": pack, "most": micro_tokens}
+        pad = pad_token(self.plan)
+        return list(in_batches(self.documents, self.documents.lengths, self.drawn, **settings, pad_token=pad))
 
     # --- memory -------------------------------------------------------------------------------------------------------
 

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 from stillroom import models
 from stillroom.batch import Batch
 from stillroom.data.counted import CountedDocuments
-from stillroom.data.rows import plan_rows
-from stillroom.data.stream import collate, group
+from stillroom.data.stream import in_batches
 from stillroom.errors import NonFiniteError, OutOfMemoryError
 from stillroom.losses import Objective, cross_entropy, forward_kl, linear_losses, reverse_kl
 from stillroom.losses.linear import Buffers
@@ -90,15 +89,17 @@ def batches(
     Args:
         borders: numbers of positions; no batch holds documents of either side of one (see `models.rope_border`).
     """
-
-    def num_positions(row: np.ndarray) -> int:
-        return int((documents.lengths[row] - 1).sum())
-
     side = np.digitize(documents.lengths - 1, sorted(borders), right=True)
     for of in reversed(range(len(borders) + 1)):
-        rows = plan_rows(documents.lengths, length, pack, np.flatnonzero(side == of))
-        for some in group([rows[r] for r in range(len(rows))], num_positions, most):
-            yield collate(documents, some, pad_token)
+        yield from in_batches(
+            documents,
+            documents.lengths,
+            np.flatnonzero(side == of),
+            length=length,
+            pack=pack,
+            most=most,
+            pad_token=pad_token,
+        )
 
 
 @torch.no_grad()
