@@ -283,13 +283,20 @@ def num_parameters(model: nn.Module, *, trained_only: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained_only)
 
 
+def max_length(config: PretrainedConfig) -> int | None:
+    """The most tokens that a model can read; None where its config does not say."""
+    text = config.get_text_config()
+    keys = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+    return next((n for key in keys if (n := getattr(text, key, None))), None)
+
+
 def check_length(length: int, config: PretrainedConfig, who: str, shown: object = None) -> None:
     """Returns where a model can read rows of ``length`` tokens; an error quotes them as ``shown``.
 
     Raises:
         ConfigError: it has fewer positions.
     """
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = max_length(config)
     if limit is not None and length > limit:
         raise ConfigError(
             f"data.length is longer than the {who} can read",

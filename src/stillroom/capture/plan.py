@@ -7,6 +7,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from stillroom import models
 from stillroom.capture.config import CaptureConfig, TeacherConfig, Transformers
+from stillroom.capture.costs import LOGITS_BYTES
 from stillroom.capture.hidden import size_text
 from stillroom.config import is_local, quoted, replace
 from stillroom.data.documents import cache_folder, cache_path, prepared
@@ -17,8 +18,6 @@ from stillroom.layers import check_layers
 from stillroom.recipe import to_yaml
 from stillroom.runs import check_outside, scrub
 from stillroom.tokenizers import compare, has_tokenizer, load_tokenizer, num_columns, template_of
-
-LOGITS_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def _resolve(config: CaptureConfig) -> CaptureConfig:
                 fix=f"Set it to at least {config.data.length}.",
             )
         if engine.logits_bytes == "auto":
-            values["teacher.engine.logits_bytes"] = LOGITS_BYTES.get(kind, LOGITS_BYTES["cuda"])
+            values["teacher.engine.logits_bytes"] = LOGITS_BYTES[kind == "cpu"]
     return replace(config, values)
 
 

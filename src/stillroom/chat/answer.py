@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
 
 from stillroom.errors import ConfigError
+from stillroom.models import max_length
 from stillroom.tokenizers import template_of
 
 
@@ -173,7 +174,7 @@ def _pad(talker: Talker) -> int | None:
 
 
 def _check_length(talker: Talker, num_tokens: int, max_tokens: int) -> None:
-    limit = getattr(talker.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = max_length(talker.model.config)
     if limit is not None and num_tokens + max_tokens > limit:
         raise ConfigError(
             f"{talker.name} cannot read prompt and answer",

@@ -6,24 +6,6 @@ from stillroom.cli.arguments import Arguments
 from stillroom.cli.verb import run_verb
 from stillroom.evaluate.config import EvaluateConfig
 
-ROWS = {
-    "cross_entropy_nats": "cross-entropy, nats a token",
-    "perplexity": "perplexity",
-    "bits_per_byte": "bits a byte",
-    "forward_kl_nats": "KL to the teacher, nats a token",
-    "forward_kl_p95_nats": "its 95th percentile",
-    "reverse_kl_nats": "reverse KL, nats a token",
-    "top1_agreement": "same top token",
-    "top10_overlap": "overlap of the top 10",
-    "accepted_mass": "accepted mass",
-    "speculative_tokens": "tokens a speculative step",
-    "entropy_ratio": "entropy, of the teacher's",
-    "calibration_error": "calibration error",
-    "recovered_gap": "recovered gap",
-}
-"""The metrics that are printed."""
-SHARES = {"top1_agreement", "top10_overlap", "accepted_mass", "calibration_error", "recovered_gap"}
-
 
 def main(arguments: Arguments) -> int:
     return run_verb("evaluate", EvaluateConfig, summary, arguments, lambda record: 2 if record["failed_tasks"] else 0)
@@ -31,12 +13,16 @@ def main(arguments: Arguments) -> int:
 
 def summary(record: dict[str, Any]) -> str:
     """The results in a table: a row for each metric and task, a column for each model; and what differs, in words."""
+    from stillroom.evaluate.report.words import METRICS, SHARE, metric
+
     names = list(record["config"]["models"])
     rows = []
-    for metric, title in ROWS.items():
-        values = [record["metrics"].get(name, {}).get(metric) for name in names]
-        if any(value is not None for value in values):
-            rows.append([title, *(_value(metric, value) for value in values)])
+    for key, about in METRICS.items():
+        values = {name: found[key] for name, found in record["metrics"].items() if key in found}
+        if values:
+            share = about.unit == SHARE
+            title = about.title if share or not about.unit else f"{about.title}, {about.unit}"
+            rows.append([title, *_formatted(names, values, ".1%" if share else ".4f")])
     for task, found in record["tasks"].items():
         form = ".1%" if found["unit"] else ".4f"
         about = f"{found['metric']}, {found['shots']} shots, version {found['version']}"
@@ -46,10 +32,10 @@ def summary(record: dict[str, Any]) -> str:
     lines = _table([["", *names], *rows])
     reasons: dict[tuple[str, str], list[str]] = {}
     for name, why in record["refused"].items():
-        for metric, reason in why.items():
-            reasons.setdefault((name, reason), []).append(metric)
-    for (name, reason), metrics in reasons.items():
-        shown = ", ".join(ROWS.get(metric, metric) for metric in metrics[:2]) + (" …" if len(metrics) > 2 else "")
+        for key, reason in why.items():
+            reasons.setdefault((name, reason), []).append(key)
+    for (name, reason), keys in reasons.items():
+        shown = ", ".join(metric(key).title for key in keys[:2]) + (" …" if len(keys) > 2 else "")
         lines += ["", f"{name} has no {shown}: {reason}"]
     if record["sentences"]:
         lines += ["", *record["sentences"]]
@@ -61,12 +47,6 @@ def summary(record: dict[str, Any]) -> str:
 
 def _formatted(names: list[str], values: dict[str, float], form: str) -> list[str]:
     return [format(values[name], form) if name in values else "-" for name in names]
-
-
-def _value(metric: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1%}" if metric in SHARES else f"{value:.4f}"
 
 
 def _table(rows: list[list[str]]) -> list[str]:

@@ -55,7 +55,7 @@ def test_it_writes_nothing(plan, tmp_path, text_files, own_cache):
 def test_every_auto_is_resolved(plan, own_cache):
     made = plan("teacher.engine={kind: transformers, device: cpu}")
     assert (engine(made).device, engine(made).dtype) == ("cpu", "float32")
-    assert (engine(made).batch_tokens, engine(made).logits_bytes) == (16384, LOGITS_BYTES["cpu"])
+    assert (engine(made).batch_tokens, engine(made).logits_bytes) == (16384, LOGITS_BYTES[True])
     assert made.config.teacher.columns == 300
     assert made.config.data.cache == str(own_cache)
     assert "auto" not in {v for k, v in made.config.teacher.engine.model_dump().items() if k != "attention"}

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,6 +13,7 @@ from stillroom.capture.config import CaptureConfig
 from stillroom.capture.run import run as capture
 from stillroom.config import load
 from stillroom.data.documents import prepare
+from stillroom.data.rows import plan_rows
 from stillroom.distill import trial as module
 from stillroom.distill.config import DistillConfig
 from stillroom.distill.trial import Trial
@@ -82,7 +84,8 @@ def test_the_step_is_of_the_longest_rows_and_fills_its_batch(begin, monkeypatch,
     first, whole = given
     assert first == whole[:1]
     lengths = [int((batch.documents >= 0).sum(-1).max()) for batch, _ in whole]
-    longest = max(trial._num_positions(row) for row in trial._rows(trial.drawn))
+    data, every = trial.plan.config.data, np.arange(len(trial.documents))
+    longest = int(plan_rows(trial.documents.lengths, data.length, data.pack, every).num_positions.max())
     assert found["longest_row"] == lengths[0] == longest
     assert 128 - longest < found["num_tokens"] <= 128
     assert all(batch.tokens.numel() <= 64 for batch, _ in whole)

@@ -10,6 +10,7 @@ from stillroom.evaluate.report import words
 from stillroom.evaluate.report.palette import Look
 from stillroom.evaluate.report.svg import INK, MUTED, drawing, fill, inline, line
 from stillroom.evaluate.results import Breakdown, Number
+from stillroom.statistics import Z_95
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -107,7 +108,7 @@ def ends_of(number: Number) -> tuple[float, float]:
     """The 95 % interval, or what the standard error says of it, or the value alone."""
     if number.low is not None and number.high is not None:
         return min(number.low, number.value), max(number.high, number.value)
-    half = 1.96 * (number.error or 0.0)
+    half = Z_95 * (number.error or 0.0)
     return number.value - half, number.value + half
 
 

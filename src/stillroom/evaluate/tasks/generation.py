@@ -10,7 +10,8 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from stillroom.errors import DataError, NonFiniteError, OutOfMemoryError
-from stillroom.evaluate.tasks.likelihood import encoded, max_length
+from stillroom.evaluate.tasks.likelihood import encoded
+from stillroom.models import max_length
 
 CPU_TOKENS = 4096
 """Tokens of prompts and answers in a batch on a CPU."""
@@ -148,7 +149,7 @@ def _write(
 
 def _room(model: PreTrainedModel, max_tokens: int) -> int | None:
     """The most tokens of a prompt that leave room for its answer; None where the model has no limit."""
-    limit = max_length(model)
+    limit = max_length(model.config)
     if limit is None or limit > max_tokens:
         return None if limit is None else limit - max_tokens
     raise DataError(

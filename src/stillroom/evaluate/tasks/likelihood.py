@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from stillroom.errors import DataError, NonFiniteError, OutOfMemoryError
 from stillroom.head import Head
-from stillroom.models import backbone, head, rope_border
+from stillroom.models import backbone, head, max_length, rope_border
 
 CPU_TOKENS = 2048
 """Tokens in a batch on a CPU, where more are no faster."""
@@ -145,13 +145,6 @@ def _rows(requests: Sequence[Request], max_length: int | None) -> tuple[list[Row
     return sorted(rows, key=lambda row: -len(row.tokens)), cuts
 
 
-def max_length(model: PreTrainedModel) -> int | None:
-    """The most tokens that a model can read; None where its config does not say."""
-    config = model.config.get_text_config()
-    keys = ("n_positions", "max_position_embeddings", "n_ctx", "max_seq_len")
-    return next((n for key in keys if (n := getattr(config, key, None))), None)
-
-
 @torch.inference_mode()
 def log_likelihoods(
     model: PreTrainedModel,
@@ -175,7 +168,7 @@ def log_likelihoods(
         NonFiniteError: what the model says is not a number.
         OutOfMemoryError: the device has too little memory for a single row.
     """
-    limit = limit or max_length(model)
+    limit = limit or max_length(model.config)
     for request in requests:
         if limit is not None and len(request.continuation) > limit:
             raise DataError(
