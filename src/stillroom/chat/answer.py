@@ -126,23 +126,10 @@ def answers(
         _check_length(talker, tokens.shape[1], max_tokens)
 
     def answer(number: int) -> None:
-        talker, tokens = talkers[number], asked[number]
-        generator = torch.Generator().manual_seed(seed)
+        draw = Draw(temperature, top_p, torch.Generator().manual_seed(seed))
+        streamer = _Pieces(talkers[number].tokenizer, number, pieces)
         try:
-            talker.model.generate(  # pyright: ignore[reportCallIssue]
-                inputs=tokens,
-                attention_mask=torch.ones_like(tokens),
-                max_new_tokens=max_tokens,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=_pad(talker),
-                logits_processor=[Draw(temperature, top_p, generator)],
-                stopping_criteria=[_Stop(stop)],
-                streamer=_Pieces(talker.tokenizer, number, pieces),
-            )
+            _generate(talkers[number], asked[number], max_tokens, draw, _Stop(stop), streamer)
         except BaseException as error:
             pieces.put(error)
 
@@ -165,6 +152,23 @@ def answers(
                 thread.join()
     for talker, text in zip(talkers, texts, strict=True):
         talker.remember(prompt, system, text)
+
+
+def _generate(talker: Talker, tokens: Tensor, max_tokens: int, draw: Draw, stop: _Stop, streamer: TextStreamer) -> None:
+    talker.model.generate(  # pyright: ignore[reportCallIssue]
+        inputs=tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=_pad(talker),
+        logits_processor=[draw],
+        stopping_criteria=[stop],
+        streamer=streamer,
+    )
 
 
 def _pad(talker: Talker) -> int | None:

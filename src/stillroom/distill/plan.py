@@ -27,6 +27,7 @@ from stillroom.distill.offline import (
 from stillroom.distill.student_plan import cut_from, origin_of, student_parts
 from stillroom.errors import ConfigError, MismatchError, MissingError
 from stillroom.losses.linear import CHUNK_BYTES
+from stillroom.model_folder import check_folder
 from stillroom.recipe import to_yaml
 from stillroom.runs import check_outside
 from stillroom.store.reader import Store
@@ -351,5 +352,5 @@ def _held_out(config: DistillConfig) -> AnyData | StoredData | None:
 def _model_text(name: str) -> str:
     if not is_local(name):
         return f"{name} on the hub"
-    size = sum(path.stat().st_size for path in models.check_folder(Path(name)))
+    size = sum(path.stat().st_size for path in check_folder(Path(name)))
     return f"{name} ({size / 2**20:.1f} MiB)"

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from transformers.utils.hub import cached_file
 
-from stillroom import models
 from stillroom.config import is_local
 from stillroom.costs.weights import numbers_of
+from stillroom.model_folder import check_folder
 
 
 class Sizes(NamedTuple):
@@ -28,5 +28,5 @@ def sizes(name: str, revision: str | None) -> Sizes:
         folder = Path(name).expanduser()
     else:
         folder = Path(str(cached_file(name, "config.json", revision=revision, local_files_only=True))).parent
-    weights = [path for path in models.check_folder(folder) if path.suffix == ".safetensors"]
+    weights = [path for path in check_folder(folder) if path.suffix == ".safetensors"]
     return Sizes(sum(sum(numbers_of(path).values()) for path in weights), sum(path.stat().st_size for path in weights))
