@@ -7,7 +7,7 @@ EVERY_CORE := OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -n auto --max
 
 .PHONY: demo test coverage check e2e gpu bench docs clean
 
-demo: .venv/.stillroom  ## a teacher and four students on this machine's own Python source, and their report, in about seven minutes
+demo: .venv/.stillroom  ## a teacher and four students on this machine's own Python source, and their report, in about ten minutes
 	$(OFFLINE) $(BIN)/python examples/demo.py
 
 test: .venv/.tools  ## unit tests: no GPU, no network
@@ -28,7 +28,7 @@ e2e: .venv/.tools  ## whole runs by the real command line
 gpu: .venv/.tools  ## what needs a CUDA device, against the CPU
 	$(OFFLINE) $(BIN)/python -m pytest tests/gpu
 
-bench: .venv/.bench  ## start-up, losses, throughput, store, quality, hidden states and evaluation, as told in LOG.md; results in benchmarks/*.json
+bench: .venv/.bench  ## start-up, losses, throughput, store, quality, hidden states, evaluation and memory, as told in LOG.md; results in benchmarks/*.json
 	$(OFFLINE) $(BIN)/python benchmarks/startup.py
 	$(OFFLINE) $(BIN)/python benchmarks/losses.py
 	$(OFFLINE) $(BIN)/python benchmarks/throughput.py
@@ -37,6 +37,7 @@ bench: .venv/.bench  ## start-up, losses, throughput, store, quality, hidden sta
 	$(OFFLINE) $(BIN)/python benchmarks/hidden.py
 	$(OFFLINE) $(BIN)/python benchmarks/hidden_cost.py
 	$(OFFLINE) $(BIN)/python benchmarks/evaluate.py
+	$(OFFLINE) $(BIN)/python benchmarks/memory.py
 
 docs: .venv/.docs  ## the reference of settings and the pictures of the losses, from the code
 	$(BIN)/stillroom distill --help > docs/guide/distill-settings.txt

@@ -91,7 +91,7 @@ def _check_safetensors(path: Path) -> None:
             f"{path} is truncated or damaged",
             {
                 "bytes there": size,
-                "bytes expected": expected if header is not None else "unknown: the header is broken",
+                "bytes expected": expected if expected is not None else "unknown: the header is broken",
             },
             why="Some of the weights are missing or cannot be trusted.",
             fix="Copy or download the file again.",

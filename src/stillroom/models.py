@@ -239,6 +239,11 @@ def resolve_device(device: str, setting: str) -> str:
     return device
 
 
+def device_name(device: str) -> str:
+    """What a device calls itself: "NVIDIA H100 80GB HBM3"; cpu, mps by these names."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
 def quiet() -> None:
     """Keeps `transformers` from writing progress bars and advice between a command's own lines."""
     logging.set_verbosity_error()

@@ -307,7 +307,7 @@ def test_a_dry_run_prints_settings_that_load_again_and_writes_nothing(recipe, tm
     assert done.stderr == ""
     assert list(tmp_path.iterdir()) == []
     printed = from_yaml(done.stdout)
-    assert printed.keys() == {"config", "reads", "writes"}
+    assert printed.keys() == {"config", "reads", "writes", "costs"}
     again = tmp_path / "again.yaml"
     again.write_text(to_yaml(printed["config"]))
     config = load(DistillConfig, again)

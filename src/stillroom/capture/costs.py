@@ -1,4 +1,4 @@
-"""What a capture will need: memory, arithmetic, time, cost and storage, from its settings and its teacher's config."""
+"""What a capture will need: memory, arithmetic, time and storage, from its settings and its teacher's config alone."""
 
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ from stillroom.costs.weights import read_model
 from stillroom.errors import ConfigError
 from stillroom.store.config import Full, HeadAndSample, Sampled, TopK
 
-LOGITS_BYTES = {True: 8 * 2**20, False: 256 * 2**20}
-"""What `logits_bytes=auto` is, on a CPU and elsewhere."""
+LOGITS_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
+"""What `logits_bytes=auto` is."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ def _add_memory(report: Report, config: CaptureConfig, model: Architecture, hard
     single = engine.dtype == "float32" or (engine.dtype == "auto" and hardware.is_cpu)
     item = 4 if single else 2
     tokens = max(config.data.length, 16384) if engine.batch_tokens == "auto" else engine.batch_tokens
-    logits = LOGITS_BYTES[hardware.is_cpu] if engine.logits_bytes == "auto" else engine.logits_bytes
+    logits = (
+        LOGITS_BYTES["cpu" if hardware.is_cpu else "cuda"] if engine.logits_bytes == "auto" else engine.logits_bytes
+    )
     share = 1 / hardware.num_devices if hardware.how_parallel == "fsdp" else 1.0
     parts = {
         "teacher's weights": item * model.parameters.total * share,

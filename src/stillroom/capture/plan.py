@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from stillroom import models
 from stillroom.capture.config import CaptureConfig, TeacherConfig, Transformers
-from stillroom.capture.costs import LOGITS_BYTES
+from stillroom.capture.costs import LOGITS_BYTES, Known, costs
 from stillroom.capture.hidden import size_text
 from stillroom.config import is_local, quoted, replace
+from stillroom.costs.architecture import read_architecture
+from stillroom.costs.hardware import Hardware
 from stillroom.data.documents import cache_folder, cache_path, prepared
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
@@ -33,7 +36,30 @@ class Plan:
     def __str__(self) -> str:
         """The resolved settings, and what a run reads and writes, as YAML."""
         values = scrub(self.config.model_dump(mode="json"))
-        return to_yaml({"config": values, "reads": self.reads(), "writes": self.writes()})
+        return to_yaml({"config": values, "reads": self.reads(), "writes": self.writes(), "costs": self.costs()})
+
+    def costs(self) -> dict[str, Any] | str:
+        """Memory, arithmetic, time and storage on the device of the run; or why they are not told."""
+        engine = self.config.teacher.engine
+        name = models.device_name(engine.device) if isinstance(engine, Transformers) else "cpu"
+        hardware = Hardware.called(name)
+        if hardware is None:
+            return f"not told: {name} is not in the table of devices; `stillroom plan` takes any"
+        try:
+            teacher = None if self.teacher_config is None else self.teacher_config.to_dict()
+            known = Known(None if teacher is None else read_architecture(teacher, "the teacher"), self._positions())
+            return costs(self.config, known, hardware).texts()
+        except ConfigError as error:
+            return f"not told: {error.what}"
+
+    def _positions(self) -> float | None:
+        """Positions that will be stored, where the data are tokenised already and taken as they are."""
+        data = self.config.data
+        if self.config.generate is not None or not is_local(data.path):
+            return None
+        documents = prepared(data, self.tokenizer, template=self.template)
+        of = 1 if self.config.part is None else self.config.part.of
+        return None if documents is None else documents.counts["tokens_learnt"] / of
 
     def reads(self) -> dict[str, str]:
         """The models and files that a run reads, by what they are for."""
@@ -126,7 +152,7 @@ def _resolve(config: CaptureConfig) -> CaptureConfig:
                 fix=f"Set it to at least {config.data.length}.",
             )
         if engine.logits_bytes == "auto":
-            values["teacher.engine.logits_bytes"] = LOGITS_BYTES[kind == "cpu"]
+            values["teacher.engine.logits_bytes"] = LOGITS_BYTES.get(kind, LOGITS_BYTES["cuda"])
     return replace(config, values)
 
 

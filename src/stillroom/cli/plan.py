@@ -61,7 +61,8 @@ def _report(words: Sequence[str], overrides: Sequence[str]) -> Report:
 
 def _distill(recipe: str | None, overrides: Sequence[str], hardware: Hardware) -> Report:
     from stillroom.distill.config import DistillConfig
-    from stillroom.distill.costs import costs, read_known
+    from stillroom.distill.costs import costs
+    from stillroom.distill.known import read_known
 
     config = load(DistillConfig, recipe, overrides)
     return costs(config, read_known(config), hardware, f"distill {recipe or ''}".rstrip())

@@ -39,7 +39,7 @@ def layer_bytes(
     norms = 4 * h * (kind.norms * (1 if frozen else 2) if not kind.layer_norms else kind.norms)
     readers = (1 if kind.fused_matrices else 3) + (1 if kind.fused_matrices or not kind.gated else 2)
     norms += item * h * (readers if half else kind.norms - after)
-    norms += 8 * (q + k) * kind.head_norms
+    norms += 8 * (q + k) * kind.head_norms + item * h * kind.dropouts
     attention = 2 * q + 2 * k + (q + k + h if kind.fused_matrices else 0)
     if kind.squares:
         attention = 4 * q + kind.squares * model.num_heads * length

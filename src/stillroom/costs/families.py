@@ -37,6 +37,8 @@ class Family:
     squares: int = 0
     """Matrices of length by length that each head keeps for the backward pass: 0 with fused attention; 2 where it is
     capped; 3 with dropout."""
+    dropouts: int = 0
+    """Masks over the hidden channels that a layer keeps of its dropout."""
     fused_matrices: bool = False
     """Queries, keys and values are one product, which is kept as a whole; so are the MLP's first two."""
     mlp_tensors: int = 4
@@ -75,6 +77,7 @@ FAMILIES = {
         tied=True,
         every_head_has_keys=True,
         squares=3,
+        dropouts=2,
         fused_matrices=True,
         mlp_tensors=5,
         names=MappingProxyType(

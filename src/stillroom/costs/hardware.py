@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from stillroom.config import Config
-from stillroom.costs.devices import PRICES_NOTE, Device, find_device
+from stillroom.costs.devices import DEVICES, PRICES_NOTE, Device, find_device
 from stillroom.costs.estimate import UTILISATION
-from stillroom.costs.memory import DRIVER_BYTES, Parallel
+from stillroom.costs.memory import DRIVER_BYTES, HEAP_SHARE, Parallel
 
 Devices = Annotated[int, Field(gt=0, le=100_000)]
 
@@ -57,6 +57,13 @@ class Hardware(Config):
             device = replace(device, flops=self.tflops * 1e12)
         return device if self.price is None else replace(device, price=self.price)
 
+    @classmethod
+    def called(cls, name: str) -> "Hardware | None":
+        """The device of the table that calls itself so ("NVIDIA H100 80GB HBM3"); None where there is none."""
+        plain = name.upper().replace(" ", "")
+        found = next((known for known in (*DEVICES, "CPU") if known in plain), None)
+        return None if found is None else cls(device=found)
+
     @property
     def is_cpu(self) -> bool:
         return self.device.upper() == "CPU"
@@ -71,6 +78,10 @@ class Hardware(Config):
     def driver_bytes(self) -> int:
         return 0 if self.is_cpu else DRIVER_BYTES
 
+    @property
+    def heap_share(self) -> float:
+        return HEAP_SHARE if self.is_cpu else 0.0
+
     def assumptions(self) -> list[str]:
         """What the figures rest on besides configs and headers."""
         device = self.found()
@@ -84,10 +95,10 @@ class Hardware(Config):
             found.append(f"${device.price:.2f} for a device and hour: {PRICES_NOTE}")
         if not self.is_cpu:
             found.append(f"{DRIVER_BYTES / 2**30:.0f} GiB of a device for its driver, workspaces and fragments")
+        else:
+            found.append(f"of activations that are freed, the C library keeps a share of {HEAP_SHARE:.0%}")
         if self.num_devices > 1:
-            found.append(
-                "one process trains on one device as yet; of several this tells what PyTorch's own DDP or FSDP2 takes"
-            )
+            found.append("runs have one device as yet; of several this tells what PyTorch's own DDP or FSDP2 takes")
         if self.states == "int8":
             found.append("8-bit moments are arithmetic alone: runs have AdamW in float32")
         return found

@@ -43,8 +43,8 @@ def storage_report(config: Storage) -> Report:
             _add(report, "hidden states", config.width, config.layers, form, positions)
     report.assumptions += [
         "every position is stored: where prompts are not learnt, only answers are",
-        "the store was measured with a tiny teacher of 4,096 columns, and with one of 128,256 and an entropy of 4.5 "
-        "nats a position; up to 32,768 columns the first is taken and beyond the second; a sure teacher takes less",
+        "the store was measured with a teacher of 4,096 columns, and at 128,256 with made-up ones of 4.5 nats; "
+        "up to 32,768 columns the first is taken and beyond the second; a sure teacher takes less",
     ]
     return report
 

@@ -24,6 +24,10 @@ STATE_BYTES = {"float32": 8.0, "int8": 2.0}
 """AdamW's two moments of a parameter; in 8 bits their scales (a number for each 256) are left out."""
 DRIVER_BYTES = 2**30
 """Assumed of a GPU: its context, the libraries' workspaces and what the allocator cannot use."""
+HEAP_SHARE = 0.5
+"""Assumed of a CPU: what glibc keeps of memory that came and went, as a share of the activations. It depends on how
+pieces of all sizes come and go, and was 0.2 to 1.8 in the six runs of benchmarks/memory.py, to which this is
+fitted; where glibc is told to give all back, it is nothing."""
 ENTRY_BYTES = 24
 """A stored entry as it is read: id, log-probability and count, in a batch and in the one that is read ahead."""
 
@@ -76,6 +80,8 @@ class Load:
     objective: bool = True
     """Something is asked of the logits."""
     driver_bytes: int = 0
+    heap_share: float = 0.0
+    """What the allocator keeps of memory that was freed, as a share of the activations."""
     num_devices: int = 1
     parallel: Parallel = "none"
 
@@ -103,11 +109,12 @@ class Memory:
 
 def memory(load: Load) -> Memory:
     """The most that a step needs on one device."""
-    stays = _stays(load)
+    stays, backward = _stays(load), _backward_moment(load)
+    stays["freed and kept"] = load.heap_share * (backward["activations"] + backward["gradients of one layer"])
     gradients = {"gradients": _gradients(load)}
     moments = {
         "teacher": _teacher_moment(load),
-        "backward": _backward_moment(load),
+        "backward": backward,
         "update": {**gradients, "gradient of the embeddings": _embedding_gradient(load)},
     }
     if load.micro_batches > 1:

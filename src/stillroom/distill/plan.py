@@ -8,13 +8,17 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from stillroom import models
 from stillroom.config import is_local, replace
+from stillroom.costs.architecture import read_architecture
+from stillroom.costs.hardware import Hardware
 from stillroom.cut.plan import CutPlan
 from stillroom.data.config import AnyData
-from stillroom.data.documents import cache_folder, cache_path
+from stillroom.data.documents import cache_folder, cache_path, prepared
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.distill.config import DistillConfig, LiveTeacher, StoredData, StoreTeacher
+from stillroom.distill.costs import costs
 from stillroom.distill.hidden_plan import HiddenPlan, plan_hidden
+from stillroom.distill.known import Known
 from stillroom.distill.offline import (
     check_columns,
     check_held_out,
@@ -54,6 +58,7 @@ class Plan:
     """What the objectives of inner states compare."""
     cut: CutPlan | None = None
     """What a student that starts as a part of its teacher keeps of it."""
+    student_config: PretrainedConfig | None = None
 
     @property
     def columns(self) -> int | None:
@@ -77,7 +82,39 @@ class Plan:
         cut = {} if self.cut is None else {"cut": self.cut.facts()}
         maps = {} if self.hidden is None else {"layers": self.hidden.texts()}
         config = self.config.model_dump(mode="json")
-        return to_yaml({"config": config, **cut, **maps, "reads": self.reads(), "writes": self.writes()})
+        files = {"reads": self.reads(), "writes": self.writes()}
+        return to_yaml({"config": config, **cut, **maps, **files, "costs": self.costs()})
+
+    def costs(self) -> dict[str, Any] | str:
+        """Memory, arithmetic and time on the device of the run; or why they are not told."""
+        name = models.device_name(self.config.device)
+        hardware = Hardware.called(name)
+        if hardware is None:
+            return f"not told: {name} is not in the table of devices; `stillroom plan` takes any"
+        assert self.student_config is not None
+        try:
+            known = Known(
+                read_architecture(self.student_config.to_dict(), "the student"),
+                None
+                if self.teacher_config is None
+                else read_architecture(self.teacher_config.to_dict(), "the teacher"),
+                None if self.store is None else self.store.manifest.model_dump(),
+                self._num_tokens(),
+                self.config.data.pack,
+            )
+            return costs(self.config, known, hardware).texts()
+        except ConfigError as error:
+            return f"not told: {error.what}"
+
+    def _num_tokens(self) -> float | None:
+        """Tokens in one pass over the data, where they are tokenised already."""
+        if self.store is not None:
+            return float(self.store.manifest.tokens)
+        data = self.config.data
+        if isinstance(data, StoredData) or not is_local(data.path):
+            return None
+        documents = prepared(data, self.tokenizer, template=self.template)
+        return None if documents is None else float(documents.counts["tokens"])
 
     def reads(self) -> dict[str, str]:
         """The models and files that a run reads, by what they are for."""
@@ -158,7 +195,10 @@ def make_plan(config: DistillConfig) -> Plan:
     if hidden is not None and held_out_store is not None:
         plan_hidden(config, student_config, None, held_out_store, origin)  # which is measured on the same layers
     measured_on = _held_out(config)
-    plan = Plan(config, tokenizer, template, fresh, teacher_config, measured_on, store, held_out_store, hidden, cut)
+    plan = Plan(
+        config, tokenizer, template, fresh, teacher_config, measured_on, store, held_out_store, hidden, cut,
+        student_config,
+    )  # fmt: skip
     for _, data in plan._data():
         if is_local(data.path):
             open_source(data)  # which says where it is not there

@@ -44,6 +44,12 @@ def listing(folder: Path) -> dict[Path, tuple[int, int]]:
 # --- what it says ----------------------------------------------------------------------------------------------------
 
 
+def test_it_tells_what_a_capture_costs(plan):
+    found = from_yaml(str(plan("teacher.engine={kind: transformers, device: cpu}")))["costs"]
+    assert found["time on CPU"]["tokens"].startswith("not known")
+    assert "store, default (head and draws)" in found["this store, a position"]
+
+
 def test_it_writes_nothing(plan, tmp_path, text_files, own_cache):
     before = [listing(place) for place in (tmp_path, text_files)]
     str(plan())
@@ -55,7 +61,7 @@ def test_it_writes_nothing(plan, tmp_path, text_files, own_cache):
 def test_every_auto_is_resolved(plan, own_cache):
     made = plan("teacher.engine={kind: transformers, device: cpu}")
     assert (engine(made).device, engine(made).dtype) == ("cpu", "float32")
-    assert (engine(made).batch_tokens, engine(made).logits_bytes) == (16384, LOGITS_BYTES[True])
+    assert (engine(made).batch_tokens, engine(made).logits_bytes) == (16384, LOGITS_BYTES["cpu"])
     assert made.config.teacher.columns == 300
     assert made.config.data.cache == str(own_cache)
     assert "auto" not in {v for k, v in made.config.teacher.engine.model_dump().items() if k != "attention"}

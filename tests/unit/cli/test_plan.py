@@ -8,7 +8,7 @@ import pytest
 
 from published import PUBLISHED
 from stillroom.cli.main import main
-from stillroom.distill.costs import cut_values
+from stillroom.distill.known import cut_values
 
 QWEN_7B, QWEN_1B = (PUBLISHED[name][0] for name in ("Qwen2 7B", "Qwen2 1.5B"))
 
@@ -112,6 +112,21 @@ def test_a_capture(capsys, recipe, tmp_path):
     kept = found["this store, a position"]
     assert kept["hidden states, int8"]["value"] == 2 * (3584 + 4)
     assert kept["in all"]["value"] == pytest.approx(1e6 * sum(f["value"] for f in kept.values() if f["unit"] == "each"))
+
+
+def test_a_store_that_is_not_there_yet_is_planned_with_and_said(capsys, recipe, tmp_path):
+    stored = f"teacher={{kind: store, path: {tmp_path}/store}}"
+    found = planned(capsys, recipe, stored, "data={format: store, length: 4096}", "data_tokens=1e6")
+    assert "teacher's weights" not in found["memory of a device"]
+    assert any("no store is at" in sentence for sentence in found["assumed"])
+    (tmp_path / "store").mkdir()
+    manifest = {"positions": 900, "tokens": 1000, "length": 2048, "num_columns": 151646, "entries": 9000}
+    (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
+    there = planned(capsys, recipe, stored, "data={format: store}")
+    assert there["time on H100"]["tokens"]["value"] == 3 * 1000
+    (tmp_path / "store" / "manifest.json").write_text("{}")
+    assert main(["plan", str(recipe), stored, "data={format: store}"]) == 2
+    assert "no manifest of a store" in capsys.readouterr().err
 
 
 def test_a_cut_student_has_the_sizes_of_its_part():

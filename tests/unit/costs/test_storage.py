@@ -1,4 +1,4 @@
-"""Storage: the issue's own figures, those that were measured, and exact ones."""
+"""Storage: full logits by hand, those that were measured, and exact ones."""
 
 import json
 from pathlib import Path

@@ -50,3 +50,26 @@ def test_damaged_files_are_told(folder):
 def test_a_name_that_cannot_be_fetched_is_told_with_what_to_do():
     with pytest.raises(MissingError, match="HF_HUB_OFFLINE"):
         read_model("nobody/no-such-model", whose="the student")
+
+
+def test_of_a_model_on_the_hub_only_small_files_are_read(monkeypatch, tmp_path):
+    import huggingface_hub
+    from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    tensor = TensorInfo(dtype="BF16", shape=[6, 4], data_offsets=(0, 48))
+    file = SafetensorsFileMetadata(metadata={}, tensors={"w": tensor})
+    whole = SafetensorsRepoMetadata(
+        metadata=None, sharded=False, weight_map={"w": "model.safetensors"}, files_metadata={"model.safetensors": file}
+    )
+    asked = []
+
+    def download(name, file, revision):
+        asked.append((name, file, revision))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda *_, **__: whole)
+    found = read_model("owner/name", "main")
+    assert (found.config, found.numbers, found.size_bytes) == ({"model_type": "qwen2"}, {"BF16": 24}, 48)
+    assert asked == [("owner/name", "config.json", "main")]

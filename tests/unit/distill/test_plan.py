@@ -11,8 +11,10 @@ from transformers import PreTrainedTokenizerFast
 from conftest import CHATML, SaveModel
 from stillroom.config import load
 from stillroom.distill.config import DistillConfig
+from stillroom.distill.costs import LOGITS_BYTES
 from stillroom.distill.plan import Plan, make_plan
 from stillroom.errors import ConfigError, DataError, MismatchError, MissingError, StillroomError
+from stillroom.losses.linear import CHUNK_BYTES
 from stillroom.recipe import from_yaml, to_yaml
 
 MakePlan = Callable[..., Plan]
@@ -56,6 +58,19 @@ def listing(folder: Path) -> dict[Path, tuple[int, int]]:
 
 
 # --- what it says ----------------------------------------------------------------------------------------------------
+
+
+def test_it_tells_what_a_run_costs(plan):
+    found = from_yaml(str(plan()))["costs"]
+    assert found["memory of a device"]["in all"].endswith("GiB)")
+    assert found["advice"][0].startswith("fits")
+    assert LOGITS_BYTES == CHUNK_BYTES
+
+
+def test_a_family_that_is_not_counted_is_told_and_is_no_error(plan, saved_model):
+    made = plan("teacher=null", "held_out=null", "objectives=[{kind: cross_entropy}]",
+                f"student={{model: {saved_model('granite')}}}")  # fmt: skip
+    assert made.costs() == "not told: the architecture of the student is not known"
 
 
 def test_it_writes_nothing(plan, tmp_path, recipe, text_files, own_cache):
