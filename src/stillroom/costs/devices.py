@@ -66,5 +66,5 @@ def find_device(name: str) -> Device:
         f"`{name}` is not in the table of devices",
         {**({"did you mean": near[0]} if near else {}), "devices": ", ".join(known)},
         why="Its speed and memory would be made up.",
-        fix="Name a device of the table, or the one nearest to yours; `memory` and `flops` replace its figures.",
+        fix="Name a device of the table, or the one nearest to yours; `memory_gb` and `tflops` replace its figures.",
     )
