@@ -1,6 +1,7 @@
 """Everything that can be the user's fault, in four parts: what, the values, why it matters, what to do."""
 
 from collections.abc import Mapping
+from typing import Any
 
 
 class StillroomError(Exception):
@@ -17,11 +18,22 @@ class StillroomError(Exception):
         super().__init__(what)
         self.what, self.values, self.why, self.fix = what, dict(values or {}), why, fix
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How it goes to another process: its values as text."""
+        values = {name: str(value) for name, value in self.values.items()}
+        return _remade, (type(self), self.what, values, self.why, self.fix)
+
     def __str__(self) -> str:
         pairs = [f"{name}: {value}" for name, value in self.values.items()]
         fits_one_line = sum(map(len, pairs)) + 5 * len(pairs) <= 110
         lines = ["     ".join(pairs)] if fits_one_line else pairs
         return "\n  ".join([self.what, *filter(None, lines), self.why, self.fix])
+
+
+def _remade(kind: type[StillroomError], what: str, values: dict[str, str], why: str, fix: str) -> StillroomError:
+    error = kind.__new__(kind)
+    StillroomError.__init__(error, what, values, why=why, fix=fix)
+    return error
 
 
 class ConfigError(StillroomError, ValueError):
@@ -52,8 +64,24 @@ class OutOfMemoryError(StillroomError, MemoryError):
     """A device that has too little memory for what was asked."""
 
 
+class LostError(StillroomError, ConnectionError):
+    """A process that the others wait for, and that does not come."""
+
+
+class ToldElsewhere(StillroomError):
+    """An error that another process of the run tells the user."""
+
+    @classmethod
+    def of(cls, error: StillroomError) -> "ToldElsewhere":
+        return cls(error.what, error.values, why=error.why, fix=error.fix)
+
+
 class Interrupted(KeyboardInterrupt):
     """The user stopped a run, and what it had done is saved; the message says how to go on."""
+
+
+class Stopped(Interrupted):
+    """The system asked a run to end (SIGTERM), and what it had done is saved; it ends in good order."""
 
 
 def require(package: str, extra: str, purpose: str) -> None:

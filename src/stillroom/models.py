@@ -19,6 +19,10 @@ from stillroom.config import is_local
 from stillroom.errors import ConfigError, DataError, MismatchError, MissingError, NonFiniteError
 from stillroom.head import Head
 from stillroom.model_folder import check_folder
+from stillroom.weights import read
+from stillroom.weights.parts import realise
+from stillroom.weights.read import check_whole
+from stillroom.weights.skeleton import initialise, skeleton
 
 # --- on disk ---------------------------------------------------------------------------------------------------------
 
@@ -105,22 +109,24 @@ def load_model(
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise _not_loaded(name, error) from error
     model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise DataError(
-            f"the weights of {name} are not complete",
-            {"missing": f"{len(missing)} tensors: {', '.join(missing[:3])}"},
-            why="They would be left at random values, and the model would look trained.",
-            fix="Use a complete copy of the model, or start a new student with init={kind: config}.",
-        )
-    inside = f"{model.base_model_prefix}."
-    if surplus := sorted(name for name in info["unexpected_keys"] if name.startswith(inside)):
-        raise DataError(
-            f"{name} holds more than its config.json says",
-            {"left over": f"{len(surplus)} tensors: {', '.join(surplus[:3])}"},
-            why="A part of the model, layers perhaps, would be left out without a word.",
-            fix="Mend config.json (num_hidden_layers is the usual fault), or use a complete copy of the model.",
-        )
+    check_whole(name, list(info["missing_keys"]), list(info["unexpected_keys"]), model.base_model_prefix)
     return model.to(device).eval()
+
+
+def local_folder(name: str, revision: str | None = None) -> Path:
+    """The folder of a model: its own, or what is downloaded of it from the hub.
+
+    Raises:
+        MissingError: it cannot be had.
+    """
+    if is_local(name):
+        return Path(name).expanduser()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.py"]))
+    except (OSError, ValueError) as error:
+        raise _not_loaded(name, error) from error
 
 
 def configure(base: PretrainedConfig, settings: Mapping[str, Any]) -> PretrainedConfig:
@@ -160,13 +166,43 @@ def _possible(family: str, settings: object) -> Iterator[None]:
 
 
 def build_model(
-    config: PretrainedConfig, *, seed: int, device: torch.device | str = "cpu", attention: str | None = None
+    config: PretrainedConfig,
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    attention: str | None = None,
 ) -> PreTrainedModel:
-    """A new model with random weights in float32, the same for the same seed."""
-    with torch.random.fork_rng(devices=[]), _possible(config.model_type, "those of its config.json"):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
-    return model.to(device).eval()
+    """A new model with random weights, the same for the same seed: see `weights.skeleton.initialise`."""
+    model = build_skeleton(config, dtype=dtype, attention=attention)
+    realise(model, device)
+    model.tie_weights()
+    initialise(model, seed)
+    return model
+
+
+def build_skeleton(
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A model whose parameters take no memory yet: see `weights.skeleton`."""
+    with _possible(config.model_type, "those of its config.json"):
+        return skeleton(config, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
+
+
+def load_head(model: PreTrainedModel, folder: Path, device: torch.device | str) -> Head:
+    """The head alone of a model that is a skeleton, from its folder."""
+    tied = model.config.get_text_config().tie_word_embeddings
+    part = model.get_input_embeddings() if tied else model.get_output_embeddings()
+    assert part is not None
+    realise(part, device)
+    model.tie_weights()
+    read.load(model, folder, whole=False)
+    made = head(model)
+    return Head(made.weight.detach(), None if made.bias is None else made.bias.detach(), made.scale, made.softcap)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

@@ -8,7 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
@@ -103,6 +103,10 @@ class RunFolder:
         self.record["peak_memory_bytes"] = max(peak_memory_bytes(), self.record.get("peak_memory_bytes", 0))
         write_json(self.path / "run.json", self.record)
 
+    def share(self, gather: Callable[[Any], list[Any]]) -> None:
+        """Lets the other processes of the run know what run.json says, each of which calls this too."""
+        gather(self.record)
+
     def close(self) -> None:
         self._lock.close()
 
@@ -116,6 +120,30 @@ class RunFolder:
             with suppress(OSError):  # nothing was made yet, so the mended command may have the same `out`
                 shutil.rmtree(self.path)
         self.close()
+
+
+class Onlooker:
+    """A run's folder as a process sees it that writes nothing there of its own: another one keeps run.json."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path, self.record = Path(path), dict[str, Any]()
+
+    @property
+    def done(self) -> bool:
+        return self.record.get("status") == "done"
+
+    def share(self, gather: Callable[[Any], list[Any]]) -> None:
+        """Takes over what run.json says, from the first process."""
+        self.record = gather(None)[0]
+
+    def update(self, **values: Any) -> None:
+        self.record |= values
+
+    def __enter__(self) -> "Onlooker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 def check_place(place: str | Path, *, may_exist: bool) -> None:

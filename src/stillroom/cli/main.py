@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from importlib import import_module
 
 from stillroom import __version__
 from stillroom.cli.arguments import Arguments, parse
-from stillroom.errors import StillroomError
+from stillroom.errors import StillroomError, Stopped, ToldElsewhere
 
 VERBS = {
     "capture": "ask a teacher once, and store what it said",
@@ -42,7 +43,7 @@ flags
   --debug       show where an error was raised
   --help        this text; `stillroom VERB --help` explains every setting of a verb
 
-exit codes: 0 done, 1 a bug, 2 something to mend, 130 interrupted (and resumable)
+exit codes: 0 done (or ended by SIGTERM, and resumable), 1 a bug, 2 something to mend, 130 interrupted (and resumable)
 """
 
 
@@ -59,8 +60,15 @@ def main(words: Sequence[str] | None = None) -> int:
             return _say(HELP.rstrip())
         verb: Callable[[Arguments], int] = import_module(f"stillroom.cli.{arguments.verb}").main
         return verb(arguments)
+    except ToldElsewhere:
+        return 2
     except StillroomError as error:
         return _failed(f"error: {error}", "--debug" in words)
+    except Stopped as error:
+        if str(error):
+            resumed = [word for word in words if word not in ("--resume", "--overwrite")]
+            print(f"\n{error}. Resume with: stillroom {shlex.join(resumed)} --resume", file=sys.stderr)
+        return 0
     except KeyboardInterrupt as error:
         instead = " in the place of --overwrite" if "--overwrite" in words else ""
         print(f"\n{str(error) or 'interrupted'}. Go on with the same command and --resume{instead}.", file=sys.stderr)

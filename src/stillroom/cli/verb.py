@@ -36,5 +36,7 @@ def run_verb(
         record = run(
             config, resume="resume" in arguments.flags, overwrite="overwrite" in arguments.flags, report=progress
         )
+    if not record:  # another process of the run tells it
+        return 0
     print(summary(record))
     return code(record)

@@ -97,8 +97,6 @@ class Hardware(Config):
             found.append(f"{DRIVER_BYTES / 2**30:.0f} GiB of a device for its driver, workspaces and fragments")
         else:
             found.append(f"of activations that are freed, the C library keeps a share of {HEAP_SHARE:.0%}")
-        if self.num_devices > 1:
-            found.append("runs have one device as yet; of several this tells what PyTorch's own DDP or FSDP2 takes")
         if self.states == "int8":
             found.append("8-bit moments are arithmetic alone: runs have AdamW in float32")
         return found

@@ -1,7 +1,7 @@
 """BatchStream: documents to the batches of each optimizer step, from a state that can be saved and resumed."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -11,13 +11,48 @@ from stillroom.data.rows import Rows, epoch_order, plan_rows
 from stillroom.errors import DataError, MismatchError
 
 
-class BatchStream(Iterator[list[Batch]]):
+class Part(NamedTuple):
+    """One of the processes that share each step: the rows of process ``rank`` of ``size``, from 0."""
+
+    rank: int
+    size: int
+
+
+WHOLE = Part(0, 1)
+
+
+class Totals(NamedTuple):
+    """What all processes together have of a step."""
+
+    num_kept: int
+    """Kept positions."""
+    num_positions: int
+    """Input positions, padding not counted."""
+
+
+def totals(batches: Sequence[Batch]) -> Totals:
+    """Those of a step that lies in one process."""
+    return Totals(sum(b.num_kept for b in batches), sum(int((b.documents >= 0).sum()) for b in batches))
+
+
+class Step(list[Batch]):
+    """The micro-batches that one process has of an optimizer step, and the totals of all processes."""
+
+    def __init__(self, batches: Iterable[Batch], totals: Totals) -> None:
+        super().__init__(batches)
+        self.totals = totals
+
+
+class BatchStream(Iterator[Step]):
     """Gives, for each optimizer step, its micro-batches.
 
     A step takes consecutive rows as long as their input positions, padding not counted, come to at most ``tokens``,
     and at least one row; it may reach over the end of an epoch. Which rows a step takes does not depend on
     ``micro_tokens``. The rows of a step, longest first, are grouped into micro-batches of at most ``micro_tokens``
     positions, padding counted, and at least one row.
+
+    Several processes share a step: each takes some of its rows, and as many micro-batches as every other, of which some
+    may be empty. What a step holds does not depend on how many they are.
 
     Args:
         documents: what to read, none longer than ``length`` + 1 tokens.
@@ -28,6 +63,7 @@ class BatchStream(Iterator[list[Batch]]):
         micro_tokens: the most positions of a micro-batch.
         epochs: how often to read all documents; None is without end. The last step may be short.
         pad_token: what the model reads on padding.
+        part: which of the processes this is.
     """
 
     def __init__(
@@ -42,21 +78,32 @@ class BatchStream(Iterator[list[Batch]]):
         seed: int,
         epochs: int | None,
         pad_token: int = 0,
+        part: Part = WHOLE,
     ) -> None:
         if not len(documents):
             raise ValueError("a stream needs at least one document")
         self.documents, self.epochs, self.micro_tokens, self.pad_token = documents, epochs, micro_tokens, pad_token
         self.length, self.pack, self.shuffle, self.tokens, self.seed = length, pack, shuffle, tokens, seed
-        self.epoch, self.row, self.step = 0, 0, 0
+        self.epoch, self.row, self.step, self.part = 0, 0, 0, part
         self._planned: tuple[int, Rows] | None = None
 
-    def __next__(self) -> list[Batch]:
+    def __next__(self) -> Step:
         self.epoch, self.row, rows = self._take(self.epoch, self.row)
         if not rows:
             raise StopIteration
         self.step += 1
-        groups = group(rows, self.documents.lengths, self.micro_tokens)
-        return [collate(self.documents, rows, self.pad_token) for rows in groups]
+        lengths = self.documents.lengths
+        groups = [group(some, lengths, self.micro_tokens) for some in shares(rows, lengths, self.part.size)]
+        mine = [collate(self.documents, some, self.pad_token) for some in groups[self.part.rank]]
+        empty = [nothing(self.documents, self.pad_token)] * (max(map(len, groups)) - len(mine))
+        return Step(mine + empty, self._totals(rows, mine))
+
+    def _totals(self, rows: Sequence[np.ndarray], mine: Sequence[Batch]) -> Totals:
+        """What the step holds in all: counted in this process's batches where it has all of it."""
+        if self.part.size == 1:
+            return totals(mine)
+        num_kept = sum(int(self.documents.learn(d)[1:].sum()) for row in rows for d in row.tolist())
+        return Totals(num_kept, sum(int((self.documents.lengths[row] - 1).sum()) for row in rows))
 
     def num_steps(self) -> int | None:
         """The steps from the first to the end of the last epoch; None without end."""
@@ -179,6 +226,25 @@ def collate(documents: Sequences, rows: Sequence[np.ndarray], pad_token: int) ->
         positions[r, start:] = np.arange(shape[1] - start)
     arrays = [tokens, next_tokens, keep, positions, numbers, *([] if weights is None else [weights])]
     return Batch(*map(torch.from_numpy, arrays))
+
+
+def nothing(documents: Sequences, pad_token: int) -> Batch:
+    """A batch of one position of padding, for a process that has nothing left to read while others have."""
+    shape = 1, 1
+    zeros = torch.zeros(shape, dtype=torch.long)
+    weights = [] if getattr(documents, "weight", None) is None else [torch.ones(shape)]
+    return Batch(zeros + pad_token, zeros, zeros.bool(), zeros.clone(), zeros - 1, *weights)
+
+
+def shares(rows: Sequence[np.ndarray], lengths: np.ndarray, of: int) -> list[list[np.ndarray]]:
+    """A step's rows for each of so many processes, as evenly as dealing them out from the longest allows."""
+    if of == 1:
+        return [list(rows)]
+    dealt: list[list[np.ndarray]] = [[] for _ in range(of)]
+    for number, row in enumerate(sorted(rows, key=lambda row: int((lengths[row] - 1).sum()), reverse=True)):
+        turn, place = divmod(number, of)
+        dealt[place if turn % 2 == 0 else of - 1 - place].append(row)
+    return dealt
 
 
 def group(rows: Iterable[np.ndarray], lengths: np.ndarray, most: int) -> list[list[np.ndarray]]:

@@ -1,12 +1,12 @@
 """ReadAhead: the batches of the next steps and their stored signals, made by a thread while the student trains."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from queue import Queue
 from typing import Any
 
 from stillroom.batch import Batch
-from stillroom.data.stream import BatchStream, DocumentSet
+from stillroom.data.stream import BatchStream, DocumentSet, Totals
 from stillroom.distill.teacher import Teacher
 from stillroom.signals import Told
 
@@ -16,7 +16,15 @@ Micro = tuple[Batch, Told | None]
 """A micro-batch, with what of it could be read without the device."""
 
 
-class ReadAhead(Iterator[list[Micro]]):
+class Micros(list[Micro]):
+    """The micro-batches of a step with what was read of them, and the totals of all processes."""
+
+    def __init__(self, micros: Iterable[Micro], totals: Totals) -> None:
+        super().__init__(micros)
+        self.totals = totals
+
+
+class ReadAhead(Iterator[Micros]):
     """Gives each step's micro-batches of a stream with what the teacher can read of them.
 
     Its state is that of the steps given, not of those made ahead. What goes wrong ahead is raised when its turn comes.
@@ -45,7 +53,7 @@ class ReadAhead(Iterator[list[Micro]]):
         self.stream.restore(state)
         self._state = self.stream.state()
 
-    def __next__(self) -> list[Micro]:
+    def __next__(self) -> Micros:
         if self._worker is None:
             self._worker = _Worker(self.stream, self.teacher)
         micros, self._state = self._worker.take()
@@ -61,13 +69,13 @@ class ReadAhead(Iterator[list[Micro]]):
 class _Worker:
     def __init__(self, stream: BatchStream, teacher: Teacher | None) -> None:
         self.stream, self.teacher = stream, teacher
-        self.made: Queue[tuple[list[Micro], dict[str, Any]] | BaseException] = Queue()
+        self.made: Queue[tuple[Micros, dict[str, Any]] | BaseException] = Queue()
         self.room = threading.Semaphore(STEPS_AHEAD)
         self.closed = False
         self.thread = threading.Thread(target=self._work, name="read ahead", daemon=True)
         self.thread.start()
 
-    def take(self) -> tuple[list[Micro], dict[str, Any]]:
+    def take(self) -> tuple[Micros, dict[str, Any]]:
         made = self.made.get()
         if isinstance(made, BaseException):
             self.made.put(made)  # whoever asks again is told again
@@ -86,8 +94,8 @@ class _Worker:
                 self.room.acquire()
                 if self.closed:
                     return
-                batches = next(self.stream)
-                read = [(b, None if self.teacher is None else self.teacher.read(b)) for b in batches]
-                self.made.put((read, self.stream.state()))
+                step = next(self.stream)
+                read = [(b, None if self.teacher is None else self.teacher.read(b)) for b in step]
+                self.made.put((Micros(read, step.totals), self.stream.state()))
         except BaseException as error:
             self.made.put(error)

@@ -1,15 +1,19 @@
 """Checkpoints: all of a run's state, written whole or not at all."""
 
 import shutil
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -22,8 +26,9 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.optim.lr_scheduler import LRScheduler
 
 from stillroom.distill.ahead import ReadAhead
+from stillroom.distill.processes import ALONE, Processes
 from stillroom.distill.step import StudentStep
-from stillroom.errors import DataError, StorageError
+from stillroom.errors import DataError, StillroomError, StorageError
 from stillroom.files import crc32, read_json, sync_folder, write_json
 
 
@@ -49,10 +54,23 @@ class TrainState:
     """What was measured at the best step, with ``step``."""
     frozen_saved: bool = True
     """Whether frozen parameters belong into a checkpoint; a student with adapters gets them from its own folder."""
+    processes: Processes = ALONE
+    """Those that train together."""
+    parallel: nn.Module | None = None
+    """What is called in the place of ``module`` while training, where each process holds a whole one."""
+    place: torch.device | None = None
+    """Where batches go; None is where the parameters are."""
+    stopped_by: int = 0
+    """The signal that asked for an end, or 0."""
 
     @property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        return self.place or next(self.module.parameters()).device
+
+    @property
+    def forward(self) -> nn.Module:
+        """The student step as it is called while training."""
+        return self.parallel or self.module
 
 
 PLAIN = ("step", "num_tokens", "time_s", "held_out", "measured_at", "best")
@@ -63,11 +81,17 @@ class Checkpoints:
     """The checkpoints of one run: ``step-00000100/`` and so on, of which the last ``keep`` and the best stay.
 
     Tensors are `torch.distributed.checkpoint`'s, everything else is in ``state.json``. A checkpoint is written under a
-    temporary name, synced and renamed, so one that has its name is whole.
+    temporary name, synced and renamed, so one that has its name is whole. Several processes write each what it holds,
+    and any number of them can load it.
+
+    Args:
+        processes: those that train together, which all save and load at the same steps.
+        background: write a copy, in a thread, while training goes on.
     """
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, *, keep: int, processes: Processes = ALONE, background: bool = False) -> None:
+        self.folder, self.keep, self.processes, self.background = folder, keep, processes, background
+        self._writing: tuple[threading.Thread, list[BaseException]] | None = None
 
     def all(self) -> list[Path]:
         """In the order of their steps."""
@@ -81,50 +105,107 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def save(self, state: TrainState) -> Path:
-        """Writes the state, and removes checkpoints that are no longer to be kept.
+        """Writes the state, and removes checkpoints that are no longer to be kept. In the background, it is written
+        when the next one is, or by ``finish``.
 
         Raises:
-            StorageError: it could not be written, on a full disk say; the earlier checkpoints are as they were.
+            StorageError: it, or one before it, could not be written, on a full disk say; earlier checkpoints are as
+                they were.
         """
-        path, temporary = self.at(state.step), self.folder / f".step-{state.step:08d}.tmp"
+        self.finish()
+        tensors, numbers = _tensors(state), _numbers(state)
+        best = int(state.best["step"]) if state.best else None
+        path = self.at(state.step)
+        if not self.background:
+            self._write(path, tensors, numbers, best)
+            return path
+        stager = DefaultStager(StagingOptions(False, False, False, False))
+        copied: Any = stager.stage(tensors)
+        stager.close()
+        errors: list[BaseException] = []
+
+        def write() -> None:
+            try:
+                self._write(path, copied, numbers, best)
+            except BaseException as error:
+                errors.append(error)
+
+        self._writing = threading.Thread(target=write, name="checkpoint"), errors
+        self._writing[0].start()
+        return path
+
+    def finish(self) -> None:
+        """Waits until what is written in the background is there.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        if self._writing is not None:
+            thread, errors = self._writing
+            thread.join()
+            self._writing = None
+            if errors:
+                raise errors[0]
+
+    def _write(self, path: Path, tensors: dict[str, Any], numbers: dict[str, Any], best: int | None) -> None:
+        temporary, others = self.folder / f".{path.name}.tmp", self.processes.that_save
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
+            others.first_does(lambda: _make_empty(temporary))
             with _quiet():
-                save_tensors(_tensors(state), checkpoint_id=temporary, no_dist=True)
-            write_json(temporary / "state.json", {**_numbers(state), "files": _checksums(temporary)})
-            sync_folder(temporary)
-            shutil.rmtree(path, ignore_errors=True)
-            temporary.rename(path)
-            sync_folder(self.folder)
+                save_tensors(
+                    tensors, checkpoint_id=temporary, process_group=others.group, no_dist=self.processes.size == 1
+                )
+            files = _merged(others.gather(_checksums(temporary, others.own_files(temporary))))
+            others.first_does(lambda: self._name(temporary, path, {**numbers, "files": files}, best))
         except (Exception, CheckpointException) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if any(isinstance(cause, KeyboardInterrupt) for cause in _causes(error)):
                 raise KeyboardInterrupt from error
-            if not _is_disk(error):
+            if isinstance(error, StillroomError) or not _is_disk(error):
                 raise
             raise StorageError(
-                f"the checkpoint of step {state.step} could not be written",
+                f"the checkpoint of step {int(path.name[5:])} could not be written",
                 {"reason": _reason(error), "free": f"{_free_bytes(self.folder) / 2**20:.0f} MiB"},
                 why=f"Training stopped here. The last good checkpoint is {self.latest() or 'none'}.",
                 fix="Make room, then run the same command with --resume.",
             ) from error
-        self._prune(int(state.best["step"]) if state.best else None)
-        return path
+
+    def _name(self, temporary: Path, path: Path, numbers: dict[str, Any], best: int | None) -> None:
+        """Gives a checkpoint that is written its name, once all its files are there."""
+        if lost := [name for name in numbers["files"] if not (temporary / name).is_file()]:
+            raise StorageError(
+                f"the checkpoint {path} is not in one place",
+                {"folder": self.folder, "files of other processes": ", ".join(lost[:3])},
+                why="Each process writes its part into the run's folder, and this one does not see the others'.",
+                fix="Put `out` on a file system that all hosts share.",
+            )
+        write_json(temporary / "state.json", numbers)
+        sync_folder(temporary)
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+        sync_folder(self.folder)
+        self._prune(best)
 
     def load(self, state: TrainState, path: Path) -> None:
-        """Sets the state to what was saved.
+        """Sets the state to what was saved, by any number of processes.
 
         Raises:
             DataError: the checkpoint is damaged.
         """
+        processes = self.processes
         tensors = _tensors(state)
         try:
             numbers = read_json(path / "state.json")
-            if numbers["files"] != (found := _checksums(path)):
+            mine = processes.own_share(sorted(_tensor_files(path)))
+            found = _merged(processes.gather(_checksums(path, mine)))
+            if numbers["files"] != found:
                 raise ValueError(f"its files have the checksums {found} and were written with {numbers['files']}")
+            if processes.rank:  # which the checkpoint of fewer processes does not know
+                there = FileSystemReader(path).read_metadata().state_dict_metadata
+                known = {name for name in tensors["random"] if f"random.{name}" in there}
+                tensors["random"] = {name: tensors["random"][name] for name in known}
             with _quiet():
-                load_tensors(tensors, checkpoint_id=path, no_dist=True)
+                load_tensors(tensors, checkpoint_id=path, process_group=processes.group, no_dist=processes.size == 1)
             set_model_state_dict(state.module, tensors["model"], options=StateDictOptions(strict=False))
             set_optimizer_state_dict(state.module, state.optimizer, tensors["optimizer"])
             state.schedule.load_state_dict(
@@ -132,7 +213,7 @@ class Checkpoints:
             )
             for name in PLAIN:
                 setattr(state, name, numbers[name])
-            _set_random_state(tensors["random"], state.device)
+            _set_random_state(tensors["random"], state)
             place = numbers["stream"]
         except (Exception, CheckpointException) as error:
             others = [p.name for p in self.all() if p != path]
@@ -161,7 +242,7 @@ def _tensors(state: TrainState) -> dict[str, Any]:
     return {
         "model": {name: tensor for name, tensor in model.items() if name not in left_out},
         "optimizer": get_optimizer_state_dict(state.module, state.optimizer),
-        "random": _random_state(state.device),
+        "random": _random_state(state),
     }
 
 
@@ -173,22 +254,40 @@ def _numbers(state: TrainState) -> dict[str, Any]:
     }
 
 
-def _checksums(folder: Path) -> dict[str, int]:
-    """The checksum of each file of tensors."""
-    return {path.name: crc32(path) for path in sorted(folder.iterdir()) if path.name != "state.json"}
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
-def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["device"] = torch.cuda.get_rng_state(device)
+def _tensor_files(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name != "state.json"]
+
+
+def _checksums(folder: Path, names: Iterable[str]) -> dict[str, int]:
+    """The checksums of some files of tensors."""
+    return {name: crc32(folder / name) for name in names}
+
+
+def _merged(parts: Iterable[dict[str, int]]) -> dict[str, int]:
+    return dict(sorted({name: value for part in parts for name, value in part.items()}.items()))
+
+
+def _random_state(state: TrainState) -> dict[str, torch.Tensor]:
+    """Each process's own, by names that only it has; the first's are those of a process alone."""
+    whose = f" of rank {state.processes.rank}" if state.processes.rank else ""
+    states = {f"cpu{whose}": torch.get_rng_state()}
+    if state.device.type == "cuda":
+        states[f"device{whose}"] = torch.cuda.get_rng_state(state.device)
     return states
 
 
-def _set_random_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states["device"], device)
+def _set_random_state(states: dict[str, torch.Tensor], state: TrainState) -> None:
+    """A process that was not there when it was saved goes on with the state that it began with."""
+    for name, saved in states.items():
+        if name.startswith("cpu"):
+            torch.set_rng_state(saved)
+        else:
+            torch.cuda.set_rng_state(saved, state.device)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from stillroom.config import Config, PathText
 from stillroom.cut.config import CutConfig
 from stillroom.data.config import ChatData, PromptCompletionData, TextData
 from stillroom.distill.objective_config import ByColumn, ObjectiveConfig
+from stillroom.distill.parallel_config import Auto, ParallelConfig
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -65,6 +66,8 @@ class StudentConfig(Config):
     """Parameters that are not trained, as patterns over their names: ["*embed_tokens*", "model.layers.0.*"]."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile each of its blocks (`torch.compile`): the first step takes minutes, the others less time."""
     attention: Attention = "auto"
     """The attention kernel; auto is what `transformers` takes."""
     revision: str | None = None
@@ -87,8 +90,15 @@ class LiveTeacher(Config):
     kind: Literal["model"]
     model: PathText
     """Hub name or folder."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """The type of its weights and arithmetic; auto is bfloat16 on a GPU and float32 on a CPU."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """The type of its weights and arithmetic; auto is bfloat16 on a GPU and float32 on a CPU. float64 is
+    for checks."""
+    placement: Literal["auto", "whole", "sharded", "offloaded"] = "auto"
+    """How it lies on its processes: whole in each; a part of each layer in each, put together when it is needed; or
+    such parts in the CPU's memory. auto is as the student lies."""
+    ranks: Positive | None = None
+    """Run it on so many processes of its own, the last ones, which send its hidden states ahead; null has it beside the
+    student."""
     columns: Positive | Literal["auto"] = "auto"
     """How many columns of both heads are compared; auto is all of them where the heads are equally wide, and else those
     that the tokenizer has tokens for."""
@@ -176,6 +186,8 @@ class Checkpoints(Config):
     """Steps between checkpoints. One is also written when a run is interrupted, and at its end."""
     keep: Positive = 2
     """How many of the latest stay on disk."""
+    background: bool | Literal["auto"] = "auto"
+    """Write them from a copy in the CPU's memory while training goes on; auto does so on a GPU."""
     best: bool = False
     """Keep the one with the lowest held-out objective too, and export that model."""
 
@@ -203,8 +215,11 @@ class DistillConfig(Config):
     """AdamW and its schedule."""
     checkpoints: Checkpoints = Checkpoints()
     """What can be resumed from."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """The student's arithmetic; its weights stay float32. auto is bfloat16 on a GPU that has it, else float32."""
+    parallel: ParallelConfig = Auto()
+    """How the student lies on the processes that `torchrun` starts."""
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """The student's arithmetic; its weights stay float32. auto is bfloat16 on a GPU that has it, else float32. float64
+    is for checks: its weights are then float64 too."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes a CUDA device where there is one, and else the CPU."""
     logits_bytes: Positive | Literal["auto"] = "auto"
@@ -246,6 +261,7 @@ class DistillConfig(Config):
             )
         if self.held_out is not None and self._measures_what_it_trains_on():
             raise ValueError("held_out is the same as data: what is measured must not be trained on")
+        self._teacher_has_a_place()
         if self.checkpoints.best and (self.held_out is None or self.held_out.every is None):
             raise ValueError("checkpoints.best needs `held_out` with `every`, by which the best is known")
         self._student_has_an_origin()
@@ -265,6 +281,20 @@ class DistillConfig(Config):
             raise ValueError("student.init needs `like` or `family` where there is no live teacher to be like")
         if self.teacher is None and self.student.tokenizer is None:
             raise ValueError("a new student without a teacher needs student.tokenizer")
+
+    def _teacher_has_a_place(self) -> None:
+        if not isinstance(self.teacher, LiveTeacher) or self.teacher.ranks is None:
+            return
+        if self.teacher.placement == "offloaded":
+            raise ValueError(
+                "a teacher on `ranks` of its own has their memory to itself: placement=offloaded is for one beside the "
+                "student"
+            )
+        if isinstance(self.student.init, FromTeacher):
+            raise ValueError(
+                "a student that is cut out of its teacher needs it beside it: cut it first with `stillroom prune`, and "
+                "give its folder as student.model; or leave teacher.ranks out"
+            )
 
     def _measures_what_it_trains_on(self) -> bool:
         assert self.held_out is not None

@@ -8,10 +8,13 @@ from torch import Tensor
 from stillroom import states
 from stillroom.batch import Batch
 from stillroom.distill.hidden import HiddenTerm, compared
+from stillroom.distill.processes import ALONE, Processes
+from stillroom.distill.sharding import let_go
 from stillroom.distill.step import StudentStep
 from stillroom.distill.teacher import Teacher
 from stillroom.losses.hidden import channel_scale
 from stillroom.signals import Hidden, Told
+from stillroom.weights.parts import fill, own_rows
 
 RIDGE = 1e-4
 """What is added to the diagonal of the fit, as a share of its mean: so that it is well conditioned, whatever the
@@ -19,8 +22,18 @@ states."""
 
 
 @torch.no_grad()
-def fit_to_first_step(module: StudentStep, teacher: Teacher, micros: Iterable[tuple[Batch, Told | None]]) -> None:
-    """Sets what the hidden-state objectives measure on the first step, of its micro-batches together."""
+def fit_to_first_step(
+    module: StudentStep,
+    teacher: Teacher,
+    micros: Iterable[tuple[Batch, Told | None]],
+    processes: Processes = ALONE,
+) -> None:
+    """Sets what the hidden-state objectives measure on the first step, of its micro-batches together.
+
+    Args:
+        micros: this process's part of the step.
+        processes: those that have the others.
+    """
     waiting = [
         _Fit(term) for term in module.hidden.values() if isinstance(term, HiddenTerm) and term.spec.measures_first
     ]
@@ -29,14 +42,17 @@ def fit_to_first_step(module: StudentStep, teacher: Teacher, micros: Iterable[tu
     module.eval()
     for micro, read in micros:
         batch = micro.to(device)
-        _, student = states.hidden_and_inner(module.model, batch, module.layers, module.attention)
+        _, student = module.within(
+            lambda batch=batch: states.hidden_and_inner(module.model, batch, module.layers, module.attention)
+        )
         told = teacher.tell(batch, read)
         assert told.hidden is not None  # the objectives need it
         for fit in waiting:
             fit.see(student, told.hidden)
     module.train(was_training)
+    let_go(module)
     for fit in waiting:
-        fit.finish()
+        fit.finish(processes)
 
 
 class _Fit:
@@ -62,9 +78,12 @@ class _Fit:
             self.squares[number] += compared(theirs, spec).square().sum(0)
         self.num_positions += len(teacher.states[spec.pairs[0][1]])
 
-    def finish(self) -> None:
+    def finish(self, processes: Processes) -> None:
+        for total in (*self.own, *self.shared, self.squares):
+            processes.add(total)
+        self.num_positions = int(processes.add(torch.tensor(self.num_positions)))
         for projector, own, shared in zip(self.term.projectors, self.own, self.shared, strict=False):
-            projector.copy_(_ridge(own, shared).T)
+            fill(projector, _ridge(own, shared).T[own_rows(projector)])
         if self.term.spec.distance == "channel_scaled_mse":
             self.term.scales.copy_(torch.stack([channel_scale(row, self.num_positions) for row in self.squares]))  # pyright: ignore
 

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable
 import torch
 
 from stillroom.batch import Batch
-from stillroom.distill.hidden import HiddenTerm
+from stillroom.distill.processes import ALONE, Processes
+from stillroom.distill.sharding import let_go
 from stillroom.distill.step import StudentStep
-from stillroom.distill.teacher import LiveTeacher, StoredTeacher
+from stillroom.distill.teacher import StoredTeacher, Teacher
 from stillroom.losses import Objective, cross_entropy, forward_kl
 from stillroom.losses.measures import accepted_mass, student_entropy, teacher_cross_entropy, top1_agreement
 from stillroom.losses.objective import Measure
@@ -25,10 +26,11 @@ MEASURES: dict[Measure, str] = {
 @torch.no_grad()
 def measure_held_out(
     module: StudentStep,
-    teacher: LiveTeacher | StoredTeacher | None,
+    teacher: Teacher | None,
     steps: Iterable[list[Batch]],
     device: torch.device | str,
     stop: Callable[[], bool] = lambda: False,
+    processes: Processes = ALONE,
 ) -> dict[str, float] | None:
     """Means over the kept positions, all at temperature 1 but for the objectives' own.
 
@@ -39,41 +41,46 @@ def measure_held_out(
     a store, only what it kept can be told: agreement and accepted mass where its first entry is the likeliest token,
     the teacher's own cross-entropy where it kept the labels' log-probabilities, and of a truncated signal the
     divergence with its bucket. None where ``stop`` came to say so before the end.
+
+    Args:
+        steps: this process's part of them.
+        processes: those that measure together, whose sums are told to all.
     """
     watched = [Objective("cross_entropy_nats", cross_entropy, 0.0)]
     measures: list[Measure] = [student_entropy]
     if teacher is not None:
         watched.append(Objective("forward_kl_nats", forward_kl, 0.0))
         measures += _known(teacher)
-    probe = StudentStep(
-        module.model,
-        (*module.objectives, *watched),
-        num_columns=module.num_columns,
-        logits_bytes=module.logits_bytes,
-        precision=module.precision,
-        measures=measures,
-        hidden=[term for term in module.hidden.values() if isinstance(term, HiddenTerm)],
-        hidden_weights=module.hidden_weights,
-    )
-    probe.eval()
-    loss, sums, num_kept = 0.0, torch.zeros(len(probe.terms) + len(measures), dtype=torch.float64), 0
+    objectives = (*module.objectives, *watched)
+    of_objectives = [objective.name for objective in objectives]
+    names = [*of_objectives, *(f"{name}_distance" for name in module.hidden), *(MEASURES[m] for m in measures)]
+    total = torch.zeros(2 + len(names), dtype=torch.float64)  # of the loss, of kept positions, and of each value
+    was_training = module.training
+    module.eval()
     for micro in (micro for step in steps for micro in step):
-        if stop():
+        if processes.any(stop()):
+            let_go(module)
             return None
         batch = micro.to(device)
-        result = probe(batch, None if teacher is None else teacher.tell(batch), 1)
-        loss, sums, num_kept = loss + result.loss.item(), sums + result.sums.cpu(), num_kept + micro.num_kept
-    of_objectives = [objective.name for objective in probe.objectives]
-    names = [*of_objectives, *(f"{name}_distance" for name in probe.hidden), *(MEASURES[m] for m in measures)]
-    found = dict(zip(names, (sums / num_kept).tolist(), strict=True))
+        told = None if teacher is None else teacher.tell(batch)
+        result = module(batch, told, 1, objectives, measures=measures)
+        total += torch.cat([torch.stack([result.loss.double().cpu(), _number(micro.num_kept)]), result.sums.cpu()])
+    module.train(was_training)
+    let_go(module)
+    loss, num_kept, *sums = processes.add(total).tolist()
+    found = dict(zip(names, (value / num_kept for value in sums), strict=True))
     for objective in module.objectives:
         del found[objective.name]  # which ``loss_nats`` has in it
-    return {"loss_nats": loss / num_kept, **found, "num_tokens": num_kept}
+    return {"loss_nats": loss / num_kept, **found, "num_tokens": round(num_kept)}
 
 
-def _known(teacher: LiveTeacher | StoredTeacher) -> list[Measure]:
+def _number(value: int) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def _known(teacher: Teacher) -> list[Measure]:
     """The measures that the teacher's signals tell."""
-    signal = None if isinstance(teacher, LiveTeacher) else teacher.store.signal_config
+    signal = teacher.store.signal_config if isinstance(teacher, StoredTeacher) else None
     if signal is None or isinstance(signal, Full):
         return [top1_agreement, accepted_mass, teacher_cross_entropy]
     agreement: list[Measure] = [] if signal.kind in SAMPLED else [top1_agreement, accepted_mass]

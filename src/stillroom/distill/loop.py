@@ -4,20 +4,26 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from signal import SIGINT, SIGTERM
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from stillroom.batch import Batch
-from stillroom.distill.ahead import Micro
+from stillroom.distill.ahead import Micros
 from stillroom.distill.checkpoint import Checkpoints, TrainState
+from stillroom.distill.processes import Processes
+from stillroom.distill.sharding import squares, summed_later
 from stillroom.distill.teacher import Teacher
-from stillroom.errors import Interrupted, NonFiniteError, OutOfMemoryError
-from stillroom.interrupt import deferred_interrupts
+from stillroom.errors import NonFiniteError, OutOfMemoryError
+from stillroom.interrupt import deferred_interrupts, ended
 from stillroom.losses import Objective
 from stillroom.losses.reduce import widest_float
+from stillroom.weights.parts import local
 
+MANY = 2.0**20
+"""More than there are processes."""
 Measure = Callable[[Callable[[], bool]], dict[str, float] | None]
 """Makes the held-out measurement, or gives None where the function that it is given says to stop."""
 Scheduled = tuple[Sequence[Objective], Mapping[str, float]]
@@ -65,22 +71,31 @@ def train(
             if not measurement_is_due():
                 state.module.train()
                 now = None if objectives is None else objectives(state.step / max(1, num_steps - 1))
-                values = optimizer_step(state, teacher, clip, checkpoints, now)
+                values = optimizer_step(state, teacher, clip, checkpoints, now, interrupted.number)
                 record(values)
                 report("step", {**values, "num_steps": num_steps, "total_time_s": state.time_s})
-            if measure is not None and measurement_is_due() and (measured := measure(interrupted)) is not None:
-                state.held_out, state.measured_at = measured, state.step
-                record({"step": state.step, "held_out": measured})
-                report("held_out", {"step": state.step, **measured})
-                if keep_best and measured["loss_nats"] < state.best.get("loss_nats", math.inf):
-                    state.best = {"step": state.step, "loss_nats": measured["loss_nats"]}
+            if measure is not None and measurement_is_due() and not state.stopped_by:
+                if (measured := measure(interrupted)) is None:
+                    state.stopped_by = most_urgent(state.processes, interrupted.number)
+                else:
+                    state.held_out, state.measured_at = measured, state.step
+                    record({"step": state.step, "held_out": measured})
+                    report("held_out", {"step": state.step, **measured})
+                    if keep_best and measured["loss_nats"] < state.best.get("loss_nats", math.inf):
+                        state.best = {"step": state.step, "loss_nats": measured["loss_nats"]}
 
+            if state.processes.size == 1:
+                state.stopped_by = state.stopped_by or interrupted.number
             last, is_best = state.step == num_steps, state.best.get("step") == state.step
             due = bool(checkpoint_every) and state.step % checkpoint_every == 0
-            if last or due or is_best or interrupted():
+            if last or due or is_best or state.stopped_by:
                 path = checkpoints.save(state)
-                if interrupted():
-                    raise Interrupted(f"interrupted after step {state.step} of {num_steps}; saved as {path}")
+                if state.stopped_by:
+                    checkpoints.finish()
+                    raise ended(
+                        state.stopped_by, f"interrupted after step {state.step} of {num_steps}; saved as {path}"
+                    )
+        checkpoints.finish()
 
 
 def optimizer_step(
@@ -89,46 +104,50 @@ def optimizer_step(
     clip: float | None,
     checkpoints: Checkpoints,
     now: Scheduled | None = None,
-    micros: Sequence[Micro] | None = None,
+    signal: int = 0,
+    micros: Micros | None = None,
 ) -> dict[str, Any]:
     """One optimizer step: all its micro-batches, then the update. Returns its line of metrics.
 
     Args:
         now: the objectives and weights of this step, where they change.
+        signal: the one that asked this process to stop, or 0; the state then says so in all.
         micros: its micro-batches; None takes the next of the stream.
 
     Raises:
         NonFiniteError, OutOfMemoryError: the update was not made.
     """
     start = time.perf_counter()
-    parameters = [p for p in state.module.parameters() if p.requires_grad]
     device = state.device
     micros = next(state.stream) if micros is None else micros
-    batches = [batch for batch, _ in micros]
-    num_kept = sum(batch.num_kept for batch in batches)
+    num_kept, num_positions = micros.totals
 
     dtype = widest_float(device)
     total = torch.zeros((), dtype=dtype, device=device)
     sums = torch.zeros(len(state.module.terms), dtype=dtype, device=device)
-    for micro, read in micros:
-        with _enough_memory(micro):
+    for number, (micro, read) in enumerate(micros, 1):
+        with _enough_memory(micro), summed_later(state.forward, number < len(micros)):
             batch = micro.to(device)
             told = None if teacher is None else teacher.tell(batch, read)
-            result = state.module(batch, told, num_kept, *(now or ()))
+            result = state.forward(batch, told, num_kept, *(now or ()))
             result.loss.backward()
         total += result.loss.detach()
         sums += result.sums
-    norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
-
-    loss, grad_norm, *terms = torch.cat([torch.stack([total, norm.to(dtype)]), sums / num_kept]).tolist()
+    gradients = [p.grad for p in state.module.parameters() if p.grad is not None]
+    mine = [total.cpu().double().view(1), squares(gradients, state.processes).view(1), sums.cpu().double() / num_kept]
+    loss, square, *terms, stopped_by = state.processes.add(torch.cat([*mine, _asked(signal)])).tolist()
+    state.stopped_by = _most_urgent(stopped_by)
+    grad_norm = math.sqrt(square)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise _not_finite(state, loss, grad_norm, batches, checkpoints)
+        raise _not_finite(state, loss, grad_norm, [batch for batch, _ in micros], checkpoints)
+    if clip is not None and grad_norm > clip:
+        for gradient in gradients:
+            local(gradient).mul_(clip / (grad_norm + 1e-6))
     learning_rate = state.schedule.get_last_lr()[0]
     state.optimizer.step()
     state.schedule.step()
     state.optimizer.zero_grad(set_to_none=True)
 
-    num_positions = sum(int((batch.documents >= 0).sum()) for batch in batches)
     seconds = time.perf_counter() - start
     state.step += 1
     state.num_tokens += num_kept
@@ -146,6 +165,20 @@ def optimizer_step(
         "time_s": round(seconds, 4),
         "tokens_per_s": round(num_positions / seconds, 1),
     }
+
+
+def most_urgent(processes: Processes, signal: int) -> int:
+    """The signal that any process was sent, Ctrl-C before SIGTERM; 0 where none was."""
+    return _most_urgent(processes.add(_asked(signal)).item())
+
+
+def _asked(signal: int) -> Tensor:
+    """A signal as a number of which the sum over processes still tells which came."""
+    return torch.tensor([MANY if signal == SIGINT else 1.0 if signal else 0.0], dtype=torch.float64)
+
+
+def _most_urgent(total: float) -> int:
+    return SIGINT if total >= MANY else SIGTERM if total else 0
 
 
 def _column(name: str, state: TrainState) -> str:

@@ -1,5 +1,6 @@
 """The plan of a distillation: every "auto" resolved, everything checked that headers tell. Writes nothing."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from stillroom.distill.offline import (
     shown_length,
     stored_template,
 )
+from stillroom.distill.parallel import memory_of_a_process, resolve
+from stillroom.distill.processes import NOBODY_ELSE, Meeting
 from stillroom.distill.student_plan import cut_from, origin_of, student_parts
 from stillroom.errors import ConfigError, MismatchError, MissingError
 from stillroom.losses.linear import CHUNK_BYTES
@@ -91,20 +94,27 @@ class Plan:
         hardware = Hardware.called(name)
         if hardware is None:
             return f"not told: {name} is not in the table of devices; `stillroom plan` takes any"
-        assert self.student_config is not None
         try:
-            known = Known(
-                read_architecture(self.student_config.to_dict(), "the student"),
-                None
-                if self.teacher_config is None
-                else read_architecture(self.teacher_config.to_dict(), "the teacher"),
-                None if self.store is None else self.store.manifest.model_dump(),
-                self._num_tokens(),
-                self.config.data.pack,
-            )
-            return costs(self.config, known, hardware).texts()
+            return costs(self.config, self._known(), hardware).texts()
         except ConfigError as error:
             return f"not told: {error.what}"
+
+    def known(self) -> Known | None:
+        """What headers tell of the models; None where an architecture is not known."""
+        try:
+            return self._known()
+        except ConfigError:
+            return None
+
+    def _known(self) -> Known:
+        assert self.student_config is not None
+        return Known(
+            read_architecture(self.student_config.to_dict(), "the student"),
+            None if self.teacher_config is None else read_architecture(self.teacher_config.to_dict(), "the teacher"),
+            None if self.store is None else self.store.manifest.model_dump(),
+            self._num_tokens(),
+            self.config.data.pack,
+        )
 
     def _num_tokens(self) -> float | None:
         """Tokens in one pass over the data, where they are tokenised already."""
@@ -159,8 +169,11 @@ class Plan:
         return [(name, data) for name, data in named if data is not None and not isinstance(data, StoredData)]
 
 
-def make_plan(config: DistillConfig) -> Plan:
+def make_plan(config: DistillConfig, meeting: Meeting = NOBODY_ELSE) -> Plan:
     """Resolves and checks a config from headers alone.
+
+    Args:
+        meeting: the processes that will make the run.
 
     Raises:
         MissingError: a model, a tokenizer, a data file or a device is not there.
@@ -202,7 +215,8 @@ def make_plan(config: DistillConfig) -> Plan:
     for _, data in plan._data():
         if is_local(data.path):
             open_source(data)  # which says where it is not there
-    return plan
+    room = memory_of_a_process(config.device)
+    return dataclasses.replace(plan, config=resolve(config, plan.known(), meeting, room))
 
 
 def _check_outside(config: DistillConfig, given: DistillConfig) -> None:

@@ -1,7 +1,8 @@
 """`stillroom distill`: student + (live teacher or none) + data -> model."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -12,25 +13,40 @@ from stillroom.data.config import AnyData
 from stillroom.data.documents import Documents, prepare
 from stillroom.data.stream import DocumentSet
 from stillroom.distill.ahead import ReadAhead
-from stillroom.distill.build import asked_in_training, build_pair, build_state, build_stream, build_teacher, fit_to
+from stillroom.distill.build import (
+    AnyTeacher,
+    asked_in_training,
+    build_pair,
+    build_state,
+    build_stream,
+    build_teacher,
+    compared_layers,
+    fit_to,
+)
 from stillroom.distill.checkpoint import Checkpoints, TrainState
 from stillroom.distill.config import DistillConfig, StoredData, StoreTeacher
+from stillroom.distill.distant import DistantTeacher, serve
 from stillroom.distill.held_out import measure_held_out
+from stillroom.distill.hidden import layers_of
 from stillroom.distill.loop import Measure, Report, Scheduled, train
 from stillroom.distill.objective_config import ObjectiveConfig
 from stillroom.distill.objectives import build_objectives, hidden_weights, needs_teacher, scheduled
+from stillroom.distill.parallel_config import Fsdp
 from stillroom.distill.plan import Plan, make_plan
+from stillroom.distill.processes import Meeting, leave, meet
+from stillroom.distill.roll import Roll, told_once
 from stillroom.distill.student import Student
 from stillroom.distill.teacher import LiveTeacher, StoredTeacher
-from stillroom.errors import MismatchError
-from stillroom.runs import Metrics, RunFolder, check_place
+from stillroom.errors import Interrupted, MismatchError
+from stillroom.interrupt import deferred_interrupts
+from stillroom.runs import Metrics, Onlooker, RunFolder, check_place, versions
 from stillroom.store.reader import Store
 from stillroom.tokenizers import fingerprint, template_fingerprint
 from stillroom.tracking import check, track
 
 FREE_TO_CHANGE = (
     "tracking", "checkpoints.every", "checkpoints.keep", "out", "batch.micro_tokens", "logits_bytes", "device",
-    "data.cache",
+    "data.cache", "parallel", "teacher.placement", "teacher.ranks",
 )  # fmt: skip
 """Settings that change nothing of what is learnt, but for rounding, so a resumed run may have others."""
 
@@ -38,7 +54,7 @@ FREE_TO_CHANGE = (
 def run(
     config: DistillConfig, *, resume: bool = False, overwrite: bool = False, report: Report = lambda *_: None
 ) -> dict[str, Any]:
-    """Trains the student and writes ``out/model``; returns what run.json says.
+    """Trains the student and writes ``out/model``; returns what run.json says, in the first process of several.
 
     Args:
         resume: go on with the run in ``out``, from its last checkpoint; begin it where there is none.
@@ -50,56 +66,171 @@ def run(
         KeyboardInterrupt: Ctrl-C; while training, the state was saved first.
     """
     check(config.tracking)
-    check_place(config.out, may_exist=resume or overwrite)
-    plan = make_plan(config)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # torchrun has started it again
+        resume, overwrite = True, False
+    with together(config) as meeting:
+        roll = Roll(meeting.everybody)
+        first = meeting.everybody.first
+        with told_once(roll):
+            record = _run(config, meeting, roll, resume, overwrite, report if first else _silent)
+        return record if first else {}
+
+
+def _silent(*_: object) -> None:
+    """What all but the first process report."""
+
+
+def _run(
+    config: DistillConfig, meeting: Meeting, roll: Roll, resume: bool, overwrite: bool, report: Report
+) -> dict[str, Any]:
+    everybody, processes = meeting.everybody, meeting.mine
+
+    def look() -> Plan:
+        check_place(config.out, may_exist=resume or overwrite)
+        return make_plan(config, meeting)
+
+    plan = everybody.agree(look, _same)
     config = plan.config
-    folder = RunFolder(
-        config.out, config.model_dump(mode="json"), resume=resume, overwrite=overwrite, free=FREE_TO_CHANGE
+    folder = everybody.first_does(
+        lambda: RunFolder(
+            config.out, config.model_dump(mode="json"), resume=resume, overwrite=overwrite, free=FREE_TO_CHANGE
+        )
     )
-    with folder:
+    with folder or Onlooker(config.out) as folder:
+        folder.share(everybody.gather)
         if folder.done:
             report("note", {"text": f"the run in {folder.path} is done already"})
             return folder.record
+        if meeting.teaches:
+            return _teach(plan, meeting)
         data: Documents | Store | None = plan.store
         if data is None:
-            data = _prepare(config.data, plan, report)
+            data = processes.in_turn(lambda: _prepare(config.data, plan, report))
         held_out: Documents | Store | None = plan.held_out_store
         if plan.held_out is not None and held_out is None:
-            held_out = _prepare(plan.held_out, plan, report)
+            held_out = processes.in_turn(lambda: _prepare(plan.held_out, plan, report))  # pyright: ignore
         measured = needs_teacher(config.objectives) or config.held_out is not None
-        teacher = build_teacher(plan) if measured else None
-        student, specs = build_pair(plan, teacher, data, folder.path, lambda text: report("note", {"text": text}))
-        facts = _facts(plan, student, teacher, data, held_out)
-        _check_same_things(folder, facts)
-        folder.update(status="started", **facts)
-
-        stream = build_stream(plan, data, config.data, tokens=config.batch.tokens, epochs=config.epochs)
-        num_steps = config.steps or stream.num_steps()
-        assert num_steps is not None  # a config has either steps or epochs
-        asked = asked_in_training(plan, teacher)
-        state = build_state(plan, student, specs, ReadAhead(stream, asked), num_steps)
-        checkpoints = Checkpoints(folder.path / "checkpoints", keep=config.checkpoints.keep)
-        if (latest := checkpoints.latest()) is not None:
-            checkpoints.load(state, latest)
-            report("note", {"text": f"resumed after step {state.step} of {num_steps}, from {latest}"})
-        elif any(spec.measures_first for spec in specs):
-            begin = state.stream.state()
-            fit_to(state, specs, asked, next(state.stream))
-            state.stream.restore(begin)  # the first step is made as if nobody had seen it
-        _train(plan, state, num_steps, (asked, teacher), held_out, checkpoints, folder, report)
-
-        results = _results(state)
-        if config.checkpoints.best and state.best:
-            checkpoints.load(state, checkpoints.at(int(state.best["step"])))
-            report("note", {"text": f"exporting the best step, {state.step}"})
-            results |= {"exported_step": state.step, "held_out": state.held_out}
-        report("note", {"text": f"writing {folder.path / 'model'}"})
-        student.save(folder.path / "model", plan.tokenizer)
-        folder.update(status="done", **results)
-        return folder.record
+        teacher = build_teacher(plan, meeting) if measured else None
+        with leaving(teacher):
+            return _distill(plan, meeting, roll, teacher, (data, held_out), folder, report)
 
 
-def _check_same_things(folder: RunFolder, facts: Mapping[str, dict[str, Any]]) -> None:
+def _distill(
+    plan: Plan,
+    meeting: Meeting,
+    roll: Roll,
+    teacher: AnyTeacher | None,
+    texts: tuple[Documents | Store, Documents | Store | None],
+    folder: RunFolder | Onlooker,
+    report: Report,
+) -> dict[str, Any]:
+    config, processes, (data, held_out) = plan.config, meeting.mine, texts
+    student, specs = build_pair(
+        plan, teacher, data, folder.path, lambda text: report("note", {"text": text}), processes
+    )
+    facts = _facts(plan, student, teacher, data, held_out)
+    processes.agree(lambda: facts, lambda facts: {f"files ({name})": fact for name, fact in facts.items()})
+    processes.first_does(lambda: _check_same_things(folder, facts))
+    folder.update(status="started", **facts, **_how_many(meeting))
+
+    stream = build_stream(
+        plan, data, config.data, tokens=config.batch.tokens, epochs=config.epochs, processes=processes
+    )
+    num_steps = config.steps or stream.num_steps()
+    assert num_steps is not None  # a config has either steps or epochs
+    asked = asked_in_training(plan, teacher)
+    state = build_state(plan, student, specs, ReadAhead(stream, asked), num_steps, processes)
+    checkpoints = Checkpoints(
+        folder.path / "checkpoints",
+        keep=config.checkpoints.keep,
+        processes=processes,
+        background=config.checkpoints.background is True,
+    )
+    if (latest := checkpoints.latest()) is not None:
+        checkpoints.load(state, latest)
+        report("note", {"text": f"resumed after step {state.step} of {num_steps}, from {latest}"})
+    elif any(spec.measures_first for spec in specs):
+        begin = state.stream.state()
+        fit_to(state, specs, asked, next(state.stream))
+        state.stream.restore(begin)  # the first step is made as if nobody had seen it
+    _train(plan, state, num_steps, (asked, teacher), held_out, checkpoints, (folder, roll), report)
+
+    results = _results(state)
+    if config.checkpoints.best and state.best:
+        checkpoints.load(state, checkpoints.at(int(state.best["step"])))
+        report("note", {"text": f"exporting the best step, {state.step}"})
+        results |= {"exported_step": state.step, "held_out": state.held_out}
+    report("note", {"text": f"writing {folder.path / 'model'}"})
+    student.save(folder.path / "model", plan.tokenizer, processes)
+    folder.update(status="done", **results)
+    return folder.record
+
+
+def _same(plan: Plan) -> dict[str, object]:
+    """What must be the same in all processes before anything is loaded."""
+    config = plan.config.model_dump(mode="json", exclude={"data": {"cache"}})
+    found = versions()
+    return {
+        **{f"versions of {name}": found.get(name, "none") for name in ("python", "stillroom", "torch", "transformers")},
+        "settings": config,
+        "tokenizers": fingerprint(plan.tokenizer),
+    }
+
+
+def _how_many(meeting: Meeting) -> dict[str, Any]:
+    """What run.json says of the processes, where there are several."""
+    if meeting.everybody.size == 1:
+        return {}
+    return {"processes": {"train": meeting.num_students, "teach": meeting.num_teachers}}
+
+
+def _teach(plan: Plan, meeting: Meeting) -> dict[str, Any]:
+    """Runs the teacher for the processes that train, until they have left."""
+    teacher = build_teacher(plan, meeting)
+    assert isinstance(teacher, LiveTeacher)
+    assert not isinstance(plan.config.teacher, StoreTeacher | None)
+    teacher.ask_for(*layers_of(compared_layers(plan, None), 1))
+    with deferred_interrupts():  # those that train say when to stop
+        serve(teacher, meeting, plan.config.device, together=plan.config.teacher.placement != "whole")
+    return {}
+
+
+@contextmanager
+def leaving(teacher: AnyTeacher | None) -> Iterator[None]:
+    """Tells a teacher on processes of its own when it is no longer needed: after the run, or when it is interrupted."""
+    try:
+        yield
+    except Interrupted:
+        if isinstance(teacher, DistantTeacher):
+            teacher.leave()
+        raise
+    if isinstance(teacher, DistantTeacher):
+        teacher.leave()
+
+
+@contextmanager
+def together(config: DistillConfig) -> Iterator[Meeting]:
+    """The processes that were started together, until the end of the run."""
+    teacher, parallel = config.teacher, config.parallel
+    live = None if isinstance(teacher, StoreTeacher) else teacher
+    meeting = meet(
+        "cuda" if config.device.startswith(("auto", "cuda")) and torch.cuda.is_available() else "cpu",
+        timeout_s=getattr(parallel, "timeout_s", 60.0),
+        sharded=isinstance(parallel, Fsdp) or (live is not None and live.placement in ("sharded", "offloaded")),
+        replicas=parallel.replicas if isinstance(parallel, Fsdp) else 1,
+        num_teachers=(live.ranks or 0) if live is not None else 0,
+    )
+    try:
+        yield meeting
+    except BaseException:
+        if meeting.everybody.size == 1:
+            leave()
+        raise  # groups of which a process is lost cannot be left in good order
+    else:
+        leave()
+
+
+def _check_same_things(folder: RunFolder | Onlooker, facts: Mapping[str, dict[str, Any]]) -> None:
     """A resumed run goes on with the models, the tokenizer and the data that it began with."""
     for name, fact in facts.items():
         before, now = folder.record.get(name, {}).get("fingerprint"), fact.get("fingerprint")
@@ -131,29 +262,34 @@ def _train(
     plan: Plan,
     state: TrainState,
     num_steps: int,
-    teachers: tuple[LiveTeacher | StoredTeacher | None, LiveTeacher | StoredTeacher | None],
+    teachers: tuple[AnyTeacher | None, AnyTeacher | None],
     held_out: DocumentSet | None,
     checkpoints: Checkpoints,
-    folder: RunFolder,
+    place: tuple[RunFolder | Onlooker, Roll],
     report: Report,
 ) -> None:
     """The loop, with its metrics written to metrics.jsonl and to the trackers.
 
     Args:
         teachers: the one that training asks, and the one that measuring does.
+        place: the run's folder, and where each step is noted.
     """
     config = plan.config
-    asked, teacher = teachers
+    (asked, teacher), (folder, roll) = teachers, place
     measure = None
     if held_out is not None and plan.held_out is not None:
         judge = teacher
         if plan.held_out_store is not None and isinstance(teacher, StoredTeacher):
             judge = StoredTeacher(plan.held_out_store, teacher.layers)
         measure = partial(_measure, plan, state, judge, held_out, plan.held_out)
-    metrics = Metrics(folder.path / "metrics.jsonl", after=state.step)
-    tracker = track(config.tracking, folder.path, folder.record["config"], after=state.step)
+    first = state.processes.first
+    metrics = Metrics(folder.path / "metrics.jsonl", after=state.step) if first else None
+    tracker = track(config.tracking if first else (), folder.path, folder.record["config"], after=state.step)
 
     def record(values: dict[str, Any]) -> None:
+        roll.at(f"step {values['step']}")
+        if metrics is None:
+            return
         metrics.append(values)
         flat = {"train": values} if "held_out" not in values else {"held_out": values["held_out"]}
         tracker.log({f"{kind}/{k}": v for kind, pairs in flat.items() for k, v in pairs.items()}, values["step"])
@@ -182,12 +318,13 @@ def _train(
         raise
     finally:
         state.stream.close()
-        metrics.close()
+        if metrics is not None:
+            metrics.close()
         tracker.close()
 
 
 def _measure_before(
-    measure: Measure, folder: RunFolder, record: Callable[[dict[str, Any]], None], report: Report
+    measure: Measure, folder: RunFolder | Onlooker, record: Callable[[dict[str, Any]], None], report: Report
 ) -> None:
     """What a student that starts as a part of its teacher can do before it is trained."""
     if (measured := measure(lambda: False)) is not None:
@@ -203,20 +340,21 @@ def _now(configs: Sequence[ObjectiveConfig], progress: float) -> Scheduled:
 def _measure(
     plan: Plan,
     state: TrainState,
-    teacher: LiveTeacher | StoredTeacher | None,
+    teacher: AnyTeacher | None,
     documents: DocumentSet,
     data: AnyData | StoredData,
     stop: Callable[[], bool],
 ) -> dict[str, float] | None:
     assert plan.config.batch.micro_tokens != "auto"
-    steps = build_stream(plan, documents, data, tokens=plan.config.batch.micro_tokens, epochs=1)
-    return measure_held_out(state.module, teacher, steps, plan.config.device, stop)
+    tokens = plan.config.batch.micro_tokens * state.processes.size
+    steps = build_stream(plan, documents, data, tokens=tokens, epochs=1, processes=state.processes)
+    return measure_held_out(state.module, teacher, steps, plan.config.device, stop, state.processes)
 
 
 def _facts(
     plan: Plan,
     student: Student,
-    teacher: LiveTeacher | StoredTeacher | None,
+    teacher: AnyTeacher | None,
     data: Documents | Store,
     held_out: Documents | Store | None,
 ) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The student step: the one module that is trained. Backbone, head, projectors and losses run inside its forward."""
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +16,8 @@ from stillroom.losses.objective import Measure, Objective
 from stillroom.losses.reduce import position_weights
 from stillroom.signals import Told
 
+T = TypeVar("T")
+
 
 class StepResult(NamedTuple):
     loss: Float[Tensor, ""]
@@ -26,7 +28,7 @@ class StepResult(NamedTuple):
 
 
 class StudentStep(nn.Module):
-    """``forward(batch, told, num_kept_of_step, objectives, hidden_weights) -> StepResult``.
+    """``forward(batch, told, num_kept_of_step, objectives, hidden_weights, measures) -> StepResult``.
 
     Args:
         model: the student.
@@ -35,7 +37,6 @@ class StudentStep(nn.Module):
         num_columns: how many columns of the heads are compared; all of them where None.
         logits_bytes: budget for the logits that are held at a time.
         precision: the type of the student's arithmetic; its weights keep theirs.
-        measures: what is reported besides.
         hidden: what is minimised of the inner states, with the weight of each.
     """
 
@@ -47,13 +48,12 @@ class StudentStep(nn.Module):
         num_columns: int | None,
         logits_bytes: int,
         precision: torch.dtype = torch.float32,
-        measures: Sequence[Measure] = (),
         hidden: Sequence[HiddenTerm] = (),
         hidden_weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.objectives, self.measures = tuple(objectives), tuple(measures)
+        self.objectives = tuple(objectives)
         self.num_columns, self.logits_bytes, self.precision = num_columns, logits_bytes, precision
         self.logit_buffers = Buffers()
         self.hidden = nn.ModuleDict({term.spec.name: term for term in hidden})
@@ -72,11 +72,18 @@ class StudentStep(nn.Module):
         num_kept_of_step: int,
         objectives: Sequence[Objective] | None = None,
         hidden_weights: Mapping[str, float] | None = None,
+        measures: Sequence[Measure] = (),
     ) -> StepResult:
+        """One micro-batch.
+
+        Args:
+            objectives, hidden_weights: others than its own.
+            measures: what is told besides of the next token's distribution, after the terms.
+        """
         signal, of_teacher = told or Told()
         weights = position_weights(batch, num_kept_of_step)
         data_weights = None if batch.weights is None else batch.weights.flatten()[batch.kept]
-        mixed = self.precision != torch.float32
+        mixed = self.precision not in (torch.float32, torch.float64)
         with torch.autocast(batch.tokens.device.type, dtype=self.precision if mixed else None, enabled=mixed):
             last, inner = states.hidden_and_inner(self.model, batch, self.layers, self.attention)
             losses = linear_losses(
@@ -87,7 +94,7 @@ class StudentStep(nn.Module):
                 weights,
                 signal,
                 num_columns=self.num_columns,
-                measures=self.measures,
+                measures=measures,
                 chunk_bytes=self.logits_bytes,
                 buffers=self.logit_buffers,
                 data_weights=data_weights,
@@ -104,6 +111,11 @@ class StudentStep(nn.Module):
             distances.append(distance)
         sums = [losses.nats.sum(-1), torch.stack(distances), losses.measures.sum(-1)]
         return StepResult(total, torch.cat(sums))
+
+    def within(self, function: Callable[[], T]) -> T:
+        """What a function of the model makes, with all parameters in place: where they are sharded over processes, the
+        model may be used here and in forward alone."""
+        return function()
 
 
 def documents_of(batch: Batch) -> Int[Tensor, " kept"]:

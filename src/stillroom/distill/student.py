@@ -1,21 +1,28 @@
 """The student: an existing model or a new one, with adapters, frozen parameters and checkpointing as asked."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stillroom import models
 from stillroom.cut.cut import Cut, write_cut
 from stillroom.distill.config import DistillConfig, Lora
+from stillroom.distill.processes import ALONE, Processes
 from stillroom.errors import ConfigError, MismatchError, require
 from stillroom.files import writing
+from stillroom.states import blocks
+from stillroom.weights import read, write
+from stillroom.weights.parts import full, is_adapter
+from stillroom.weights.skeleton import initialise
 
 
 class Student(NamedTuple):
@@ -26,21 +33,45 @@ class Student(NamedTuple):
     export: Literal["merged", "adapter"] = "merged"
     cut: Cut | None = None
     """What of its teacher it was at the start."""
+    fill: Callable[[], None] | None = None
+    """Gives its parameters their first values, where they have no memory yet; None where they have both."""
 
-    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, processes: Processes = ALONE) -> None:
         """Writes model and tokenizer under a temporary name and renames it to ``folder``, replacing an older one.
 
         Adapters are merged into the model, which ends its training, or written alone, as the config says.
+
+        Args:
+            processes: those that hold it, which all call this; the first writes.
         """
         temporary = folder.with_name(f".{folder.name}.tmp")
-        with writing(folder):
-            shutil.rmtree(temporary, ignore_errors=True)
-            self._write(temporary, tokenizer)
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
-
-    def _write(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        sharded = isinstance(next(self.model.parameters()), DTensor)
         _end_as(self.model, tokenizer)
+        with writing(folder):
+            if processes.first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            if sharded:
+                self._gather(temporary, writes=processes.first)
+            elif processes.first:
+                self._write(temporary)
+            if processes.first:
+                tokenizer.save_pretrained(temporary)
+                if self.cut is not None:
+                    write_cut(temporary, self.cut)
+                shutil.rmtree(folder, ignore_errors=True)
+                temporary.rename(folder)
+        processes.wait()
+
+    def _gather(self, folder: Path, *, writes: bool) -> None:
+        """Puts together what lies in many processes, a few layers at a time."""
+        if self.adapters is None or self.export == "merged":
+            write.save(self.model, folder, writes=writes)
+            return
+        whole = {name: full(p).cpu() for name, p in self.adapters.named_parameters() if is_adapter(name)}
+        if writes:
+            self.adapters.save_pretrained(folder, state_dict=whole, save_embedding_layers=False)
+
+    def _write(self, folder: Path) -> None:
         model = self.model if self.adapters is None else self.adapters
         if self.adapters is not None and self.export == "merged":
             model = self.adapters.merge_and_unload()
@@ -51,9 +82,6 @@ class Student(NamedTuple):
             model.save_pretrained(folder, **options)
         except SafetensorError as error:
             raise OSError(str(error)) from error  # what it says of a disk
-        tokenizer.save_pretrained(folder)
-        if self.cut is not None:
-            write_cut(folder, self.cut)
 
 
 def _end_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -72,37 +100,77 @@ def _end_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
 def build_student(
     config: DistillConfig, fresh: PretrainedConfig | None, part: tuple[PreTrainedModel, Cut] | None = None
 ) -> Student:
-    """The student on the run's device, in float32.
+    """The student on the run's device, whole.
 
     Args:
         fresh: the config of a new one with random weights.
         part: one that was cut out of its teacher.
     """
-    student = config.student
+    student, dtype = config.student, student_dtype(config)
     attention = None if student.attention == "auto" else student.attention
     cut = None
     if part is not None:
         model, cut = part
-        model = model.to(config.device)  # pyright: ignore[reportArgumentType]
+        model = model.to(config.device, dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
         if attention is not None:
             model.set_attn_implementation(attention)
     elif fresh is not None:
-        model = models.build_model(fresh, seed=config.seed, device=config.device, attention=attention)
+        model = models.build_model(fresh, seed=config.seed, dtype=dtype, device=config.device, attention=attention)
     else:
         assert student.model is not None
         model = models.load_model(
             student.model,
-            dtype=torch.float32,
+            dtype=dtype,
             device=config.device,
             attention=attention,
             revision=student.revision,
             trust_remote_code=student.trust_remote_code,
         )
+    return _prepared(model, config, cut)
+
+
+def build_student_to_shard(
+    config: DistillConfig, fresh: PretrainedConfig | None, part: tuple[Path, Cut] | None = None
+) -> Student:
+    """The student with parameters that have no memory yet, so that no process ever holds all of them.
+
+    Args:
+        fresh: the config of a new one with random weights.
+        part: the folder of one that was cut out of its teacher.
+    """
+    student = config.student
+    settings: dict[str, Any] = {
+        "dtype": student_dtype(config),
+        "attention": None if student.attention == "auto" else student.attention,
+        "trust_remote_code": student.trust_remote_code,
+    }
+    if fresh is not None:
+        model = models.build_skeleton(fresh, **settings)
+        fill = partial(initialise, model, config.seed)
+    else:
+        folder = part[0] if part is not None else models.local_folder(str(student.model), student.revision)
+        described = models.read_config(str(folder), trust_remote_code=student.trust_remote_code)
+        model = models.build_skeleton(described, **settings)
+        fill = partial(read.load, model, folder)
+    return _prepared(model, config, None if part is None else part[1])._replace(fill=fill)
+
+
+def student_dtype(config: DistillConfig) -> torch.dtype:
+    """Of the student's weights."""
+    return torch.float64 if config.precision == "float64" else torch.float32
+
+
+def _prepared(model: PreTrainedModel, config: DistillConfig, cut: Cut | None) -> Student:
+    """With adapters, frozen parameters, checkpointing and compiled blocks, as asked."""
+    student = config.student
     model.requires_grad_(True)
     adapters = None if student.lora is None else _with_adapters(model, student.lora, config.seed)
     _freeze(model, student.freeze)
     if student.gradient_checkpointing:
         models.checkpoint_activations(model)
+    if student.compile:
+        for block in blocks(model):
+            block.compile()
     return Student(model, adapters, "merged" if student.lora is None else student.lora.export, cut)
 
 
@@ -123,17 +191,16 @@ def _with_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> Any:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            adapters = peft.get_peft_model(model, settings)
-        except ValueError as error:
-            raise MismatchError(
-                "the student has no layers of the names in student.lora.targets",
-                {"targets": targets, "reason": " ".join(str(error).split())[:200]},
-                why="Adapters sit beside layers of the student.",
-                fix="Use names such as q_proj and down_proj, or all-linear.",
-            ) from None
+    try:
+        adapters = peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise MismatchError(
+            "the student has no layers of the names in student.lora.targets",
+            {"targets": targets, "reason": " ".join(str(error).split())[:200]},
+            why="Adapters sit beside layers of the student.",
+            fix="Use names such as q_proj and down_proj, or all-linear.",
+        ) from None
+    _draw_adapters(model, seed)
     if lora.dropout and hasattr(model.get_output_embeddings(), "lora_A"):
         raise MismatchError(
             "an adapter on the head cannot have dropout",
@@ -142,6 +209,23 @@ def _with_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> Any:
             fix="Set student.lora.dropout=0, or leave the head out of student.lora.targets.",
         )
     return adapters
+
+
+def _draw_adapters(model: PreTrainedModel, seed: int) -> None:
+    """Gives adapters their first values, those beside weights that have no memory yet too."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for layer in model.modules():
+            if not hasattr(layer, "lora_A"):
+                continue
+            for name, parameter in list(layer.named_parameters()):
+                if is_adapter(f".{name}") and parameter.is_meta:
+                    place, _, own = name.rpartition(".")
+                    layer.get_submodule(place)._parameters[own] = nn.Parameter(
+                        torch.empty(parameter.shape, dtype=parameter.dtype)
+                    )
+            for adapter in layer.active_adapters:  # pyright: ignore
+                layer.reset_lora_parameters(adapter, True)  # pyright: ignore
 
 
 def _is_target(model: PreTrainedModel, layer: nn.Module | None, targets: Sequence[str]) -> bool:

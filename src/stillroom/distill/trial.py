@@ -1,6 +1,6 @@
 """A trial: what a recipe's models make of some of its data, and one real step. Nothing of it is kept."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
@@ -18,8 +18,8 @@ from stillroom.data.config import AnyData
 from stillroom.data.counted import CountedDocuments
 from stillroom.data.documents import Documents, prepared
 from stillroom.data.rows import epoch_order, plan_rows
-from stillroom.data.stream import collate, group, in_batches
-from stillroom.distill.ahead import Micro, ReadAhead
+from stillroom.data.stream import collate, group, in_batches, totals
+from stillroom.distill.ahead import Micros, ReadAhead
 from stillroom.distill.build import (
     asked_in_training,
     build_pair,
@@ -192,7 +192,7 @@ class Trial:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         with self._enough_memory("a step on the longest rows"):
-            for some in (micros[:1], micros):
+            for some in (self._micros([micros[0][0]]), micros):
                 made = optimizer_step(state, self.asked, config.optimizer.clip, checkpoints, micros=some)
         batches = [batch for batch, _ in micros]
         on_device = device.type == "cuda"
@@ -212,7 +212,7 @@ class Trial:
 
     # --- batches ------------------------------------------------------------------------------------------------------
 
-    def _longest(self) -> list[Micro]:
+    def _longest(self) -> Micros:
         """The micro-batches of a step of the longest rows of all; where they are too few, some come again."""
         config = self.plan.config
         length, pack, micro_tokens = config.data.length, config.data.pack, config.batch.micro_tokens
@@ -228,7 +228,11 @@ class Trial:
             taken.append(rows[row])
         groups = group(taken, self.documents.lengths, micro_tokens)
         batches = [collate(self.documents, some, pad_token(self.plan)) for some in groups]
-        return [(batch, None if self.asked is None else self.asked.read(batch)) for batch in batches]
+        return self._micros(batches)
+
+    def _micros(self, batches: Sequence[Batch]) -> Micros:
+        read = [(batch, None if self.asked is None else self.asked.read(batch)) for batch in batches]
+        return Micros(read, totals(batches))
 
     def _drawn_batches(self) -> list[Batch]:
         config = self.plan.config

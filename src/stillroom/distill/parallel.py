@@ -1,0 +1,96 @@
+"""How a run lies on its processes, where the settings leave it open; and whether it fits there."""
+
+import os
+from typing import Any
+
+from stillroom.config import replace
+from stillroom.costs.advice import advise
+from stillroom.costs.hardware import Hardware
+from stillroom.costs.memory import memory
+from stillroom.costs.report import bytes_text
+from stillroom.distill.config import DistillConfig, LiveTeacher
+from stillroom.distill.costs import load_of
+from stillroom.distill.known import Known
+from stillroom.distill.parallel_config import Alone, Auto, Fsdp
+from stillroom.distill.processes import Meeting
+from stillroom.errors import ConfigError, OutOfMemoryError
+
+SPARE = 0.1
+"""Share of a device's memory that a choice leaves free: plans are that far from what is measured."""
+
+
+def resolve(config: DistillConfig, known: Known | None, meeting: Meeting, memory_bytes: int) -> DistillConfig:
+    """The settings with every "auto" of ``parallel`` and ``teacher.placement`` resolved.
+
+    Args:
+        known: what headers tell of the models; None where an architecture is not known, and nothing is foreseen.
+        memory_bytes: of one process.
+
+    Raises:
+        ConfigError: several processes were started for a run that is to have one.
+        OutOfMemoryError: it will not fit.
+    """
+    size = meeting.num_students
+    if isinstance(config.parallel, Alone) and size > 1:
+        raise ConfigError(
+            f"{size} processes were started for a run of one",
+            {"processes that train": size, "parallel.kind": "none"},
+            why="Each would train the whole of it and write into the same folder.",
+            fix="Set parallel.kind=auto, or start one process.",
+        )
+    if isinstance(config.parallel, Auto):
+        kind = "none" if size == 1 else _kind(config, known, size, memory_bytes)
+        kept = {} if size == 1 else {"timeout_s": config.parallel.timeout_s}
+        config = replace(config, {"parallel": {"kind": kind, **kept}})
+    config = _resolve_teacher(config, known, meeting, memory_bytes)
+    if size > 1 and known is not None:
+        _check_room(config, known, size, memory_bytes)
+    if config.checkpoints.background == "auto":
+        config = replace(config, {"checkpoints.background": config.device.startswith("cuda")})
+    return config
+
+
+def _kind(config: DistillConfig, known: Known | None, size: int, memory_bytes: int) -> str:
+    if known is None:
+        return "fsdp"
+    needed = memory(load_of(config, known, _hardware(config, size, "ddp"))).total
+    return "ddp" if needed <= (1 - SPARE) * memory_bytes else "fsdp"
+
+
+def _resolve_teacher(config: DistillConfig, known: Known | None, meeting: Meeting, memory_bytes: int) -> DistillConfig:
+    teacher = config.teacher
+    if not isinstance(teacher, LiveTeacher) or teacher.placement != "auto":
+        return config
+    placement = "sharded" if isinstance(config.parallel, Fsdp) and meeting.num_students > 1 else "whole"
+    if teacher.ranks is not None:
+        weights = 0.0 if known is None or known.teacher is None else known.teacher.parameters.total
+        fits = weights * (2 if teacher.dtype == "bfloat16" else 4) <= (1 - 2 * SPARE) * memory_bytes
+        placement = "whole" if fits or meeting.num_teachers <= 1 else "sharded"
+    return replace(config, {"teacher.placement": placement})
+
+
+def _check_room(config: DistillConfig, known: Known, size: int, memory_bytes: int) -> None:
+    load = load_of(config, known, _hardware(config, size, config.parallel.kind))
+    needed = memory(load).total
+    if needed > memory_bytes * (1 + SPARE) and not getattr(config.parallel, "offload", False):
+        raise OutOfMemoryError(
+            f"the run does not fit {size} processes",
+            {"needed in each": bytes_text(needed), "there": bytes_text(memory_bytes)},
+            why="It would end at its first long batch if not at its first step.",
+            fix="; ".join(advise(load, memory_bytes)[1:]) + "; or parallel={kind: fsdp, offload: true}.",
+        )
+
+
+def _hardware(config: DistillConfig, size: int, kind: Any) -> Hardware:
+    """So many of the run's devices; its speed does not matter here."""
+    return Hardware(device="CPU" if config.device == "cpu" else "H100", num_devices=size, parallel=kind)
+
+
+def memory_of_a_process(device: str) -> int:
+    """Bytes that one of this host's processes has for itself."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_properties(device).total_memory
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return pages // int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)

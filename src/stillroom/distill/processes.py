@@ -1,0 +1,336 @@
+"""The processes that train together, as one of them sees them: who they are, what they add up and what they agree on.
+
+`torchrun` (and what starts processes as it does) tells each its rank, their number and where to meet. One process
+alone is a special case, in which nothing is sent.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.device_mesh import DeviceMesh
+
+from stillroom.errors import ConfigError, MismatchError, MissingError, StillroomError, ToldElsewhere
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Those that work on one thing together, of which this is number ``rank`` of ``size``, from 0."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Its number on its node."""
+    mesh: DeviceMesh | None = None
+    """On which parameters are sharded: [processes], or [replicas, processes of each]. None where there is one."""
+    group: dist.ProcessGroup | None = None
+    """That carries small things on the CPU."""
+    saving: dist.ProcessGroup | None = None
+    """That of the threads that write checkpoints, who must not be mistaken for those that train."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes files and talks."""
+        return self.rank == 0
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in the place of ``tensor``."""
+        if self.size > 1:
+            on_cpu = tensor.cpu()
+            dist.all_reduce(on_cpu, group=self.group)
+            tensor.copy_(on_cpu)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any process."""
+        return flag if self.size == 1 else bool(self.add(torch.tensor(float(flag))).item())
+
+    def gather(self, value: T) -> list[T]:
+        """What each process gave, in the order of their ranks."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.size > 1:
+            dist.barrier(group=self.group)
+
+    @property
+    def that_save(self) -> "Processes":
+        """The same, as their threads that write checkpoints see each other."""
+        return dataclasses.replace(self, group=self.saving)
+
+    def own_share(self, things: Sequence[T]) -> Sequence[T]:
+        """This process's share of some work that each could do."""
+        return things[self.rank :: self.size]
+
+    def own_files(self, folder: Path) -> list[str]:
+        """The files of a checkpoint that this process has written; the first has written what is about all."""
+        if self.size == 1:
+            return [path.name for path in folder.iterdir()]
+        names = [path.name for path in folder.glob(f"__{self.rank}_*")]
+        return [*names, ".metadata"] if self.first else names
+
+    def agree(self, make: Callable[[], T], same: Callable[[T], Mapping[str, object]] = lambda _: {}) -> T:
+        """What each process makes, where none fails and all of ``same`` is the same in all.
+
+        Raises:
+            StillroomError: in the first process what failed in any, with its rank where it is not all; in the others
+                that it is told there.
+            MismatchError: they differ.
+        """
+        made, error = None, None
+        try:
+            made = make()
+        except StillroomError as caught:
+            error = caught
+        if self.size == 1:
+            if error is not None:
+                raise error
+            return made  # pyright: ignore[reportReturnType]
+        facts = {} if error is not None else {k: _digest(v) for k, v in same(made).items()}  # pyright: ignore
+        told = self.gather((error, facts, socket.gethostname()))
+        failed = [(rank, e, host) for rank, (e, _, host) in enumerate(told) if e is not None]
+        if failed:
+            raise self._first_says(_with_ranks(failed, self.size))
+        for name in facts:
+            found = [facts[name] for _, facts, _ in told]
+            if len(set(found)) > 1:
+                raise self._first_says(_differ(name, found, [host for *_, host in told]))
+        return made  # pyright: ignore[reportReturnType]
+
+    def in_turn(self, make: Callable[[], T]) -> T:
+        """What each process makes, the first of each node before the others, so that these find its files."""
+        if self.size == 1:
+            return make()
+        made, error = None, None
+        for turn in (True, False):
+            if turn == (self.local_rank == 0):  # the first of its node
+                try:
+                    made = make()
+                except StillroomError as caught:
+                    error = caught
+            self.wait()
+
+        def give() -> T:
+            if error is not None:
+                raise error
+            return made  # pyright: ignore[reportReturnType]
+
+        return self.agree(give)
+
+    def first_does(self, make: Callable[[], T]) -> T | None:
+        """What the first process makes, while the others wait; None in these."""
+        return self.agree(lambda: make() if self.first else None)
+
+    def _first_says(self, error: StillroomError) -> StillroomError:
+        return error if self.first else ToldElsewhere.of(error)
+
+
+def _digest(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    return text if len(text) <= 60 else f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _with_ranks(failed: list[tuple[int, StillroomError, str]], size: int) -> StillroomError:
+    """The error of the first that failed, which names the ranks where not all did."""
+    _, error, _ = failed[0]
+    if len(failed) < size:
+        ranks = ", ".join(f"{rank} on {host}" for rank, _, host in failed[:4])
+        error.values["in"] = f"{len(failed)} of {size} processes: rank {ranks}"
+        error.args = (error.what,)
+    return error
+
+
+def _differ(name: str, found: list[str], hosts: list[str]) -> MismatchError:
+    other = next(rank for rank, value in enumerate(found) if value != found[0])
+    return MismatchError(
+        f"the processes of this run have different {name}",
+        {f"rank 0 on {hosts[0]}": found[0], f"rank {other} on {hosts[other]}": found[other]},
+        why="They would train different things and add up their gradients.",
+        fix="Start all with the same recipe, the same packages and the same files.",
+    )
+
+
+ALONE = Processes()
+
+
+# --- meeting ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the starter of the processes says of this one."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+
+def place() -> Place:
+    """This process among those that were started together; alone where nobody says otherwise.
+
+    Raises:
+        ConfigError: what the environment says is not a number.
+        MissingError: it does not say where they meet.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1") or 1) <= 1:
+        return Place(0, 1, 0)
+    values = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        text = os.environ.get(name, "0" if name == "LOCAL_RANK" else "")
+        if not text.isdecimal():
+            raise ConfigError(
+                f"the environment does not say this process's {name}",
+                {name: text or "not set", "WORLD_SIZE": os.environ["WORLD_SIZE"]},
+                why="Each process must know which it is, and how many there are.",
+                fix="Start the run with `torchrun`, which sets it; or unset WORLD_SIZE to run one process.",
+            )
+        values[name] = int(text)
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise MissingError(
+            f"the environment does not say where the processes meet: {' and '.join(missing)} not set",
+            {"RANK": values["RANK"], "WORLD_SIZE": values["WORLD_SIZE"]},
+            why="They find each other through a port of the first one's host.",
+            fix="Start the run with `torchrun`, which sets them; or set them to the first host's address and a free "
+            "port.",
+        )
+    return Place(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"])
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """All that were started together: first those that train the student, then those that run the teacher, if it has
+    processes of its own."""
+
+    everybody: Processes
+    mine: Processes
+    """Those of this process's kind."""
+    teaches: bool = False
+    """Whether this process runs the teacher."""
+    num_teachers: int = 0
+    talk: dist.ProcessGroup | None = None
+    """That carries questions to the teacher's processes and their answers."""
+
+    @property
+    def num_students(self) -> int:
+        return self.everybody.size - self.num_teachers
+
+
+NOBODY_ELSE = Meeting(ALONE, ALONE)
+
+
+def meet(device_type: str, *, timeout_s: float, sharded: bool, replicas: int = 1, num_teachers: int = 0) -> Meeting:
+    """Joins the processes that were started together.
+
+    Args:
+        device_type: cpu or cuda, where tensors will lie: on CUDA each process takes the device of its local rank.
+        sharded: whether anything is to be sharded, for which one process, too, needs a mesh.
+        replicas: of the student.
+        num_teachers: how many of the processes run the teacher.
+
+    Raises:
+        ConfigError: so many processes cannot be divided so.
+        MissingError: the others did not come, or there is no device for this one.
+    """
+    here = place()
+    _check_division(here.size, replicas, num_teachers)
+    if here.size == 1 and not sharded:
+        return NOBODY_ELSE
+    if device_type == "cuda":
+        _take_device(here)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    try:
+        if here.size == 1:
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        raise MissingError(
+            "the processes of this run did not find each other",
+            {
+                "this one": f"rank {here.rank} of {here.size} on {socket.gethostname()}",
+                "reason": " ".join(str(error).split())[:200],
+            },
+            why="Every one of them is needed for every step.",
+            fix="Check that all were started, that MASTER_ADDR can be reached from every host, and that MASTER_PORT is "
+            "free there.",
+        ) from error
+    return _divide(here, device_type, timeout, replicas, num_teachers)
+
+
+def _check_division(size: int, replicas: int, num_teachers: int) -> None:
+    num_students = size - num_teachers
+    if num_students < 1:
+        raise ConfigError(
+            "no process is left for the student",
+            {"processes": size, "teacher.ranks": num_teachers},
+            why="The teacher's processes come out of those that are started.",
+            fix="Start more processes, or set a lower teacher.ranks (null has the teacher beside the student).",
+        )
+    if num_students % replicas:
+        raise ConfigError(
+            f"{num_students} processes cannot hold {replicas} copies of the student",
+            {"processes that train": num_students, "parallel.replicas": replicas},
+            why="Each copy lies on as many processes as every other.",
+            fix=f"Set parallel.replicas to a number that divides {num_students}, or start other processes.",
+        )
+
+
+def _take_device(here: Place) -> None:
+    if here.local_rank >= torch.cuda.device_count():
+        raise MissingError(
+            f"there is no CUDA device for rank {here.rank} on {socket.gethostname()}",
+            {"its number on this host": here.local_rank, "CUDA devices": torch.cuda.device_count()},
+            why="Each process needs a device of its own.",
+            fix="Start as many processes on a host as it has devices (torchrun --nproc-per-node gpu).",
+        )
+    torch.cuda.set_device(here.local_rank)
+
+
+def _divide(here: Place, device_type: str, timeout: datetime.timedelta, replicas: int, num_teachers: int) -> Meeting:
+    """Makes all groups, in the same order in every process."""
+    size, num_students = here.size, here.size - num_teachers
+    kinds = [range(num_students), range(num_students, size)] if num_teachers else [range(size)]
+    found = {}
+    for number, ranks in enumerate(kinds):
+        grid = torch.tensor(list(ranks))
+        if number == 0 and replicas > 1:
+            mesh = DeviceMesh(device_type, grid.view(replicas, -1), mesh_dim_names=("replicas", "parts"))
+        else:
+            mesh = DeviceMesh(device_type, grid, mesh_dim_names=("parts",))
+        group, saving = _group(ranks, timeout), _group(ranks, timeout)
+        for mine, rank in enumerate(ranks):
+            found[rank] = Processes(mine, len(ranks), here.local_rank, mesh, group, saving)
+    everybody = Processes(here.rank, size, here.local_rank, None, _group(range(size), timeout))
+    talk = _group(range(size), timeout) if num_teachers else None
+    return Meeting(everybody, found[here.rank], here.rank >= num_students, num_teachers, talk)
+
+
+def _group(ranks: range, timeout: datetime.timedelta) -> Any:
+    """A group for what lies on the CPU; all processes make it, also those that are not in it."""
+    return dist.new_group(list(ranks), timeout=timeout, backend="gloo")
+
+
+def leave() -> None:
+    """Leaves the processes that have met."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

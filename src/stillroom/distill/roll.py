@@ -1,0 +1,160 @@
+"""The roll: what each process of a run last did, so that when one is lost the others can say which."""
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.distributed_c10d import _get_default_store
+
+from stillroom.distill.processes import Processes
+from stillroom.errors import Interrupted, LostError, StillroomError, Stopped, ToldElsewhere
+
+PATIENCE_S = 5.0
+"""How long the others are waited for, to say what befell them, once one has failed."""
+SIGNS = (
+    "connection",
+    "timed out",
+    "timeout",
+    "nccl",
+    "gloo",
+    "broken pipe",
+    "socket",
+    "peer",
+    "process group",
+    "store",
+)
+"""Words in what `torch.distributed` says when another process does not answer."""
+LOST, FAILED = "lost", "failed"
+
+
+class Roll:
+    """A few words of each process, in the place where all have met."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self._store = None
+        if processes.size > 1:
+            self._store = PrefixStore("stillroom roll", _get_default_store())
+            self.at("start")
+
+    def at(self, step: int | str) -> None:
+        """Says how far this process is."""
+        self._say("at", f"{step} on {socket.gethostname()} (process {os.getpid()})")
+
+    def end(self, how: str, text: str) -> None:
+        """Says how this process ends: it lost another, or failed by itself."""
+        self._say("end", f"{how} {text}")
+
+    def ends(self) -> dict[int, tuple[str, str]]:
+        """How processes ended, of those that said so."""
+        found = {rank: self._said("end", rank) for rank in range(self.processes.size)}
+        parts = {rank: text.partition(" ") for rank, text in found.items() if text}
+        return {rank: (how, text) for rank, (how, _, text) in parts.items()}
+
+    def last(self, rank: int) -> str:
+        """How far a process was."""
+        return self._said("at", rank) or "never heard of"
+
+    def _say(self, key: str, text: str) -> None:
+        if self._store is not None:
+            self._store.set(f"{key} {self.processes.rank}", text)
+
+    def _said(self, key: str, rank: int) -> str:
+        assert self._store is not None
+        name = f"{key} {rank}"
+        return self._store.get(name).decode() if self._store.check([name]) else ""
+
+
+@contextmanager
+def told_once(roll: Roll) -> Iterator[None]:
+    """Has what goes wrong inside told by one process, and that a process is lost by name.
+
+    Raises:
+        LostError: another process does not answer.
+        ToldElsewhere: another process says what is wrong.
+    """
+    processes = roll.processes
+    if processes.size == 1:
+        yield
+        return
+    try:
+        yield
+    except (ToldElsewhere, SystemExit):
+        raise
+    except Interrupted as error:
+        if processes.first:
+            raise
+        raise SystemExit(0 if isinstance(error, Stopped) else 130) from None
+    except StillroomError as error:
+        with _while_the_store_is_there():
+            _tell_unless_told(roll, error)
+        raise
+    except torch.OutOfMemoryError as error:
+        with _while_the_store_is_there():
+            roll.end(FAILED, str(error))
+        raise
+    except RuntimeError as error:
+        if not any(sign in str(error).lower() for sign in SIGNS):
+            with _while_the_store_is_there():
+                roll.end(FAILED, f"{type(error).__name__}: {error}")
+            raise
+        raise _who_is_lost(roll, error) from error
+    except Exception as error:
+        with _while_the_store_is_there():
+            roll.end(FAILED, f"{type(error).__name__}: {error}")
+        raise
+
+
+def _tell_unless_told(roll: Roll, error: StillroomError) -> None:
+    """Raises ToldElsewhere in all but the first process that fail in the same way."""
+    processes, text = roll.processes, str(error)
+    roll.end(FAILED, text)
+    if processes.first:
+        return
+    until = time.monotonic() + PATIENCE_S
+    while time.monotonic() < until and 0 not in roll.ends():
+        time.sleep(0.05)
+    if roll.ends().get(0) == (FAILED, text):
+        raise ToldElsewhere.of(error)
+    error.values["in"] = f"rank {processes.rank} on {socket.gethostname()}"
+
+
+def _who_is_lost(roll: Roll, error: RuntimeError) -> StillroomError:
+    """The error of a process that another does not answer, once it is known why not."""
+    processes, ends = roll.processes, {}
+    try:
+        roll.end(LOST, " ".join(str(error).split())[:160])
+        until = time.monotonic() + PATIENCE_S
+        while time.monotonic() < until and len(ends) < processes.size:
+            time.sleep(0.05)
+            ends = roll.ends()
+    except RuntimeError:
+        return _lost(["rank 0, or the host where all have met"], error)
+    silent = [rank for rank in range(processes.size) if rank not in ends]
+    names = [f"rank {rank}, last heard at {roll.last(rank)}" for rank in silent]
+    lost = _lost(names or ["nobody: all are there, and cannot reach each other"], error)
+    failed = any(how == FAILED for how, _ in ends.values())
+    speaker = min((rank for rank, (how, _) in ends.items() if how == LOST), default=processes.rank)
+    return ToldElsewhere.of(lost) if failed or speaker != processes.rank else lost
+
+
+def _lost(names: list[str], error: RuntimeError) -> LostError:
+    return LostError(
+        "a process of this run is lost",
+        {"lost": "; ".join(names[:4]), "reason": " ".join(str(error).split())[:160]},
+        why="Every process is needed for every step, so the run ended here. Its checkpoints are whole.",
+        fix="Look at that process's host, then run the same command with --resume; torchrun --max-restarts does so by "
+        "itself.",
+    )
+
+
+@contextmanager
+def _while_the_store_is_there() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError:  # it went with its host, so nobody can be told anything there
+        return

@@ -1,0 +1,157 @@
+"""How student and teacher lie on many processes: whole in each (DDP), or a part of each parameter in each (FSDP2)."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from stillroom import models
+from stillroom.distill.parallel_config import Fsdp
+from stillroom.distill.processes import Processes
+from stillroom.distill.step import StudentStep
+from stillroom.states import blocks
+from stillroom.weights.parts import local, realise
+
+
+def shard_student(module: StudentStep, processes: Processes, config: Fsdp) -> None:
+    """Shards the student step over the mesh: each block and each projector a group of its own, and all else together
+    with the head, which the losses use beside the backbone. Parameters may be without memory yet.
+
+    Gradients are added up, since each process's loss is its part of the step's.
+    """
+    mixed = MixedPrecisionPolicy()
+    if module.precision != torch.float32 and module.precision != torch.float64:
+        mixed = MixedPrecisionPolicy(
+            param_dtype=module.precision, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    offload = CPUOffloadPolicy() if config.offload else OffloadPolicy()
+    settings: dict[str, Any] = {"mesh": processes.mesh, "offload_policy": offload}
+    for block in blocks(module.model):
+        fully_shard(block, mp_policy=mixed, reshard_after_forward=config.reshard, **settings)
+    embeddings, head = module.model.get_input_embeddings(), module.model.get_output_embeddings()
+    if _weight(embeddings) is not _weight(head):
+        fully_shard(embeddings, mp_policy=mixed, reshard_after_forward=config.reshard, **settings)
+    for term in module.hidden.values():
+        if any(True for _ in term.parameters()):
+            fully_shard(term, **settings)  # in its own precision
+    fully_shard(module, mp_policy=mixed, reshard_after_forward=False, **settings)
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(module, "within")
+
+
+def shard_teacher(model: PreTrainedModel, processes: Processes, *, offload: bool) -> None:
+    """Shards a teacher's backbone; its head, which the losses use, stays whole in each process."""
+    body = models.backbone(model)
+    head = model.get_output_embeddings()
+    whole = set(head.parameters()) if head is not None else set()
+    settings: dict[str, Any] = {
+        "mesh": processes.mesh,
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+        "reshard_after_forward": True,
+    }
+    for block in blocks(model):
+        fully_shard(block, **settings)
+    embeddings = model.get_input_embeddings()
+    if not whole & set(embeddings.parameters()):
+        fully_shard(embeddings, **settings)
+    fully_shard(body, ignored_params=whole, **settings)
+
+
+def let_go(module: nn.Module) -> None:
+    """Takes a sharded module's own parameters apart again, which stay whole after a forward pass without a backward."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
+def realise_sharded(module: nn.Module, device: str, *, offload: bool) -> None:
+    """Gives the parameters of a sharded module memory: this process's parts."""
+    realise(module, "cpu" if offload else device)
+    if offload:  # what is not sharded stays on the device
+        for part in module.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                part._buffers[name] = buffer.to(device)
+            for name, parameter in part.named_parameters(recurse=False):
+                if not isinstance(parameter, DTensor):
+                    part._parameters[name] = nn.Parameter(parameter.to(device), parameter.requires_grad)
+
+
+def _weight(module: nn.Module | None) -> Tensor | None:
+    """The weight of embeddings or of a head, without an adapter beside it."""
+    weight: Any = getattr(getattr(module, "base_layer", module), "weight", None)
+    return weight
+
+
+def replicate(module: StudentStep, processes: Processes) -> DistributedDataParallel:
+    """The student step whole in each process. Gradients are added up, since each process's loss is its part."""
+    assert processes.mesh is not None
+    buffers = "forward_sync_buffers"  # as PyTorch calls from 2.13 on what was broadcast_buffers
+    if buffers not in inspect.signature(DistributedDataParallel).parameters:
+        buffers = "broadcast_buffers"
+    settings: dict[str, Any] = {buffers: False}  # no buffer changes while training
+    ddp = DistributedDataParallel(
+        module,
+        process_group=processes.mesh.get_group(),
+        **settings,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=not module.objectives,  # nothing of the head is asked then, nor of layers above
+    )
+    ddp.register_comm_hook(processes.mesh.get_group(), _sum)
+    return ddp
+
+
+def _sum(group, bucket):
+    """The hook by which DDP is told to add up a bucket of gradients, and not to average it."""
+    work: Any = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+@contextmanager
+def summed_later(forward: Callable[..., Any], later: bool) -> Iterator[None]:
+    """Inside, gradients are left in each process where ``later``, to be added up with those of the next backward pass.
+
+    Sharded gradients are added up each time: a whole gradient would need the memory that sharding saves.
+    """
+    with forward.no_sync() if later and isinstance(forward, DistributedDataParallel) else nullcontext():
+        yield
+
+
+@torch.no_grad()
+def squares(gradients: list[Tensor], processes: Processes) -> Tensor:
+    """This process's share of the sum of all gradients' squares: those of all processes add up to it."""
+    total = torch.zeros((), dtype=torch.float64)
+    for gradient in gradients:
+        mine = local(gradient)
+        if mine.numel():
+            total += torch.linalg.vector_norm(mine).double().cpu().square() / _copies(gradient, processes)
+    return total
+
+
+def _copies(gradient: Tensor, processes: Processes) -> int:
+    """In how many processes the same part of a gradient lies."""
+    placements = getattr(gradient, "placements", None)
+    if placements is None:
+        return processes.size
+    mesh: Any = getattr(gradient, "device_mesh", None)
+    sharded = 1
+    for dimension, placement in enumerate(placements):
+        if placement.is_shard():
+            sharded *= mesh.size(dimension)
+    return processes.size // sharded
