@@ -66,6 +66,7 @@ def train(
         return measure is not None and due and state.step > state.measured_at
 
     asked = "finishing this step, then saving; press Ctrl-C again to stop at once, without saving"
+    state.stopped_by = 0
     with deferred_interrupts(lambda: report("note", {"text": asked})) as interrupted:
         while state.step < num_steps or measurement_is_due():
             if not measurement_is_due():

@@ -75,6 +75,11 @@ class StoredTeacher:
             DataError: a row is damaged.
         """
         documents = list(_documents(batch))
+        if not documents:  # of a process that has nothing to read while others have
+            return _nothing_of(self._told([0]))
+        return self._told(documents)
+
+    def _told(self, documents: Sequence[int]) -> Told:
         return Told(self._signal(documents) if self.signals else None, self._hidden(documents))
 
     def _signal(self, documents: Sequence[int]) -> Logits | Sparse:
@@ -91,6 +96,15 @@ class StoredTeacher:
     def tell(self, batch: Batch, read: Told | None = None) -> Told:
         read = self.read(batch) if read is None else read
         return read.to(batch.tokens.device)
+
+
+def _nothing_of(told: Told) -> Told:
+    """The same of no position."""
+    none = torch.empty(0, dtype=torch.long)
+    hidden = None
+    if told.hidden is not None:
+        hidden = Hidden({layer: state[:0] for layer, state in told.hidden.states.items()})
+    return Told(None if told.signal is None else told.signal.at(none), hidden)
 
 
 def _documents(batch: Batch) -> Iterator[int]:
