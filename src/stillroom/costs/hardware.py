@@ -58,11 +58,14 @@ class Hardware(Config):
         return device if self.price is None else replace(device, price=self.price)
 
     @classmethod
-    def called(cls, name: str) -> "Hardware | None":
-        """The device of the table that calls itself so ("NVIDIA H100 80GB HBM3"); None where there is none."""
+    def called(cls, name: str, memory_bytes: int | None = None) -> "Hardware | None":
+        """The device of the table that calls itself so ("NVIDIA H100 80GB HBM3"), with the memory that it has; None
+        where there is none."""
         plain = name.upper().replace(" ", "")
         found = next((known for known in (*DEVICES, "CPU") if known in plain), None)
-        return None if found is None else cls(device=found)
+        if found is None or "LAPTOP" in plain:
+            return None
+        return cls(device=found, memory_gb=None if memory_bytes is None else memory_bytes / 1e9)
 
     @property
     def is_cpu(self) -> bool:
@@ -89,14 +92,12 @@ class Hardware(Config):
             f"{device.name}: {device.flops / 1e12:,.4g} TFLOP/s in {'float32' if self.is_cpu else 'bfloat16, dense'}, "
             f"of which {self.utilisation:.0%} are reached (utilisation)"
         ]
-        if device.note:
+        if device.note and self.tflops is None:
             found.append(device.note)
         if device.price is not None and self.price is None:
             found.append(f"${device.price:.2f} for a device and hour: {PRICES_NOTE}")
         if not self.is_cpu:
             found.append(f"{DRIVER_BYTES / 2**30:.0f} GiB of a device for its driver, workspaces and fragments")
-        else:
-            found.append(f"of activations that are freed, the C library keeps a share of {HEAP_SHARE:.0%}")
         if self.num_devices > 1:
             found.append("runs have one device as yet; of several this tells what PyTorch's own DDP or FSDP2 takes")
         if self.states == "int8":

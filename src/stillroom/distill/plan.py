@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from stillroom import models
 from stillroom.config import is_local, replace
 from stillroom.costs.architecture import read_architecture
-from stillroom.costs.hardware import Hardware
+from stillroom.costs.dry_run import costs_here
 from stillroom.cut.plan import CutPlan
 from stillroom.data.config import AnyData
 from stillroom.data.documents import cache_folder, cache_path, prepared
@@ -87,24 +87,22 @@ class Plan:
 
     def costs(self) -> dict[str, Any] | str:
         """Memory, arithmetic and time on the device of the run; or why they are not told."""
-        name = models.device_name(self.config.device)
-        hardware = Hardware.called(name)
-        if hardware is None:
-            return f"not told: {name} is not in the table of devices; `stillroom plan` takes any"
+        device = self.config.device
+        return costs_here(
+            models.device_name(device), models.device_memory(device),
+            lambda hardware: costs(self.config, self._known(), hardware),
+        )  # fmt: skip
+
+    def _known(self) -> Known:
         assert self.student_config is not None
-        try:
-            known = Known(
-                read_architecture(self.student_config.to_dict(), "the student"),
-                None
-                if self.teacher_config is None
-                else read_architecture(self.teacher_config.to_dict(), "the teacher"),
-                None if self.store is None else self.store.manifest.model_dump(),
-                self._num_tokens(),
-                self.config.data.pack,
-            )
-            return costs(self.config, known, hardware).texts()
-        except ConfigError as error:
-            return f"not told: {error.what}"
+        teacher = self.teacher_config
+        return Known(
+            read_architecture(self.student_config.to_dict(), "the student"),
+            None if teacher is None else read_architecture(teacher.to_dict(), "the teacher"),
+            None if self.store is None else self.store.manifest.model_dump(),
+            self._num_tokens(),
+            self.config.data.pack,
+        )
 
     def _num_tokens(self) -> float | None:
         """Tokens in one pass over the data, where they are tokenised already."""
