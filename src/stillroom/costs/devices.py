@@ -48,8 +48,8 @@ def this_cpu() -> Device:
     cores = os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     note = (
-        f"CPU is this machine: {cores} cores of an assumed {CPU_FLOPS_A_CORE / 1e9:.0f} GFLOP/s, and its memory; measured "
-        f"runs reached {CPU_REACHED} GFLOP/s a core (LOG.md), so set tflops or utilisation to yours"
+        f"CPU is this machine: {cores} cores of an assumed {CPU_FLOPS_A_CORE / 1e9:.0f} GFLOP/s, and its memory; "
+        f"measured runs reached {CPU_REACHED} GFLOP/s a core (LOG.md), so set tflops or utilisation to yours"
     )
     return Device("CPU", cores * CPU_FLOPS_A_CORE, memory, 50e9, None, note)
 

@@ -8,11 +8,9 @@ from typing import Any
 
 from stillroom.costs.architecture import Architecture, read_architecture
 from stillroom.costs.weights import read_model
-from stillroom.cut.config import BestLayers, CutConfig, EveryLayer, Width
+from stillroom.cut.sizes import cut_values
 from stillroom.distill.config import DistillConfig, LiveTeacher, StoreTeacher
 from stillroom.errors import DataError
-
-WIDTHS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -103,33 +101,4 @@ def student_values(config: DistillConfig, source: Mapping[str, Any] | None) -> M
         begin = {"model_type": init.family} if source is None else source
         return {**begin, **init.settings}
     assert source is not None
-    return cut_values(init, source)
-
-
-def cut_values(cut: CutConfig, source: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config of a part of a model: how many layers it keeps, and its widths."""
-    model = read_architecture(source, "the model that the student is cut from")
-    there = dict(
-        zip(WIDTHS, (model.hidden_size, model.num_heads, model.num_kv_heads, model.intermediate_size), strict=True)
-    )
-    found = {**source, "num_hidden_layers": _kept_layers(cut, model.num_layers)}
-    if isinstance(cut.width, Width):
-        asked = {name: value for name in WIDTHS if (value := getattr(cut.width, name)) is not None}
-        if "num_attention_heads" in asked and "num_key_value_heads" not in asked:
-            asked["num_key_value_heads"] = asked["num_attention_heads"] * model.num_kv_heads // model.num_heads
-        return {**found, **there, "head_dim": model.head_dim, **asked}
-    if cut.width is not None:
-        share = {name: number * cut.width // model.hidden_size for name, number in there.items()}
-        return {**found, **share, "head_dim": model.head_dim}
-    return found
-
-
-def _kept_layers(cut: CutConfig, num_layers: int) -> int:
-    rule = cut.layers
-    if rule is None:
-        return num_layers
-    if isinstance(rule, EveryLayer):
-        return num_layers // rule.step
-    if isinstance(rule, BestLayers):
-        return min(rule.count, num_layers)
-    return len(rule) if isinstance(rule, tuple) else min(rule, num_layers)
+    return cut_values(init, source, "the model that the student is cut from")

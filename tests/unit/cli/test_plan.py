@@ -8,7 +8,6 @@ import pytest
 
 from published import PUBLISHED
 from stillroom.cli.main import main
-from stillroom.distill.known import cut_values
 
 QWEN_7B, QWEN_1B = (PUBLISHED[name][0] for name in ("Qwen2 7B", "Qwen2 1.5B"))
 
@@ -127,15 +126,6 @@ def test_a_store_that_is_not_there_yet_is_planned_with_and_said(capsys, recipe, 
     (tmp_path / "store" / "manifest.json").write_text("{}")
     assert main(["plan", str(recipe), stored, "data={format: store}"]) == 2
     assert "no manifest of a store" in capsys.readouterr().err
-
-
-def test_a_cut_student_has_the_sizes_of_its_part():
-    from stillroom.cut.config import CutConfig
-
-    half = cut_values(CutConfig(layers=14, width=1792), QWEN_7B)
-    assert {name: half[name] for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim")} == {
-        "num_hidden_layers": 14, "hidden_size": 1792, "num_attention_heads": 14, "head_dim": 128,
-    }  # fmt: skip
 
 
 def test_no_torch_is_imported(recipe):
