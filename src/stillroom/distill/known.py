@@ -101,4 +101,4 @@ def student_values(config: DistillConfig, source: Mapping[str, Any] | None) -> M
         begin = {"model_type": init.family} if source is None else source
         return {**begin, **init.settings}
     assert source is not None
-    return cut_values(init, source, "the model that the student is cut from")
+    return cut_values(init, source, "model that the student is cut from")
