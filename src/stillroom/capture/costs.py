@@ -40,6 +40,7 @@ def read_known(config: CaptureConfig) -> Known:
 
 def costs(config: CaptureConfig, known: Known, hardware: Hardware, title: str = "capture") -> Report:
     """Parameters, memory, arithmetic and time of asking the teacher, and what the store takes."""
+    hardware.refuse("capture", ("states", "students"))
     report = Report(title)
     positions = hardware.data_tokens or known.num_positions
     if known.teacher is not None:
@@ -63,7 +64,7 @@ def _add_memory(report: Report, config: CaptureConfig, model: Architecture, hard
     share = 1 / hardware.num_devices if hardware.how_parallel == "fsdp" else 1.0
     parts = {
         "teacher's weights": item * model.parameters.total * share,
-        "teacher's activations": tokens * passing_bytes(model, item),
+        "teacher's activations": tokens * passing_bytes(model, config.data.length, item, masked=config.data.pack),
         "last states": float(tokens * model.hidden_size * item),
         "logits and probabilities": 2.0 * max(logits, 4 * model.vocab_size),
         "driver and workspaces": float(hardware.driver_bytes),

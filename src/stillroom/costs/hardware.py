@@ -1,5 +1,6 @@
 """The settings of a plan that no recipe has: on what a run is made, and what is assumed of it."""
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -9,6 +10,7 @@ from stillroom.config import Config
 from stillroom.costs.devices import DEVICES, PRICES_NOTE, Device, find_device
 from stillroom.costs.estimate import UTILISATION
 from stillroom.costs.memory import DRIVER_BYTES, HEAP_SHARE, Parallel
+from stillroom.errors import ConfigError
 
 Devices = Annotated[int, Field(gt=0, le=100_000)]
 
@@ -66,6 +68,17 @@ class Hardware(Config):
         if found is None or "LAPTOP" in plain:
             return None
         return cls(device=found, memory_gb=None if memory_bytes is None else memory_bytes / 1e9)
+
+    def refuse(self, verb: str, names: Collection[str]) -> None:
+        """Raises ConfigError where a setting is not what it is by default and a verb has no use for it."""
+        for name in names:
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ConfigError(
+                    f"a plan of `{verb}` has no use for {name}",
+                    {name: value, "without use there": ", ".join(names)},
+                    why="Its figures would look as if they followed from it.",
+                    fix="Leave it out.",
+                )
 
     @property
     def is_cpu(self) -> bool:
