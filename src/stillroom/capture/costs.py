@@ -44,7 +44,7 @@ def costs(config: CaptureConfig, known: Known, hardware: Hardware, title: str = 
     report = Report(title)
     positions = hardware.data_tokens or known.num_positions
     if known.teacher is not None:
-        report.assumptions += hardware.assumptions()
+        report.assumptions += hardware.assumptions(single=_itemsize(config, hardware) == 4)
         add_parameters(report, "teacher", known.teacher)
         _add_memory(report, config, known.teacher, hardware)
         _add_time(report, config, known.teacher, hardware, positions)
@@ -55,8 +55,7 @@ def costs(config: CaptureConfig, known: Known, hardware: Hardware, title: str = 
 def _add_memory(report: Report, config: CaptureConfig, model: Architecture, hardware: Hardware) -> None:
     engine = config.teacher.engine
     assert isinstance(engine, Transformers)
-    single = engine.dtype == "float32" or (engine.dtype == "auto" and hardware.is_cpu)
-    item = 4 if single else 2
+    item = _itemsize(config, hardware)
     tokens = max(config.data.length, 16384) if engine.batch_tokens == "auto" else engine.batch_tokens
     logits = (
         LOGITS_BYTES["cpu" if hardware.is_cpu else "cuda"] if engine.logits_bytes == "auto" else engine.logits_bytes
@@ -81,6 +80,12 @@ def _add_memory(report: Report, config: CaptureConfig, model: Architecture, hard
         report.advice.append(f"would fit with teacher.engine.batch_tokens={config.data.length}: {bytes_text(least)}")
     else:
         report.advice.append("a server that divides the teacher would do: teacher.engine.kind=vllm (top_k or top_p)")
+
+
+def _itemsize(config: CaptureConfig, hardware: Hardware) -> int:
+    engine = config.teacher.engine
+    assert isinstance(engine, Transformers)
+    return 4 if engine.dtype == "float32" or (engine.dtype == "auto" and hardware.is_cpu) else 2
 
 
 def _add_time(

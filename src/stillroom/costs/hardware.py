@@ -98,13 +98,19 @@ class Hardware(Config):
     def heap_share(self) -> float:
         return HEAP_SHARE if self.is_cpu else 0.0
 
-    def assumptions(self) -> list[str]:
-        """What the figures rest on besides configs and headers."""
+    def assumptions(self, *, single: bool = False) -> list[str]:
+        """What the figures rest on besides configs and headers.
+
+        Args:
+            single: something is computed in float32, also on a GPU.
+        """
         device = self.found()
         found = [
             f"{device.name}: {device.flops / 1e12:,.4g} TFLOP/s in {'float32' if self.is_cpu else 'bfloat16, dense'}, "
             f"of which {self.utilisation:.0%} are reached (utilisation)"
         ]
+        if single and not self.is_cpu:
+            found.append("what is computed in float32 is slower than this peak: its time is a lower bound")
         if device.note and self.tflops is None:
             found.append(device.note)
         if device.price is not None and self.price is None:

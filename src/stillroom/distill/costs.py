@@ -14,9 +14,11 @@ from stillroom.costs.sections import ARITHMETIC, add_memory, add_parameters, add
 from stillroom.costs.storage import stored
 from stillroom.distill.config import DistillConfig, LiveTeacher, StoreTeacher
 from stillroom.distill.hidden_config import Every, Last, Pairs, Uniform
-from stillroom.distill.known import Known
+from stillroom.distill.known import Known, read_known
 from stillroom.distill.objective_config import Hidden
 from stillroom.errors import ConfigError
+
+__all__ = ["Known", "costs", "read_known"]
 
 LOGITS_BYTES = 256 * 2**20
 """What `logits_bytes=auto` is."""
@@ -129,8 +131,9 @@ def _entries(config: DistillConfig, known: Known) -> float:
 
 def costs(config: DistillConfig, known: Known, hardware: Hardware, title: str = "distill") -> Report:
     """Parameters, memory, arithmetic, time and cost of a run; whether it fits; live or offline."""
-    report = Report(title, assumptions=hardware.assumptions())
     load = load_of(config, known, hardware)
+    single = not load.half or (load.teacher is not None and load.teacher.itemsize == 4)
+    report = Report(title, assumptions=hardware.assumptions(single=single))
     add_parameters(report, "student", known.student)
     report.add("parameters", "trained", trained_parameters(load), "count")
     if known.teacher is not None:

@@ -128,10 +128,36 @@ def test_a_store_that_is_not_there_yet_is_planned_with_and_said(capsys, recipe, 
     assert "no manifest of a store" in capsys.readouterr().err
 
 
-def test_no_torch_is_imported(recipe):
+def of_verb(verb, folder):
+    """The words of a plan of each verb, of the models of ``recipe``."""
+    data = "data={path: x.jsonl, format: text, length: 4096}"
+    return {
+        "distill": [f"{folder}/recipe.yaml", "data_tokens=1e6"],
+        "capture": [f"teacher.model={folder}/teacher", data, "out=x"],
+        "evaluate": [f"models={{teacher: {folder}/teacher, distilled: {folder}/student}}", data, "out=x"],
+        "prune": [f"model={folder}/teacher", "layers={kind: best, count: 14}", data, "out=x"],
+    }[verb]
+
+
+def test_an_evaluation_and_a_cut_are_planned_too(capsys, recipe):
+    found = planned(capsys, *of_verb("evaluate", recipe.parent), "data_tokens=1e6")
+    assert found["plan"] == "evaluate"
+    assert found["parameters"]["distilled"]["value"] == 1_543_714_304
+    assert found["time on H100"]["tokens"]["value"] == 1e6
+    found = planned(capsys, *of_verb("prune", recipe.parent))
+    assert found["plan"] == "prune"
+    assert found["parameters"]["smaller model"]["value"] < found["parameters"]["model"]["value"] == 7_615_616_512
+    assert main(["plan", f"model={recipe.parent}/teacher", "layers=29", "out=x"]) == 2
+    assert "layers that are not there" in capsys.readouterr().err
+    assert main(["plan", *of_verb("evaluate", recipe.parent), "num_devices=2"]) == 2
+    assert "no use for num_devices" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["distill", "capture", "evaluate", "prune"])
+def test_no_torch_is_imported(recipe, verb):
     code = (
         "import sys; from stillroom.cli.main import main; "
-        f"assert main(['plan', {str(recipe)!r}, 'data_tokens=1e6']) == 0; "
+        f"assert main(['plan', *{of_verb(verb, recipe.parent)!r}]) == 0; "
         "print([m for m in ('torch', 'transformers', 'numpy', 'pyarrow') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
