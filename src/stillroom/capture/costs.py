@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from stillroom.capture.config import CaptureConfig, Transformers
 from stillroom.costs.activations import passing_bytes
-from stillroom.costs.architecture import Architecture, read_architecture
+from stillroom.costs.architecture import Architecture
 from stillroom.costs.estimate import CAPTURE_SPEED
 from stillroom.costs.flops import forward_flops
 from stillroom.costs.hardware import Hardware
@@ -12,7 +12,7 @@ from stillroom.costs.kinds import add_kinds
 from stillroom.costs.report import Report, bytes_text
 from stillroom.costs.sections import ARITHMETIC, add_memory, add_parameters, add_time, fit
 from stillroom.costs.storage import Kind, full, hidden_states, stored
-from stillroom.costs.weights import read_model
+from stillroom.costs.weights import read_architecture_of
 from stillroom.errors import ConfigError
 from stillroom.store.config import Full, HeadAndSample, Sampled, TopK
 
@@ -34,8 +34,7 @@ def read_known(config: CaptureConfig) -> Known:
     """The teacher's architecture, from its config.json and the headers of its weights."""
     if not isinstance(config.teacher.engine, Transformers):
         return Known(None)
-    found = read_model(config.teacher.model, config.teacher.revision, "the teacher")
-    return Known(read_architecture(found.config, "the teacher"))
+    return Known(read_architecture_of(config.teacher.model, config.teacher.revision, "the teacher")[1])
 
 
 def costs(config: CaptureConfig, known: Known, hardware: Hardware, title: str = "capture") -> Report:

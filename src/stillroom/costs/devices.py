@@ -66,7 +66,7 @@ def find_device(name: str) -> Device:
     if plain in DEVICES:
         return DEVICES[plain]
     known = [*DEVICES, "CPU"]
-    near = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(plain, known, n=1)
     raise ConfigError(
         f"`{name}` is not in the table of devices",
         {**({"did you mean": near[0]} if near else {}), "devices": ", ".join(known)},

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.costs.architecture import Architecture, read_architecture
-from stillroom.costs.weights import read_model
+from stillroom.costs.weights import read_architecture_of, read_config
 from stillroom.cut.sizes import cut_values
 from stillroom.distill.config import DistillConfig, LiveTeacher, StoreTeacher
 from stillroom.errors import DataError
@@ -47,23 +47,31 @@ def read_known(config: DistillConfig) -> Known:
         MissingError, DataError: a model is not there, or not whole.
         ConfigError: its architecture is not known.
     """
-    student, init, teacher = config.student, config.student.init, config.teacher
-    asked = store = None
+    teacher, asked, model, store = config.teacher, None, None, None
     if isinstance(teacher, LiveTeacher):
-        asked = read_model(teacher.model, teacher.revision, "the teacher").config
+        files, model = read_architecture_of(teacher.model, teacher.revision, "the teacher")
+        asked = files.config
     elif isinstance(teacher, StoreTeacher):
         store = _manifest(teacher.path)
-    name = student.model or getattr(init, "model", None) or getattr(init, "like", None)
-    source = asked if name is None else read_model(name, student.revision, "the student").config
-    if getattr(init, "family", None) is not None:
-        source = None
     return Known(
-        read_architecture(student_values(config, source), "the student"),
-        None if asked is None else read_architecture(asked, "the teacher"),
+        read_architecture(student_values(config, _source(config, asked)), "the student"),
+        model,
         store,
         None if store is None else float(store.get("tokens", store["positions"])),
         config.data.pack,
     )
+
+
+def _source(config: DistillConfig, teacher: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The config of the student's model, of what it is cut from, or of what it is like, whose weights are not needed;
+    the teacher's where none is named, and None for a family's name."""
+    student, init = config.student, config.student.init
+    if getattr(init, "family", None) is not None:
+        return None
+    if (like := getattr(init, "like", None)) is not None:
+        return read_config(like, student.revision, "the model that the student is like")
+    name = student.model or getattr(init, "model", None)
+    return teacher if name is None else read_architecture_of(name, student.revision, "the student")[0].config
 
 
 def _manifest(path: str) -> Mapping[str, Any] | None:

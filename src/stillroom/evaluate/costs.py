@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from stillroom.costs.activations import passing_bytes
-from stillroom.costs.architecture import Architecture, read_architecture
+from stillroom.costs.architecture import Architecture
 from stillroom.costs.flops import forward_flops
 from stillroom.costs.hardware import Hardware
 from stillroom.costs.memory import logits_bytes
 from stillroom.costs.report import Report, bytes_text
 from stillroom.costs.sections import ARITHMETIC, add_memory, add_parameters, add_time, fit
-from stillroom.costs.weights import read_model
+from stillroom.costs.weights import read_architecture_of
 from stillroom.data.bounds import most_tokens
 from stillroom.evaluate.config import EvaluateConfig
 
@@ -46,8 +46,7 @@ def read_known(config: EvaluateConfig) -> Known:
     found = {}
     for name, model in config.models.items():
         if model.url is None:
-            files = read_model(model.model, model.revision, name)
-            found[name] = read_architecture(files.config, name)
+            found[name] = read_architecture_of(model.model, model.revision, f"models.{name}")[1]
     return Known(found)
 
 

@@ -11,7 +11,7 @@ from stillroom.costs.hardware import Hardware
 from stillroom.costs.memory import logits_bytes
 from stillroom.costs.report import Report, bytes_text
 from stillroom.costs.sections import ARITHMETIC, add_amount, add_memory, add_parameters, fit, time_section
-from stillroom.costs.weights import ITEM_BYTES, ModelFiles, read_model
+from stillroom.costs.weights import ITEM_BYTES, ModelFiles, read_architecture_of
 from stillroom.cut.config import BestLayers
 from stillroom.cut.sizes import cut_values, kept_layers
 from stillroom.data.bounds import most_tokens
@@ -48,9 +48,9 @@ def read_known(config: PruneConfig) -> Known:
         ConfigError: its architecture is not known, or cannot be cut so.
         MismatchError: it does not have what is to be kept.
     """
-    files = read_model(config.model, config.revision, "the model")
+    files, model = read_architecture_of(config.model, config.revision, "the model")
     smaller = read_architecture(cut_values(config, files.config, "model"), "the smaller model")
-    return Known(read_architecture(files.config, "the model"), smaller, _itemsize(config, files))
+    return Known(model, smaller, _itemsize(config, files))
 
 
 def _itemsize(config: PruneConfig, files: ModelFiles) -> int:

@@ -9,17 +9,15 @@ import pytest
 from published import PUBLISHED
 from stillroom.cli.main import main
 
-QWEN_7B, QWEN_1B = (PUBLISHED[name][0] for name in ("Qwen2 7B", "Qwen2 1.5B"))
-
 
 @pytest.fixture
 def recipe(tmp_path):
-    """A live distillation of Qwen2 7B into Qwen2 1.5B: configs, with weights of one number in their headers."""
-    header = json.dumps({"w": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}).encode()
-    for name, config in {"teacher": QWEN_7B, "student": QWEN_1B}.items():
+    """A live distillation of Qwen2 7B into Qwen2 1.5B: configs, and headers of weights without these."""
+    for name, (config, total) in {"teacher": PUBLISHED["Qwen2 7B"], "student": PUBLISHED["Qwen2 1.5B"]}.items():
+        header = json.dumps({"w": {"dtype": "BF16", "shape": [total], "data_offsets": [0, 2 * total]}}).encode()
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
-        (tmp_path / name / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
+        (tmp_path / name / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     path = tmp_path / "recipe.yaml"
     path.write_text(f"""
 student: {{model: {tmp_path}/student}}
@@ -162,3 +160,17 @@ def test_no_torch_is_imported(recipe, verb):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_weights_of_another_model_are_refused_and_a_model_to_be_like_needs_none(capsys, recipe):
+    (recipe.parent / "student" / "model.safetensors").unlink()
+    like = f"student={{init: {{kind: config, like: {recipe.parent}/student}}, tokenizer: {recipe.parent}/teacher}}"
+    assert planned(capsys, recipe, like)["parameters"]["student"]["value"] == 1_543_714_304
+    (recipe.parent / "student" / "model.safetensors").write_bytes(
+        (recipe.parent / "teacher" / "model.safetensors").read_bytes()
+    )
+    assert main(["plan", str(recipe)]) == 2
+    said = capsys.readouterr().err
+    assert "the weights of the student are not those of its config" in said
+    assert "1,543,714,304 parameters" in said
+    assert "7,615,616,512 numbers" in said
