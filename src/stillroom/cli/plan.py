@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from stillroom.cli.arguments import Arguments
+from stillroom.cli.arguments import Arguments, first_key
 from stillroom.config import explain, load
 from stillroom.costs.hardware import Hardware
 from stillroom.costs.kinds import Storage, storage_report
@@ -57,11 +57,11 @@ def _report(words: Sequence[str], overrides: Sequence[str]) -> Report:
         return storage_report(load(Storage, None, overrides))
     if len(words) > 1:
         raise _what(f"`{words[1]}` is neither a setting nor the recipe", " ".join(words))
-    own = [word for word in overrides if _top(word) in Hardware.model_fields]
+    own = [word for word in overrides if first_key(word) in Hardware.model_fields]
     hardware = load(Hardware, None, own)
     rest = [word for word in overrides if word not in own]
     recipe = words[0] if words else None
-    given = set(read_recipe(Path(recipe)) if recipe is not None else ()) | {_top(word) for word in rest}
+    given = set(read_recipe(Path(recipe)) if recipe is not None else ()) | {first_key(word) for word in rest}
     for key, verb, kind in VERBS:
         if key in given:
             return _planned(verb, kind, recipe, rest, hardware)
@@ -73,11 +73,6 @@ def _planned(verb: str, kind: str, recipe: str | None, overrides: Sequence[str],
     config = load(getattr(import_module(f"stillroom.{verb}.config"), kind), recipe, overrides)
     module = import_module(f"stillroom.{verb}.costs")
     return module.costs(config, module.read_known(config), hardware, f"{verb} {recipe or ''}".rstrip())
-
-
-def _top(word: str) -> str:
-    """The first key of a ``key=value``."""
-    return word.partition("=")[0].partition(".")[0]
 
 
 def _what(what: str, given: str) -> ConfigError:

@@ -12,6 +12,7 @@ from stillroom.costs.memory import HEAP_SHARE, Adapters, Load, TeacherLoad, memo
 from stillroom.costs.report import Report
 from stillroom.costs.sections import ARITHMETIC, add_memory, add_parameters, add_time, amount, fit
 from stillroom.costs.storage import stored
+from stillroom.cut.config import BestLayers, CutConfig
 from stillroom.distill.config import DistillConfig, LiveTeacher, StoreTeacher
 from stillroom.distill.hidden_config import Every, Last, Pairs, Uniform
 from stillroom.distill.known import Known, read_known
@@ -234,6 +235,11 @@ def _assume(report: Report, config: DistillConfig, load: Load) -> None:
         report.assumptions.append(
             f"a {load.student.family} keeps attention matrices of length by length: {each:,.0f} MiB a layer"
         )
+    if config.held_out is not None:
+        report.assumptions.append("measuring what is held out takes time besides, which is not counted")
+    init = config.student.init
+    if isinstance(init, CutConfig) and (init.width is not None or isinstance(init.layers, BestLayers)):
+        report.assumptions.append("measuring what the student keeps takes time besides, which a plan of `prune` tells")
     if config.student.freeze:
         report.assumptions.append("student.freeze: frozen parameters are counted as if they were trained")
     if load.student.num_sparse_layers:

@@ -174,3 +174,11 @@ def test_weights_of_another_model_are_refused_and_a_model_to_be_like_needs_none(
     assert "the weights of the student are not those of its config" in said
     assert "1,543,714,304 parameters" in said
     assert "7,615,616,512 numbers" in said
+
+
+def test_time_that_is_not_counted_is_named(capsys, recipe):
+    part = "student={init: {kind: from_teacher, layers: {kind: best, count: 14}}}"
+    said = planned(capsys, recipe, part, "held_out.path=other.jsonl")["assumed"]
+    assert any("what is held out takes time besides" in sentence for sentence in said)
+    assert any("what the student keeps takes time besides" in sentence for sentence in said)
+    assert not any("besides" in sentence for sentence in planned(capsys, recipe)["assumed"])
