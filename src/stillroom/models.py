@@ -280,6 +280,11 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
+def device_memory(device: str) -> int | None:
+    """Bytes of memory that a device has; None where it does not tell."""
+    return torch.cuda.get_device_properties(device).total_memory if device.startswith("cuda") else None
+
+
 def quiet() -> None:
     """Keeps `transformers` from writing progress bars and advice between a command's own lines."""
     logging.set_verbosity_error()

@@ -4,14 +4,15 @@ from dataclasses import dataclass
 
 from stillroom.capture.config import CaptureConfig, Transformers
 from stillroom.costs.activations import passing_bytes
-from stillroom.costs.architecture import Architecture, read_architecture
-from stillroom.costs.estimate import CAPTURE_SPEED, estimate
+from stillroom.costs.architecture import Architecture
+from stillroom.costs.estimate import CAPTURE_SPEED
 from stillroom.costs.flops import forward_flops
 from stillroom.costs.hardware import Hardware
 from stillroom.costs.kinds import add_kinds
 from stillroom.costs.report import Report, bytes_text
+from stillroom.costs.sections import ARITHMETIC, add_memory, add_parameters, add_time, fit
 from stillroom.costs.storage import Kind, full, hidden_states, stored
-from stillroom.costs.weights import read_model
+from stillroom.costs.weights import read_architecture_of
 from stillroom.errors import ConfigError
 from stillroom.store.config import Full, HeadAndSample, Sampled, TopK
 
@@ -33,17 +34,17 @@ def read_known(config: CaptureConfig) -> Known:
     """The teacher's architecture, from its config.json and the headers of its weights."""
     if not isinstance(config.teacher.engine, Transformers):
         return Known(None)
-    found = read_model(config.teacher.model, config.teacher.revision, "the teacher")
-    return Known(read_architecture(found.config, "the teacher"))
+    return Known(read_architecture_of(config.teacher.model, config.teacher.revision, "the teacher")[1])
 
 
 def costs(config: CaptureConfig, known: Known, hardware: Hardware, title: str = "capture") -> Report:
     """Parameters, memory, arithmetic and time of asking the teacher, and what the store takes."""
+    hardware.refuse("capture", ("states", "students"))
     report = Report(title)
     positions = hardware.data_tokens or known.num_positions
     if known.teacher is not None:
-        report.assumptions += hardware.assumptions()
-        report.add("parameters", "teacher", known.teacher.parameters.total, "count")
+        report.assumptions += hardware.assumptions(single=_itemsize(config, hardware) == 4)
+        add_parameters(report, "teacher", known.teacher)
         _add_memory(report, config, known.teacher, hardware)
         _add_time(report, config, known.teacher, hardware, positions)
     _add_storage(report, config, known, positions)
@@ -53,8 +54,7 @@ def costs(config: CaptureConfig, known: Known, hardware: Hardware, title: str = 
 def _add_memory(report: Report, config: CaptureConfig, model: Architecture, hardware: Hardware) -> None:
     engine = config.teacher.engine
     assert isinstance(engine, Transformers)
-    single = engine.dtype == "float32" or (engine.dtype == "auto" and hardware.is_cpu)
-    item = 4 if single else 2
+    item = _itemsize(config, hardware)
     tokens = max(config.data.length, 16384) if engine.batch_tokens == "auto" else engine.batch_tokens
     logits = (
         LOGITS_BYTES["cpu" if hardware.is_cpu else "cuda"] if engine.logits_bytes == "auto" else engine.logits_bytes
@@ -62,38 +62,38 @@ def _add_memory(report: Report, config: CaptureConfig, model: Architecture, hard
     share = 1 / hardware.num_devices if hardware.how_parallel == "fsdp" else 1.0
     parts = {
         "teacher's weights": item * model.parameters.total * share,
-        "teacher's activations": tokens * passing_bytes(model, item),
+        "teacher's activations": tokens * passing_bytes(model, config.data.length, item, masked=config.data.pack),
         "last states": float(tokens * model.hidden_size * item),
         "logits and probabilities": 2.0 * max(logits, 4 * model.vocab_size),
         "driver and workspaces": float(hardware.driver_bytes),
     }
     if config.hidden is not None:
         parts["inner states"] = float(tokens * len(config.hidden.layers) * model.hidden_size * item)
-    memory_bytes, total = hardware.found().memory_bytes, sum(parts.values())
-    for name, value in parts.items():
-        if value:
-            report.add("memory of a device", name, value, "bytes")
-    report.add("memory of a device", "in all", total, "bytes", f"of {memory_bytes / 2**30:,.2f} GiB")
-    if total <= memory_bytes:
-        report.advice.append(f"fits: {bytes_text(total)} of {bytes_text(memory_bytes)} on each device")
+    total = add_memory(report, parts, hardware)
+    fits, sentence = fit(total, hardware)
+    report.advice.append(sentence)
+    if fits:
         return
-    report.advice.append(f"does not fit: {bytes_text(total)} are needed and a device has {bytes_text(memory_bytes)}")
     least = total - parts["teacher's activations"] * (1 - config.data.length / tokens)
-    if least <= memory_bytes:
+    if least <= hardware.found().memory_bytes:
         report.advice.append(f"would fit with teacher.engine.batch_tokens={config.data.length}: {bytes_text(least)}")
     else:
         report.advice.append("a server that divides the teacher would do: teacher.engine.kind=vllm (top_k or top_p)")
 
 
+def _itemsize(config: CaptureConfig, hardware: Hardware) -> int:
+    engine = config.teacher.engine
+    assert isinstance(engine, Transformers)
+    return 4 if engine.dtype == "float32" or (engine.dtype == "auto" and hardware.is_cpu) else 2
+
+
 def _add_time(
     report: Report, config: CaptureConfig, model: Architecture, hardware: Hardware, positions: float | None
 ) -> None:
-    device, n = hardware.found(), hardware.num_devices
     each = forward_flops(model, config.data.length)
-    report.add("arithmetic of a token", "teacher, forward", each, "FLOP")
-    section = f"time on {n} x {device.name}" if n > 1 else f"time on {device.name}"
-    pace = CAPTURE_SPEED / estimate(each, device, n, hardware.utilisation).time_s
-    report.add(section, "tokens a second", pace, "count")
+    report.add(ARITHMETIC, "teacher, forward", each, "FLOP")
+    why = "" if positions is not None else "the data are not tokenised yet: data_tokens=… tells how many there are"
+    add_time(report, hardware, each / CAPTURE_SPEED, positions, why)
     report.assumptions.append(
         f"a capture runs at {CAPTURE_SPEED:.0%} of a bare forward pass, as measured with a tiny teacher "
         "(benchmarks/store.json)"
@@ -102,17 +102,6 @@ def _add_time(
         report.assumptions.append(
             "answers are read as fast as any text: writing them takes longer, which is not counted"
         )
-    if positions is None:
-        report.add(
-            section, "tokens", None, "count", "the data are not tokenised yet: data_tokens=… tells how many there are"
-        )
-        return
-    whole = estimate(each * positions / CAPTURE_SPEED, device, n, hardware.utilisation)
-    report.add(section, "tokens", positions, "count")
-    report.add(section, "time", whole.time_s, "s")
-    report.add(section, "device-hours", whole.device_hours, "hours")
-    if whole.cost is not None:
-        report.add(section, "cost", whole.cost, "$")
 
 
 def _add_storage(report: Report, config: CaptureConfig, known: Known, positions: float | None) -> None:

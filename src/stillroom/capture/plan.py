@@ -12,7 +12,7 @@ from stillroom.capture.costs import LOGITS_BYTES, Known, costs
 from stillroom.capture.hidden import size_text
 from stillroom.config import is_local, quoted, replace
 from stillroom.costs.architecture import read_architecture
-from stillroom.costs.hardware import Hardware
+from stillroom.costs.dry_run import costs_here
 from stillroom.data.documents import cache_folder, cache_path, prepared
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
@@ -41,16 +41,15 @@ class Plan:
     def costs(self) -> dict[str, Any] | str:
         """Memory, arithmetic, time and storage on the device of the run; or why they are not told."""
         engine = self.config.teacher.engine
-        name = models.device_name(engine.device) if isinstance(engine, Transformers) else "cpu"
-        hardware = Hardware.called(name)
-        if hardware is None:
-            return f"not told: {name} is not in the table of devices; `stillroom plan` takes any"
-        try:
-            teacher = None if self.teacher_config is None else self.teacher_config.to_dict()
-            known = Known(None if teacher is None else read_architecture(teacher, "the teacher"), self._positions())
-            return costs(self.config, known, hardware).texts()
-        except ConfigError as error:
-            return f"not told: {error.what}"
+        device = engine.device if isinstance(engine, Transformers) else "cpu"
+        return costs_here(
+            models.device_name(device), models.device_memory(device),
+            lambda hardware: costs(self.config, self._known(), hardware),
+        )  # fmt: skip
+
+    def _known(self) -> Known:
+        teacher = None if self.teacher_config is None else self.teacher_config.to_dict()
+        return Known(None if teacher is None else read_architecture(teacher, "the teacher"), self._positions())
 
     def _positions(self) -> float | None:
         """Positions that will be stored, where the data are tokenised already and taken as they are."""

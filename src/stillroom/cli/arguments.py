@@ -91,3 +91,8 @@ def _known(name: str, names: Sequence[str], kind: str, word: str) -> str:
         why="Nothing would be done for it." if kind == "flag" else "The first word says what to do.",
         fix="See `stillroom --help`; settings are written as key=value.",
     )
+
+
+def first_key(word: str) -> str:
+    """The first key of a ``key=value``: batch of batch.tokens=4096."""
+    return word.partition("=")[0].partition(".")[0]

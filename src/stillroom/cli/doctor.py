@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from stillroom.cli.arguments import Arguments
+from stillroom.cli.arguments import Arguments, first_key
 from stillroom.config import explain, load
 from stillroom.distill.config import DistillConfig
 from stillroom.doctor.config import DoctorConfig
@@ -41,7 +41,7 @@ def main(arguments: Arguments) -> int:
             why="Nothing would be done for it.",
             fix="Leave it out.",
         )
-    own = [word for word in arguments.overrides if _key(word) in DoctorConfig.model_fields]
+    own = [word for word in arguments.overrides if first_key(word) in DoctorConfig.model_fields]
     config = load(DoctorConfig, None, own)
     recipe = load(DistillConfig, arguments.recipe, [word for word in arguments.overrides if word not in own])
 
@@ -59,10 +59,6 @@ def main(arguments: Arguments) -> int:
         return 130
     print(json.dumps(record, indent=1, ensure_ascii=False) if "json" in arguments.flags else harmless(as_text(record)))
     return 0 if record["ready"] else 2
-
-
-def _key(word: str) -> str:
-    return word.partition("=")[0].partition(".")[0]
 
 
 def items_of(path: str) -> "tuple[str, Iterable[Item]]":

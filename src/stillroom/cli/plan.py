@@ -1,9 +1,10 @@
 """``stillroom plan``: what a run will need, before anything is loaded or rented."""
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
-from stillroom.cli.arguments import Arguments
+from stillroom.cli.arguments import Arguments, first_key
 from stillroom.config import explain, load
 from stillroom.costs.hardware import Hardware
 from stillroom.costs.kinds import Storage, storage_report
@@ -15,14 +16,23 @@ USAGE = """\
 usage: stillroom plan RECIPE.yaml [key=value …] [--json]
        stillroom plan storage prompts=N vocab=N length=N [width=N layers=N] [--json]
 
-What a run of `distill` or `capture` will need: parameters, memory by part, arithmetic, time, cost and storage; whether
-it fits, and the nearest settings with which it does; whether to ask the teacher live or once. From configs and the
-headers of weights alone, in a second: nothing is loaded, and of models on the hub only these small files are read.
+What a run of `distill`, `capture`, `evaluate` or `prune` will need: parameters, memory by part, arithmetic, time, cost
+and storage; whether it fits, and the nearest settings with which it does; whether to ask the teacher live or once. From
+configs and the headers of weights alone, in a second: nothing is loaded, and of models on the hub only these small
+files are read.
 Every assumption is printed. Settings below are the plan's own, and all others are the recipe's:
 
   stillroom plan recipes/qwen2-7b-to-1.5b-logits.yaml device=L40S data_tokens=6e7 batch.micro_tokens=8192
 
 `device` here is one of the table, whatever the recipe's own says. With `storage` there is no model at all."""
+
+VERBS = (
+    ("student", "distill", "DistillConfig"),
+    ("models", "evaluate", "EvaluateConfig"),
+    ("model", "prune", "PruneConfig"),
+    ("teacher", "capture", "CaptureConfig"),
+)
+"""By the first key of these that a recipe has: the verb that it is of, and its settings."""
 
 
 def main(arguments: Arguments) -> int:
@@ -47,44 +57,32 @@ def _report(words: Sequence[str], overrides: Sequence[str]) -> Report:
         return storage_report(load(Storage, None, overrides))
     if len(words) > 1:
         raise _what(f"`{words[1]}` is neither a setting nor the recipe", " ".join(words))
-    own = [word for word in overrides if _top(word) in Hardware.model_fields]
+    own = [word for word in overrides if first_key(word) in Hardware.model_fields]
     hardware = load(Hardware, None, own)
     rest = [word for word in overrides if word not in own]
     recipe = words[0] if words else None
-    given = set(read_recipe(Path(recipe)) if recipe is not None else ()) | {_top(word) for word in rest}
-    if "student" in given:
-        return _distill(recipe, rest, hardware)
-    if "teacher" in given:
-        return _capture(recipe, rest, hardware)
+    given = set(read_recipe(Path(recipe)) if recipe is not None else ()) | {first_key(word) for word in rest}
+    for key, verb, kind in VERBS:
+        if key in given:
+            return _planned(verb, kind, recipe, rest, hardware)
     raise _what("there is nothing to plan", recipe or "nothing")
 
 
-def _distill(recipe: str | None, overrides: Sequence[str], hardware: Hardware) -> Report:
-    from stillroom.distill.config import DistillConfig
-    from stillroom.distill.costs import costs
-    from stillroom.distill.known import read_known
-
-    config = load(DistillConfig, recipe, overrides)
-    return costs(config, read_known(config), hardware, f"distill {recipe or ''}".rstrip())
-
-
-def _capture(recipe: str | None, overrides: Sequence[str], hardware: Hardware) -> Report:
-    from stillroom.capture.config import CaptureConfig
-    from stillroom.capture.costs import costs, read_known
-
-    config = load(CaptureConfig, recipe, overrides)
-    return costs(config, read_known(config), hardware, f"capture {recipe or ''}".rstrip())
-
-
-def _top(word: str) -> str:
-    """The first key of a ``key=value``."""
-    return word.partition("=")[0].partition(".")[0]
+def _planned(verb: str, kind: str, recipe: str | None, overrides: Sequence[str], hardware: Hardware) -> Report:
+    """The report of a verb's own ``costs.py``, of what its headers tell."""
+    config = load(getattr(import_module(f"stillroom.{verb}.config"), kind), recipe, overrides)
+    module = import_module(f"stillroom.{verb}.costs")
+    return module.costs(config, module.read_known(config), hardware, f"{verb} {recipe or ''}".rstrip())
 
 
 def _what(what: str, given: str) -> ConfigError:
     return ConfigError(
         what,
-        {"given": given, "wanted": "a recipe of `distill` (student, …) or `capture` (teacher, data, …); or `storage`"},
+        {
+            "given": given,
+            "wanted": "a recipe of `distill` (student, …), `capture` (teacher, data, …), `evaluate` (models, …) or "
+            "`prune` (model, …); or `storage`",
+        },
         why="A plan is of one run, or of storage alone.",
         fix="Write `stillroom plan RECIPE.yaml [key=value …]`; see `stillroom plan --help`.",
     )

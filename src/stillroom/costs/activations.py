@@ -52,12 +52,24 @@ def layer_bytes(
     return norms + item * (attention + (1 - share) * dense + share * sparse)
 
 
-def passing_bytes(model: Architecture, itemsize: int) -> float:
-    """Bytes of a token while it goes through one layer without a gradient: the MLP's branches beside the residual."""
+def passing_bytes(model: Architecture, length: int, itemsize: int, *, masked: bool = False) -> float:
+    """Bytes of a token while it goes through one layer without a gradient: its states and the MLP's branches, or the
+    attention where that is more.
+
+    Args:
+        masked: several documents share a row, or rows are padded.
+    """
+    kind, h = model.kind, model.hidden_size
+    states = 2 * h if kind.learned_positions else 4 * h + 2 * model.head_dim
+    tensors = kind.mlp_tensors - (kind.gated and not kind.fused_matrices)
     wide = model.intermediate_size if model.num_sparse_layers < model.num_layers else 0
-    routed = model.experts_per_token * (3 * model.expert_size + 2 * model.hidden_size) + 3 * model.shared_size
-    attention = 2 * model.query_size + 2 * model.key_size
-    return itemsize * (2 * model.hidden_size + max(3 * wide, routed, attention))
+    routed = model.experts_per_token * (3 * model.expert_size + 2 * h) + 3 * model.shared_size
+    routed += 3 * h if model.num_sparse_layers else 0
+    attention = itemsize * (2.0 * model.query_size + 2 * model.key_size)
+    if kind.squares and not kind.dropouts:  # capped: scores and their softmax, which is float32; two masks
+        attention += length * (model.num_heads * (8 if itemsize == 4 else 10) + 2 * itemsize)
+        masked = False
+    return itemsize * states + max(itemsize * max(tensors * wide, routed), attention) + masked * length
 
 
 def gradient_bytes(model: Architecture, itemsize: int) -> float:

@@ -1,4 +1,4 @@
-"""Advice: whether a load fits a device, and the nearest settings with which it does."""
+"""Advice: the nearest settings with which a load fits a device."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -9,12 +9,8 @@ from stillroom.costs.report import bytes_text
 MOST_DEVICES = 1024
 
 
-def advise(load: Load, memory_bytes: float) -> list[str]:
-    """Sentences: that it fits, or what to change so that it does; the fewest changes first."""
-    needed = memory(load).total
-    if needed <= memory_bytes:
-        return [f"fits: {bytes_text(needed)} of {bytes_text(memory_bytes)} on each device"]
-    found = [f"does not fit: {bytes_text(needed)} are needed and a device has {bytes_text(memory_bytes)}"]
+def nearest(load: Load, memory_bytes: float) -> str:
+    """What to change of a load that does not fit, so that it does; the fewest changes first."""
     for changes in _ways():
         changed, words = load, []
         for change in changes:
@@ -26,8 +22,8 @@ def advise(load: Load, memory_bytes: float) -> list[str]:
         else:
             total = memory(changed).total
             if total <= memory_bytes:
-                return [*found, f"would fit with {' and '.join(words)}: {bytes_text(total)}"]
-    return [*found, f"no smaller micro-batch, checkpointing, store or FSDP over up to {MOST_DEVICES} devices is enough"]
+                return f"would fit with {' and '.join(words)}: {bytes_text(total)}"
+    return f"no smaller micro-batch, checkpointing, store or FSDP over up to {MOST_DEVICES} devices is enough"
 
 
 Change = Callable[[Load, float], tuple[Load, str] | None]

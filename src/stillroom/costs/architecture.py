@@ -160,20 +160,7 @@ def read_architecture(config: Mapping[str, Any], whose: str = "the model") -> Ar
     kv_heads = sizes.optional("num_key_value_heads", heads if family.every_head_has_keys else None)
     head_dim = sizes.optional("head_dim", family.head_dim or hidden // max(1, heads))
     vocab_size = sizes.required("vocab_size")
-    sparse = _sparse_layers(config, layers) if family.experts else 0
-    uses_dense = sparse < layers
-    values = {
-        "intermediate_size": _intermediate(sizes, name, hidden) if uses_dense else 0,
-        "num_positions": sizes.required("max_position_embeddings") if family.learned_positions else 0,
-    }
-    if family.experts and sparse:
-        values |= {
-            "num_sparse_layers": sparse,
-            "num_experts": sizes.either("num_experts", "num_local_experts"),
-            "experts_per_token": sizes.required("num_experts_per_tok"),
-            "expert_size": sizes.required("intermediate_size" if name == "mixtral" else "moe_intermediate_size"),
-            "shared_size": sizes.required("shared_expert_intermediate_size") if family.shared_expert else 0,
-        }
+    inner = _inner_sizes(sizes, name, hidden, layers)
     sizes.check()
     found = Architecture(
         family=name,
@@ -187,7 +174,7 @@ def read_architecture(config: Mapping[str, Any], whose: str = "the model") -> Ar
         qkv_bias=_biased(config, family.qkv_bias),
         output_bias=_biased(config, family.output_bias),
         mlp_bias=_biased(config, family.mlp_bias),
-        **values,
+        **inner,
     )
     _check_shares(found, whose)
     return found
@@ -210,6 +197,26 @@ def _family_of(config: Mapping[str, Any], whose: str) -> tuple[str, Family]:
         why="Which matrices a model has follows from its family; for others nothing is counted rather than guessed.",
         fix="Plan with a model of a known family and the same sizes, and take its figures as those of a neighbour.",
     )
+
+
+def _inner_sizes(sizes: "_Sizes", name: str, hidden: int, layers: int) -> dict[str, int]:
+    """Sizes of MLPs, experts and learned positions, of those that the family has."""
+    family = sizes.family
+    sparse = _sparse_layers(sizes.config, layers) if family.experts else 0
+    found = {
+        "intermediate_size": _intermediate(sizes, name, hidden) if sparse < layers else 0,
+        "num_positions": sizes.required("max_position_embeddings") if family.learned_positions else 0,
+    }
+    if not sparse:
+        return found
+    return {
+        **found,
+        "num_sparse_layers": sparse,
+        "num_experts": sizes.either("num_experts", "num_local_experts"),
+        "experts_per_token": sizes.required("num_experts_per_tok"),
+        "expert_size": sizes.required("intermediate_size" if name == "mixtral" else "moe_intermediate_size"),
+        "shared_size": sizes.required("shared_expert_intermediate_size") if family.shared_expert else 0,
+    }
 
 
 def _intermediate(sizes: "_Sizes", name: str, hidden: int) -> int:

@@ -1,5 +1,6 @@
 """The settings of a plan that no recipe has: on what a run is made, and what is assumed of it."""
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -9,6 +10,7 @@ from stillroom.config import Config
 from stillroom.costs.devices import DEVICES, PRICES_NOTE, Device, find_device
 from stillroom.costs.estimate import UTILISATION
 from stillroom.costs.memory import DRIVER_BYTES, HEAP_SHARE, Parallel
+from stillroom.errors import ConfigError
 
 Devices = Annotated[int, Field(gt=0, le=100_000)]
 
@@ -58,11 +60,25 @@ class Hardware(Config):
         return device if self.price is None else replace(device, price=self.price)
 
     @classmethod
-    def called(cls, name: str) -> "Hardware | None":
-        """The device of the table that calls itself so ("NVIDIA H100 80GB HBM3"); None where there is none."""
+    def called(cls, name: str, memory_bytes: int | None = None) -> "Hardware | None":
+        """The device of the table that calls itself so ("NVIDIA H100 80GB HBM3"), with the memory that it has; None
+        where there is none."""
         plain = name.upper().replace(" ", "")
         found = next((known for known in (*DEVICES, "CPU") if known in plain), None)
-        return None if found is None else cls(device=found)
+        if found is None or "LAPTOP" in plain:
+            return None
+        return cls(device=found, memory_gb=None if memory_bytes is None else memory_bytes / 1e9)
+
+    def refuse(self, verb: str, names: Collection[str]) -> None:
+        """Raises ConfigError where a setting is not what it is by default and a verb has no use for it."""
+        for name in names:
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ConfigError(
+                    f"a plan of `{verb}` has no use for {name}",
+                    {name: value, "without use there": ", ".join(names)},
+                    why="Its figures would look as if they followed from it.",
+                    fix="Leave it out.",
+                )
 
     @property
     def is_cpu(self) -> bool:
@@ -82,21 +98,25 @@ class Hardware(Config):
     def heap_share(self) -> float:
         return HEAP_SHARE if self.is_cpu else 0.0
 
-    def assumptions(self) -> list[str]:
-        """What the figures rest on besides configs and headers."""
+    def assumptions(self, *, single: bool = False) -> list[str]:
+        """What the figures rest on besides configs and headers.
+
+        Args:
+            single: something is computed in float32, also on a GPU.
+        """
         device = self.found()
         found = [
             f"{device.name}: {device.flops / 1e12:,.4g} TFLOP/s in {'float32' if self.is_cpu else 'bfloat16, dense'}, "
             f"of which {self.utilisation:.0%} are reached (utilisation)"
         ]
-        if device.note:
+        if single and not self.is_cpu:
+            found.append("what is computed in float32 is slower than this peak: its time is a lower bound")
+        if device.note and self.tflops is None:
             found.append(device.note)
         if device.price is not None and self.price is None:
             found.append(f"${device.price:.2f} for a device and hour: {PRICES_NOTE}")
         if not self.is_cpu:
             found.append(f"{DRIVER_BYTES / 2**30:.0f} GiB of a device for its driver, workspaces and fragments")
-        else:
-            found.append(f"of activations that are freed, the C library keeps a share of {HEAP_SHARE:.0%}")
         if self.states == "int8":
             found.append("8-bit moments are arithmetic alone: runs have AdamW in float32")
         return found

@@ -176,7 +176,8 @@ def _teacher_moment(load: Load) -> dict[str, float]:
     if load.teacher is None:
         return {}
     model, item = load.teacher.model, load.teacher.itemsize
-    return {"teacher's activations": load.tokens * passing_bytes(model, item), "teacher's states": _told(load)}
+    each = passing_bytes(model, load.length, item, masked=load.masked)
+    return {"teacher's activations": load.tokens * each, "teacher's states": _told(load)}
 
 
 def _told(load: Load) -> float:
@@ -192,9 +193,13 @@ def _logits(load: Load) -> float:
     if not load.objective:
         return 0.0
     buffers = 1 if load.teacher is None else 2
-    columns = load.columns or load.student.vocab_size
-    rows = max(1, load.logits_bytes // (columns * 4 * buffers))
-    return 4.0 * buffers * columns * min(rows, load.tokens)
+    return logits_bytes(load.columns or load.student.vocab_size, buffers, load.logits_bytes, load.tokens)
+
+
+def logits_bytes(columns: int, buffers: int, budget: int, tokens: int) -> float:
+    """What float32 buffers of logits take: within a budget as many rows as there are tokens, and one at the least."""
+    rows = max(1, budget // (columns * 4 * buffers))
+    return 4.0 * buffers * columns * min(rows, tokens)
 
 
 def _backward_moment(load: Load) -> dict[str, float]:

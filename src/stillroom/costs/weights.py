@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.config import is_local
+from stillroom.costs.architecture import Architecture, read_architecture
 from stillroom.errors import DataError, MissingError, StillroomError
 
 MOST_HEADER_BYTES = 100_000_000
 """The longest header that safetensors itself accepts."""
+MOST_BESIDE = 1.25
+"""Times the parameters, and a head that is tied and yet stored, that a model's files hold at the most: GPT-2's hold
+masks of its attention, too."""
 ITEM_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2, "F8_E4M3": 1,
     "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
@@ -44,7 +48,49 @@ def read_model(name: str, revision: str | None = None, whose: str = "the model")
     return _local(Path(name).expanduser(), whose) if is_local(name) else _from_hub(name, revision, whose)
 
 
-def _local(folder: Path, whose: str) -> ModelFiles:
+def read_architecture_of(name: str, revision: str | None, whose: str) -> tuple[ModelFiles, Architecture]:
+    """A model's small files, and the architecture that its config tells and its headers bear out.
+
+    Raises:
+        MissingError: there is no such model, or it has no config.json or no safetensors.
+        DataError: a file is damaged, or the weights are not those of the config.
+        ConfigError: the architecture is not known.
+    """
+    files = read_model(name, revision, whose)
+    model = read_architecture(files.config, whose)
+    there, told = sum(files.numbers.values()), model.parameters.total
+    packed = files.config.get("quantization_config") is not None
+    if not packed and not told <= there <= MOST_BESIDE * (told + model.head_matmul_parameters):
+        raise DataError(
+            f"the weights of {whose} are not those of its config",
+            {"config.json": f"{told:,} parameters ({model.family})", "headers of the weights": f"{there:,} numbers"},
+            why="One of them is another model's, or a file is missing, so no figure would be right.",
+            fix="Download config.json and all *.safetensors of the same model again.",
+        )
+    return files, model
+
+
+def read_config(name: str, revision: str | None, whose: str) -> Mapping[str, Any]:
+    """The config.json alone, of a model whose weights nobody will read.
+
+    Raises:
+        MissingError: there is none.
+        DataError: it is damaged.
+    """
+    if is_local(name):
+        return _local_config(Path(name).expanduser(), whose)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return _read_json(Path(hf_hub_download(name, "config.json", revision=revision)))
+    except StillroomError:
+        raise
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise _not_there(name, whose, str(error).splitlines()[0][:200]) from error
+
+
+def _local_config(folder: Path, whose: str) -> Mapping[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise MissingError(
@@ -53,6 +99,11 @@ def _local(folder: Path, whose: str) -> ModelFiles:
             why="Its sizes are read from its config.json.",
             fix="Check the path; the name of a model on the hub has the form owner/name.",
         )
+    return _read_json(path)
+
+
+def _local(folder: Path, whose: str) -> ModelFiles:
+    config = _local_config(folder, whose)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise MissingError(
@@ -64,7 +115,7 @@ def _local(folder: Path, whose: str) -> ModelFiles:
     numbers: Counter[str] = Counter()
     for weight in weights:
         numbers.update(numbers_of(weight))
-    return ModelFiles(_read_json(path), numbers)
+    return ModelFiles(config, numbers)
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
@@ -111,11 +162,11 @@ def numbers_of(path: Path) -> Counter[str]:
 
 
 def _from_hub(name: str, revision: str | None, whose: str) -> ModelFiles:
-    from huggingface_hub import get_safetensors_metadata, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import get_safetensors_metadata, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, NotASafetensorsRepoError
 
+    config = read_config(name, revision, whose)
     try:
-        config = _read_json(Path(hf_hub_download(name, "config.json", revision=revision)))
         cached = try_to_load_from_cache(name, "model.safetensors", revision=revision)
         if isinstance(cached, str):
             return ModelFiles(config, numbers_of(Path(cached)))

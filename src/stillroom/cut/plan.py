@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
-from stillroom.cut.config import BestLayers, CutConfig, EveryLayer, Layers, Width
+from stillroom.cut.config import BestLayers, CutConfig, Width
 from stillroom.cut.families import Family, describe, head_dim
+from stillroom.cut.sizes import check_most, kept_layers
 from stillroom.errors import ConfigError, MismatchError
 from stillroom.layers import evenly
 from stillroom.recipe import to_yaml
@@ -67,7 +68,7 @@ def plan_cut(config: CutConfig, teacher: PretrainedConfig, who: str = "teacher")
         ConfigError: the widths asked for do not go together.
     """
     family = describe(teacher, who)
-    layers = _layers(config.layers, teacher.num_hidden_layers, who)
+    layers = kept_layers(config.layers, teacher.num_hidden_layers, who)
     widths = _widths(config.width, teacher, family, who)
     known = layers
     if known is None:
@@ -111,39 +112,6 @@ def _validate(config: PretrainedConfig) -> None:
         ) from error
 
 
-# --- layers ----------------------------------------------------------------------------------------------------------
-
-
-def _layers(rule: Layers | None, num_layers: int, who: str) -> tuple[int, ...] | None:
-    """The layers that a rule keeps; None where they have to be measured."""
-    if rule is None:
-        return tuple(range(num_layers))
-    if isinstance(rule, EveryLayer):
-        if rule.step > num_layers:
-            raise _too_many(f"every {rule.step}th", num_layers, who, "layers.step", "No layer would be left.")
-        return tuple(range(rule.step - 1, num_layers, rule.step))
-    if isinstance(rule, tuple):
-        if rule[-1] >= num_layers:
-            raise _too_many(f"layer {rule[-1]}", num_layers, who, "layers", "It cannot be kept.")
-        return rule
-    count = rule.count if isinstance(rule, BestLayers) else rule
-    if count > num_layers:
-        setting = "layers.count" if isinstance(rule, BestLayers) else "layers"
-        raise _too_many(f"{count} layers", num_layers, who, setting, "A cut takes layers away and adds none.")
-    if isinstance(rule, BestLayers) and count < num_layers:
-        return None
-    return evenly(count, num_layers)
-
-
-def _too_many(asked: str, num_layers: int, who: str, setting: str, why: str) -> MismatchError:
-    return MismatchError(
-        f"{setting} asks for layers that are not there",
-        {setting: asked, f"the {who} has": f"{num_layers} layers, 0 to {num_layers - 1}"},
-        why=why,
-        fix=f"Ask for at most {num_layers} layers; they are counted from 0.",
-    )
-
-
 # --- widths ----------------------------------------------------------------------------------------------------------
 
 
@@ -157,10 +125,10 @@ def _widths(width: int | Width | None, teacher: PretrainedConfig, family: Family
     if width is None:
         return there
     if isinstance(width, int):
-        _check_most({"width": width}, {"width": there.hidden_size}, who)
+        check_most({"width": width}, {"width": there.hidden_size}, who)
         return _in_proportion(width, teacher, family, who)
     asked = {name: value for name in Widths._fields if (value := getattr(width, name)) is not None}
-    _check_most({f"width.{k}": v for k, v in asked.items()}, {f"width.{k}": getattr(there, k) for k in asked}, who)
+    check_most({f"width.{k}": v for k, v in asked.items()}, {f"width.{k}": getattr(there, k) for k in asked}, who)
     widths = _with_groups(there._replace(**asked), "num_key_value_heads" in asked, teacher, who)
     if family.divides and widths.hidden_size % widths.num_attention_heads:
         raise ConfigError(
@@ -198,17 +166,6 @@ def _with_groups(widths: Widths, named: bool, teacher: PretrainedConfig, who: st
             fix=f"Use a multiple of {widths.num_key_value_heads}, up to {widths.num_key_value_heads * group}.",
         )
     return widths
-
-
-def _check_most(asked: dict[str, int], there: dict[str, int], who: str) -> None:
-    for name, value in asked.items():
-        if value > there[name]:
-            raise MismatchError(
-                f"{name} is more than the {who} has",
-                {name: value, f"the {who} has": there[name]},
-                why="A cut takes channels away and adds none.",
-                fix=f"Set it to at most {there[name]}.",
-            )
 
 
 def _heads_text(config: PretrainedConfig) -> str:

@@ -4,19 +4,22 @@ from dataclasses import replace
 
 from stillroom.costs.activations import layer_bytes
 from stillroom.costs.adapters import adapter_parameters
-from stillroom.costs.advice import advise
-from stillroom.costs.architecture import Architecture
-from stillroom.costs.estimate import CAPTURE_SPEED, STORE_STEP, estimate, live_or_offline
+from stillroom.costs.advice import nearest
+from stillroom.costs.estimate import CAPTURE_SPEED, STORE_STEP, live_or_offline
 from stillroom.costs.flops import forward_flops, training_flops
 from stillroom.costs.hardware import Hardware
-from stillroom.costs.memory import Adapters, Load, TeacherLoad, memory, trained_parameters
+from stillroom.costs.memory import HEAP_SHARE, Adapters, Load, TeacherLoad, memory, trained_parameters
 from stillroom.costs.report import Report
+from stillroom.costs.sections import ARITHMETIC, add_memory, add_parameters, add_time, amount, fit
 from stillroom.costs.storage import stored
+from stillroom.cut.config import BestLayers, CutConfig
 from stillroom.distill.config import DistillConfig, LiveTeacher, StoreTeacher
 from stillroom.distill.hidden_config import Every, Last, Pairs, Uniform
-from stillroom.distill.known import Known
+from stillroom.distill.known import Known, read_known
 from stillroom.distill.objective_config import Hidden
 from stillroom.errors import ConfigError
+
+__all__ = ["Known", "costs", "read_known"]
 
 LOGITS_BYTES = 256 * 2**20
 """What `logits_bytes=auto` is."""
@@ -129,10 +132,14 @@ def _entries(config: DistillConfig, known: Known) -> float:
 
 def costs(config: DistillConfig, known: Known, hardware: Hardware, title: str = "distill") -> Report:
     """Parameters, memory, arithmetic, time and cost of a run; whether it fits; live or offline."""
-    report, device = Report(title, assumptions=hardware.assumptions()), hardware.found()
     load = load_of(config, known, hardware)
-    _add_parameters(report, load, known)
-    _add_memory(report, load, device.memory_bytes)
+    single = not load.half or (load.teacher is not None and load.teacher.itemsize == 4)
+    report = Report(title, assumptions=hardware.assumptions(single=single))
+    add_parameters(report, "student", known.student)
+    report.add("parameters", "trained", trained_parameters(load), "count")
+    if known.teacher is not None:
+        add_parameters(report, "teacher", known.teacher)
+    _add_memory(report, load, hardware)
     _add_time(report, config, known, load, hardware)
     _assume(report, config, load)
     if isinstance(config.teacher, StoreTeacher) and known.store is None:
@@ -142,64 +149,32 @@ def costs(config: DistillConfig, known: Known, hardware: Hardware, title: str = 
     return report
 
 
-def _add_parameters(report: Report, load: Load, known: Known) -> None:
-    own = known.student.parameters
-    report.add("parameters", "student", own.total, "count", _parts(known.student))
-    report.add("parameters", "trained", trained_parameters(load), "count")
-    if known.student.num_experts:
-        report.add("parameters", "student, active", known.student.active.total, "count", "those that a token meets")
-    if known.teacher is not None:
-        report.add("parameters", "teacher", known.teacher.parameters.total, "count", _parts(known.teacher))
-        if known.teacher.num_experts:
-            report.add("parameters", "teacher, active", known.teacher.active.total, "count", "those that a token meets")
-
-
-def _parts(model: Architecture) -> str:
-    own = model.parameters
-    parts = {name: getattr(own, name) for name in ("embeddings", "attention", "mlp", "experts", "router", "head")}
-    text = ", ".join(f"{name} {value / 1e6:,.1f}M" for name, value in parts.items() if value)
-    return f"{model.family}: {text}{', head tied' if model.tied else ''}"
-
-
-def _add_memory(report: Report, load: Load, memory_bytes: int) -> None:
+def _add_memory(report: Report, load: Load, hardware: Hardware) -> None:
     found = memory(load)
-    for name, value in found.stays.items():
-        report.add("memory of a device", name, value, "bytes")
-    for name, value in found.comes.items():
-        report.add("memory of a device", name, value, "bytes", f"at the {found.moment} of a step")
-    report.add("memory of a device", "in all", found.total, "bytes", f"of {memory_bytes / 2**30:,.2f} GiB")
-    report.advice += advise(load, memory_bytes)
+    total = add_memory(
+        report, {**found.stays, **found.comes}, hardware,
+        dict.fromkeys(found.comes, f"at the {found.moment} of a step"),
+    )  # fmt: skip
+    fits, sentence = fit(total, hardware)
+    report.advice.append(sentence)
+    if not fits:
+        report.advice.append(nearest(load, hardware.found().memory_bytes))
 
 
 def _add_time(report: Report, config: DistillConfig, known: Known, load: Load, hardware: Hardware) -> None:
     adapters = None if load.adapters is None else load.adapters.num_parameters
     trained = training_flops(load.student, load.length, checkpointing=load.checkpointing, adapter_parameters=adapters)
     asked = 0.0 if load.teacher is None else forward_flops(load.teacher.model, load.length)
-    section = "arithmetic of a token"
-    report.add(section, "student, forward", trained.forward, "FLOP")
-    report.add(section, "student, backward", trained.backward, "FLOP")
+    report.add(ARITHMETIC, "student, forward", trained.forward, "FLOP")
+    report.add(ARITHMETIC, "student, backward", trained.backward, "FLOP")
     if trained.recomputed:
-        report.add(section, "student, recomputed", trained.recomputed, "FLOP")
+        report.add(ARITHMETIC, "student, recomputed", trained.recomputed, "FLOP")
     if asked:
-        report.add(section, "teacher, forward", asked, "FLOP")
-    device, n, each = hardware.found(), hardware.num_devices, trained.total + asked
-    whose = f"{n} x {device.name}" if n > 1 else device.name
-    if isinstance(config.teacher, StoreTeacher):
-        each *= STORE_STEP
-    pace = 1 / estimate(each, device, n, hardware.utilisation).time_s
-    section = f"time on {whose}"
-    report.add(section, "tokens a second", pace, "count")
+        report.add(ARITHMETIC, "teacher, forward", asked, "FLOP")
+    each = (trained.total + asked) * (STORE_STEP if isinstance(config.teacher, StoreTeacher) else 1.0)
     tokens, why = _num_tokens(config, known, hardware)
-    report.add(section, "tokens", tokens, "count", why)
-    if tokens is None:
-        return
-    whole = estimate(each * tokens, device, n, hardware.utilisation)
-    report.add(section, "arithmetic", whole.flops, "FLOP")
-    report.add(section, "time", whole.time_s, "s")
-    report.add(section, "device-hours", whole.device_hours, "hours")
-    if whole.cost is not None:
-        report.add(section, "cost", whole.cost, "$")
-    if load.teacher is not None:
+    add_time(report, hardware, each, tokens, why)
+    if load.teacher is not None and tokens is not None:
         _compare(report, config, load, trained.total, asked, tokens, hardware)
 
 
@@ -220,9 +195,9 @@ def _compare(
     epochs = config.epochs or 1
     of_pass = tokens / epochs
     found = live_or_offline(asked, trained, of_pass, epochs, hardware.students)
-    device, section = hardware.found(), "live or offline"
+    section = "live or offline"
     for name, flops in (("live", found.live), ("offline", found.offline)):
-        told = estimate(flops, device, hardware.num_devices, hardware.utilisation)
+        told = amount(flops, hardware)
         note = f"{told.device_hours:,.3g} device-hours" + ("" if told.cost is None else f", ${told.cost:,.2f}")
         report.add(section, name, flops, "FLOP", note)
     report.add(
@@ -251,6 +226,8 @@ def _assume(report: Report, config: DistillConfig, load: Load) -> None:
         f"micro-batches of {load.tokens:,} tokens, all of which are learnt, {load.micro_batches} of them in a step of "
         "a device; weights and gradients in float32",
     ]
+    if load.heap_share:
+        report.assumptions.append(f"of activations that are freed, the C library keeps a share of {HEAP_SHARE:.0%}")
     if load.masked and not load.flash and not load.student.kind.squares:
         report.assumptions.append("several documents in a row: attention goes by a mask, kept by each layer")
     if load.student.kind.squares:
@@ -258,6 +235,11 @@ def _assume(report: Report, config: DistillConfig, load: Load) -> None:
         report.assumptions.append(
             f"a {load.student.family} keeps attention matrices of length by length: {each:,.0f} MiB a layer"
         )
+    if config.held_out is not None:
+        report.assumptions.append("measuring what is held out takes time besides, which is not counted")
+    init = config.student.init
+    if isinstance(init, CutConfig) and (init.width is not None or isinstance(init.layers, BestLayers)):
+        report.assumptions.append("measuring what the student keeps takes time besides, which a plan of `prune` tells")
     if config.student.freeze:
         report.assumptions.append("student.freeze: frozen parameters are counted as if they were trained")
     if load.student.num_sparse_layers:

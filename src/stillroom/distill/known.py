@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.costs.architecture import Architecture, read_architecture
-from stillroom.costs.weights import read_model
-from stillroom.cut.config import BestLayers, CutConfig, EveryLayer, Width
+from stillroom.costs.weights import read_architecture_of, read_config
+from stillroom.cut.sizes import cut_values
 from stillroom.distill.config import DistillConfig, LiveTeacher, StoreTeacher
 from stillroom.errors import DataError
-
-WIDTHS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -49,23 +47,31 @@ def read_known(config: DistillConfig) -> Known:
         MissingError, DataError: a model is not there, or not whole.
         ConfigError: its architecture is not known.
     """
-    student, init, teacher = config.student, config.student.init, config.teacher
-    asked = store = None
+    teacher, asked, model, store = config.teacher, None, None, None
     if isinstance(teacher, LiveTeacher):
-        asked = read_model(teacher.model, teacher.revision, "the teacher").config
+        files, model = read_architecture_of(teacher.model, teacher.revision, "the teacher")
+        asked = files.config
     elif isinstance(teacher, StoreTeacher):
         store = _manifest(teacher.path)
-    name = student.model or getattr(init, "model", None) or getattr(init, "like", None)
-    source = asked if name is None else read_model(name, student.revision, "the student").config
-    if getattr(init, "family", None) is not None:
-        source = None
     return Known(
-        read_architecture(student_values(config, source), "the student"),
-        None if asked is None else read_architecture(asked, "the teacher"),
+        read_architecture(student_values(config, _source(config, asked)), "the student"),
+        model,
         store,
         None if store is None else float(store.get("tokens", store["positions"])),
         config.data.pack,
     )
+
+
+def _source(config: DistillConfig, teacher: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The config of the student's model, of what it is cut from, or of what it is like, whose weights are not needed;
+    the teacher's where none is named, and None for a family's name."""
+    student, init = config.student, config.student.init
+    if getattr(init, "family", None) is not None:
+        return None
+    if (like := getattr(init, "like", None)) is not None:
+        return read_config(like, student.revision, "the model that the student is like")
+    name = student.model or getattr(init, "model", None)
+    return teacher if name is None else read_architecture_of(name, student.revision, "the student")[0].config
 
 
 def _manifest(path: str) -> Mapping[str, Any] | None:
@@ -103,33 +109,4 @@ def student_values(config: DistillConfig, source: Mapping[str, Any] | None) -> M
         begin = {"model_type": init.family} if source is None else source
         return {**begin, **init.settings}
     assert source is not None
-    return cut_values(init, source)
-
-
-def cut_values(cut: CutConfig, source: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config of a part of a model: how many layers it keeps, and its widths."""
-    model = read_architecture(source, "the model that the student is cut from")
-    there = dict(
-        zip(WIDTHS, (model.hidden_size, model.num_heads, model.num_kv_heads, model.intermediate_size), strict=True)
-    )
-    found = {**source, "num_hidden_layers": _kept_layers(cut, model.num_layers)}
-    if isinstance(cut.width, Width):
-        asked = {name: value for name in WIDTHS if (value := getattr(cut.width, name)) is not None}
-        if "num_attention_heads" in asked and "num_key_value_heads" not in asked:
-            asked["num_key_value_heads"] = asked["num_attention_heads"] * model.num_kv_heads // model.num_heads
-        return {**found, **there, "head_dim": model.head_dim, **asked}
-    if cut.width is not None:
-        share = {name: number * cut.width // model.hidden_size for name, number in there.items()}
-        return {**found, **share, "head_dim": model.head_dim}
-    return found
-
-
-def _kept_layers(cut: CutConfig, num_layers: int) -> int:
-    rule = cut.layers
-    if rule is None:
-        return num_layers
-    if isinstance(rule, EveryLayer):
-        return num_layers // rule.step
-    if isinstance(rule, BestLayers):
-        return min(rule.count, num_layers)
-    return len(rule) if isinstance(rule, tuple) else min(rule, num_layers)
+    return cut_values(init, source, "model that the student is cut from")

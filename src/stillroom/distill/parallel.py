@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from stillroom.config import replace
-from stillroom.costs.advice import advise
+from stillroom.costs.advice import nearest
 from stillroom.costs.hardware import Hardware
 from stillroom.costs.memory import memory
 from stillroom.costs.report import bytes_text
@@ -77,7 +77,7 @@ def _check_room(config: DistillConfig, known: Known, size: int, memory_bytes: in
             f"the run does not fit {size} processes",
             {"needed in each": bytes_text(needed), "there": bytes_text(memory_bytes)},
             why="It would end at its first long batch if not at its first step.",
-            fix="; ".join(advise(load, memory_bytes)[1:]) + "; or parallel={kind: fsdp, offload: true}.",
+            fix=f"It {nearest(load, memory_bytes)}. parallel={{kind: fsdp, offload: true}} uses the CPU's memory too.",
         )
 
 

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from stillroom import models
 from stillroom.config import is_local, replace
 from stillroom.costs.architecture import read_architecture
-from stillroom.costs.hardware import Hardware
+from stillroom.costs.dry_run import costs_here
 from stillroom.cut.plan import CutPlan
 from stillroom.data.config import AnyData
 from stillroom.data.documents import cache_folder, cache_path, prepared
@@ -90,14 +90,11 @@ class Plan:
 
     def costs(self) -> dict[str, Any] | str:
         """Memory, arithmetic and time on the device of the run; or why they are not told."""
-        name = models.device_name(self.config.device)
-        hardware = Hardware.called(name)
-        if hardware is None:
-            return f"not told: {name} is not in the table of devices; `stillroom plan` takes any"
-        try:
-            return costs(self.config, self._known(), hardware).texts()
-        except ConfigError as error:
-            return f"not told: {error.what}"
+        device = self.config.device
+        return costs_here(
+            models.device_name(device), models.device_memory(device),
+            lambda hardware: costs(self.config, self._known(), hardware),
+        )  # fmt: skip
 
     def known(self) -> Known | None:
         """What headers tell of the models; None where an architecture is not known."""

@@ -85,12 +85,15 @@ def run(config: DoctorConfig, trial: Trial, items_of: ItemsOf, report: Report = 
             if sound:
                 try_("own_text", trial.own_text, "measuring them on what the student writes")
                 try_("step", trial.step, "one optimizer step on the longest rows")
+    return {**record, **_concluded(found, record["step"] is not None)}
+
+
+def _concluded(found: list[Finding], to_the_end: bool) -> Facts:
     errors = sum(finding.level == "error" for finding in found)
     return {
-        **record,
         "findings": [finding._asdict() for finding in found],
         "ready": not errors,
-        "verdict": _verdict(errors, len(found) - errors, record["step"] is not None),
+        "verdict": _verdict(errors, len(found) - errors, to_the_end),
     }
 
 

@@ -1,5 +1,6 @@
 """The plan of an evaluation: every "auto" resolved, everything checked that headers tell. Writes nothing."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,15 @@ from transformers import PreTrainedTokenizerBase
 
 from stillroom import models
 from stillroom.config import is_local, quoted, replace
+from stillroom.costs.dry_run import costs_here
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.errors import ConfigError, MismatchError, MissingError
 from stillroom.evaluate.config import EvaluateConfig, ModelConfig
+from stillroom.evaluate.costs import BATCH_TOKENS, LOGITS_BYTES, Known, costs, read_known
 from stillroom.evaluate.tasks.config import expand
+from stillroom.evaluate.tasks.local_benchmark import LocalBenchmark
 from stillroom.evaluate.tasks.run import Benchmark, open_benchmark
-from stillroom.losses.linear import CHUNK_BYTES
 from stillroom.recipe import to_yaml
 from stillroom.runs import check_outside, scrub
 from stillroom.tokenizers import (
@@ -66,7 +69,26 @@ class Plan:
     def __str__(self) -> str:
         """The resolved settings, and what a run compares, reads and writes, as YAML."""
         values = scrub(self.config.model_dump(mode="json"))
-        return to_yaml({"config": values, "compares": self.compares(), "reads": self.reads(), "writes": self.writes()})
+        files = {"reads": self.reads(), "writes": self.writes()}
+        return to_yaml({"config": values, "compares": self.compares(), **files, "costs": self.costs()})
+
+    def costs(self) -> dict[str, Any] | str:
+        """Memory, arithmetic and time on the device of the run; or why they are not told."""
+        device = self.config.device
+        return costs_here(
+            models.device_name(device), models.device_memory(device),
+            lambda hardware: costs(self.config, self._known(), hardware),
+        )  # fmt: skip
+
+    def _known(self) -> Known:
+        return dataclasses.replace(
+            read_known(self.config),
+            alone=frozenset(reader.name for reader in self.readers if reader.unlike is not None),
+            compared=True,
+            questions={
+                one.name: len(one.questions) if isinstance(one, LocalBenchmark) else None for one in self.benchmarks
+            },
+        )
 
     def compares(self) -> dict[str, str]:
         """How each model is compared with the teacher, in words."""
@@ -142,10 +164,10 @@ def _resolve(config: EvaluateConfig) -> EvaluateConfig:
         if model.dtype == "auto":
             values[f"models.{name}.dtype"] = "bfloat16" if half else "float32"
     if config.logits_bytes == "auto":
-        values["logits_bytes"] = CHUNK_BYTES
+        values["logits_bytes"] = LOGITS_BYTES
     length = 2 if config.data is None else config.data.length
     if config.batch_tokens == "auto":
-        values["batch_tokens"] = max(length, 16384)
+        values["batch_tokens"] = max(length, BATCH_TOKENS)
     elif config.batch_tokens < length:
         raise ConfigError(
             "batch_tokens is less than a row",

@@ -4,9 +4,9 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from stillroom.config import Config, PathText
+from stillroom.config import Config, PathText, replace
 from stillroom.cut.config import CutConfig, Positive
-from stillroom.data.config import DataConfig
+from stillroom.data.config import AnyData, DataConfig
 
 
 class HeldOut(Config):
@@ -69,3 +69,13 @@ class PruneConfig(CutConfig, _Model):
         if self.held_out is not None and (self.held_out.path, self.held_out.split) == (self.data.path, self.data.split):
             raise ValueError("held_out is the same as data: what is measured must not be what is chosen by")
         return self
+
+    @property
+    def held_out_data(self) -> AnyData | None:
+        """What is held out, with all settings that it is read by."""
+        if self.held_out is None or self.data is None:
+            return None
+        own = self.held_out.model_dump()
+        if self.held_out.path == self.data.path:
+            own |= {name: own[name] or getattr(self.data, name) for name in ("subset", "revision")}
+        return replace(self.data, {**own, "shuffle": False})

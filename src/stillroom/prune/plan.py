@@ -1,19 +1,23 @@
 """The plan of a cut: every "auto" resolved, everything checked that headers tell. Writes nothing."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from stillroom import models
 from stillroom.config import is_local, quoted, replace
+from stillroom.costs.dry_run import costs_here
 from stillroom.cut.plan import CutPlan, plan_cut
 from stillroom.data.config import AnyData
-from stillroom.data.documents import cache_folder, cache_path
+from stillroom.data.documents import Documents, cache_folder, cache_path, prepared
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.errors import ConfigError, MismatchError, MissingError
 from stillroom.prune.config import PruneConfig
+from stillroom.prune.costs import BATCH_TOKENS, Known, costs, read_known
 from stillroom.recipe import to_yaml
 from stillroom.runs import check_outside, scrub
 from stillroom.tokenizers import load_tokenizer, num_columns, template_of
@@ -34,7 +38,31 @@ class Plan:
     def __str__(self) -> str:
         """The resolved settings, what is cut, and what a run reads and writes, as YAML."""
         config = scrub(self.config.model_dump(mode="json"))
-        return to_yaml({"config": config, "cut": self.cut.facts(), "reads": self.reads(), "writes": self.writes()})
+        files = {"reads": self.reads(), "writes": self.writes()}
+        return to_yaml({"config": config, "cut": self.cut.facts(), **files, "costs": self.costs()})
+
+    def costs(self) -> dict[str, Any] | str:
+        """Memory, arithmetic and time on the device of the run, and the smaller model's size; or why they are not
+        told."""
+        device = self.config.device
+        return costs_here(
+            models.device_name(device), models.device_memory(device),
+            lambda hardware: costs(self.config, self._known(), hardware),
+        )  # fmt: skip
+
+    def _known(self) -> Known:
+        data, held_out = (self._documents(data) for data in (self.data, self.held_out))
+        return dataclasses.replace(
+            read_known(self.config),
+            num_tokens=None if data is None else float((data.lengths[: self.config.documents] - 1).sum()),
+            num_held_out=None if held_out is None else float((held_out.lengths - 1).sum()),
+        )
+
+    def _documents(self, data: AnyData | None) -> Documents | None:
+        """Those that are tokenised already."""
+        if data is None or not is_local(data.path):
+            return None
+        return prepared(data, self.tokenizer, template=self.template)
 
     def reads(self) -> dict[str, str]:
         """The models and files that a run reads, by what they are for."""
@@ -96,7 +124,7 @@ def make_plan(config: PruneConfig) -> Plan:
             "held_out.path": config.held_out.path if config.held_out else None,
         },
     )
-    plan = Plan(config, cut, tokenizer, template, _measured_on(config, cut), _held_out(config))
+    plan = Plan(config, cut, tokenizer, template, _measured_on(config, cut), config.held_out_data)
     for data in (plan.data, plan.held_out):
         if data is not None and is_local(data.path):
             open_source(data)  # which says where it is not there
@@ -112,7 +140,7 @@ def _resolve(config: PruneConfig) -> PruneConfig:
     if config.data is not None:
         values["data.cache"] = str(cache_folder(config.data))
         if config.batch_tokens == "auto":
-            values["batch_tokens"] = max(config.data.length, 4096)
+            values["batch_tokens"] = max(config.data.length, BATCH_TOKENS)
     return replace(config, values)
 
 
@@ -150,12 +178,3 @@ def _measured_on(config: PruneConfig, cut: CutPlan) -> AnyData | None:
         return None
     rows = min(config.documents, config.data.max_documents or config.documents)
     return replace(config.data, {"max_documents": rows, "shuffle": False})
-
-
-def _held_out(config: PruneConfig) -> AnyData | None:
-    if config.held_out is None or config.data is None:
-        return None
-    own = config.held_out.model_dump()
-    if config.held_out.path == config.data.path:
-        own |= {name: own[name] or getattr(config.data, name) for name in ("subset", "revision")}
-    return replace(config.data, {**own, "shuffle": False})

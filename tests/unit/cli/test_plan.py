@@ -8,19 +8,16 @@ import pytest
 
 from published import PUBLISHED
 from stillroom.cli.main import main
-from stillroom.distill.known import cut_values
-
-QWEN_7B, QWEN_1B = (PUBLISHED[name][0] for name in ("Qwen2 7B", "Qwen2 1.5B"))
 
 
 @pytest.fixture
 def recipe(tmp_path):
-    """A live distillation of Qwen2 7B into Qwen2 1.5B: configs, with weights of one number in their headers."""
-    header = json.dumps({"w": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}).encode()
-    for name, config in {"teacher": QWEN_7B, "student": QWEN_1B}.items():
+    """A live distillation of Qwen2 7B into Qwen2 1.5B: configs, and headers of weights without these."""
+    for name, (config, total) in {"teacher": PUBLISHED["Qwen2 7B"], "student": PUBLISHED["Qwen2 1.5B"]}.items():
+        header = json.dumps({"w": {"dtype": "BF16", "shape": [total], "data_offsets": [0, 2 * total]}}).encode()
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
-        (tmp_path / name / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
+        (tmp_path / name / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     path = tmp_path / "recipe.yaml"
     path.write_text(f"""
 student: {{model: {tmp_path}/student}}
@@ -129,20 +126,59 @@ def test_a_store_that_is_not_there_yet_is_planned_with_and_said(capsys, recipe, 
     assert "no manifest of a store" in capsys.readouterr().err
 
 
-def test_a_cut_student_has_the_sizes_of_its_part():
-    from stillroom.cut.config import CutConfig
+def of_verb(verb, folder):
+    """The words of a plan of each verb, of the models of ``recipe``."""
+    data = "data={path: x.jsonl, format: text, length: 4096}"
+    return {
+        "distill": [f"{folder}/recipe.yaml", "data_tokens=1e6"],
+        "capture": [f"teacher.model={folder}/teacher", data, "out=x"],
+        "evaluate": [f"models={{teacher: {folder}/teacher, distilled: {folder}/student}}", data, "out=x"],
+        "prune": [f"model={folder}/teacher", "layers={kind: best, count: 14}", data, "out=x"],
+    }[verb]
 
-    half = cut_values(CutConfig(layers=14, width=1792), QWEN_7B)
-    assert {name: half[name] for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim")} == {
-        "num_hidden_layers": 14, "hidden_size": 1792, "num_attention_heads": 14, "head_dim": 128,
-    }  # fmt: skip
+
+def test_an_evaluation_and_a_cut_are_planned_too(capsys, recipe):
+    found = planned(capsys, *of_verb("evaluate", recipe.parent), "data_tokens=1e6")
+    assert found["plan"] == "evaluate"
+    assert found["parameters"]["distilled"]["value"] == 1_543_714_304
+    assert found["time on H100"]["tokens"]["value"] == 1e6
+    found = planned(capsys, *of_verb("prune", recipe.parent))
+    assert found["plan"] == "prune"
+    assert found["parameters"]["smaller model"]["value"] < found["parameters"]["model"]["value"] == 7_615_616_512
+    assert main(["plan", f"model={recipe.parent}/teacher", "layers=29", "out=x"]) == 2
+    assert "layers that are not there" in capsys.readouterr().err
+    assert main(["plan", *of_verb("evaluate", recipe.parent), "num_devices=2"]) == 2
+    assert "no use for num_devices" in capsys.readouterr().err
 
 
-def test_no_torch_is_imported(recipe):
+@pytest.mark.parametrize("verb", ["distill", "capture", "evaluate", "prune"])
+def test_no_torch_is_imported(recipe, verb):
     code = (
         "import sys; from stillroom.cli.main import main; "
-        f"assert main(['plan', {str(recipe)!r}, 'data_tokens=1e6']) == 0; "
+        f"assert main(['plan', *{of_verb(verb, recipe.parent)!r}]) == 0; "
         "print([m for m in ('torch', 'transformers', 'numpy', 'pyarrow') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_weights_of_another_model_are_refused_and_a_model_to_be_like_needs_none(capsys, recipe):
+    (recipe.parent / "student" / "model.safetensors").unlink()
+    like = f"student={{init: {{kind: config, like: {recipe.parent}/student}}, tokenizer: {recipe.parent}/teacher}}"
+    assert planned(capsys, recipe, like)["parameters"]["student"]["value"] == 1_543_714_304
+    (recipe.parent / "student" / "model.safetensors").write_bytes(
+        (recipe.parent / "teacher" / "model.safetensors").read_bytes()
+    )
+    assert main(["plan", str(recipe)]) == 2
+    said = capsys.readouterr().err
+    assert "the weights of the student are not those of its config" in said
+    assert "1,543,714,304 parameters" in said
+    assert "7,615,616,512 numbers" in said
+
+
+def test_time_that_is_not_counted_is_named(capsys, recipe):
+    part = "student={init: {kind: from_teacher, layers: {kind: best, count: 14}}}"
+    said = planned(capsys, recipe, part, "held_out.path=other.jsonl")["assumed"]
+    assert any("what is held out takes time besides" in sentence for sentence in said)
+    assert any("what the student keeps takes time besides" in sentence for sentence in said)
+    assert not any("besides" in sentence for sentence in planned(capsys, recipe)["assumed"])

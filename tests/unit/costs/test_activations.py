@@ -1,13 +1,18 @@
-"""Activations: what a layer keeps for the backward pass is what PyTorch saves of it."""
+"""Activations: what a layer keeps for the backward pass is what PyTorch saves of it, and what it needs without one is
+what there is at once."""
+
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from published import sizes
 from stillroom import models
 from stillroom.batch import Batch
-from stillroom.costs.activations import layer_bytes
+from stillroom.costs.activations import layer_bytes, passing_bytes
 from stillroom.costs.architecture import read_architecture
 
 LENGTH, ROWS = 128, 2
@@ -62,3 +67,47 @@ def test_a_layer_keeps_what_pytorch_saves(name):
     saved = (saved_bytes(values, 3, **how) - saved_bytes(values, 2, **how)) / (ROWS * LENGTH)
     model = read_architecture(AutoConfig.for_model(**values).to_dict())
     assert layer_bytes(model, LENGTH, **how) == pytest.approx(saved, rel=0.03)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes that operations made and that are still there."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self.seen = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in (x for x in tree_leaves(made) if isinstance(x, torch.Tensor)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.seen:
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return made
+
+    def forget(self, key, size):
+        self.now -= size
+        self.seen.discard(key)
+
+
+PASSING = [name for name in CASES if name not in ("llama, frozen", "llama in bfloat16")]
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("name", PASSING)
+def test_a_layer_without_a_gradient_needs_what_is_there_at_once(name, half):
+    (family, own, how), length = CASES[name], 2 * LENGTH
+    config = AutoConfig.for_model(family, **({} if family == "gpt2" else SIZES), **own)
+    attention, dtype = "eager" if family == "gemma2" else "sdpa", torch.bfloat16 if half else torch.float32
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype).eval()
+    positions = torch.arange(length).expand(ROWS, -1) % (length // 2 if how.get("masked") else length)
+    ids = torch.zeros(ROWS, length, dtype=torch.long)
+    batch = Batch(ids, ids, torch.ones(ROWS, length, dtype=torch.bool), positions, positions * 0)
+    there = [x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())]
+    with torch.no_grad(), Live() as live:
+        live.seen.update(there)
+        models.hidden_states(model, batch)
+    each = passing_bytes(read_architecture(config.to_dict()), length, 2 if half else 4, masked=how.get("masked", False))
+    assert ROWS * length * each == pytest.approx(live.most, rel=0.03)

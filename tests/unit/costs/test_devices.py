@@ -2,7 +2,8 @@
 
 import pytest
 
-from stillroom.costs.devices import DEVICES, find_device
+from stillroom.costs.devices import CPU_FLOPS_A_CORE, DEVICES, find_device
+from stillroom.costs.estimate import UTILISATION
 from stillroom.errors import ConfigError
 
 
@@ -15,6 +16,13 @@ def test_the_cpu_is_this_machine_and_has_no_price():
     cpu = find_device("cpu")
     assert cpu.price is None
     assert "this machine" in cpu.note
+    assert "48 to 91" in cpu.note
+
+
+def test_a_cpu_is_as_fast_as_what_was_measured():
+    """GFLOP/s a core of five runs in LOG.md, whose plan is right within a factor of 1.7."""
+    planned = CPU_FLOPS_A_CORE * UTILISATION / 1e9
+    assert all(1 / 1.7 < planned / reached < 1.7 for reached in (65, 53, 48, 91, 52))
 
 
 def test_a_device_that_is_not_there_is_refused():

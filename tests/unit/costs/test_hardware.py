@@ -10,6 +10,13 @@ def test_devices_are_known_by_their_own_names():
         assert found is not None
         assert found.device == known
     assert Hardware.called("Tesla T4") is None
+    assert Hardware.called("NVIDIA GeForce RTX 4090 Laptop GPU") is None
+
+
+def test_a_device_has_the_memory_that_it_says():
+    small = Hardware.called("NVIDIA A100-SXM4-40GB", 42_400_000_000)
+    assert small is not None
+    assert small.found().memory_bytes == 42_400_000_000
 
 
 def test_figures_of_ones_own_take_the_place_of_the_tables():
