@@ -46,6 +46,8 @@ def test_values_are_a_copy():
         ("StorageError", OSError),
         ("NonFiniteError", ArithmeticError),
         ("OutOfMemoryError", MemoryError),
+        ("LostError", ConnectionError),
+        ("ToldElsewhere", errors.StillroomError),
     ],
 )
 def test_each_error_is_the_standard_type_too_and_says_all_four_parts(name, standard):
@@ -66,6 +68,8 @@ def test_every_error_class_of_the_module_is_covered_above():
         "StorageError",
         "NonFiniteError",
         "OutOfMemoryError",
+        "LostError",
+        "ToldElsewhere",
     }
 
 

@@ -51,7 +51,7 @@ flags
   --debug       show where an error was raised
   --help        this text; `stillroom VERB --help` explains every setting of a verb
 
-exit codes: 0 done, 1 a bug, 2 something to mend, 130 interrupted (and resumable)
+exit codes: 0 done (or ended by SIGTERM, and resumable), 1 a bug, 2 something to mend, 130 interrupted (and resumable)
 """
 
 
