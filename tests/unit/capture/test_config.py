@@ -32,7 +32,7 @@ def test_a_teacher_data_and_a_place_are_enough(loaded):
     assert config.teacher.engine == Transformers(kind="transformers")
     assert (config.teacher.columns, config.teacher.tokenizer, config.teacher.revision) == ("auto", None, None)
     assert config.signal == HeadAndSample(kind="head_and_sample")
-    assert (config.generate, config.part, config.shard_positions, config.seed) == (None, None, 2**20, 0)
+    assert (config.generate, config.part, config.shard_positions, config.seed) == (None, "auto", 2**20, 0)
     engine = config.teacher.engine
     assert (engine.dtype, engine.device, engine.attention) == ("auto", "auto", "auto")
     assert (engine.batch_tokens, engine.logits_bytes) == ("auto", "auto")
