@@ -126,7 +126,7 @@ def test_export_import_and_merge(here, capsys, tokenizer_folder):
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        ("store", "there is no command after `store`\n  commands: check, show, export, import, merge\n"),
+        ("store", "there is no command after `store`\n  commands: check, show, export, import, join, merge\n"),
         ("store chek a", "`chek` is not a command of `store`\n  did you mean: check     commands: check, "),
         ("store a", "`a` is not a command of `store`\n"),
         ("store check", "`store check` takes DIR\n  given: nothing     wanted: DIR\n"),
