@@ -72,18 +72,20 @@ def named(part: Part | None) -> Iterator[None]:
         raise
 
 
-def check_shared(out: str | Path) -> None:
-    """Returns where parts may have their folders in ``out``.
+def check_shared(out: str | Path, part: Part | None) -> None:
+    """Returns where ``out`` has no run of the other kind: all of the data in it, or parts of them.
 
     Raises:
-        StorageError: a capture of all of the data is there.
+        StorageError: it has.
     """
-    if (record := Path(out, "run.json")).exists():
+    others = [Path(out, "run.json")] if part is not None else sorted(Path(out).glob("part-*-of-*/run.json"))
+    there = [path for path in others if path.exists()]
+    if there:
         raise StorageError(
-            f"{out} is the folder of a run that is not divided",
-            {"out": out, "there": record},
-            why="Its store and those of the parts would hold the same documents.",
-            fix="Choose another `out`, or delete that run.",
+            f"{out} is the folder of a run that is {'not ' if part is not None else ''}divided",
+            {"out": out, "there": ", ".join(map(str, there[:2])) + (" …" if len(there) > 2 else "")},
+            why="A capture of all of the data and one of its parts hold the same documents.",
+            fix="Choose another `out`, delete what is there, or set `part` as it was.",
         )
 
 

@@ -59,8 +59,7 @@ def _named(report: Report, part: Part) -> Report:
 
 
 def _run(config: CaptureConfig, part: Part | None, resume: bool, overwrite: bool, report: Report) -> dict[str, Any]:
-    if part is not None:
-        check_shared(config.out)
+    check_shared(config.out, part)
     place = Path(config.out) if part is None else Path(config.out, part.folder)
     check_place(place, may_exist=resume or overwrite)
     plan = make_plan(config)

@@ -199,7 +199,7 @@ def _exactly(words: Sequence[str], arguments: Arguments, command: str, *names: s
         raise ConfigError(
             f"`store {command}` takes {' and '.join(names)}",
             {"given": " ".join([*words, *arguments.overrides]) or "nothing", "wanted": " ".join(names)},
-            why="Words besides these would be for nothing, and settings are for import and merge.",
+            why="Words besides these would be for nothing, and settings are for import, join and merge.",
             fix=f"Write `stillroom store {command} {' '.join(names)}`.",
         )
     return words

@@ -213,8 +213,9 @@ def test_parts_and_an_undivided_capture_do_not_share_a_folder(settings, tmp_path
     assert not list((tmp_path / "out").glob("part-*"))
     run(settings(f"out={tmp_path}/parts", part(0, 2)))
     for flags in ({}, {"resume": True}, {"overwrite": True}):
-        with pytest.raises(StorageError, match="part-0000-of-0002"):
+        with pytest.raises(StorageError, match="is the folder of a run that is divided") as raised:
             run(settings(f"out={tmp_path}/parts"), **flags)
+        assert raised.value.values["there"] == f"{tmp_path}/parts/part-0000-of-0002/run.json"
     assert (tmp_path / "parts" / "part-0000-of-0002" / "run.json").exists()
 
 
