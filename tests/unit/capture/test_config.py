@@ -216,6 +216,8 @@ def test_settings_that_do_not_go_together_are_refused_in_words(loaded, overrides
         ("generate={answers: 1001}", "generate.answers"),
         ("part={index: -1, of: 2}", "part.index"),
         ("part={index: 0, of: 0}", "part.of"),
+        ("part=3", "part"),
+        ("part=al", "part"),
         ("shard_positions=0", "shard_positions"),
         ("seed=-1", "seed"),
         ("seed=9223372036854775808", "seed"),
