@@ -136,7 +136,7 @@ def _locate(config_class: Model, location: Sequence[str | int]) -> tuple[str, li
         following = _members(annotations, step)
         if following is not None:
             annotations, key = following, [*key, str(step)]
-        elif len(annotations) > 1 and step in PLAIN:
+        elif len(annotations) > 1 and (step in PLAIN or str(step).startswith("literal[")):
             continue  # the plain value, where settings may stand too
         elif position == len(location) - 1 and any(_is_config(a) for a in annotations):
             known = [name for a in annotations if _is_config(a) for name in a.model_fields]

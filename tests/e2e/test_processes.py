@@ -125,7 +125,7 @@ def start(environment: dict[str, str]) -> Iterator[Start]:
                     stderr=subprocess.STDOUT,
                     text=True,
                     env={**environment, **place},
-                )  # fmt: skip
+                )
             )
         begun.extend(made)
         return made
@@ -263,7 +263,7 @@ def until(true: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_torchrun_restarts_a_run_which_resumes_by_itself(made, command, environment, recipe):
+def test_torchrun_restarts_a_run_which_resumes_by_itself(made, environment, recipe):
     out = recipe.parent / "restarted"
     plan = recipe.parent / "restarted.json"
     plan.write_text(json.dumps([{"words": [*LIVE, DDP, f"out={out}"], "die": {"rank": 0, "in": "step", "at": 40}}]))

@@ -106,13 +106,6 @@ def test_a_dry_run_writes_nothing(command, words, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_parts_merged_are_the_whole(here, whole, words, tmp_path):
-    for index in range(2):
-        here(*words, f"out={tmp_path}/{index}", f"part={{index: {index}, of: 2}}")
-    here("store", "merge", f"{tmp_path}/0/store", f"{tmp_path}/1/store", f"out={tmp_path}/all")
-    assert [row[:2] for row in contents(tmp_path / "all")] == [row[:2] for row in contents(whole[0] / "store")]
-
-
 # --- many windows: stopped, and on again -----------------------------------------------------------------------------
 
 Start = Callable[..., subprocess.Popen[str]]

@@ -17,7 +17,7 @@ import stillroom
 from stillroom.capture.config import CaptureConfig
 from stillroom.chat.config import ChatConfig
 from stillroom.cli.report import BetweenConfig
-from stillroom.cli.store import MergeConfig
+from stillroom.cli.store import JoinConfig, MergeConfig
 from stillroom.config import Config, PathText, explain, load, replace
 from stillroom.costs.hardware import Hardware
 from stillroom.costs.kinds import Storage
@@ -720,6 +720,7 @@ def test_explaining_reaches_every_config_class_of_the_package():
         ChatConfig,
         PruneConfig,
         ImportConfig,
+        JoinConfig,
         MergeConfig,
         BetweenConfig,
         DoctorConfig,

@@ -1,5 +1,6 @@
 """The settings of `stillroom capture`: teacher + text -> store."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -11,6 +12,15 @@ from stillroom.store.config import SHARD_POSITIONS, HeadAndSample, HiddenStates,
 
 Positive = Annotated[int, Field(gt=0)]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
+FREE_TO_CHANGE = (
+    "out", "data.cache", "shard_positions", "teacher.engine.device", "teacher.engine.batch_tokens",
+    "teacher.engine.logits_bytes", "teacher.engine.concurrency", "teacher.engine.retries", "teacher.engine.timeout_s",
+    "teacher.engine.url", "teacher.engine.key_variable", "teacher.engine.prompt_price",
+    "teacher.engine.completion_price",
+)  # fmt: skip
+"""Settings that change nothing of what the teacher says, but for rounding, so a resumed capture may have others."""
+DECIDES_ANSWERS = ("teacher.engine.batch_tokens", "teacher.engine.device")
+"""Of these, what decides which random numbers an answer takes."""
 
 
 class Transformers(Config):
@@ -20,7 +30,8 @@ class Transformers(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """The type of its weights and arithmetic; auto is bfloat16 on a GPU and float32 on a CPU."""
     device: str = "auto"
-    """cpu, cuda, cuda:1; auto takes a CUDA device where there is one, and else the CPU."""
+    """cpu, cuda, cuda:1; auto takes a CUDA device where there is one, that of LOCAL_RANK among several, and else the
+    CPU."""
     attention: Attention = "auto"
     """The attention kernel; auto is what `transformers` takes."""
     batch_tokens: Positive | Literal["auto"] = "auto"
@@ -99,12 +110,20 @@ class Generate(Config):
 
 
 class Part(Config):
-    """The share of one worker of several."""
+    """The share of one worker of several, who need not know of each other."""
 
     index: Annotated[int, Field(ge=0)]
     """Which worker, from 0."""
-    of: Positive
+    of: Annotated[int, Field(gt=0, le=2**20)]
     """How many workers."""
+
+    def __str__(self) -> str:
+        return f"part {self.index} of {self.of}"
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder in that of all."""
+        return f"part-{self.index:04d}-of-{self.of:04d}"
 
 
 class CaptureConfig(Config):
@@ -120,14 +139,16 @@ class CaptureConfig(Config):
     """Keep states of its layers too, for objectives of kind hidden; null keeps none. --dry-run tells the bytes."""
     generate: Generate | None = None
     """Let it answer the prompts of the data first; null takes the data as they are."""
-    part: Part | None = None
-    """Capture one part of the data only, for several workers with a folder each; `stillroom store merge` joins them."""
+    part: Part | Literal["auto"] | None = "auto"
+    """Capture one part of the data only, into a folder of its own, OUT/part-0002-of-0008; `stillroom store join OUT`
+    joins them. auto is that of this worker where RANK and WORLD_SIZE tell it, as torchrun sets them, and else null: all
+    of the data."""
     shard_positions: Positive = SHARD_POSITIONS
     """Positions in a shard. Whole shards survive anything; a shard is held in memory until it is written."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the draws and of the answers."""
     out: PathText
-    """The run's folder, which must not exist yet; the store is OUT/store."""
+    """The run's folder, which must not exist yet; the store is OUT/store. Parts of one capture have the same."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "CaptureConfig":
@@ -155,7 +176,7 @@ class CaptureConfig(Config):
                     f"generate.max_tokens ({self.generate.max_tokens}) leaves no room for a prompt in data.length "
                     f"({self.data.length})"
                 )
-        if self.part is not None and self.part.index >= self.part.of:
+        if isinstance(self.part, Part) and self.part.index >= self.part.of:
             raise ValueError(
                 f"part.index ({self.part.index}) counts from 0, so it is less than part.of ({self.part.of})"
             )
@@ -179,3 +200,8 @@ class CaptureConfig(Config):
                 f"an OpenAI-compatible server tells {MOST_OPENAI} tokens a position at the most, not {most}"
             )
         return self
+
+    @property
+    def folder(self) -> Path:
+        """Where this run writes, once ``part`` is resolved: ``out``, or the folder of its part in it."""
+        return Path(self.out, self.part.folder) if isinstance(self.part, Part) else Path(self.out)

@@ -105,16 +105,21 @@ def _add_time(
 
 
 def _add_storage(report: Report, config: CaptureConfig, known: Known, positions: float | None) -> None:
-    columns = _columns(config, known)
-    kept = [_kind(config, columns)]
-    if config.hidden is not None and known.teacher is not None:
-        kept.append(hidden_states(known.teacher.hidden_size, len(config.hidden.layers), config.hidden.format))
+    columns, kept = _columns(config, known), kinds(config, known)
     for kind in kept:
         report.add("this store, a position", kind.name, kind.bytes_per_position, "each", kind.source)
     if positions is not None:
         total = sum(kind.bytes_per_position for kind in kept)
         report.add("this store, a position", "in all", total * positions, "bytes", f"{positions:,.0f} positions")
     add_kinds(report, "beside it", columns, positions)
+
+
+def kinds(config: CaptureConfig, known: Known) -> list[Kind]:
+    """What is kept of a position: the signal, and hidden states where some are."""
+    kept = [_kind(config, _columns(config, known))]
+    if config.hidden is not None and known.teacher is not None:
+        kept.append(hidden_states(known.teacher.hidden_size, len(config.hidden.layers), config.hidden.format))
+    return kept
 
 
 def _columns(config: CaptureConfig, known: Known) -> int:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from stillroom.capture import windows
 from stillroom.capture.config import CaptureConfig
-from stillroom.data.documents import Documents
 from stillroom.errors import MismatchError, NonFiniteError
 from stillroom.layers import Layer
 from stillroom.signals import Hidden
@@ -41,10 +41,10 @@ def encoded(
     return encode(states, config)
 
 
-def window_documents(config: CaptureConfig, teacher: PretrainedConfig | None, most: int) -> int:
-    """How many documents are asked about together, at most ``most``."""
+def window_documents(config: CaptureConfig, teacher: PretrainedConfig | None) -> int:
+    """How many documents are asked about together."""
     each = config.data.length * (1 if config.generate is None else config.generate.answers)
-    return max(1, min(most, WINDOW_BYTES // max(1, each * position_bytes(config, teacher))))
+    return max(1, min(windows.WINDOW_DOCUMENTS, WINDOW_BYTES // max(1, each * position_bytes(config, teacher))))
 
 
 def position_bytes(config: CaptureConfig, teacher: PretrainedConfig | None) -> int:
@@ -54,35 +54,18 @@ def position_bytes(config: CaptureConfig, teacher: PretrainedConfig | None) -> i
     return bytes_per_position(config.hidden, teacher.get_text_config().hidden_size)
 
 
-def size_text(config: CaptureConfig, teacher: PretrainedConfig | None, documents: Documents | None) -> str:
-    """What the hidden states of a capture will take, in words; in all where its documents are known."""
+def size_text(config: CaptureConfig, teacher: PretrainedConfig | None, counts: tuple[int, int] | None) -> str:
+    """What the hidden states of a capture will take, in words; in all where its documents and positions are known."""
     assert config.hidden is not None
     each = position_bytes(config, teacher)
     layers = ", ".join(map(str, config.hidden.layers))
     text = f"layers {layers} in {config.hidden.format}, {each:,} bytes a position"
-    if documents is None:
+    if counts is None:
         return f"{text}; in all: not known before the data are tokenised"
-    count, positions = _counts(config, documents)
+    count, positions = counts
     total = f"{positions * each:,} bytes ({positions * each / 2**20:,.1f} MiB)"
     most = "at most " if config.generate is not None else ""
     return f"{text}; {count:,} documents, {most}{positions:,} positions: {most}{total}"
-
-
-def _counts(config: CaptureConfig, documents: Documents) -> tuple[int, int]:
-    """The documents that will be stored, and their positions; where the teacher writes them, the most positions."""
-    first, stop = part_range(config, documents)
-    if config.generate is not None:
-        count = (stop - first) * config.generate.answers
-        return count, count * config.generate.max_tokens
-    if stop - first == len(documents):
-        return len(documents), documents.counts["tokens_learnt"]
-    return stop - first, sum(int(documents.learn(i)[1:].sum()) for i in range(first, stop))
-
-
-def part_range(config: CaptureConfig, documents: Documents) -> tuple[int, int]:
-    """The documents of this part of the data: the first, and the end."""
-    index, of = (0, 1) if config.part is None else (config.part.index, config.part.of)
-    return len(documents) * index // of, len(documents) * (index + 1) // of
 
 
 def _not_finite(layer: Layer, number: int, position: int, state: Tensor) -> NonFiniteError:

@@ -1,19 +1,21 @@
 """The plan of a capture: every "auto" resolved, everything checked that headers tell. Writes nothing."""
 
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from stillroom import models
-from stillroom.capture.config import CaptureConfig, TeacherConfig, Transformers
-from stillroom.capture.costs import LOGITS_BYTES, Known, costs
+from stillroom.capture.config import CaptureConfig, Part, TeacherConfig, Transformers
+from stillroom.capture.costs import LOGITS_BYTES, Known, costs, kinds
 from stillroom.capture.hidden import size_text
+from stillroom.capture.parts import Share, own_device, part_of, share
 from stillroom.config import is_local, quoted, replace
 from stillroom.costs.architecture import read_architecture
 from stillroom.costs.dry_run import costs_here
-from stillroom.data.documents import cache_folder, cache_path, prepared
+from stillroom.costs.report import bytes_text
+from stillroom.data.documents import Documents, cache_folder, cache_path, prepared
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.errors import ConfigError, MismatchError, MissingError
@@ -36,7 +38,31 @@ class Plan:
     def __str__(self) -> str:
         """The resolved settings, and what a run reads and writes, as YAML."""
         values = scrub(self.config.model_dump(mode="json"))
-        return to_yaml({"config": values, "reads": self.reads(), "writes": self.writes(), "costs": self.costs()})
+        part = {"part": self.part()} if isinstance(self.config.part, Part) else {}
+        return to_yaml(
+            {"config": values, **part, "reads": self.reads(), "writes": self.writes(), "costs": self.costs()}
+        )
+
+    def part(self) -> dict[str, str] | str:
+        """Which part of the data this run captures, and how much that is."""
+        found, will = self._documents, self._share
+        if found is None or will is None:
+            return f"{self.config.part}, from 0: how much that is is not known before the data are tokenised"
+        most = "at most " if self.config.generate is not None else ""
+        which = (
+            f", from {will.first:,} to {will.stop - 1:,}" if will.documents else ": there are fewer windows than parts"
+        )
+        shares = {
+            "which": f"{self.config.part}, from 0",
+            "documents": f"{will.stop - will.first:,} of {len(found):,}{which}",
+            "tokens": f"{will.tokens:,} of {int(found.lengths.sum()):,}",
+            "positions": f"{most}{will.positions:,}",
+        }
+        try:
+            each = sum(kind.bytes_per_position for kind in kinds(self.config, self._known()))
+        except ConfigError as error:
+            return {**shares, "bytes": f"not told: {error.what}"}
+        return {**shares, "bytes": f"{most}{bytes_text(each * will.positions)}, at {each:,.1f} a position"}
 
     def costs(self) -> dict[str, Any] | str:
         """Memory, arithmetic, time and storage on the device of the run; or why they are not told."""
@@ -49,16 +75,22 @@ class Plan:
 
     def _known(self) -> Known:
         teacher = None if self.teacher_config is None else self.teacher_config.to_dict()
-        return Known(None if teacher is None else read_architecture(teacher, "the teacher"), self._positions())
+        sure = self._share is not None and self.config.generate is None
+        return Known(
+            None if teacher is None else read_architecture(teacher, "the teacher"),
+            self._share.positions if self._share is not None and sure else None,
+        )
 
-    def _positions(self) -> float | None:
-        """Positions that will be stored, where the data are tokenised already and taken as they are."""
+    @cached_property
+    def _documents(self) -> Documents | None:
+        """The data, where they are tokenised already."""
         data = self.config.data
-        if self.config.generate is not None or not is_local(data.path):
-            return None
-        documents = prepared(data, self.tokenizer, template=self.template)
-        of = 1 if self.config.part is None else self.config.part.of
-        return None if documents is None else documents.counts["tokens_learnt"] / of
+        return prepared(data, self.tokenizer, template=self.template) if is_local(data.path) else None
+
+    @cached_property
+    def _share(self) -> Share | None:
+        found = self._documents
+        return None if found is None else share(self.config, found, self.teacher_config)
 
     def reads(self) -> dict[str, str]:
         """The models and files that a run reads, by what they are for."""
@@ -70,15 +102,16 @@ class Plan:
 
     def writes(self) -> dict[str, str]:
         """The files that a run writes, by what they are."""
-        data, out = self.config.data, Path(self.config.out)
+        data, out = self.config.data, self.config.folder
         cached = f"in {cache_folder(data)}"
         if is_local(data.path):
             path = cache_path(data, self.tokenizer, self.template)
             cached = f"{path} ({'there already' if path.exists() else 'new'})"
         found = {"tokenised data": cached, "run": str(out / "run.json"), "store": str(out / "store")}
         if self.config.hidden is not None:
-            known = prepared(data, self.tokenizer, template=self.template) if is_local(data.path) else None
-            found["hidden states"] = size_text(self.config, self.teacher_config, known)
+            will = self._share
+            counts = None if will is None else (will.documents, will.positions)
+            found["hidden states"] = size_text(self.config, self.teacher_config, counts)
         if out.exists():
             found["note"] = f"{out} exists: it needs --resume or --overwrite"
         return found
@@ -132,10 +165,14 @@ def make_plan(config: CaptureConfig) -> Plan:
 def _resolve(config: CaptureConfig) -> CaptureConfig:
     import torch
 
-    values: dict[str, object] = {"data.cache": str(cache_folder(config.data))}
+    part = part_of(config)
+    values: dict[str, object] = {
+        "data.cache": str(cache_folder(config.data)),
+        "part": None if part is None else part.model_dump(),
+    }
     engine = config.teacher.engine
     if isinstance(engine, Transformers):
-        device = models.resolve_device(engine.device, "teacher.engine.device")
+        device = models.resolve_device(own_device(engine.device), "teacher.engine.device")
         kind = torch.device(device).type
         half = kind == "cuda" and torch.cuda.is_bf16_supported()
         values["teacher.engine.device"] = device

@@ -6,20 +6,22 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from stillroom import models
 from stillroom.capture.answers import answered, prompts
-from stillroom.capture.config import CaptureConfig, Generate, Transformers
-from stillroom.capture.hidden import part_range, size_text, window_documents
+from stillroom.capture.config import DECIDES_ANSWERS, FREE_TO_CHANGE, CaptureConfig, Generate, Part, Transformers
+from stillroom.capture.hidden import size_text, window_documents
 from stillroom.capture.model import ModelTeacher, Said
+from stillroom.capture.parts import check_shared, named, part_of, part_range, share
 from stillroom.capture.plan import Plan, make_plan
-from stillroom.capture.windows import WINDOW_DOCUMENTS, Document, windows
+from stillroom.capture.windows import Document, windows
 from stillroom.data.documents import Documents, prepare
-from stillroom.errors import Interrupted, OutOfMemoryError
-from stillroom.interrupt import deferred_interrupts
+from stillroom.errors import OutOfMemoryError
+from stillroom.interrupt import deferred_interrupts, ended
 from stillroom.runs import RunFolder, check_place, scrub, versions
 from stillroom.store.config import TopK, TopP, side_columns
 from stillroom.store.format import TOKENIZER, Manifest, Source, format_of
@@ -31,21 +33,12 @@ if TYPE_CHECKING:
     from stillroom.capture.server import ServerTeacher
 
 Report = Callable[[str, Mapping[str, Any]], None]
-FREE_TO_CHANGE = (
-    "out", "data.cache", "shard_positions", "teacher.engine.device", "teacher.engine.batch_tokens",
-    "teacher.engine.logits_bytes", "teacher.engine.concurrency", "teacher.engine.retries", "teacher.engine.timeout_s",
-    "teacher.engine.url", "teacher.engine.key_variable", "teacher.engine.prompt_price",
-    "teacher.engine.completion_price",
-)  # fmt: skip
-"""Settings that change nothing of what the teacher says, but for rounding, so a resumed capture may have others."""
-DECIDES_ANSWERS = ("teacher.engine.batch_tokens", "teacher.engine.device")
-"""Of these, what decides which random numbers an answer takes."""
 
 
 def run(
     config: CaptureConfig, *, resume: bool = False, overwrite: bool = False, report: Report = lambda *_: None
 ) -> dict[str, Any]:
-    """Asks the teacher, and writes ``out/store``; returns what run.json says.
+    """Asks the teacher, and writes ``out/store``, or that of its part in ``out``; returns what run.json says.
 
     Args:
         resume: go on with the capture in ``out``, from its last whole shard; begin it where there is none.
@@ -56,12 +49,24 @@ def run(
         StillroomError: something that the user can mend; what was written before is whole.
         KeyboardInterrupt: Ctrl-C; what was captured so far is in the store.
     """
-    check_place(config.out, may_exist=resume or overwrite)
+    part = part_of(config)
+    with named(part):
+        return _run(config, part, resume, overwrite, report if part is None else _named(report, part))
+
+
+def _named(report: Report, part: Part) -> Report:
+    return lambda event, values: report(event, {**values, "part": str(part)})
+
+
+def _run(config: CaptureConfig, part: Part | None, resume: bool, overwrite: bool, report: Report) -> dict[str, Any]:
+    check_shared(config.out, part)
+    place = Path(config.out) if part is None else Path(config.out, part.folder)
+    check_place(place, may_exist=resume or overwrite)
     plan = make_plan(config)
     config = plan.config
     settings = config.model_dump(mode="json")
     free = [name for name in FREE_TO_CHANGE if config.generate is None or name not in DECIDES_ANSWERS]
-    folder = RunFolder(config.out, settings, resume=resume, overwrite=overwrite, free=free)
+    folder = RunFolder(place, settings, resume=resume, overwrite=overwrite, free=free)
     with folder:
         if folder.done:
             report("note", {"text": f"the capture in {folder.path} is done already"})
@@ -81,7 +86,9 @@ def run(
         }
         folder.update(status="started", **facts)
         if config.hidden is not None:
-            report("note", {"text": f"hidden states: {size_text(config, plan.teacher_config, documents)}"})
+            will = share(config, documents, plan.teacher_config)
+            text = size_text(config, plan.teacher_config, (will.documents, will.positions))
+            report("note", {"text": f"hidden states: {text}"})
         store = folder.path / "store"
         with StoreWriter(store, manifest, shard_positions=config.shard_positions) as writer:
             plan.tokenizer.save_pretrained(store / TOKENIZER)
@@ -153,7 +160,7 @@ def _manifest(plan: Plan, documents: Documents) -> Manifest:
         tokenizer=Source(name=teacher.tokenizer or teacher.model, fingerprint=fingerprint(plan.tokenizer)),
         template=template_fingerprint(plan.template),
         data=Source(name=scrub(config.data.path), fingerprint=print_of_data),
-        part=(0, 1) if config.part is None else (config.part.index, config.part.of),
+        part=(config.part.index, config.part.of) if isinstance(config.part, Part) else (0, 1),
         num_columns=teacher.columns,
         length=config.data.length,
         signal=config.signal,
@@ -175,13 +182,13 @@ def _capture(
 ) -> None:
     """Window by window; what one says is put away by a thread of its own while the teacher reads the next."""
     config = plan.config
-    first, stop = part_range(config, documents)
+    first, stop = part_range(config, documents, plan.teacher_config)
     answers = 1 if config.generate is None else config.generate.answers
     done, tokens, start = writer.num_documents, 0, time.monotonic()
     before = done
     if done:
         report("note", {"text": f"resumed after {done} documents, which are in whole shards"})
-    size = window_documents(config, plan.teacher_config, WINDOW_DOCUMENTS)
+    size = window_documents(config, plan.teacher_config)
     first_window = first + done // answers // size * size
     skip = done - (first_window - first) * answers
     asked = "finishing these documents, then saving; press Ctrl-C again to stop at once, without saving"
@@ -210,8 +217,10 @@ def _capture(
             future.result()
         if interrupted():
             writer.flush()
-            raise Interrupted(
-                f"interrupted after {writer.num_documents} of {(stop - first) * answers} documents, saved"
+            whose = f"{config.part}: " if isinstance(config.part, Part) else ""
+            raise ended(
+                interrupted.number,
+                f"{whose}interrupted after {writer.num_documents} of {(stop - first) * answers} documents, saved",
             )
         writer.finish()
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from stillroom.capture.config import CaptureConfig
+from stillroom.capture.config import CaptureConfig, Part
 from stillroom.cli.arguments import Arguments
 from stillroom.cli.verb import run_verb
 
@@ -12,12 +12,18 @@ def main(arguments: Arguments) -> int:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """The result of a capture in a few lines."""
-    store = record["store"]
+    """The result of a capture in a few lines; that of a part in one, since several workers may share a terminal."""
+    store, out = record["store"], record["config"]["out"]
+    if record["config"]["part"] is not None:
+        part = Part(**record["config"]["part"])
+        return (
+            f"{part}: {store['documents']:,} documents, {store['positions']:,} positions, "
+            f"{store['size_bytes'] / 2**20:.1f} MiB in {out}/{part.folder}/store"
+        )
     hidden = store.get("hidden_bytes_per_position")
     of_hidden = "" if hidden is None else f", {hidden:,} of them hidden states"
     lines = [
-        f"store     {record['config']['out']}/store",
+        f"store     {out}/store",
         f"holds     {store['documents']:,} documents, {store['positions']:,} positions",
         f"size      {store['size_bytes'] / 2**20:.1f} MiB, {store['bytes_per_position']:.1f} bytes a position"
         + of_hidden,

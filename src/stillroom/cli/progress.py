@@ -11,12 +11,16 @@ LOG_EVERY_S = 10.0
 
 
 class Progress:
-    """Takes a verb's events and shows them; a context manager, so that the live line ends as it should."""
+    """Takes a verb's events and shows them; a context manager, so that the live line ends as it should.
+
+    What one of several workers does, as ``part`` of an event says, is told in plain lines that begin with its name.
+    """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet, self.live = quiet, sys.stderr.isatty()
         self._bar: tqdm[Any] | None = None
         self._counts = ""
+        self._name = ""
         self._last = 0.0
 
     def __enter__(self) -> "Progress":
@@ -29,6 +33,8 @@ class Progress:
     def __call__(self, event: str, values: Mapping[str, Any]) -> None:
         if self.quiet:
             return
+        if "part" in values:
+            self.live, self._name = False, f"{values['part']}: "
         if event == "step":
             self._step(values)
         elif event == "capture":
@@ -99,7 +105,7 @@ class Progress:
             self._write(line)
 
     def _write(self, line: str) -> None:
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(f"{self._name}{line}", file=sys.stderr)
 
 
 def _numbers(values: Mapping[str, float], skip: tuple[str, ...] = ()) -> str:

@@ -1,13 +1,17 @@
-"""``stillroom store``: check, show, export, import and merge stores."""
+"""``stillroom store``: check, show, export, import, join and merge stores."""
 
 import difflib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from stillroom.cli.arguments import Arguments
 from stillroom.config import Config, PathText, explain, load
 from stillroom.errors import ConfigError, StillroomError
+
+if TYPE_CHECKING:
+    from stillroom.store.format import Manifest
 
 REPORT_EVERY_S = 10.0
 
@@ -20,13 +24,24 @@ usage: stillroom store COMMAND …
   export DIR OUT.parquet     to plain columns, one row a document: document, tokens, keep, ids, log_probs, log_rest …
   import FILE… out=DIR tokenizer=PATH [key=value …]
                              from plain columns, or from DistillKit's compressed Parquet
+  join OUT                   the parts of the capture in OUT, found to be all there and done, as OUT/store
+  join DIR DIR… out=DIR      the same of parts that are not in one folder; keep_parts=false deletes their stores then
   merge DIR DIR… out=DIR     the parts of one capture, or stores of different data of one teacher, as one store
 
 DIR is a store's folder; check, show, export and merge also read an address such as s3://bucket/store.
---overwrite lets export, import and merge replace what is there, once the new one is whole. A path with a sign of
+--overwrite lets export, import, join and merge replace what is there, once the new one is whole. A path with a sign of
 equality in it is written as ./a=b.
 
 settings of import"""
+
+
+class JoinConfig(Config):
+    """`stillroom store join OUT`: make one store of the parts of a capture."""
+
+    out: PathText | None = None
+    """The folder of the joined store, which must not exist yet; null is OUT/store."""
+    keep_parts: bool = True
+    """Leave the stores of the parts, or delete them once the joined one is whole."""
 
 
 class MergeConfig(Config):
@@ -134,6 +149,23 @@ def import_(words: Sequence[str], arguments: Arguments) -> int:
     return 0
 
 
+def join(words: Sequence[str], arguments: Arguments) -> int:
+    config = load(JoinConfig, None, arguments.overrides)
+    from stillroom.capture.join import join
+    from stillroom.runs import versions
+
+    path, joined = join(
+        words,
+        config.out,
+        keep_parts=config.keep_parts,
+        overwrite="overwrite" in arguments.flags,
+        versions=versions(),
+        report=_report(arguments),
+    )
+    _print_whole(path, joined)
+    return 0
+
+
 def merge(words: Sequence[str], arguments: Arguments) -> int:
     config = load(MergeConfig, None, arguments.overrides)
     from stillroom.runs import versions
@@ -141,9 +173,13 @@ def merge(words: Sequence[str], arguments: Arguments) -> int:
 
     overwrite = "overwrite" in arguments.flags
     merged = merge(words, config.out, overwrite=overwrite, versions=versions(), report=_report(arguments))
-    print(f"store     {config.out} ({merged.documents:,} documents, {merged.positions:,} positions)")
-    print(f"size      {merged.size_bytes / 2**20:.1f} MiB in {len(merged.shards)} shards")
+    _print_whole(config.out, merged)
     return 0
+
+
+def _print_whole(path: object, made: "Manifest") -> None:
+    print(f"store     {path} ({made.documents:,} documents, {made.positions:,} positions)")
+    print(f"size      {made.size_bytes / 2**20:.1f} MiB in {len(made.shards)} shards")
 
 
 COMMANDS: Mapping[str, Callable[[Sequence[str], Arguments], int]] = {
@@ -151,6 +187,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str], Arguments], int]] = {
     "show": show,
     "export": export,
     "import": import_,
+    "join": join,
     "merge": merge,
 }
 
@@ -162,7 +199,7 @@ def _exactly(words: Sequence[str], arguments: Arguments, command: str, *names: s
         raise ConfigError(
             f"`store {command}` takes {' and '.join(names)}",
             {"given": " ".join([*words, *arguments.overrides]) or "nothing", "wanted": " ".join(names)},
-            why="Words besides these would be for nothing, and settings are for import and merge.",
+            why="Words besides these would be for nothing, and settings are for import, join and merge.",
             fix=f"Write `stillroom store {command} {' '.join(names)}`.",
         )
     return words

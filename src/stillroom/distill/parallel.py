@@ -77,8 +77,8 @@ def _check_room(config: DistillConfig, known: Known, size: int, memory_bytes: in
             f"the run does not fit {size} processes",
             {"needed in each": bytes_text(needed), "there": bytes_text(memory_bytes)},
             why="It would end at its first long batch if not at its first step.",
-            fix=f"By the plan: {nearest(load, memory_bytes)}. With parallel={{kind: fsdp, offload: true}} the CPU's memory "
-            "holds the training state.",
+            fix=f"By the plan: {nearest(load, memory_bytes)}. With parallel={{kind: fsdp, offload: true}} the CPU's "
+            "memory holds the training state.",
         )
 
 

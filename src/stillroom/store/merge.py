@@ -48,6 +48,7 @@ def merge(
     out: str | Path,
     *,
     overwrite: bool = False,
+    num_documents: int | None = None,
     versions: Mapping[str, str] | None = None,
     report: Report = lambda _: None,
 ) -> Manifest:
@@ -55,6 +56,9 @@ def merge(
 
     Parts of one capture become part 0 of 1, their documents in the order of the data. Other stores are put one after
     the other: documents are numbered anew, and the data's name and fingerprint are made of those of all.
+
+    Args:
+        num_documents: documents that the parts of a capture must hold, numbered from 0; None where nobody knows.
 
     Raises:
         ConfigError: there are not two stores, or ``out`` is one of them.
@@ -66,7 +70,10 @@ def merge(
     stores = [Store(path) for path in paths]
     stores, parts = _fitting(stores)
     check_out(out, overwrite=overwrite)
-    ranges = [_document_range(store) for store in stores]
+    numbers = [_document_numbers(store) for store in stores]
+    if parts:
+        _check_once(stores, numbers, num_documents)
+    ranges = [None if not len(of_store) else (int(of_store.min()), int(of_store.max())) for of_store in numbers]
     manifest = _manifest(stores, parts, versions)
     with tempfile.TemporaryDirectory() as fetched:
         tokenizer = _tokenizer(stores, Path(fetched))
@@ -195,12 +202,33 @@ def _manifest(stores: Sequence[Store], parts: bool, versions: Mapping[str, str] 
     )
 
 
-def _document_range(store: Store) -> tuple[int, int] | None:
-    """The lowest and the highest number of a store's documents."""
-    columns = [batch["document"].to_numpy() for shard in store.shards for batch in shard.batches if len(batch)]
-    if not columns:
-        return None
-    return min(int(column.min()) for column in columns), max(int(column.max()) for column in columns)
+def _document_numbers(store: Store) -> np.ndarray:
+    """The numbers of a store's documents, int64 [documents], in its order."""
+    columns = [batch["document"].to_numpy() for shard in store.shards for batch in shard.batches]
+    return np.concatenate([np.zeros(0, np.int64), *columns])
+
+
+def _check_once(stores: Sequence[Store], numbers: Sequence[np.ndarray], num_documents: int | None) -> None:
+    """Returns where no document is in the parts twice and, where their number is known, none is missing."""
+    there = np.sort(np.concatenate(numbers))
+    twice = there[1:][there[1:] == there[:-1]]
+    if len(twice):
+        holding = [s for s, of_store in zip(stores, numbers, strict=True) for _ in range((of_store == twice[0]).sum())]
+        raise MismatchError(
+            f"document {twice[0]} is in the parts twice",
+            {f"part {store.manifest.part[0]} of {store.manifest.part[1]}": store.path for store in holding[:2]},
+            why="A student would learn it twice. They were not made by one way of dividing the data.",
+            fix="Capture one of these parts anew, with --overwrite.",
+        )
+    missing = np.flatnonzero(there != np.arange(len(there)))
+    if num_documents is not None and (len(there) != num_documents or len(missing)):
+        first = int(missing[0]) if len(missing) else len(there)
+        raise MismatchError(
+            "the parts do not hold the documents of the capture's data",
+            {"in the data": f"{num_documents:,}, from 0", "in the parts": f"{len(there):,}, and not document {first}"},
+            why="They were not made by one way of dividing the data.",
+            fix="Capture the part that should hold that document anew, with --overwrite.",
+        )
 
 
 def _offsets(ranges: Sequence[tuple[int, int] | None]) -> list[int]:

@@ -32,7 +32,7 @@ def test_a_teacher_data_and_a_place_are_enough(loaded):
     assert config.teacher.engine == Transformers(kind="transformers")
     assert (config.teacher.columns, config.teacher.tokenizer, config.teacher.revision) == ("auto", None, None)
     assert config.signal == HeadAndSample(kind="head_and_sample")
-    assert (config.generate, config.part, config.shard_positions, config.seed) == (None, None, 2**20, 0)
+    assert (config.generate, config.part, config.shard_positions, config.seed) == (None, "auto", 2**20, 0)
     engine = config.teacher.engine
     assert (engine.dtype, engine.device, engine.attention) == ("auto", "auto", "auto")
     assert (engine.batch_tokens, engine.logits_bytes) == ("auto", "auto")
@@ -216,6 +216,8 @@ def test_settings_that_do_not_go_together_are_refused_in_words(loaded, overrides
         ("generate={answers: 1001}", "generate.answers"),
         ("part={index: -1, of: 2}", "part.index"),
         ("part={index: 0, of: 0}", "part.of"),
+        ("part=3", "part"),
+        ("part=al", "part"),
         ("shard_positions=0", "shard_positions"),
         ("seed=-1", "seed"),
         ("seed=9223372036854775808", "seed"),

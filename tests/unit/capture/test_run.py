@@ -55,8 +55,7 @@ def capture(saved_model, text_files: Path, tmp_path: Path) -> Capture:
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in (module, windows):
-        monkeypatch.setattr(place, "WINDOW_DOCUMENTS", 8)
+    monkeypatch.setattr(windows, "WINDOW_DOCUMENTS", 8)
 
 
 @pytest.fixture
@@ -182,16 +181,6 @@ def test_a_capture_that_is_done_is_left_as_it_is(capture, tmp_path):
     with pytest.raises(StorageError, match="exists"):
         capture("a")
     assert capture("a", "seed=1", overwrite=True)["store"] != record["store"]
-
-
-def test_parts_hold_every_document_once(capture, tmp_path):
-    capture("whole", KINDS[3])
-    found = []
-    for index in range(3):
-        capture(f"part-{index}", KINDS[3], f"part={{index: {index}, of: 3}}")
-        found += contents(tmp_path / f"part-{index}" / "store")
-    whole = contents(tmp_path / "whole" / "store")
-    assert [document[:3] for document in found] == [document[:3] for document in whole]
 
 
 def test_another_teacher_is_not_gone_on_with(capture, saved_model, power_out):
@@ -320,7 +309,6 @@ def test_weights_that_changed_meanwhile_are_refused(capture, saved_model, tmp_pa
         ("seed=1", "seed"),
         ("data.length=30", "data.length"),
         ("signal={kind: top_k, k: 6}", "signal.k"),
-        ("part={index: 0, of: 2}", "part"),
         ("teacher.columns=302", "teacher.columns"),
         ("teacher.engine={kind: transformers, dtype: bfloat16}", "teacher.engine.dtype"),
         ("generate={max_tokens: 4, prompt_tokens: 3}", "generate"),
@@ -421,14 +409,6 @@ def test_two_captures_into_one_folder_are_refused(capture, tmp_path, monkeypatch
     assert inside
     capture("b")
     assert contents(tmp_path / "a" / "store") == contents(tmp_path / "b" / "store")
-
-
-def test_a_part_of_nothing_is_a_store_of_nothing(capture, tmp_path):
-    for index in range(5):
-        capture(f"{index}", "data.max_documents=2", "data.overlong=drop", "data.length=60",
-                f"part={{index: {index}, of: 5}}")  # fmt: skip
-    found = [Store(tmp_path / f"{index}" / "store") for index in range(5)]
-    assert sorted(store.document(i) for store in found for i in range(len(store))) == [0, 1]
 
 
 def test_it_tells_how_far_it_is(capture):

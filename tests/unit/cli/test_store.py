@@ -126,7 +126,7 @@ def test_export_import_and_merge(here, capsys, tokenizer_folder):
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        ("store", "there is no command after `store`\n  commands: check, show, export, import, merge\n"),
+        ("store", "there is no command after `store`\n  commands: check, show, export, import, join, merge\n"),
         ("store chek a", "`chek` is not a command of `store`\n  did you mean: check     commands: check, "),
         ("store a", "`a` is not a command of `store`\n"),
         ("store check", "`store check` takes DIR\n  given: nothing     wanted: DIR\n"),
@@ -135,6 +135,9 @@ def test_export_import_and_merge(here, capsys, tokenizer_folder):
         ("store show", "`store show` takes DIR and [ROW]\n"),
         ("store export a", "`store export` takes DIR and OUT.parquet\n"),
         ("store check nowhere", "nowhere is not a store\n"),
+        ("store join", "it is not said where the joined store belongs\n"),
+        ("store join a", "there are no parts of a capture in a\n"),
+        ("store join a keep=1", "unknown setting `keep`\n"),
         ("store check a --resume", "`store check` has no --resume\n"),
         ("store merge a b out=c --dry-run", "`store merge` has no --dry-run\n"),
         ("store merge a b", "the setting `out` is not valid\n"),

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import CHATML
 from stillroom import models
+from stillroom.capture import windows
 from stillroom.capture.config import CaptureConfig
 from stillroom.capture.run import run as capture
 from stillroom.config import load
@@ -37,8 +38,10 @@ def stored(saved_model, text_files: Path, tmp_path_factory) -> MakeStore:
             words = [f"teacher.model={saved_model('llama', seed=2)}", f"data.path={text_files}/{text}.jsonl",
                      "data.format=text", "data.length=32", f"data.cache={folder}/cache", f"signal={signal}",
                      f"out={folder}/run", *settings]  # fmt: skip
-            capture(load(CaptureConfig, None, words))
-            made[key] = folder / "run" / "store"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(windows, "WINDOW_DOCUMENTS", 4)  # so that each of a few parts has some
+                capture(load(CaptureConfig, None, words))
+            (made[key],) = (folder / "run").rglob("store")
         return made[key]
 
     return make

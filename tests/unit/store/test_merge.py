@@ -155,6 +155,28 @@ def test_parts_that_are_not_all_there_once_are_refused(parts, make, tmp_path):
     refused(paths, tmp_path, MismatchError, "not all parts of one capture")
 
 
+@pytest.mark.parametrize("first", [0, 3, 21, 1])
+def test_a_document_that_is_in_two_parts_is_refused(first, make, tmp_path):
+    """Documents 10, 13 … 31; the other part begins with 10, 13 or 31; or its stretch overlaps and shares none."""
+    paths = [make("a", part=(0, 2)), make("b", first=first, part=(1, 2))]
+    if first == 1:
+        assert merge(paths, tmp_path / "out").documents == 16
+        return
+    with pytest.raises(MismatchError, match=f"document {10 + first} is in the parts twice") as raised:
+        merge(paths, tmp_path / "out")
+    assert raised.value.values == {f"part {i} of 2": str(path) for i, path in enumerate(paths)}
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [15, 17])
+def test_documents_that_are_missing_are_refused(number, make, tmp_path):
+    paths = [make(f"p{i}", first=i, part=(i, 2)) for i in range(2)]
+    with pytest.raises(MismatchError, match="do not hold the documents of the capture's data") as raised:
+        merge(paths, tmp_path / "out", num_documents=number)
+    assert raised.value.values == {"in the data": f"{number}, from 0", "in the parts": "16, and not document 0"}
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_same_data_twice_is_refused(make, tmp_path):
     refused([make("a"), make("b")], tmp_path, MismatchError, "same data and seed")
     path = make("c")
