@@ -48,7 +48,10 @@ def prepare_to_die(rank: int, where: str, at: int) -> None:
 
 def main(recipe: str, runs: list[dict[str, Any]]) -> None:
     quiet()
-    for made in runs:
+    first_port = int(os.environ.get("MASTER_PORT", "0"))
+    for number, made in enumerate(runs):
+        if len(runs) > 1:  # an earlier meeting place may be open still
+            os.environ["MASTER_PORT"] = str(first_port + number)
         config = load(DistillConfig, Path(recipe), made["words"])
         if "die" in made:
             prepare_to_die(made["die"]["rank"], made["die"]["in"], made["die"]["at"])

@@ -251,7 +251,10 @@ def meet(device_type: str, *, timeout_s: float, sharded: bool, replicas: int = 1
         MissingError: the others did not come, or there is no device for this one.
     """
     here = place()
-    _check_division(here.size, replicas, num_teachers)
+    try:
+        _check_division(here.size, replicas, num_teachers)
+    except ConfigError as error:
+        raise error if here.rank == 0 else ToldElsewhere.of(error) from None
     if here.size == 1 and not sharded:
         return NOBODY_ELSE
     if device_type == "cuda":
