@@ -153,7 +153,9 @@ def test_torchrun_understands_its_words_and_meets_at_the_first_node(kind, first,
     here = node(kind)
     here.is_done()
     here.run()
-    words = get_args_parser().parse_args(here.calls("torchrun")[-1][0])
+    given, told = here.calls("torchrun")[-1]
+    words = get_args_parser().parse_args(given)
+    assert told["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"  # without it a restart does not find itself
     assert (words.nnodes, words.nproc_per_node, words.rdzv_endpoint) == ("2", "8", f"{first}:29400")
     assert (words.local_addr, words.no_python, words.training_script) == ("10.0.0.2", True, "stillroom")
     assert "is_host=false" in words.rdzv_conf
