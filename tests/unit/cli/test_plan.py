@@ -3,12 +3,16 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from published import PUBLISHED
 from stillroom.cli.main import main
 from stillroom.distill.known import cut_values
+from stillroom.recipe import read_recipe
+
+ROOT = Path(__file__).parents[3]
 
 QWEN_7B, QWEN_1B = (PUBLISHED[name][0] for name in ("Qwen2 7B", "Qwen2 1.5B"))
 
@@ -146,3 +150,29 @@ def test_no_torch_is_imported(recipe):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "models", "devices"),
+    [
+        ("llama-405b-to-70b", {"teacher": "Llama 3.1 405B", "student": "Llama 3.1 70B"}, 128),
+        ("qwen2.5-72b-to-14b", {"teacher": "Qwen2.5 72B", "student": "Qwen2.5 14B"}, 8),
+        ("qwen2.5-72b-to-14b", {"teacher": "Qwen2.5 72B", "student": "Qwen2.5 14B"}, 32),
+    ],
+)
+def test_the_plans_of_the_guide_are_those_of_the_command(recipe, models, devices, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = ROOT / "recipes" / f"{recipe}.yaml"
+    for whose, name in models.items():
+        config, num_parameters = PUBLISHED[name]
+        folder = tmp_path / read_recipe(path)[whose]["model"]
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        header = json.dumps({"all": {"dtype": "BF16", "shape": [num_parameters], "data_offsets": [0, 0]}}).encode()
+        (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert main(["plan", str(path), f"num_devices={devices}"]) == 0
+    guide = {line.split("  (of ")[0] for line in (ROOT / "docs/guide/scaling.md").read_text().splitlines()}
+    told = capsys.readouterr().out.splitlines()
+    for start in ("  in all ", "  time "):
+        (line,) = [line for line in told if line.startswith(start)]
+        assert line in guide
