@@ -28,7 +28,8 @@ def ended(number: int, text: str) -> Interrupted:
 
 @contextmanager
 def deferred_interrupts(on_request: Callable[[], None] = lambda: None) -> Iterator[Requests]:
-    """Inside, the first Ctrl-C or SIGTERM is only remembered, and a second one acts at once.
+    """Inside, the first Ctrl-C or SIGTERM is only remembered, and a second Ctrl-C acts at once. A second SIGTERM does
+    nothing: clusters send several, and end what does not heed them in another way.
 
     Gives what tells whether there was one. Outside the main thread, where signals cannot be caught, they are
     left alone.
@@ -49,6 +50,7 @@ def deferred_interrupts(on_request: Callable[[], None] = lambda: None) -> Iterat
     def remember(number: int, _: object) -> None:
         requests.number = number
         restore()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         on_request()
 
     for number in SIGNALS:

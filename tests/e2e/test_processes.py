@@ -287,9 +287,24 @@ def test_torchrun_restarts_a_run_which_resumes_by_itself(made, environment, reci
     assert_same(out, made / "1 plain")
 
 
-def test_sigterm_ends_all_in_good_order(start, recipe):
-    out = recipe.parent / "ended"
-    settings = [*LIVE, FSDP, f"out={out}", "steps=100000", "held_out=null"]
+def test_torchrun_does_not_take_up_a_run_that_it_did_not_begin(made, environment, recipe):
+    out = made / "stopped"
+    before = read_json(out / "run.json")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "stillroom", "distill", str(recipe), *LIVE, DDP, f"out={out}"],
+        capture_output=True, text=True, env=environment, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stderr.count("error: the output folder") == 2  # once for each attempt
+    assert read_json(out / "run.json") == before
+
+
+@pytest.mark.parametrize("how", [FSDP, f"{DDP} {TEACHES}"])
+def test_sigterm_ends_all_in_good_order(start, recipe, how):
+    """Also where it comes to the process that runs the teacher, the last."""
+    out = recipe.parent / f"ended {how}"
+    settings = [*LIVE, *how.split(), f"out={out}", "steps=100000", "held_out=null"]
     both = start(2, "-m", "stillroom", "distill", str(recipe), *settings)
     until(lambda: (out / "metrics.jsonl").is_file() and len(read_metrics(out / "metrics.jsonl")) > 2)
     both[1].send_signal(signal.SIGTERM)

@@ -59,9 +59,8 @@ def _add_memory(report: Report, config: CaptureConfig, model: Architecture, hard
     logits = (
         LOGITS_BYTES["cpu" if hardware.is_cpu else "cuda"] if engine.logits_bytes == "auto" else engine.logits_bytes
     )
-    share = 1 / hardware.num_devices if hardware.how_parallel == "fsdp" else 1.0
     parts = {
-        "teacher's weights": item * model.parameters.total * share,
+        "teacher's weights": float(item * model.parameters.total),  # whole on each of several workers' devices
         "teacher's activations": tokens * passing_bytes(model, config.data.length, item, masked=config.data.pack),
         "last states": float(tokens * model.hidden_size * item),
         "logits and probabilities": 2.0 * max(logits, 4 * model.vocab_size),

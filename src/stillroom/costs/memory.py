@@ -46,6 +46,10 @@ class TeacherLoad:
     model: Architecture
     itemsize: int
     """Bytes of a number of its weights and arithmetic."""
+    elsewhere: bool = False
+    """It has devices of its own; its head is here, and what it says."""
+    whole: bool = False
+    """Whole on each device, also where the student is sharded."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +151,12 @@ def _stays(load: Load) -> dict[str, float]:
     }
     if load.teacher is not None:
         model, item = load.teacher.model, load.teacher.itemsize
-        found["teacher's weights"] = item * model.parameters.total * share
-        if load.parallel == "fsdp":
+        divided = load.parallel == "fsdp" and not load.teacher.whole and not load.teacher.elsewhere
+        if load.teacher.elsewhere:
+            found["teacher's head"] = item * model.head_matmul_parameters
+        else:
+            found["teacher's weights"] = item * model.parameters.total * (share if divided else 1.0)
+        if divided:
             found["gathered layers"] = max(found["gathered layers"], _gathered(model, item))
     if load.keeps_logits:
         found["logits"] = _logits(load)
@@ -176,7 +184,7 @@ def _teacher_moment(load: Load) -> dict[str, float]:
     if load.teacher is None:
         return {}
     model, item = load.teacher.model, load.teacher.itemsize
-    each = passing_bytes(model, load.length, item, masked=load.masked)
+    each = 0.0 if load.teacher.elsewhere else passing_bytes(model, load.length, item, masked=load.masked)
     return {"teacher's activations": load.tokens * each, "teacher's states": _told(load)}
 
 

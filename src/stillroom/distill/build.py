@@ -225,8 +225,9 @@ def build_state(
     module.hidden.to(student_dtype(config))
     parallel: nn.Module | None = None
     if isinstance(config.parallel, Fsdp):
-        shard_student(module, processes, config.parallel)
-        realise_sharded(module, config.device, offload=config.parallel.offload and config.device != "cpu")
+        offload = config.parallel.offload and config.device != "cpu"
+        shard_student(module, processes, reshard=config.parallel.reshard, offload=offload)
+        realise_sharded(module, config.device, offload=offload)
         student.model.tie_weights()
         assert student.fill is not None
         student.fill()

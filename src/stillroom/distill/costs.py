@@ -79,10 +79,15 @@ def load_of(config: DistillConfig, known: Known, hardware: Hardware) -> Load:
         objective=any(not isinstance(objective, Hidden) for objective in config.objectives),
         driver_bytes=hardware.driver_bytes,
         heap_share=hardware.heap_share,
-        num_devices=hardware.num_devices,
-        parallel=hardware.how_parallel,
+        num_devices=max(1, hardware.num_devices // getattr(config.parallel, "replicas", 1)),
+        parallel=config.parallel.kind if _is_chosen(config, hardware) else hardware.how_parallel,
     )
     return replace(load, micro_batches=max(1, -(-config.batch.tokens // (load.tokens * hardware.num_devices))))
+
+
+def _is_chosen(config: DistillConfig, hardware: Hardware) -> bool:
+    """Whether the recipe says how several devices divide the work, and the plan does not."""
+    return hardware.parallel == "auto" and hardware.num_devices > 1 and config.parallel.kind in ("ddp", "fsdp")
 
 
 def _length(config: DistillConfig, known: Known) -> int:
@@ -111,7 +116,9 @@ def _teacher_load(config: DistillConfig, known: Known, hardware: Hardware) -> Te
     if not isinstance(teacher, LiveTeacher) or known.teacher is None or not _asks_teacher(config):
         return None
     single = teacher.dtype == "float32" or (teacher.dtype == "auto" and hardware.is_cpu)
-    return TeacherLoad(known.teacher, 4 if single else 2)
+    return TeacherLoad(
+        known.teacher, 4 if single else 2, elsewhere=teacher.ranks is not None, whole=teacher.placement == "whole"
+    )
 
 
 def _asks_teacher(config: DistillConfig) -> bool:

@@ -7,6 +7,7 @@ never mix with what the student's processes tell each other.
 
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from stillroom.batch import Batch
 from stillroom.distill.processes import Meeting
 from stillroom.distill.teacher import LiveTeacher
 from stillroom.head import Head
+from stillroom.interrupt import Requests
 from stillroom.layers import Layer
 from stillroom.signals import Attention, Dense, Hidden, Told
 
@@ -36,6 +38,8 @@ class DistantTeacher:
         self.talk, self.ranks = meeting.talk, teachers_of(meeting)
         self.layers: Sequence[Layer] = ()
         self.attention: Sequence[int] = ()
+        self.signal = 0
+        """The signal that asked one of its processes to end, or 0."""
         self._one_at_a_time = threading.Lock()
 
     def ask_for(self, layers: Sequence[Layer], attention: Sequence[int]) -> None:
@@ -72,9 +76,11 @@ class DistantTeacher:
         dist.send(tensor.contiguous(), rank, group=self.talk)
 
     def _receive(self, rank: int, num_kept: int) -> Iterator[Tensor]:
-        widths = torch.empty(1 + len(self.layers) + 3 * len(self.attention), dtype=torch.long)
-        dist.recv(widths, rank, group=self.talk)
-        for width in widths.tolist():
+        header = torch.empty(2 + len(self.layers) + 3 * len(self.attention), dtype=torch.long)
+        dist.recv(header, rank, group=self.talk)
+        signal, *widths = header.tolist()
+        self.signal = self.signal or signal
+        for width in widths:
             state = torch.empty(num_kept, width, dtype=self.dtype)
             if state.numel():
                 dist.recv(state.view(torch.uint8), rank, group=self.talk)
@@ -117,70 +123,88 @@ def _split(batch: Batch, number: int) -> list[Batch]:
     return pieces
 
 
-def serve(teacher: LiveTeacher, meeting: Meeting, device: str, *, together: bool) -> int:
+def serve(teacher: LiveTeacher, meeting: Meeting, device: str, asked: Requests, *, together: bool) -> int:
     """Answers until all askers have left; how many questions were answered.
 
     Args:
+        asked: whether this process was asked to end, which its answers tell.
         together: the teacher is sharded over its processes, which must run it at the same times: each then answers in
             rounds, one question of each asker, all of whom ask equally often.
     """
     askers = students_of(meeting)
-    return _in_rounds(teacher, meeting, device, askers) if together else _as_they_come(teacher, meeting, device, askers)
+    server = _Server(teacher, meeting, device, asked)
+    return _in_rounds(server, askers) if together else _as_they_come(server, askers)
 
 
-def _as_they_come(teacher: LiveTeacher, meeting: Meeting, device: str, askers: list[int]) -> int:
+@dataclass(frozen=True)
+class _Server:
+    """What answers: a process of the teacher."""
+
+    teacher: LiveTeacher
+    meeting: Meeting
+    device: str
+    asked: Requests
+
+    def next(self, asker: int | None = None) -> tuple[int, Batch | None]:
+        """Who asks next, or only ``asker``; and its question, or None where it leaves."""
+        header = torch.empty(3, dtype=torch.long)
+        asker = dist.recv(header, asker, group=self.meeting.talk)
+        kind, rows, length = header.tolist()
+        if kind == LEAVE:
+            return asker, None
+        sent = torch.empty(3, rows, length, dtype=torch.long)
+        dist.recv(sent, asker, group=self.meeting.talk)
+        tokens, positions, keep = sent.to(self.device)
+        return asker, Batch(tokens, torch.zeros_like(tokens), keep.bool(), positions, torch.zeros_like(tokens))
+
+    def answer(self, asker: int, question: Batch) -> None:
+        told = self.teacher.tell(question)
+        assert isinstance(told.signal, Dense)
+        assert told.hidden is not None
+        tensors = [told.signal.hidden, *(told.hidden.states[layer] for layer in self.teacher.layers)]
+        for layer in self.teacher.attention:
+            tensors += told.hidden.attention[layer]
+        header = torch.tensor([self.asked.number, *(tensor.shape[-1] for tensor in tensors)])
+        dist.send(header, asker, group=self.meeting.talk)
+        for tensor in tensors:
+            if tensor.numel():
+                sent = tensor.to("cpu", self.teacher.model.dtype).contiguous().view(torch.uint8)
+                dist.send(sent, asker, group=self.meeting.talk)
+
+    def idle(self) -> None:
+        """Runs the teacher for nobody, as its other processes do for somebody."""
+        nothing = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        self.teacher.tell(Batch(nothing, nothing, nothing.bool(), nothing, nothing))
+
+
+def _as_they_come(server: _Server, askers: list[int]) -> int:
     there, answered = set(askers), 0
     while there:
-        header = torch.empty(3, dtype=torch.long)
-        asker = dist.recv(header, group=meeting.talk)
-        if header[0] == LEAVE:
+        asker, question = server.next()
+        if question is None:
             there.discard(asker)
-            continue
-        _answer(teacher, _question(header, asker, meeting, device), asker, meeting)
-        answered += 1
+        else:
+            server.answer(asker, question)
+            answered += 1
     return answered
 
 
-def _in_rounds(teacher: LiveTeacher, meeting: Meeting, device: str, askers: list[int]) -> int:
-    there, answered = list(askers), 0
-    most = -(-meeting.num_students // meeting.mine.size)
+def _in_rounds(server: _Server, askers: list[int]) -> int:
+    there, answered, others = list(askers), 0, server.meeting.mine
+    most = -(-server.meeting.num_students // others.size)
     while True:
         questions = []
         for asker in list(there):
-            header = torch.empty(3, dtype=torch.long)
-            dist.recv(header, asker, group=meeting.talk)
-            if header[0] == LEAVE:
+            _, question = server.next(asker)
+            if question is None:
                 there.remove(asker)
             else:
-                questions.append((asker, _question(header, asker, meeting, device)))
-        if not meeting.mine.any(bool(questions)):
+                questions.append((asker, question))
+        if not others.any(bool(questions)):
             return answered
         for number in range(most):
             if number < len(questions):
-                asker, question = questions[number]
-                _answer(teacher, question, asker, meeting)
+                server.answer(*questions[number])
                 answered += 1
             else:
-                nothing = torch.zeros(1, 1, dtype=torch.long, device=device)
-                teacher.tell(Batch(nothing, nothing, nothing.bool(), nothing, nothing))
-
-
-def _question(header: Tensor, asker: int, meeting: Meeting, device: str) -> Batch:
-    rows, length = header[1:].tolist()
-    sent = torch.empty(3, rows, length, dtype=torch.long)
-    dist.recv(sent, asker, group=meeting.talk)
-    tokens, positions, keep = sent.to(device)
-    return Batch(tokens, torch.zeros_like(tokens), keep.bool(), positions, torch.zeros_like(tokens))
-
-
-def _answer(teacher: LiveTeacher, question: Batch, asker: int, meeting: Meeting) -> None:
-    told = teacher.tell(question)
-    assert isinstance(told.signal, Dense)
-    assert told.hidden is not None
-    tensors = [told.signal.hidden, *(told.hidden.states[layer] for layer in teacher.layers)]
-    for layer in teacher.attention:
-        tensors += told.hidden.attention[layer]
-    dist.send(torch.tensor([tensor.shape[-1] for tensor in tensors]), asker, group=meeting.talk)
-    for tensor in tensors:
-        if tensor.numel():
-            dist.send(tensor.to("cpu", teacher.model.dtype).contiguous().view(torch.uint8), asker, group=meeting.talk)
+                server.idle()

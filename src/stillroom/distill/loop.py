@@ -65,6 +65,9 @@ def train(
         due = state.step == num_steps or (bool(measure_every) and state.step % measure_every == 0)
         return measure is not None and due and state.step > state.measured_at
 
+    def signal() -> int:
+        return interrupted.number or getattr(teacher, "signal", 0)  # a teacher on other processes tells theirs
+
     asked = "finishing this step, then saving; press Ctrl-C again to stop at once, without saving"
     state.stopped_by = 0
     with deferred_interrupts(lambda: report("note", {"text": asked})) as interrupted:
@@ -72,12 +75,12 @@ def train(
             if not measurement_is_due():
                 state.module.train()
                 now = None if objectives is None else objectives(state.step / max(1, num_steps - 1))
-                values = optimizer_step(state, teacher, clip, checkpoints, now, interrupted.number)
+                values = optimizer_step(state, teacher, clip, checkpoints, now, signal())
                 record(values)
                 report("step", {**values, "num_steps": num_steps, "total_time_s": state.time_s})
             if measure is not None and measurement_is_due() and not state.stopped_by:
                 if (measured := measure(interrupted)) is None:
-                    state.stopped_by = most_urgent(state.processes, interrupted.number)
+                    state.stopped_by = most_urgent(state.processes, signal())
                 else:
                     state.held_out, state.measured_at = measured, state.step
                     record({"step": state.step, "held_out": measured})
@@ -86,7 +89,7 @@ def train(
                         state.best = {"step": state.step, "loss_nats": measured["loss_nats"]}
 
             if state.processes.size == 1:
-                state.stopped_by = state.stopped_by or interrupted.number
+                state.stopped_by = state.stopped_by or signal()
             last, is_best = state.step == num_steps, state.best.get("step") == state.step
             due = bool(checkpoint_every) and state.step % checkpoint_every == 0
             if last or due or is_best or state.stopped_by:

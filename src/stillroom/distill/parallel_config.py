@@ -41,7 +41,7 @@ class Fsdp(_Together):
     """Copies of the student, each of which lies on as many processes as every other (hybrid sharding): as many as there
     are nodes keeps the large messages inside a node."""
     offload: bool = False
-    """Keep parameters, gradients and optimizer state in the CPU's memory, and step there."""
+    """Keep parameters, gradients and optimizer state in the CPU's memory, and step there; on a CPU they are there."""
     reshard: bool = True
     """Let go of a layer after its forward pass, and put it together again for its backward pass."""
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh
 
 from stillroom.errors import ConfigError, MismatchError, MissingError, StillroomError, ToldElsewhere
@@ -262,10 +262,8 @@ def meet(device_type: str, *, timeout_s: float, sharded: bool, replicas: int = 1
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     try:
-        if here.size == 1:
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-        else:
-            dist.init_process_group(backend, timeout=timeout)
+        store = _meeting_place(here, timeout)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=here.rank, world_size=here.size)
     except (RuntimeError, ValueError) as error:
         raise MissingError(
             "the processes of this run did not find each other",
@@ -296,6 +294,23 @@ def _check_division(size: int, replicas: int, num_teachers: int) -> None:
             why="Each copy lies on as many processes as every other.",
             fix=f"Set parallel.replicas to a number that divides {num_students}, or start other processes.",
         )
+
+
+def _meeting_place(here: Place, timeout: datetime.timedelta) -> Store:
+    """Where the processes tell each other their addresses: a port that the first opens, or that of the `torchrun` that
+    has started them, which keeps what earlier attempts have told there."""
+    if here.size == 1:
+        return HashStore()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    opens = here.rank == 0 and not of_torchrun
+    store = TCPStore(address, port, here.size, opens, timeout, wait_for_workers=False)
+    return PrefixStore(f"attempt {attempt()}", store)
+
+
+def attempt() -> int:
+    """How often `torchrun` has started these processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0)
 
 
 def _take_device(here: Place) -> None:

@@ -1,9 +1,11 @@
 """`stillroom distill`: student + (live teacher or none) + data -> model."""
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,11 +35,12 @@ from stillroom.distill.objective_config import ObjectiveConfig
 from stillroom.distill.objectives import build_objectives, hidden_weights, needs_teacher, scheduled
 from stillroom.distill.parallel_config import Fsdp
 from stillroom.distill.plan import Plan, make_plan
-from stillroom.distill.processes import Meeting, leave, meet
+from stillroom.distill.processes import Meeting, attempt, leave, meet
 from stillroom.distill.roll import Roll, told_once
 from stillroom.distill.student import Student
 from stillroom.distill.teacher import LiveTeacher, StoredTeacher
 from stillroom.errors import Interrupted, MismatchError
+from stillroom.files import read_json
 from stillroom.interrupt import deferred_interrupts
 from stillroom.runs import Metrics, Onlooker, RunFolder, check_place, versions
 from stillroom.store.reader import Store
@@ -66,8 +69,6 @@ def run(
         KeyboardInterrupt: Ctrl-C; while training, the state was saved first.
     """
     check(config.tracking)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # torchrun has started it again
-        resume, overwrite = True, False
     with together(config) as meeting:
         roll = Roll(meeting.everybody)
         first = meeting.everybody.first
@@ -84,6 +85,8 @@ def _run(
     config: DistillConfig, meeting: Meeting, roll: Roll, resume: bool, overwrite: bool, report: Report
 ) -> dict[str, Any]:
     everybody, processes = meeting.everybody, meeting.mine
+    if everybody.gather(attempt() > 0 and _began(config.out))[0]:  # torchrun has started it again
+        resume, overwrite = True, False
 
     def look() -> Plan:
         check_place(config.out, may_exist=resume or overwrite)
@@ -166,6 +169,17 @@ def _distill(
     return folder.record
 
 
+def _launcher() -> str:
+    """What has started the first process, as no other is called at the same time."""
+    return f"process {os.getppid()} of {socket.gethostname()}"
+
+
+def _began(out: str) -> bool:
+    """Whether the run that lies there was begun by what has started this process."""
+    path = Path(out) / "run.json"
+    return path.is_file() and read_json(path).get("launcher") == _launcher()
+
+
 def _same(plan: Plan) -> dict[str, object]:
     """What must be the same in all processes before anything is loaded."""
     config = plan.config.model_dump(mode="json", exclude={"data": {"cache"}})
@@ -181,7 +195,7 @@ def _how_many(meeting: Meeting) -> dict[str, Any]:
     """What run.json says of the processes, where there are several."""
     if meeting.everybody.size == 1:
         return {}
-    return {"processes": {"train": meeting.num_students, "teach": meeting.num_teachers}}
+    return {"launcher": _launcher(), "processes": {"train": meeting.num_students, "teach": meeting.num_teachers}}
 
 
 def _teach(plan: Plan, meeting: Meeting) -> dict[str, Any]:
@@ -190,8 +204,8 @@ def _teach(plan: Plan, meeting: Meeting) -> dict[str, Any]:
     assert isinstance(teacher, LiveTeacher)
     assert not isinstance(plan.config.teacher, StoreTeacher | None)
     teacher.ask_for(*layers_of(compared_layers(plan, None), 1))
-    with deferred_interrupts():  # those that train say when to stop
-        serve(teacher, meeting, plan.config.device, together=plan.config.teacher.placement != "whole")
+    with deferred_interrupts() as interrupted:  # those that train are told, and say when to stop
+        serve(teacher, meeting, plan.config.device, interrupted, together=plan.config.teacher.placement != "whole")
     return {}
 
 

@@ -21,14 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from stillroom import models
-from stillroom.distill.parallel_config import Fsdp
 from stillroom.distill.processes import Processes
 from stillroom.distill.step import StudentStep
 from stillroom.states import blocks
 from stillroom.weights.parts import local, realise
 
 
-def shard_student(module: StudentStep, processes: Processes, config: Fsdp) -> None:
+def shard_student(module: StudentStep, processes: Processes, *, reshard: bool = True, offload: bool = False) -> None:
     """Shards the student step over the mesh: each block and each projector a group of its own, and all else together
     with the head, which the losses use beside the backbone. Parameters may be without memory yet.
 
@@ -39,13 +38,15 @@ def shard_student(module: StudentStep, processes: Processes, config: Fsdp) -> No
         mixed = MixedPrecisionPolicy(
             param_dtype=module.precision, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    offload = CPUOffloadPolicy() if config.offload else OffloadPolicy()
-    settings: dict[str, Any] = {"mesh": processes.mesh, "offload_policy": offload}
+    settings: dict[str, Any] = {
+        "mesh": processes.mesh,
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+    }
     for block in blocks(module.model):
-        fully_shard(block, mp_policy=mixed, reshard_after_forward=config.reshard, **settings)
+        fully_shard(block, mp_policy=mixed, reshard_after_forward=reshard, **settings)
     embeddings, head = module.model.get_input_embeddings(), module.model.get_output_embeddings()
     if _weight(embeddings) is not _weight(head):
-        fully_shard(embeddings, mp_policy=mixed, reshard_after_forward=config.reshard, **settings)
+        fully_shard(embeddings, mp_policy=mixed, reshard_after_forward=reshard, **settings)
     for term in module.hidden.values():
         if any(True for _ in term.parameters()):
             fully_shard(term, **settings)  # in its own precision

@@ -3,11 +3,15 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from published import PUBLISHED
 from stillroom.cli.main import main
+from stillroom.recipe import read_recipe
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -182,3 +186,29 @@ def test_time_that_is_not_counted_is_named(capsys, recipe):
     assert any("what is held out takes time besides" in sentence for sentence in said)
     assert any("what the student keeps takes time besides" in sentence for sentence in said)
     assert not any("besides" in sentence for sentence in planned(capsys, recipe)["assumed"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "models", "devices"),
+    [
+        ("llama-405b-to-70b", {"teacher": "Llama 3.1 405B", "student": "Llama 3.1 70B"}, 128),
+        ("qwen2.5-72b-to-14b", {"teacher": "Qwen2.5 72B", "student": "Qwen2.5 14B"}, 8),
+        ("qwen2.5-72b-to-14b", {"teacher": "Qwen2.5 72B", "student": "Qwen2.5 14B"}, 32),
+    ],
+)
+def test_the_plans_of_the_guide_are_those_of_the_command(recipe, models, devices, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = ROOT / "recipes" / f"{recipe}.yaml"
+    for whose, name in models.items():
+        config, num_parameters = PUBLISHED[name]
+        folder = tmp_path / read_recipe(path)[whose]["model"]
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        header = json.dumps({"all": {"dtype": "BF16", "shape": [num_parameters], "data_offsets": [0, 0]}}).encode()
+        (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert main(["plan", str(path), f"num_devices={devices}"]) == 0
+    guide = {line.split("  (of ")[0] for line in (ROOT / "docs/guide/scaling.md").read_text().splitlines()}
+    told = capsys.readouterr().out.splitlines()
+    for start in ("  in all ", "  time "):
+        (line,) = [line for line in told if line.startswith(start)]
+        assert line in guide
