@@ -80,14 +80,17 @@ def load_of(config: DistillConfig, known: Known, hardware: Hardware) -> Load:
         driver_bytes=hardware.driver_bytes,
         heap_share=hardware.heap_share,
         num_devices=max(1, hardware.num_devices // getattr(config.parallel, "replicas", 1)),
-        parallel=config.parallel.kind if _is_chosen(config, hardware) else hardware.how_parallel,
+        parallel=_parallel(config, hardware),
     )
     return replace(load, micro_batches=max(1, -(-config.batch.tokens // (load.tokens * hardware.num_devices))))
 
 
-def _is_chosen(config: DistillConfig, hardware: Hardware) -> bool:
-    """Whether the recipe says how several devices divide the work, and the plan does not."""
-    return hardware.parallel == "auto" and hardware.num_devices > 1 and config.parallel.kind in ("ddp", "fsdp")
+def _parallel(config: DistillConfig, hardware: Hardware) -> Parallel:
+    """How several devices divide the work: as the plan is told, or else the recipe."""
+    chosen = config.parallel.kind
+    if hardware.parallel == "auto" and hardware.num_devices > 1 and chosen in ("ddp", "fsdp"):
+        return chosen  # pyright: ignore[reportReturnType]
+    return hardware.how_parallel
 
 
 def _length(config: DistillConfig, known: Known) -> int:
