@@ -121,12 +121,12 @@ def start(environment: dict[str, str]) -> Iterator[Start]:
     begun: list[subprocess.Popen[str]] = []
     ports = free_ports()
 
-    def processes(size: int, *command: str) -> list[subprocess.Popen[str]]:
+    def processes(size: int, *command: str, **settings: str) -> list[subprocess.Popen[str]]:
         port = next(ports)
         own = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         made = []
         for rank in range(size if size > 1 else 1):
-            place = {**own, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            place = {**own, **settings, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             made.append(
                 subprocess.Popen(
                     [sys.executable, *command],
@@ -381,3 +381,66 @@ def test_an_environment_that_lacks_something(environment, recipe, changes, said)
     assert done.returncode == 2
     assert f"error: {said}" in done.stderr or said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# --- what a process holds and sends ----------------------------------------------------------------------------------
+
+BIG = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 24, "num_attention_heads": 4}
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""Has the C library give back at once what is freed, so that what a process has is what it holds."""
+
+
+@pytest.fixture(scope="module")
+def watched(start: Start, recipe: Path, saved_model: SaveModel) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """The parameters of a model by part, and what each of two processes held and sent that trained it by FSDP2."""
+    model = saved_model("llama", seed=5, **BIG)
+    settings = ["teacher=null", "objectives=[{kind: cross_entropy}]", "precision=float32", "held_out=null", FSDP]
+    settings += ["steps=2", "batch={tokens: 64, micro_tokens: 32}"]  # whose activations are small beside the model
+    tiny = [*settings, f"out={recipe.parent}/tiny"]
+    big = [*settings, f"student.model={model}", f"out={recipe.parent}/watched"]
+    places = [recipe.parent / f"watched-{rank}.json" for rank in range(2)]
+    script = recipe.parent / "watched.py"
+    script.write_text(
+        f"""import os, sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+from watched_run import main
+main({list(map(str, places))!r}[int(os.environ["RANK"])], {str(recipe)!r}, {tiny!r}, {big!r})
+"""
+    )
+    for code, text in ended(start(2, str(script), **GIVES_BACK)):
+        assert code == 0, text
+    parts = {"blocks": 0, "embeddings": 0, "rest": 0}
+    for name, tensor in load_file(model / "model.safetensors").items():
+        kind = "blocks" if ".layers." in name else "embeddings" if "embed_tokens" in name else "rest"
+        parts[kind] += tensor.numel()
+    return parts, [json.loads(place.read_text()) for place in places]
+
+
+@pytest.mark.parametrize("phase", ["load", "step", "save", "export"])
+def test_no_process_holds_more_than_its_part(watched, phase):
+    """Never more than its share of weights, gradients and AdamW's moments and 15 % of all of them."""
+    parts, told = watched
+    state = 16 * sum(parts.values())
+    for of_rank in told:
+        assert 0 < of_rank["most"][phase] <= (1 / 2 + 0.15) * state
+    for of_rank in told:  # nor the weights whole, where nothing but weights is there
+        if phase == "load":
+            assert of_rank["most"][phase] < 4 * sum(parts.values())
+
+
+def test_a_step_sends_what_it_must(watched):
+    """Each block is put together for its forward and its backward pass, and its gradient added up; what stands around
+    the blocks is put together once, but for the embeddings; and one sum tells all of the rest."""
+    parts, told = watched
+    blocks, embeddings, rest = parts["blocks"], parts["embeddings"], parts["rest"]
+    for of_rank in told:
+        for step in of_rank["sent"]:
+            passes = step["_reduce_scatter_base_"][0] // (BIG["num_hidden_layers"] + 2)
+            assert passes >= 1
+            assert step["_allgather_base_"] == [
+                passes * (2 * (BIG["num_hidden_layers"] + 1) + 1),
+                passes * 4 * (2 * (blocks + embeddings) + rest),
+            ]
+            assert step["_reduce_scatter_base_"][1] == passes * 4 * (blocks + embeddings + rest)
+            assert step["allreduce_"] == [1, 8 * 4]  # loss, squares of gradients, one objective, a signal
+            assert set(step) == {"_allgather_base_", "_reduce_scatter_base_", "allreduce_"}

@@ -8,7 +8,7 @@ from stillroom.costs.advice import nearest
 from stillroom.costs.estimate import CAPTURE_SPEED, STORE_STEP, live_or_offline
 from stillroom.costs.flops import forward_flops, training_flops
 from stillroom.costs.hardware import Hardware
-from stillroom.costs.memory import HEAP_SHARE, Adapters, Load, TeacherLoad, memory, trained_parameters
+from stillroom.costs.memory import HEAP_SHARE, Adapters, Load, Parallel, TeacherLoad, memory, trained_parameters
 from stillroom.costs.report import Report
 from stillroom.costs.sections import ARITHMETIC, add_memory, add_parameters, add_time, amount, fit
 from stillroom.costs.storage import stored
