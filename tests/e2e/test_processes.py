@@ -149,7 +149,7 @@ def start(environment: dict[str, str]) -> Iterator[Start]:
 
 def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     """Exit code and output of each."""
-    told = [process.communicate(timeout=240)[0] for process in processes]
+    told = [process.communicate(timeout=100)[0] for process in processes]
     return [(process.returncode, text) for process, text in zip(processes, told, strict=True)]
 
 

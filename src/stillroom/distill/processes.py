@@ -234,6 +234,8 @@ class Meeting:
         return self.everybody.size - self.num_teachers
 
 
+MEETING_TIME = datetime.timedelta(minutes=10)
+"""How long the first to come waits for the last: some may have to be given a machine first."""
 NOBODY_ELSE = Meeting(ALONE, ALONE)
 
 
@@ -262,7 +264,8 @@ def meet(device_type: str, *, timeout_s: float, sharded: bool, replicas: int = 1
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     try:
-        store = _meeting_place(here, timeout)
+        store = _meeting_place(here)
+        _wait_for_all(here, store)
         dist.init_process_group(backend, timeout=timeout, store=store, rank=here.rank, world_size=here.size)
     except (RuntimeError, ValueError) as error:
         raise MissingError(
@@ -296,7 +299,7 @@ def _check_division(size: int, replicas: int, num_teachers: int) -> None:
         )
 
 
-def _meeting_place(here: Place, timeout: datetime.timedelta) -> Store:
+def _meeting_place(here: Place) -> Store:
     """Where the processes tell each other their addresses: a port that the first opens, or that of the `torchrun` that
     has started them, which keeps what earlier attempts have told there."""
     if here.size == 1:
@@ -304,8 +307,23 @@ def _meeting_place(here: Place, timeout: datetime.timedelta) -> Store:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     opens = here.rank == 0 and not of_torchrun
-    store = TCPStore(address, port, here.size, opens, timeout, wait_for_workers=False)
+    store = TCPStore(address, port, here.size, opens, MEETING_TIME, wait_for_workers=False)
     return PrefixStore(f"attempt {attempt()}", store)
+
+
+def _wait_for_all(here: Place, store: Store) -> None:
+    """Returns when every process has come, which may take longer than they wait for each other later.
+
+    Raises:
+        RuntimeError: some did not.
+    """
+    keys = [f"here {rank}" for rank in range(here.size)]
+    store.set(keys[here.rank], socket.gethostname())
+    try:
+        store.wait(keys, MEETING_TIME)
+    except RuntimeError as error:
+        missing = [key.removeprefix("here ") for key in keys if not store.check([key])]
+        raise RuntimeError(f"rank {', '.join(missing)} did not come in {MEETING_TIME}") from error
 
 
 def attempt() -> int:
@@ -330,17 +348,32 @@ def _divide(here: Place, device_type: str, timeout: datetime.timedelta, replicas
     kinds = [range(num_students), range(num_students, size)] if num_teachers else [range(size)]
     found = {}
     for number, ranks in enumerate(kinds):
-        grid = torch.tensor(list(ranks))
-        if number == 0 and replicas > 1:
-            mesh = DeviceMesh(device_type, grid.view(replicas, -1), mesh_dim_names=("replicas", "parts"))
-        else:
-            mesh = DeviceMesh(device_type, grid, mesh_dim_names=("parts",))
+        copies = replicas if number == 0 else 1
+        mesh = _mesh(device_type, torch.tensor(list(ranks)).view(copies, -1), here, timeout)
         group, saving = _group(ranks, timeout), _group(ranks, timeout)
         for mine, rank in enumerate(ranks):
             found[rank] = Processes(mine, len(ranks), here.local_rank, mesh, group, saving)
     everybody = Processes(here.rank, size, here.local_rank, None, _group(range(size), timeout))
     talk = _group(range(size), timeout) if num_teachers else None
     return Meeting(everybody, found[here.rank], here.rank >= num_students, num_teachers, talk)
+
+
+def _mesh(device_type: str, grid: Tensor, here: Place, timeout: datetime.timedelta) -> DeviceMesh | None:
+    """The mesh of some ranks [replicas, processes of each], whose groups wait no longer than ``timeout``; None in
+    others. A single replica has no dimension of its own."""
+    if len(grid) == 1:
+        grid = grid[0]
+    mine = []
+    for dimension in range(grid.ndim):
+        for ranks in grid.movedim(dimension, -1).reshape(-1, grid.shape[dimension]).tolist():
+            group = dist.new_group(ranks, timeout=timeout)
+            if here.rank in ranks:
+                mine.append(group)
+    if not mine:
+        return None
+    if grid.ndim == 1:
+        return DeviceMesh.from_group(mine[0], device_type, mesh_dim_names=("parts",))
+    return DeviceMesh.from_group(mine, device_type, mesh=grid, mesh_dim_names=("replicas", "parts"))
 
 
 def _group(ranks: range, timeout: datetime.timedelta) -> Any:

@@ -2,9 +2,11 @@
 
 import os
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
@@ -13,6 +15,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from stillroom.distill.processes import Processes
 from stillroom.errors import Interrupted, LostError, StillroomError, Stopped, ToldElsewhere
 
+T = TypeVar("T")
 PATIENCE_S = 5.0
 """How long the others are waited for, to say what befell them, once one has failed."""
 SIGNS = (
@@ -125,21 +128,40 @@ def _tell_unless_told(roll: Roll, error: StillroomError) -> None:
 
 def _who_is_lost(roll: Roll, error: RuntimeError) -> StillroomError:
     """The error of a process that another does not answer, once it is known why not."""
-    processes, ends = roll.processes, {}
-    try:
-        roll.end(LOST, " ".join(str(error).split())[:160])
-        until = time.monotonic() + PATIENCE_S
-        while time.monotonic() < until and len(ends) < processes.size:
-            time.sleep(0.05)
-            ends = roll.ends()
-    except RuntimeError:
+    processes = roll.processes
+    found = _in_time(lambda: _ends(roll, error))
+    if found is None:
         return _lost(["rank 0, or the host where all have met"], error)
-    silent = [rank for rank in range(processes.size) if rank not in ends]
-    names = [f"rank {rank}, last heard at {roll.last(rank)}" for rank in silent]
+    ends, last = found
+    names = [f"rank {rank}, last heard at {last[rank]}" for rank in range(processes.size) if rank not in ends]
     lost = _lost(names or ["nobody: all are there, and cannot reach each other"], error)
     failed = any(how == FAILED for how, _ in ends.values())
     speaker = min((rank for rank, (how, _) in ends.items() if how == LOST), default=processes.rank)
     return ToldElsewhere.of(lost) if failed or speaker != processes.rank else lost
+
+
+def _ends(roll: Roll, error: RuntimeError) -> tuple[dict[int, tuple[str, str]], list[str]]:
+    """How the others end too, once all have said so or that is waited for no longer; and how far each was."""
+    roll.end(LOST, " ".join(str(error).split())[:160])
+    until, ends = time.monotonic() + PATIENCE_S, {}
+    while time.monotonic() < until and len(ends) < roll.processes.size:
+        time.sleep(0.05)
+        ends = roll.ends()
+    return ends, [roll.last(rank) for rank in range(roll.processes.size)]
+
+
+def _in_time(ask: Callable[[], T]) -> T | None:
+    """What the store tells; None where it does not answer, which may take it for ever."""
+    found: list[T] = []
+
+    def work() -> None:
+        with _while_the_store_is_there():
+            found.append(ask())
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(3 * PATIENCE_S)
+    return found[0] if found else None
 
 
 def _lost(names: list[str], error: RuntimeError) -> LostError:
