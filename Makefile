@@ -58,7 +58,7 @@ clean:
 	touch $@
 
 .venv/.tools: .venv/.stillroom
-	$(PIP) -e '.[hub,lora,server,eval,report,tensorboard,wandb,trackio,mlflow,test,dev]'
+	$(PIP) -e '.[hub,lora,quantized,server,eval,report,tensorboard,wandb,trackio,mlflow,test,dev]'
 	touch $@
 
 .venv/.bench: .venv/.tools
