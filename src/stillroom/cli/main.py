@@ -84,7 +84,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _hush() -> None:
-    """Keeps what `transformers` imports where it is installed from telling of kernels for other devices."""
+    """Keeps packages that `transformers` imports where they are installed from telling of other devices' kernels."""
     import logging
 
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
