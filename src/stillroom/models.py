@@ -16,11 +16,13 @@ from transformers.utils import logging
 
 from stillroom.batch import Batch
 from stillroom.config import is_local
+from stillroom.costs.quantized import Quantization
 from stillroom.errors import ConfigError, DataError, MismatchError, MissingError, NonFiniteError
 from stillroom.head import Head
 from stillroom.model_folder import check_folder
 from stillroom.weights import read
 from stillroom.weights.parts import realise
+from stillroom.weights.quantized import check_quantized, num_numbers, quantized_loading
 from stillroom.weights.read import check_whole
 from stillroom.weights.skeleton import initialise, skeleton
 
@@ -88,11 +90,14 @@ def load_model(
     attention: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """A causal language model from a folder or the hub, in evaluation mode. Every weight must be there.
 
     Args:
         dtype: of its weights; auto is what its config.json says, or else what they are stored in.
+        quantization: of the weights of its linear layers but the head, one by one as they are read, on the device; its
+            arithmetic is in ``dtype``, which cannot be auto then.
     """
     if is_local(name):
         check_folder(Path(name).expanduser())
@@ -105,11 +110,15 @@ def load_model(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **({} if quantization is None else quantized_loading(quantization, dtype, device)),
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise _not_loaded(name, error) from error
     model, info = loaded
     check_whole(name, list(info["missing_keys"]), list(info["unexpected_keys"]), model.base_model_prefix)
+    if quantization is not None:
+        check_quantized(model, quantization, name)
+        return model.eval()
     return model.to(device).eval()
 
 
@@ -213,7 +222,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 def num_parameters(model: nn.Module, *, trained_only: bool = False) -> int:
     """Parameters, tied ones counted once."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained_only)
+    return sum(num_numbers(p) for p in model.parameters() if p.requires_grad or not trained_only)
 
 
 def max_length(config: PretrainedConfig) -> int | None:

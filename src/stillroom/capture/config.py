@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from stillroom.config import Config, PathText
+from stillroom.costs.quantized import Quantization
 from stillroom.data.config import DataConfig, TextData
 from stillroom.engines import MOST_OPENAI
 from stillroom.store.config import SHARD_POSITIONS, HeadAndSample, HiddenStates, SignalConfig, TopK, TopP
@@ -29,6 +30,9 @@ class Transformers(Config):
     kind: Literal["transformers"]
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """The type of its weights and arithmetic; auto is bfloat16 on a GPU and float32 on a CPU."""
+    quantization: Quantization | None = None
+    """The weights of its linear layers in 8 or 4 bits, made as they are read; the head, embeddings and experts stay in
+    `dtype`, in which it also computes. int8 and fp8 take a byte a weight, nf4 half a byte."""
     device: str = "auto"
     """cpu, cuda, cuda:1; auto takes a CUDA device where there is one, that of LOCAL_RANK among several, and else the
     CPU."""

@@ -9,6 +9,7 @@ from stillroom.costs.estimate import CAPTURE_SPEED
 from stillroom.costs.flops import forward_flops
 from stillroom.costs.hardware import Hardware
 from stillroom.costs.kinds import add_kinds
+from stillroom.costs.quantized import weights_bytes
 from stillroom.costs.report import Report, bytes_text
 from stillroom.costs.sections import ARITHMETIC, add_memory, add_parameters, add_time, fit
 from stillroom.costs.storage import Kind, full, hidden_states, stored
@@ -60,7 +61,9 @@ def _add_memory(report: Report, config: CaptureConfig, model: Architecture, hard
         LOGITS_BYTES["cpu" if hardware.is_cpu else "cuda"] if engine.logits_bytes == "auto" else engine.logits_bytes
     )
     parts = {
-        "teacher's weights": float(item * model.parameters.total),  # whole on each of several workers' devices
+        "teacher's weights": weights_bytes(
+            model, item, engine.quantization
+        ),  # whole on each of several workers' devices
         "teacher's activations": tokens * passing_bytes(model, config.data.length, item, masked=config.data.pack),
         "last states": float(tokens * model.hidden_size * item),
         "logits and probabilities": 2.0 * max(logits, 4 * model.vocab_size),

@@ -23,6 +23,7 @@ from stillroom.layers import check_layers
 from stillroom.recipe import to_yaml
 from stillroom.runs import check_outside, scrub
 from stillroom.tokenizers import compare, has_tokenizer, load_tokenizer, num_columns, template_of
+from stillroom.weights.quantized import check_quantizable
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def make_plan(config: CaptureConfig) -> Plan:
     """
     given, config = config, _resolve(config)
     teacher = config.teacher
-    local = isinstance(teacher.engine, Transformers)
+    engine = teacher.engine
     remote_code = teacher.trust_remote_code
     tokenizer = load_tokenizer(
         teacher.tokenizer or teacher.model,
@@ -136,8 +137,10 @@ def make_plan(config: CaptureConfig) -> Plan:
         trust_remote_code=remote_code,
     )
     needed, width, teacher_config = num_columns(tokenizer), None, None
-    if local:
+    if isinstance(engine, Transformers):
         teacher_config = models.read_config(teacher.model, revision=teacher.revision, trust_remote_code=remote_code)
+        if (kind := engine.quantization) is not None:
+            check_quantizable(teacher_config, kind, "the teacher")
         width = teacher_config.get_text_config().vocab_size
         _check_width(needed, width, _whose(teacher))
         _check_own(teacher, tokenizer)

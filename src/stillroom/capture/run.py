@@ -123,6 +123,7 @@ def _teacher(plan: Plan) -> "ModelTeacher | ServerTeacher":
         attention=None if engine.attention == "auto" else engine.attention,
         revision=teacher.revision,
         trust_remote_code=teacher.trust_remote_code,
+        quantization=engine.quantization,
     )
     models.verify(model, "the teacher", pack=config.data.pack)
     pad = plan.tokenizer.pad_token_id

@@ -58,6 +58,7 @@ def main(words: Sequence[str] | None = None) -> int:
         arguments = parse(words, tuple(VERBS))
         if arguments.verb is None:
             return _say(HELP.rstrip())
+        _hush()
         verb: Callable[[Arguments], int] = import_module(f"stillroom.cli.{arguments.verb}").main
         return verb(arguments)
     except ToldElsewhere:
@@ -80,6 +81,14 @@ def main(words: Sequence[str] | None = None) -> int:
         if error.errno not in DISK:
             raise
         return _failed(f"error: {error.strerror}: {error.filename or 'while writing'}", "--debug" in words)
+
+
+def _hush() -> None:
+    """Keeps packages that `transformers` imports where they are installed from telling of other devices' kernels."""
+    import logging
+
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO}

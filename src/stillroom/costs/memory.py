@@ -18,6 +18,7 @@ from typing import Literal
 
 from stillroom.costs.activations import gradient_bytes, layer_bytes, passing_bytes
 from stillroom.costs.architecture import Architecture
+from stillroom.costs.quantized import Quantization, weights_bytes
 
 Parallel = Literal["none", "ddp", "fsdp"]
 STATE_BYTES = {"float32": 8.0, "int8": 2.0}
@@ -45,11 +46,12 @@ class TeacherLoad:
 
     model: Architecture
     itemsize: int
-    """Bytes of a number of its weights and arithmetic."""
+    """Bytes of a number of its arithmetic, and of its weights but those that are quantised."""
     elsewhere: bool = False
     """It has devices of its own; its head is here, and what it says."""
     whole: bool = False
     """Whole on each device, also where the student is sharded."""
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,8 @@ def _stays(load: Load) -> dict[str, float]:
         if load.teacher.elsewhere:
             found["teacher's head"] = item * model.head_matmul_parameters
         else:
-            found["teacher's weights"] = item * model.parameters.total * (share if divided else 1.0)
+            weights = weights_bytes(model, item, load.teacher.quantization)
+            found["teacher's weights"] = weights * (share if divided else 1.0)
         if divided:
             found["gathered layers"] = max(found["gathered layers"], _gathered(model, item))
     if load.keeps_logits:

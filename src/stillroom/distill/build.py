@@ -57,6 +57,7 @@ def build_teacher(plan: Plan, meeting: Meeting = NOBODY_ELSE) -> AnyTeacher | No
             attention=None if teacher.attention == "auto" else teacher.attention,
             revision=teacher.revision,
             trust_remote_code=teacher.trust_remote_code,
+            quantization=teacher.quantization,
         )
     else:
         model = _teacher_skeleton(plan).requires_grad_(False)

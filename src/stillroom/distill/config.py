@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from stillroom.config import Config, PathText
+from stillroom.costs.quantized import Quantization
 from stillroom.cut.config import CutConfig
 from stillroom.data.config import ChatData, PromptCompletionData, TextData
 from stillroom.distill.objective_config import ByColumn, ObjectiveConfig
@@ -93,9 +94,12 @@ class LiveTeacher(Config):
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """The type of its weights and arithmetic; auto is bfloat16 on a GPU and float32 on a CPU. float64 is
     for checks."""
+    quantization: Quantization | None = None
+    """The weights of its linear layers in 8 or 4 bits, made as they are read; the head, embeddings and experts stay in
+    `dtype`, in which it also computes. int8 and fp8 take a byte a weight, nf4 half a byte. Its placement is whole."""
     placement: Literal["auto", "whole", "sharded", "offloaded"] = "auto"
     """How it lies on its processes: whole in each; a part of each layer in each, put together when it is needed; or
-    such parts in the CPU's memory. auto is as the student lies."""
+    such parts in the CPU's memory. auto is as the student lies, and whole where it is quantised."""
     ranks: Positive | None = None
     """Run it on so many processes of its own, the last ones, which send its hidden states ahead; null has it beside the
     student."""
@@ -108,6 +112,12 @@ class LiveTeacher(Config):
     """Commit or tag on the hub."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> "LiveTeacher":
+        if self.quantization is not None and self.dtype == "float64":
+            raise ValueError(f"dtype=float64 is for checks, and quantization={self.quantization} rounds what it checks")
+        return self
 
 
 class StoreTeacher(Config):
@@ -283,7 +293,14 @@ class DistillConfig(Config):
             raise ValueError("a new student without a teacher needs student.tokenizer")
 
     def _teacher_has_a_place(self) -> None:
-        if not isinstance(self.teacher, LiveTeacher) or self.teacher.ranks is None:
+        if not isinstance(self.teacher, LiveTeacher):
+            return
+        if self.teacher.quantization is not None and self.teacher.placement not in ("auto", "whole"):
+            raise ValueError(
+                f"a teacher in {self.teacher.quantization} lies whole in each process: teacher.placement="
+                f"{self.teacher.placement} would divide weights that are packed with their scales"
+            )
+        if self.teacher.ranks is None:
             return
         if self.teacher.placement == "offloaded":
             raise ValueError(

@@ -120,7 +120,11 @@ def _teacher_load(config: DistillConfig, known: Known, hardware: Hardware) -> Te
         return None
     single = teacher.dtype == "float32" or (teacher.dtype == "auto" and hardware.is_cpu)
     return TeacherLoad(
-        known.teacher, 4 if single else 2, elsewhere=teacher.ranks is not None, whole=teacher.placement == "whole"
+        known.teacher,
+        4 if single else 2,
+        elsewhere=teacher.ranks is not None,
+        whole=teacher.placement == "whole" or teacher.quantization is not None,
+        quantization=teacher.quantization,
     )
 
 

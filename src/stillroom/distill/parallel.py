@@ -61,6 +61,8 @@ def _resolve_teacher(config: DistillConfig, known: Known | None, meeting: Meetin
     teacher = config.teacher
     if not isinstance(teacher, LiveTeacher) or teacher.placement != "auto":
         return config
+    if teacher.quantization is not None:
+        return replace(config, {"teacher.placement": "whole"})
     placement = "sharded" if isinstance(config.parallel, Fsdp) and meeting.num_students > 1 else "whole"
     if teacher.ranks is not None:
         weights = 0.0 if known is None or known.teacher is None else known.teacher.parameters.total

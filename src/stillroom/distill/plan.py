@@ -39,6 +39,7 @@ from stillroom.recipe import to_yaml
 from stillroom.runs import check_outside
 from stillroom.store.reader import Store
 from stillroom.tokenizers import compare, load_tokenizer, num_columns, template_fingerprint, template_of
+from stillroom.weights.quantized import check_quantizable
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def make_plan(config: DistillConfig, meeting: Meeting = NOBODY_ELSE) -> Plan:
         meeting: the processes that will make the run.
 
     Raises:
-        MissingError: a model, a tokenizer, a data file or a device is not there.
+        MissingError: a model, a tokenizer, a data file, a device or a package is not there.
         MismatchError: the tokenizers, the chat templates or the heads of teacher and student do not fit.
     """
     given, config = config, _resolve_device(config)
@@ -185,6 +186,8 @@ def make_plan(config: DistillConfig, meeting: Meeting = NOBODY_ELSE) -> Plan:
         teacher_config = models.read_config(
             teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
         )
+        if teacher.quantization is not None:
+            check_quantizable(teacher_config, teacher.quantization, "the teacher")
     cut, fresh, student_config = student_parts(config, teacher_config, tokenizer)
     whose_tokenizer = _whose_tokenizer(config)
     _check_vocabulary(student_config, tokenizer, "student", whose_tokenizer)

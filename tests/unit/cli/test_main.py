@@ -1,5 +1,6 @@
 """`stillroom`: exit codes, and what the user reads."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -353,3 +354,9 @@ def test_help_can_be_printed_where_the_locale_has_no_ellipsis():
     done = stillroom_process("--help", PYTHONIOENCODING="ascii")
     assert done.returncode == 0
     assert done.stdout.startswith(f"stillroom {stillroom.__version__}")
+
+
+def test_packages_of_transformers_tell_nothing_of_kernels_for_other_devices(capsys):
+    assert main(["plan", "storage", "prompts=1", "vocab=8", "length=1"]) == 0
+    assert capsys.readouterr().err == ""
+    assert all(not logging.getLogger(name).isEnabledFor(logging.WARNING) for name in ("torchao", "bitsandbytes"))

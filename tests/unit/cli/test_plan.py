@@ -82,6 +82,18 @@ def test_fsdp_divides_what_stays(capsys, recipe):
     assert eight["optimizer's states"]["value"] == one["optimizer's states"]["value"] / 8
 
 
+def test_a_quantised_teacher_is_smaller_and_lies_whole(capsys, recipe):
+    one, eight = (
+        planned(capsys, recipe, "teacher.quantization=nf4", f"num_devices={n}")["memory of a device"][
+            "teacher's weights"
+        ]
+        for n in (1, 8)
+    )
+    full = planned(capsys, recipe)["memory of a device"]["teacher's weights"]
+    assert one == eight
+    assert one["value"] < full["value"] / 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     {

@@ -24,6 +24,13 @@ def test_what_stays_is_a_sum_by_hand():
     assert memory(replace(LOAD, states="int8")).stays["optimizer's states"] == 2 * P
 
 
+@pytest.mark.parametrize(("kind", "each"), [("int8", 1.0), ("fp8", 1.0), ("nf4", 0.5 + 1 / 64 + 4 / (64 * 256))])
+def test_a_quantised_teacher_has_small_layers_and_whole_ends(kind, each):
+    own = TEACHER.parameters
+    stays = memory(replace(LOAD, teacher=TeacherLoad(TEACHER, 2, quantization=kind))).stays
+    assert stays["teacher's weights"] == each * (own.attention + own.mlp) + 2 * (own.embeddings + own.head + own.norms)
+
+
 def test_gradients_stay_between_micro_batches():
     assert "gradients" not in memory(LOAD).comes
     assert memory(replace(LOAD, micro_batches=2)).comes["gradients"] == 4 * P

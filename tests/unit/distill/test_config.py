@@ -53,6 +53,7 @@ def loaded(tmp_path: Path):
         ["student.lora={targets: [q_proj, v_proj]}"],
         ["tracking=[wandb, tensorboard]"],
         ["optimizer.clip=null", "checkpoints.every=null"],
+        ["teacher.quantization=fp8", "teacher.placement=whole", "teacher.ranks=1"],
         ["objectives.1={kind: reverse_kl, temperature: 2, weight: 0}"],
     ],
     ids=" ".join,
@@ -114,6 +115,17 @@ def test_settings_that_go_together(loaded, overrides):
             ["teacher=null", "objectives=[{kind: cross_entropy}]", "student={init: {kind: config, family: llama}}"],
             "settings",
             "a new student without a teacher needs student.tokenizer",
+        ),
+        (
+            ["teacher.quantization=int8", "teacher.placement=sharded"],
+            "settings",
+            "a teacher in int8 lies whole in each process: teacher.placement=sharded would divide weights that are "
+            "packed with their scales",
+        ),
+        (
+            ["teacher.quantization=nf4", "teacher.dtype=float64"],
+            "teacher",
+            "dtype=float64 is for checks, and quantization=nf4 rounds what it checks",
         ),
     ],
 )
