@@ -3,7 +3,7 @@
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -110,8 +110,8 @@ def told_once(roll: Roll) -> Iterator[None]:
 
 
 def _tell_unless_told(roll: Roll, error: StillroomError) -> None:
-    """Raises ToldElsewhere in all but the first process that fail in the same way."""
-    processes, text = roll.processes, str(error)
+    """Raises ToldElsewhere in all but the first process that fail in the same way, with values of their own perhaps."""
+    processes, text = roll.processes, error.what
     roll.end(FAILED, text)
     if processes.first:
         return
@@ -129,7 +129,7 @@ def _who_is_lost(roll: Roll, error: RuntimeError) -> StillroomError:
     try:
         roll.end(LOST, " ".join(str(error).split())[:160])
         until = time.monotonic() + PATIENCE_S
-        while time.monotonic() < until and len(ends) < processes.size:
+        while time.monotonic() < until and len(ends) < processes.size and not _another_tells(ends, processes.rank):
             time.sleep(0.05)
             ends = roll.ends()
     except RuntimeError:
@@ -137,15 +137,22 @@ def _who_is_lost(roll: Roll, error: RuntimeError) -> StillroomError:
     silent = [rank for rank in range(processes.size) if rank not in ends]
     names = [f"rank {rank}, last heard at {roll.last(rank)}" for rank in silent]
     lost = _lost(names or ["nobody: all are there, and cannot reach each other"], error)
-    failed = any(how == FAILED for how, _ in ends.values())
-    speaker = min((rank for rank, (how, _) in ends.items() if how == LOST), default=processes.rank)
-    return ToldElsewhere.of(lost) if failed or speaker != processes.rank else lost
+    return ToldElsewhere.of(lost) if _another_tells(ends, processes.rank) else lost
+
+
+def _another_tells(ends: Mapping[int, tuple[str, str]], rank: int) -> bool:
+    """Whether a process need not say what befell it: one failed by itself, or one before it has lost another too. It
+    then ends at once, so that those that wait for it learn of it, and are not taken for lost."""
+    return any(how == FAILED or other < rank for other, (how, _) in ends.items())
 
 
 def _lost(names: list[str], error: RuntimeError) -> LostError:
     return LostError(
         "a process of this run is lost",
-        {"lost": "; ".join(names[:4]), "reason": " ".join(str(error).split())[:160]},
+        {
+            "lost" if len(names) == 1 else "lost, or waiting for one that is": "; ".join(names[:4]),
+            "reason": " ".join(str(error).split())[:160],
+        },
         why="Every process is needed for every step, so the run ended here. Its checkpoints are whole.",
         fix="Look at that process's host, then run the same command with --resume; torchrun --max-restarts does so by "
         "itself.",
