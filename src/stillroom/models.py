@@ -359,8 +359,11 @@ def _weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 @torch.no_grad()
-def verify(model: PreTrainedModel, name: str, *, pack: bool) -> None:
+def verify(model: PreTrainedModel, name: str, *, pack: bool, device: torch.device | None = None) -> None:
     """Tries the model on a few tokens, so that no wrong assumption about its architecture goes unnoticed.
+
+    Args:
+        device: where it works; None is where its parameters are, which may be elsewhere where they are offloaded.
 
     Raises:
         NonFiniteError: it says something that is not a number.
@@ -368,7 +371,7 @@ def verify(model: PreTrainedModel, name: str, *, pack: bool) -> None:
             with ``pack``, a document that shares a row with another is read differently for it.
     """
     generator = torch.Generator().manual_seed(0)
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     tokens = torch.randint(0, head(model).num_columns, (3, 16), generator=generator)
     tokens[1, 8:] = tokens[0, 8:]
     tokens[2, :15] = tokens[0, :15]

@@ -44,12 +44,16 @@ CASES: dict[str, list[str]] = {
     "hidden-alone": [*LIVE, HIDDEN_ALONE.replace("{", "{{").replace("}", "}}")],
     "new": [*LIVE, NEW.replace("{", "{{").replace("}", "}}")],
     "cut": [*LIVE, CUT.replace("{", "{{").replace("}", "}}")],
+    "new-lora": [*LIVE, NEW.replace("}}}", "}}, lora: {rank: 4}}").replace("{", "{{").replace("}", "}}")],
     "recomputed": [*LIVE, "student.gradient_checkpointing=true", "student.freeze=['*layers.0.mlp*']"],
     "store": ["teacher={{kind: store, path: {store}}}", "data={{format: store, length: 32}}", "held_out=null"],
 }
 """What is trained, by what differs from the recipe."""
 DDP, FSDP = "parallel.kind=ddp", "parallel.kind=fsdp"
-TWO = [(case, how) for case in CASES for how in (DDP, FSDP)]
+MEASURED = "student={{init: {{kind: from_teacher, layers: {{kind: best, count: 2}}}}}}"
+CASES["measured"] = [*LIVE, MEASURED]
+TWO = [(case, how) for case in CASES for how in (DDP, FSDP) if case != "measured"]
+TWO += [("plain", f"{FSDP} parallel.reshard=false"), ("measured", f"{DDP} teacher.placement=sharded")]
 """Of two processes."""
 TEACHES = "teacher.ranks=1"
 FOUR = [
@@ -324,6 +328,7 @@ def test_sigterm_ends_all_in_good_order(start, recipe, how):
         ([{"teacher.ranks": "2"}] * 2, "no process is left for the student"),
         ([{"parallel.kind": "none"}] * 2, "2 processes were started for a run of one"),
         ([{"data.path": "nowhere.jsonl"}] * 2, "nowhere.jsonl"),
+        ([{"device": "cuda:0"}] * 2, "2 processes cannot share one device"),
     ],
 )
 def test_what_does_not_fit_is_said_once(start, recipe, changes, said):
@@ -335,6 +340,19 @@ def test_what_does_not_fit_is_said_once(start, recipe, changes, said):
     assert said in told
     assert "Traceback" not in told + silent
     assert not out.exists()
+
+
+def test_a_step_that_is_not_finite_is_told_once_with_the_documents_of_all(start, recipe):
+    wild = ["optimizer.learning_rate=1e300", "optimizer.warmup=0", "optimizer.clip=null", "steps=9", "held_out=null"]
+    settings = [*LIVE, DDP, *wild, f"out={recipe.parent}/wild"]
+    (code, told), (other, silent) = ended(start(2, "-m", "stillroom", "distill", str(recipe), *settings))
+    (alone,) = ended(
+        start(1, "-m", "stillroom", "distill", str(recipe), *settings[:1], *wild, f"out={recipe.parent}/wild1")
+    )
+    assert (code, other, alone[0]) == (2, 2, 2)
+    assert "error: " not in silent
+    documents = [next(line for line in text.splitlines() if "documents:" in line) for text in (told, alone[1])]
+    assert documents[0] == documents[1]
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def build_teacher(plan: Plan, meeting: Meeting = NOBODY_ELSE) -> AnyTeacher | No
         realise_sharded(model, device, offload=offload)
         model.tie_weights()
         read.load(model, folder)
-    models.verify(model, "the teacher", pack=plan.config.data.pack)
+    models.verify(model, "the teacher", pack=plan.config.data.pack, device=torch.device(plan.config.device))
     return LiveTeacher(model)
 
 
@@ -122,7 +122,8 @@ def build_pair(
     sharded = isinstance(plan.config.parallel, Fsdp)
     part, place, cut = None, None, None
     if plan.cut is not None:
-        live = teacher.model if isinstance(teacher, LiveTeacher) and not sharded else None
+        whole = not sharded and getattr(plan.config.teacher, "placement", None) == "whole"
+        live = teacher.model if isinstance(teacher, LiveTeacher) and whole else None
         if sharded:
             place, cut = _cut_for_all(plan, data, folder, say, processes)
         else:
@@ -232,7 +233,8 @@ def build_state(
         student.model.tie_weights()
         assert student.fill is not None
         student.fill()
-        module.within(lambda: models.verify(student.model, "the student", pack=config.data.pack))
+        device = torch.device(config.device)
+        module.within(lambda: models.verify(student.model, "the student", pack=config.data.pack, device=device))
         let_go(module)
     else:
         module.to(config.device)
@@ -255,4 +257,4 @@ def build_state(
 def fit_to(state: TrainState, specs: Sequence[HiddenSpec], teacher: AnyTeacher | None, step: Iterable[Micro]) -> None:
     """Lets the objectives that measure first see a step."""
     if teacher is not None and any(spec.measures_first for spec in specs):
-        fit_to_first_step(state.module, teacher, step, state.processes)
+        fit_to_first_step(state.module, teacher, step, state.processes, device=state.device)

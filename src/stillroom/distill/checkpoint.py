@@ -200,10 +200,11 @@ class Checkpoints:
             found = _merged(processes.gather(_checksums(path, mine)))
             if numbers["files"] != found:
                 raise ValueError(f"its files have the checksums {found} and were written with {numbers['files']}")
-            if processes.rank:  # which the checkpoint of fewer processes does not know
-                there = FileSystemReader(path).read_metadata().state_dict_metadata
-                known = {name for name in tensors["random"] if f"random.{name}" in there}
-                tensors["random"] = {name: tensors["random"][name] for name in known}
+            there = FileSystemReader(path).read_metadata().state_dict_metadata
+            known = {
+                name for name in tensors["random"] if f"random.{name}" in there
+            }  # not of others, nor other devices
+            tensors["random"] = {name: tensors["random"][name] for name in known}
             with _quiet():
                 load_tensors(tensors, checkpoint_id=path, process_group=processes.group, no_dist=processes.size == 1)
             set_model_state_dict(state.module, tensors["model"], options=StateDictOptions(strict=False))

@@ -27,17 +27,20 @@ def fit_to_first_step(
     teacher: Teacher,
     micros: Iterable[tuple[Batch, Told | None]],
     processes: Processes = ALONE,
+    *,
+    device: torch.device | None = None,
 ) -> None:
     """Sets what the hidden-state objectives measure on the first step, of its micro-batches together.
 
     Args:
         micros: this process's part of the step.
         processes: those that have the others.
+        device: where the student works; None is where its parameters are.
     """
     waiting = [
         _Fit(term) for term in module.hidden.values() if isinstance(term, HiddenTerm) and term.spec.measures_first
     ]
-    device = next(module.parameters()).device
+    device = device or next(module.parameters()).device
     was_training = module.training
     module.eval()
     for micro, read in micros:

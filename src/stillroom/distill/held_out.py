@@ -64,7 +64,7 @@ def measure_held_out(
         batch = micro.to(device)
         told = None if teacher is None else teacher.tell(batch)
         result = module(batch, told, 1, objectives, measures=measures)
-        total += torch.cat([torch.stack([result.loss.double().cpu(), _number(micro.num_kept)]), result.sums.cpu()])
+        total += torch.cat([torch.stack([result.loss.cpu().double(), _number(micro.num_kept)]), result.sums.cpu()])
     module.train(was_training)
     let_go(module)
     loss, num_kept, *sums = processes.add(total).tolist()

@@ -217,7 +217,9 @@ def _enough_memory(micro: Batch) -> Iterator[None]:
 def _not_finite(
     state: TrainState, loss: float, grad_norm: float, micros: Sequence[Batch], checkpoints: Checkpoints
 ) -> NonFiniteError:
-    found = sorted({int(d) for micro in micros for d in micro.documents.unique() if d >= 0})
+    """The error of a step, which fails in all processes at once, with the documents of all."""
+    mine = {int(d) for micro in micros for d in micro.documents.unique() if d >= 0}
+    found = sorted(set().union(*state.processes.gather(mine)))
     names = list(dict.fromkeys(state.stream.documents.name(d) for d in found[:8]))
     more = f" and {len(found) - 8} more" if len(found) > 8 else ""
     return NonFiniteError(

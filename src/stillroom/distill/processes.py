@@ -190,7 +190,7 @@ def place() -> Place:
         ConfigError: what the environment says is not a number.
         MissingError: it does not say where they meet.
     """
-    if int(os.environ.get("WORLD_SIZE", "1") or 1) <= 1:
+    if os.environ.get("WORLD_SIZE", "") in ("", "0", "1"):
         return Place(0, 1, 0)
     values = {}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
@@ -239,7 +239,15 @@ MEETING_TIME = datetime.timedelta(minutes=10)
 NOBODY_ELSE = Meeting(ALONE, ALONE)
 
 
-def meet(device_type: str, *, timeout_s: float, sharded: bool, replicas: int = 1, num_teachers: int = 0) -> Meeting:
+def meet(
+    device_type: str,
+    *,
+    timeout_s: float,
+    sharded: bool,
+    replicas: int = 1,
+    num_teachers: int = 0,
+    device: int | None = None,
+) -> Meeting:
     """Joins the processes that were started together.
 
     Args:
@@ -247,6 +255,7 @@ def meet(device_type: str, *, timeout_s: float, sharded: bool, replicas: int = 1
         sharded: whether anything is to be sharded, for which one process, too, needs a mesh.
         replicas: of the student.
         num_teachers: how many of the processes run the teacher.
+        device: the number of the CUDA device of a process alone.
 
     Raises:
         ConfigError: so many processes cannot be divided so.
@@ -255,12 +264,13 @@ def meet(device_type: str, *, timeout_s: float, sharded: bool, replicas: int = 1
     here = place()
     try:
         _check_division(here.size, replicas, num_teachers)
+        _check_device(here.size, device)
     except ConfigError as error:
         raise error if here.rank == 0 else ToldElsewhere.of(error) from None
     if here.size == 1 and not sharded:
         return NOBODY_ELSE
     if device_type == "cuda":
-        _take_device(here)
+        _take_device(here, here.local_rank if device is None else device)
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     try:
@@ -299,16 +309,29 @@ def _check_division(size: int, replicas: int, num_teachers: int) -> None:
         )
 
 
+def _check_device(size: int, device: int | None) -> None:
+    if size > 1 and device is not None:
+        raise ConfigError(
+            f"{size} processes cannot share one device",
+            {"device": f"cuda:{device}", "processes": size},
+            why="Each process takes the device of its number on its host.",
+            fix="Set device=cuda or device=auto; CUDA_VISIBLE_DEVICES says which devices there are.",
+        )
+
+
 def _meeting_place(here: Place) -> Store:
     """Where the processes tell each other their addresses: a port that the first opens, or that of the `torchrun` that
-    has started them, which keeps what earlier attempts have told there."""
+    has started them, which keeps what earlier attempts have told there.
+
+    Nodes count attempts apart, so the number may not tell what the first process opens anew for each.
+    """
     if here.size == 1:
         return HashStore()
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     opens = here.rank == 0 and not of_torchrun
     store = TCPStore(address, port, here.size, opens, MEETING_TIME, wait_for_workers=False)
-    return PrefixStore(f"attempt {attempt()}", store)
+    return PrefixStore(f"attempt {attempt()}", store) if of_torchrun else store
 
 
 def _wait_for_all(here: Place, store: Store) -> None:
@@ -327,19 +350,20 @@ def _wait_for_all(here: Place, store: Store) -> None:
 
 
 def attempt() -> int:
-    """How often `torchrun` has started these processes again."""
+    """How often the `torchrun` of this node has started its processes again because one had failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0)
 
 
-def _take_device(here: Place) -> None:
-    if here.local_rank >= torch.cuda.device_count():
+def _take_device(here: Place, number: int) -> None:
+    if number >= torch.cuda.device_count():
         raise MissingError(
             f"there is no CUDA device for rank {here.rank} on {socket.gethostname()}",
-            {"its number on this host": here.local_rank, "CUDA devices": torch.cuda.device_count()},
+            {"its number on this host": number, "CUDA devices": torch.cuda.device_count()},
             why="Each process needs a device of its own.",
             fix="Start as many processes on a host as it has devices (torchrun --nproc-per-node gpu).",
         )
-    torch.cuda.set_device(here.local_rank)
+    torch.cuda.set_device(number)
+    torch.cuda.init()  # or the mesh would choose a device again
 
 
 def _divide(here: Place, device_type: str, timeout: datetime.timedelta, replicas: int, num_teachers: int) -> Meeting:

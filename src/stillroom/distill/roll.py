@@ -4,7 +4,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -113,8 +113,8 @@ def told_once(roll: Roll) -> Iterator[None]:
 
 
 def _tell_unless_told(roll: Roll, error: StillroomError) -> None:
-    """Raises ToldElsewhere in all but the first process that fail in the same way."""
-    processes, text = roll.processes, str(error)
+    """Raises ToldElsewhere in all but the first process that fail in the same way, with values of their own perhaps."""
+    processes, text = roll.processes, error.what
     roll.end(FAILED, text)
     if processes.first:
         return
@@ -135,9 +135,13 @@ def _who_is_lost(roll: Roll, error: RuntimeError) -> StillroomError:
     ends, last = found
     names = [f"rank {rank}, last heard at {last[rank]}" for rank in range(processes.size) if rank not in ends]
     lost = _lost(names or ["nobody: all are there, and cannot reach each other"], error)
-    failed = any(how == FAILED for how, _ in ends.values())
-    speaker = min((rank for rank, (how, _) in ends.items() if how == LOST), default=processes.rank)
-    return ToldElsewhere.of(lost) if failed or speaker != processes.rank else lost
+    return ToldElsewhere.of(lost) if _another_tells(ends, processes.rank) else lost
+
+
+def _another_tells(ends: Mapping[int, tuple[str, str]], rank: int) -> bool:
+    """Whether a process need not say what befell it: one failed by itself, or one before it has lost another too. It
+    then ends at once, so that those that wait for it learn of it, and are not taken for lost."""
+    return any(how == FAILED or other < rank for other, (how, _) in ends.items())
 
 
 def _ends(roll: Roll, error: RuntimeError) -> tuple[dict[int, tuple[str, str]], list[str]]:
@@ -145,6 +149,8 @@ def _ends(roll: Roll, error: RuntimeError) -> tuple[dict[int, tuple[str, str]], 
     roll.end(LOST, " ".join(str(error).split())[:160])
     until, ends = time.monotonic() + PATIENCE_S, {}
     while time.monotonic() < until and len(ends) < roll.processes.size:
+        if _another_tells(ends, roll.processes.rank):
+            break
         time.sleep(0.05)
         ends = roll.ends()
     return ends, [roll.last(rank) for rank in range(roll.processes.size)]
@@ -167,7 +173,10 @@ def _in_time(ask: Callable[[], T]) -> T | None:
 def _lost(names: list[str], error: RuntimeError) -> LostError:
     return LostError(
         "a process of this run is lost",
-        {"lost": "; ".join(names[:4]), "reason": " ".join(str(error).split())[:160]},
+        {
+            "lost" if len(names) == 1 else "lost, or waiting for one that is": "; ".join(names[:4]),
+            "reason": " ".join(str(error).split())[:160],
+        },
         why="Every process is needed for every step, so the run ended here. Its checkpoints are whole.",
         fix="Look at that process's host, then run the same command with --resume; torchrun --max-restarts does so by "
         "itself.",

@@ -85,7 +85,8 @@ def _run(
     config: DistillConfig, meeting: Meeting, roll: Roll, resume: bool, overwrite: bool, report: Report
 ) -> dict[str, Any]:
     everybody, processes = meeting.everybody, meeting.mine
-    if everybody.gather(attempt() > 0 and _began(config.out))[0]:  # torchrun has started it again
+    launchers = sorted(set(everybody.gather(_launcher())))
+    if everybody.any(attempt() > 0) and everybody.gather(_began(config.out, launchers))[0]:  # torchrun goes on
         resume, overwrite = True, False
 
     def look() -> Plan:
@@ -104,6 +105,9 @@ def _run(
         if folder.done:
             report("note", {"text": f"the run in {folder.path} is done already"})
             return folder.record
+        if everybody.size > 1:
+            here = {"train": meeting.num_students, "teach": meeting.num_teachers}
+            folder.update(status="started", launchers=launchers, processes=here)
         if meeting.teaches:
             return _teach(plan, meeting)
         data: Documents | Store | None = plan.store
@@ -112,7 +116,7 @@ def _run(
         held_out: Documents | Store | None = plan.held_out_store
         if plan.held_out is not None and held_out is None:
             held_out = processes.in_turn(lambda: _prepare(plan.held_out, plan, report))  # pyright: ignore
-        measured = needs_teacher(config.objectives) or config.held_out is not None
+        measured = needs_teacher(config.objectives) or config.held_out is not None or meeting.num_teachers > 0
         teacher = build_teacher(plan, meeting) if measured else None
         with leaving(teacher):
             return _distill(plan, meeting, roll, teacher, (data, held_out), folder, report)
@@ -134,7 +138,7 @@ def _distill(
     facts = _facts(plan, student, teacher, data, held_out)
     processes.agree(lambda: facts, lambda facts: {f"files ({name})": fact for name, fact in facts.items()})
     processes.first_does(lambda: _check_same_things(folder, facts))
-    folder.update(status="started", **facts, **_how_many(meeting))
+    folder.update(status="started", **facts)
 
     stream = build_stream(
         plan, data, config.data, tokens=config.batch.tokens, epochs=config.epochs, processes=processes
@@ -149,7 +153,7 @@ def _distill(
         processes=processes,
         background=config.checkpoints.background is True,
     )
-    if (latest := checkpoints.latest()) is not None:
+    if (latest := processes.gather(checkpoints.latest())[0]) is not None:
         checkpoints.load(state, latest)
         report("note", {"text": f"resumed after step {state.step} of {num_steps}, from {latest}"})
     elif any(spec.measures_first for spec in specs):
@@ -170,14 +174,14 @@ def _distill(
 
 
 def _launcher() -> str:
-    """What has started the first process, as no other is called at the same time."""
+    """What has started this process, as no other is called at the same time."""
     return f"process {os.getppid()} of {socket.gethostname()}"
 
 
-def _began(out: str) -> bool:
-    """Whether the run that lies there was begun by what has started this process."""
+def _began(out: str, launchers: Sequence[str]) -> bool:
+    """Whether the run that lies there was begun by any of what has started these processes: one node may be new."""
     path = Path(out) / "run.json"
-    return path.is_file() and read_json(path).get("launcher") == _launcher()
+    return path.is_file() and not set(launchers).isdisjoint(read_json(path).get("launchers", ()))
 
 
 def _same(plan: Plan) -> dict[str, object]:
@@ -189,13 +193,6 @@ def _same(plan: Plan) -> dict[str, object]:
         "settings": config,
         "tokenizers": fingerprint(plan.tokenizer),
     }
-
-
-def _how_many(meeting: Meeting) -> dict[str, Any]:
-    """What run.json says of the processes, where there are several."""
-    if meeting.everybody.size == 1:
-        return {}
-    return {"launcher": _launcher(), "processes": {"train": meeting.num_students, "teach": meeting.num_teachers}}
 
 
 def _teach(plan: Plan, meeting: Meeting) -> dict[str, Any]:
@@ -227,12 +224,14 @@ def together(config: DistillConfig) -> Iterator[Meeting]:
     """The processes that were started together, until the end of the run."""
     teacher, parallel = config.teacher, config.parallel
     live = None if isinstance(teacher, StoreTeacher) else teacher
+    number = config.device.partition(":")[2]
     meeting = meet(
         "cuda" if config.device.startswith(("auto", "cuda")) and torch.cuda.is_available() else "cpu",
         timeout_s=getattr(parallel, "timeout_s", 60.0),
         sharded=isinstance(parallel, Fsdp) or (live is not None and live.placement in ("sharded", "offloaded")),
         replicas=parallel.replicas if isinstance(parallel, Fsdp) else 1,
         num_teachers=(live.ranks or 0) if live is not None else 0,
+        device=int(number) if number.isdecimal() else None,
     )
     try:
         yield meeting

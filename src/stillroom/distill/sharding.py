@@ -77,9 +77,11 @@ def shard_teacher(model: PreTrainedModel, processes: Processes, *, offload: bool
 
 
 def let_go(module: nn.Module) -> None:
-    """Takes a sharded module's own parameters apart again, which stay whole after a forward pass without a backward."""
-    if isinstance(module, FSDPModule):
-        module.reshard()
+    """Takes a sharded module's parameters apart again, of which some stay whole after a forward pass without a
+    backward: its own, and with ``reshard: false`` those of every layer."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def realise_sharded(module: nn.Module, device: str, *, offload: bool) -> None:
@@ -137,12 +139,11 @@ def summed_later(forward: Callable[..., Any], later: bool) -> Iterator[None]:
 @torch.no_grad()
 def squares(gradients: list[Tensor], processes: Processes) -> Tensor:
     """This process's share of the sum of all gradients' squares: those of all processes add up to it."""
-    total = torch.zeros((), dtype=torch.float64)
-    for gradient in gradients:
-        mine = local(gradient)
-        if mine.numel():
-            total += torch.linalg.vector_norm(mine).double().cpu().square() / _copies(gradient, processes)
-    return total
+    mine = [(local(gradient), _copies(gradient, processes)) for gradient in gradients if local(gradient).numel()]
+    if not mine:
+        return torch.zeros((), dtype=torch.float64)
+    norms = torch.stack([torch.linalg.vector_norm(part) for part, _ in mine]).cpu().double()
+    return (norms.square() / torch.tensor([copies for _, copies in mine])).sum()
 
 
 def _copies(gradient: Tensor, processes: Processes) -> int:

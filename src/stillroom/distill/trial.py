@@ -55,7 +55,7 @@ class Trial:
     """
 
     def __init__(self, config: DistillConfig, sequences: int, report: Report = lambda *_: None) -> None:
-        self.given, self.sequences, self.report = config, sequences, report
+        self.given, self.sequences, self.report = _alone(config), sequences, report
 
     def fit(self) -> Facts:
         """How tokenizer, chat template and vocabularies fit, from headers alone.
@@ -275,6 +275,14 @@ class Trial:
             why="The run would end here, at its first long batch if not at its first step.",
             fix="Ask for less, the first that is enough: " + "; ".join(ways) + ".",
         )
+
+
+def _alone(config: DistillConfig) -> DistillConfig:
+    """The same of one process, which is all that a trial has, with the teacher whole beside the student."""
+    config = replace(config, {"parallel": {"kind": "none"}})
+    if config.teacher is None or isinstance(config.teacher, StoreTeacher):
+        return config
+    return replace(config, {"teacher.placement": "whole", "teacher.ranks": None})
 
 
 def _width(config: PretrainedConfig) -> int:

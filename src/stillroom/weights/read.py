@@ -1,6 +1,7 @@
 """Reading: a model's tensors from its safetensors, by each process only the rows that it holds."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
@@ -46,7 +47,20 @@ def load(model: PreTrainedModel, folder: Path, *, whole: bool = True) -> None:
                 given.add(id(wanted[target]))
                 _fill_from(wanted[target], tensor, target, folder)
     missing = [name for name, tensor in wanted.items() if id(tensor) not in given]
+    left_over = [key for key in left_over if not any(re.search(p, key) for p in _left_out(model))]
     check_whole(str(folder), missing, left_over if whole else [], model.base_model_prefix)
+
+
+def _left_out(model: PreTrainedModel) -> set[str]:
+    """Patterns of what a family's files may hold and its models leave out, as `transformers` says: the frequencies of
+    positions that old files have, heads for several tokens."""
+    patterns = set(model._keys_to_ignore_on_load_unexpected or ())
+    buffers = [name for name, _ in model.named_buffers()]
+    if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
+        patterns.add(r"rotary_emb\.inv_freq")
+    if any(name.endswith("position_ids") for name in buffers):
+        patterns.add(r"(^|\.)position_ids$")
+    return patterns
 
 
 def check_whole(name: str, missing: list[str], left_over: list[str], prefix: str) -> None:

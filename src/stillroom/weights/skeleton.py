@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from stillroom.weights.parts import fill, own_rows
+from stillroom.weights.parts import fill, is_adapter, own_rows
 
 
 def skeleton(config: PretrainedConfig, *, dtype: torch.dtype, attention: str | None, trust_remote_code: bool) -> Any:
@@ -47,8 +47,10 @@ def initialise(model: PreTrainedModel, seed: int) -> None:
     family (adapters) stay as they are.
     """
     families = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    for module in model.modules():
+    for name, module in model.named_modules():
         module.__dict__.pop("_is_hf_initialized", None)
+        if is_adapter(f".{name}"):
+            module._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
     for family in families:
         family._init_weights = _drawing(family)  # pyright: ignore[reportAttributeAccessIssue]
     try:

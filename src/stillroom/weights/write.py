@@ -42,14 +42,20 @@ def save(model: PreTrainedModel, folder: Path, *, writes: bool, file_bytes: int 
 
 
 def _layers(model: PreTrainedModel) -> Iterator[list[tuple[str, nn.Module]]]:
-    """The modules that have parameters of their own, by name: those of each block together, the others one by one."""
+    """The modules that have tensors of their own, by name: those of each block together, the others one by one."""
     blocks: dict[str, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
-        if next(module.parameters(recurse=False), None) is not None:
+        if next(_own(module), None) is not None:
             words = name.split(".")
             number = next((i for i, word in enumerate(words) if word.isdecimal()), None)
             blocks.setdefault(name if number is None else ".".join(words[: number + 1]), []).append((name, module))
     yield from blocks.values()
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's own parameters and saved buffers."""
+    yield from module.named_parameters(recurse=False)
+    yield from ((k, b) for k, b in module.named_buffers(recurse=False) if k not in module._non_persistent_buffers_set)
 
 
 def _as_in_files(model: PreTrainedModel, modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Tensor]:
@@ -60,7 +66,7 @@ def _as_in_files(model: PreTrainedModel, modules: Iterable[tuple[str, nn.Module]
     adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
     found: dict[str, Tensor] = {}
     for name, module in modules:
-        for own, tensor in module.named_parameters(recurse=False):
+        for own, tensor in _own(module):
             key = f"{name}.{own}" if name else own
             if is_adapter(f".{key}"):
                 continue

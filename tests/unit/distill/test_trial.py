@@ -125,6 +125,17 @@ def test_every_kind_of_student(begin, tmp_path, words, kind):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "words", [["parallel.kind=fsdp"], ["teacher.placement=sharded"], ["parallel.kind=ddp", "teacher.ranks=1"]]
+)
+def test_a_recipe_of_many_processes_is_tried_in_one(begin, words):
+    found = []
+    for some in ([], words):
+        trial, _, _ = begin(*some)
+        found.append((trial.measure(), trial.step()["loss_nats"]))
+    assert found[0] == found[1]
+
+
 def test_from_a_store(begin, saved_model, text_files, tmp_path):
     words = [f"teacher.model={saved_model('llama', seed=2)}", f"data.path={text_files}/train.jsonl",
              "data.format=text", "data.length=32", "signal={kind: top_k, k: 8, label: true}",
