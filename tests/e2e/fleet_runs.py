@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.config import load
-from stillroom.distill import checkpoint, loop, processes
+from stillroom.distill import checkpoint, loop, meeting
 from stillroom.distill.config import DistillConfig
 from stillroom.distill.run import run
 from stillroom.errors import Stopped
@@ -77,7 +77,7 @@ def main(recipe: str, runs: list[dict[str, Any]]) -> None:
             run(config, resume=made.get("resume", False), report=report)
         except (Stopped, SystemExit):
             assert "stop_at" in made
-            processes.leave()
+            meeting.leave()
 
 
 if __name__ == "__main__":

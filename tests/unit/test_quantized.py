@@ -19,9 +19,10 @@ from stillroom.costs.architecture import read_architecture
 from stillroom.costs.quantized import WEIGHT_BYTES, Quantization, weights_bytes
 from stillroom.distill.build import build_teacher
 from stillroom.distill.config import DistillConfig
+from stillroom.distill.meeting import Meeting
 from stillroom.distill.parallel import resolve
 from stillroom.distill.plan import make_plan
-from stillroom.distill.processes import Meeting, Processes
+from stillroom.distill.processes import Processes
 from stillroom.errors import MismatchError, MissingError
 from stillroom.signals import Dense
 from stillroom.weights import quantized

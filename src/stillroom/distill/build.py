@@ -22,16 +22,18 @@ from stillroom.distill.distant import DistantTeacher
 from stillroom.distill.first_step import fit_to_first_step
 from stillroom.distill.hidden import HiddenSpec, HiddenTerm, layers_of
 from stillroom.distill.hidden_plan import Origin
+from stillroom.distill.meeting import NOBODY_ELSE, Meeting
 from stillroom.distill.objective_config import Hidden
 from stillroom.distill.objectives import build_objectives, hidden_weights, needs_teacher
 from stillroom.distill.optimizer import build_optimizer, build_schedule
 from stillroom.distill.parallel_config import Fsdp
 from stillroom.distill.plan import Plan
-from stillroom.distill.processes import ALONE, NOBODY_ELSE, Meeting, Processes
+from stillroom.distill.processes import ALONE, Processes
 from stillroom.distill.sharding import let_go, realise_sharded, replicate, shard_student, shard_teacher
 from stillroom.distill.step import StudentStep
 from stillroom.distill.student import Student, build_student, build_student_to_shard, student_dtype
 from stillroom.distill.teacher import LiveTeacher, StoredTeacher
+from stillroom.errors import StorageError
 from stillroom.weights import read
 
 AnyTeacher = LiveTeacher | StoredTeacher | DistantTeacher
@@ -156,7 +158,13 @@ def _cut_for_all(
 
     processes.first_does(make)
     cut = read_cut(place)
-    assert cut is not None
+    if cut is None:
+        raise StorageError(
+            f"the student that was cut is not in {place}",
+            {"folder": place, "found there": "no cut.json"},
+            why="The first process cuts it, and the others read it from the run's folder.",
+            fix="Put `out` on a file system that all hosts share.",
+        )
     return place, cut
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stillroom.batch import Batch
-from stillroom.distill.processes import Meeting
+from stillroom.distill.meeting import Meeting
 from stillroom.distill.teacher import LiveTeacher
 from stillroom.head import Head
 from stillroom.interrupt import Requests
@@ -33,9 +33,8 @@ class DistantTeacher:
     """
 
     def __init__(self, meeting: Meeting, head: Head, dtype: torch.dtype) -> None:
-        assert meeting.talk is not None
         self.head, self.dtype = head, dtype
-        self.talk, self.ranks = meeting.talk, teachers_of(meeting)
+        self.meeting, self.ranks = meeting, teachers_of(meeting)
         self.layers: Sequence[Layer] = ()
         self.attention: Sequence[int] = ()
         self.signal = 0
@@ -73,17 +72,17 @@ class DistantTeacher:
                 self._send(torch.tensor([LEAVE, 0, 0]), rank)
 
     def _send(self, tensor: Tensor, rank: int) -> None:
-        dist.send(tensor.contiguous(), rank, group=self.talk)
+        dist.send(tensor.contiguous(), rank, group=self.meeting.questions)
 
     def _receive(self, rank: int, num_kept: int) -> Iterator[Tensor]:
         header = torch.empty(2 + len(self.layers) + 3 * len(self.attention), dtype=torch.long)
-        dist.recv(header, rank, group=self.talk)
+        dist.recv(header, rank, group=self.meeting.answers)
         signal, *widths = header.tolist()
         self.signal = self.signal or signal
         for width in widths:
             state = torch.empty(num_kept, width, dtype=self.dtype)
             if state.numel():
-                dist.recv(state.view(torch.uint8), rank, group=self.talk)
+                dist.recv(state.view(torch.uint8), rank, group=self.meeting.answers)
             yield state
 
 
@@ -148,12 +147,12 @@ class _Server:
     def next(self, asker: int | None = None) -> tuple[int, Batch | None]:
         """Who asks next, or only ``asker``; and its question, or None where it leaves."""
         header = torch.empty(3, dtype=torch.long)
-        asker = dist.recv(header, asker, group=self.meeting.talk)
+        asker = dist.recv(header, asker, group=self.meeting.questions)
         kind, rows, length = header.tolist()
         if kind == LEAVE:
             return asker, None
         sent = torch.empty(3, rows, length, dtype=torch.long)
-        dist.recv(sent, asker, group=self.meeting.talk)
+        dist.recv(sent, asker, group=self.meeting.questions)
         tokens, positions, keep = sent.to(self.device)
         return asker, Batch(tokens, torch.zeros_like(tokens), keep.bool(), positions, torch.zeros_like(tokens))
 
@@ -165,11 +164,11 @@ class _Server:
         for layer in self.teacher.attention:
             tensors += told.hidden.attention[layer]
         header = torch.tensor([self.asked.number, *(tensor.shape[-1] for tensor in tensors)])
-        dist.send(header, asker, group=self.meeting.talk)
+        dist.send(header, asker, group=self.meeting.answers)
         for tensor in tensors:
             if tensor.numel():
                 sent = tensor.to("cpu", self.teacher.model.dtype).contiguous().view(torch.uint8)
-                dist.send(sent, asker, group=self.meeting.talk)
+                dist.send(sent, asker, group=self.meeting.answers)
 
     def idle(self) -> None:
         """Runs the teacher for nobody, as its other processes do for somebody."""

@@ -11,8 +11,8 @@ from stillroom.costs.report import bytes_text
 from stillroom.distill.config import DistillConfig, LiveTeacher
 from stillroom.distill.costs import load_of
 from stillroom.distill.known import Known
+from stillroom.distill.meeting import Meeting
 from stillroom.distill.parallel_config import Alone, Auto, Fsdp
-from stillroom.distill.processes import Meeting
 from stillroom.errors import ConfigError, OutOfMemoryError
 
 SPARE = 0.1

@@ -20,6 +20,7 @@ from stillroom.distill.config import DistillConfig, LiveTeacher, StoredData, Sto
 from stillroom.distill.costs import costs
 from stillroom.distill.hidden_plan import HiddenPlan, plan_hidden
 from stillroom.distill.known import Known
+from stillroom.distill.meeting import NOBODY_ELSE, Meeting
 from stillroom.distill.offline import (
     check_columns,
     check_held_out,
@@ -30,7 +31,6 @@ from stillroom.distill.offline import (
     stored_template,
 )
 from stillroom.distill.parallel import memory_of_a_process, resolve
-from stillroom.distill.processes import NOBODY_ELSE, Meeting
 from stillroom.distill.student_plan import cut_from, origin_of, student_parts
 from stillroom.errors import ConfigError, MismatchError, MissingError
 from stillroom.losses.linear import CHUNK_BYTES

@@ -18,18 +18,7 @@ from stillroom.errors import Interrupted, LostError, StillroomError, Stopped, To
 T = TypeVar("T")
 PATIENCE_S = 5.0
 """How long the others are waited for, to say what befell them, once one has failed."""
-SIGNS = (
-    "connection",
-    "timed out",
-    "timeout",
-    "nccl",
-    "gloo",
-    "broken pipe",
-    "socket",
-    "peer",
-    "process group",
-    "store",
-)
+SIGNS = ("connection", "timed out", "timeout", "nccl", "gloo", "broken pipe", "socket", "process group")
 """Words in what `torch.distributed` says when another process does not answer."""
 LOST, FAILED = "lost", "failed"
 

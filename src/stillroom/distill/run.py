@@ -1,11 +1,8 @@
 """`stillroom distill`: student + (live teacher or none) + data -> model."""
 
-import os
-import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,27 +19,22 @@ from stillroom.distill.build import (
     build_state,
     build_stream,
     build_teacher,
-    compared_layers,
     fit_to,
 )
 from stillroom.distill.checkpoint import Checkpoints, TrainState
 from stillroom.distill.config import DistillConfig, StoredData, StoreTeacher
-from stillroom.distill.distant import DistantTeacher, serve
 from stillroom.distill.held_out import measure_held_out
-from stillroom.distill.hidden import layers_of
 from stillroom.distill.loop import Measure, Report, Scheduled, train
+from stillroom.distill.meeting import Meeting, attempt
 from stillroom.distill.objective_config import ObjectiveConfig
 from stillroom.distill.objectives import build_objectives, hidden_weights, needs_teacher, scheduled
-from stillroom.distill.parallel_config import Fsdp
 from stillroom.distill.plan import Plan, make_plan
-from stillroom.distill.processes import Meeting, attempt, leave, meet
 from stillroom.distill.roll import Roll, told_once
 from stillroom.distill.student import Student
 from stillroom.distill.teacher import LiveTeacher, StoredTeacher
-from stillroom.errors import Interrupted, MismatchError
-from stillroom.files import read_json
-from stillroom.interrupt import deferred_interrupts
-from stillroom.runs import Metrics, Onlooker, RunFolder, check_place, versions
+from stillroom.distill.together import began, launcher, leaving, must_be_same, teach, together
+from stillroom.errors import MismatchError
+from stillroom.runs import Metrics, Onlooker, RunFolder, check_place
 from stillroom.store.reader import Store
 from stillroom.tokenizers import fingerprint, template_fingerprint
 from stillroom.tracking import check, track
@@ -85,15 +77,15 @@ def _run(
     config: DistillConfig, meeting: Meeting, roll: Roll, resume: bool, overwrite: bool, report: Report
 ) -> dict[str, Any]:
     everybody, processes = meeting.everybody, meeting.mine
-    launchers = sorted(set(everybody.gather(_launcher())))
-    if everybody.any(attempt() > 0) and everybody.gather(_began(config.out, launchers))[0]:  # torchrun goes on
+    launchers = sorted(set(everybody.gather(launcher())))
+    if everybody.any(attempt() > 0) and everybody.gather(began(config.out, launchers))[0]:  # torchrun goes on
         resume, overwrite = True, False
 
     def look() -> Plan:
         check_place(config.out, may_exist=resume or overwrite)
         return make_plan(config, meeting)
 
-    plan = everybody.agree(look, _same)
+    plan = everybody.agree(look, must_be_same)
     config = plan.config
     folder = everybody.first_does(
         lambda: RunFolder(
@@ -109,7 +101,7 @@ def _run(
             here = {"train": meeting.num_students, "teach": meeting.num_teachers}
             folder.update(status="started", launchers=launchers, processes=here)
         if meeting.teaches:
-            return _teach(plan, meeting)
+            return teach(plan, meeting)
         data: Documents | Store | None = plan.store
         if data is None:
             data = processes.in_turn(lambda: _prepare(config.data, plan, report))
@@ -171,76 +163,6 @@ def _distill(
     student.save(folder.path / "model", plan.tokenizer, processes)
     folder.update(status="done", **results)
     return folder.record
-
-
-def _launcher() -> str:
-    """What has started this process, as no other is called at the same time."""
-    return f"process {os.getppid()} of {socket.gethostname()}"
-
-
-def _began(out: str, launchers: Sequence[str]) -> bool:
-    """Whether the run that lies there was begun by any of what has started these processes: one node may be new."""
-    path = Path(out) / "run.json"
-    return path.is_file() and not set(launchers).isdisjoint(read_json(path).get("launchers", ()))
-
-
-def _same(plan: Plan) -> dict[str, object]:
-    """What must be the same in all processes before anything is loaded."""
-    config = plan.config.model_dump(mode="json", exclude={"data": {"cache"}})
-    found = versions()
-    return {
-        **{f"versions of {name}": found.get(name, "none") for name in ("python", "stillroom", "torch", "transformers")},
-        "settings": config,
-        "tokenizers": fingerprint(plan.tokenizer),
-    }
-
-
-def _teach(plan: Plan, meeting: Meeting) -> dict[str, Any]:
-    """Runs the teacher for the processes that train, until they have left."""
-    teacher = build_teacher(plan, meeting)
-    assert isinstance(teacher, LiveTeacher)
-    assert not isinstance(plan.config.teacher, StoreTeacher | None)
-    teacher.ask_for(*layers_of(compared_layers(plan, None), 1))
-    with deferred_interrupts() as interrupted:  # those that train are told, and say when to stop
-        serve(teacher, meeting, plan.config.device, interrupted, together=plan.config.teacher.placement != "whole")
-    return {}
-
-
-@contextmanager
-def leaving(teacher: AnyTeacher | None) -> Iterator[None]:
-    """Tells a teacher on processes of its own when it is no longer needed: after the run, or when it is interrupted."""
-    try:
-        yield
-    except Interrupted:
-        if isinstance(teacher, DistantTeacher):
-            teacher.leave()
-        raise
-    if isinstance(teacher, DistantTeacher):
-        teacher.leave()
-
-
-@contextmanager
-def together(config: DistillConfig) -> Iterator[Meeting]:
-    """The processes that were started together, until the end of the run."""
-    teacher, parallel = config.teacher, config.parallel
-    live = None if isinstance(teacher, StoreTeacher) else teacher
-    number = config.device.partition(":")[2]
-    meeting = meet(
-        "cuda" if config.device.startswith(("auto", "cuda")) and torch.cuda.is_available() else "cpu",
-        timeout_s=getattr(parallel, "timeout_s", 60.0),
-        sharded=isinstance(parallel, Fsdp) or (live is not None and live.placement in ("sharded", "offloaded")),
-        replicas=parallel.replicas if isinstance(parallel, Fsdp) else 1,
-        num_teachers=(live.ranks or 0) if live is not None else 0,
-        device=int(number) if number.isdecimal() else None,
-    )
-    try:
-        yield meeting
-    except BaseException:
-        if meeting.everybody.size == 1:
-            leave()
-        raise  # groups of which a process is lost cannot be left in good order
-    else:
-        leave()
 
 
 def _check_same_things(folder: RunFolder | Onlooker, facts: Mapping[str, dict[str, Any]]) -> None:

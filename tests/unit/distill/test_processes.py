@@ -8,7 +8,8 @@ import torch
 from conftest import build_batch, build_documents, build_stream
 from stillroom.data.stream import Part
 from stillroom.distill.distant import _share, _split
-from stillroom.distill.processes import ALONE, NOBODY_ELSE, Place, meet, place
+from stillroom.distill.meeting import NOBODY_ELSE, Place, meet, place
+from stillroom.distill.processes import ALONE
 from stillroom.errors import ConfigError, MismatchError, MissingError, ToldElsewhere
 
 LENGTHS = [6, 33, 12, 7, 29, 31, 18, 33, 5, 24, 9, 33, 16, 28, 33, 11]
