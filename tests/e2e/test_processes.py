@@ -173,7 +173,10 @@ def made(start: Start, recipe: Path, words: Callable[[str], list[str]]) -> Path:
 
     stopped = f"out={folder}/stopped"
     of_two = [run(case, how, 2) for case, how in TWO]
-    of_two += [run("plain", f"{DDP} {TEACHES}", 2), {"words": [*LIVE, FSDP, stopped], "stop_at": 11}]
+    of_two += [
+        run("plain", f"{DDP} {TEACHES}", 2),
+        {"words": [*LIVE, FSDP, stopped, "checkpoints.background=true"], "stop_at": 11},
+    ]
     plans = {1: [run(case, "", 1) for case in CASES], 2: of_two, 4: [run(case, how, 4) for case, how in FOUR]}
     for size, runs in plans.items():
         for code, text in make(start, recipe, size, runs):

@@ -41,7 +41,7 @@ from stillroom.tracking import check, track
 
 FREE_TO_CHANGE = (
     "tracking", "checkpoints.every", "checkpoints.keep", "out", "batch.micro_tokens", "logits_bytes", "device",
-    "data.cache", "parallel", "teacher.placement", "teacher.ranks",
+    "data.cache", "parallel", "teacher.placement", "teacher.ranks", "checkpoints.background", "student.compile",
 )  # fmt: skip
 """Settings that change nothing of what is learnt, but for rounding, so a resumed run may have others."""
 
