@@ -16,7 +16,7 @@ from stillroom.data.stream import BatchStream, DocumentSet, Part
 from stillroom.distill.ahead import Micro, ReadAhead
 from stillroom.distill.checkpoint import TrainState
 from stillroom.distill.config import LiveTeacher as LiveTeacherConfig
-from stillroom.distill.config import StoredData, StoreTeacher
+from stillroom.distill.config import ServerTeacher, StoredData, StoreTeacher
 from stillroom.distill.cut import cut_student
 from stillroom.distill.distant import DistantTeacher
 from stillroom.distill.first_step import fit_to_first_step
@@ -29,6 +29,7 @@ from stillroom.distill.optimizer import build_optimizer, build_schedule
 from stillroom.distill.parallel_config import Fsdp
 from stillroom.distill.plan import Plan
 from stillroom.distill.processes import ALONE, Processes
+from stillroom.distill.served import ServedTeacher
 from stillroom.distill.sharding import let_go, realise_sharded, replicate, shard_student, shard_teacher
 from stillroom.distill.step import StudentStep
 from stillroom.distill.student import Student, build_student, build_student_to_shard, student_dtype
@@ -36,14 +37,26 @@ from stillroom.distill.teacher import LiveTeacher, StoredTeacher
 from stillroom.errors import StorageError
 from stillroom.weights import read
 
-AnyTeacher = LiveTeacher | StoredTeacher | DistantTeacher
+AnyTeacher = LiveTeacher | StoredTeacher | DistantTeacher | ServedTeacher
 
 
-def build_teacher(plan: Plan, meeting: Meeting = NOBODY_ELSE) -> AnyTeacher | None:
-    """The teacher, where the recipe has one: as this process sees it."""
+def build_teacher(
+    plan: Plan, meeting: Meeting = NOBODY_ELSE, documents: DocumentSet | None = None
+) -> AnyTeacher | None:
+    """The teacher, where the recipe has one: as this process sees it.
+
+    Args:
+        documents: those that are trained on, which a server is asked about.
+    """
     teacher = plan.config.teacher
     if teacher is None:
         return None
+    if isinstance(teacher, ServerTeacher):
+        assert documents is not None
+        assert plan.columns is not None
+        served = ServedTeacher(teacher, plan.tokenizer, documents, plan.columns)
+        served.engine.check()
+        return served
     if isinstance(teacher, StoreTeacher):
         assert plan.store is not None
         return StoredTeacher(plan.store)

@@ -120,6 +120,31 @@ class LiveTeacher(Config):
         return self
 
 
+class ServerTeacher(Config):
+    """A teacher behind an OpenAI-compatible server, asked while the student trains for its likeliest tokens at each
+    position. No teacher is loaded; over several passes or students a store asks it once."""
+
+    kind: Literal["server"]
+    model: str
+    """The name that it is served under."""
+    url: str
+    """Where it is, with the version: http://127.0.0.1:8000/v1."""
+    dialect: Literal["vllm", "openai"] = "vllm"
+    """vLLM, which takes and tells token ids; or any other server that echoes a text with log-probabilities."""
+    tokenizer: PathText | None = None
+    """Hub name or folder of its tokenizer; null takes the student's for it."""
+    top: Positive = 20
+    """How many tokens it tells of each position; the rest is one further outcome."""
+    concurrency: Annotated[int, Field(gt=0, le=1024)] = 8
+    """Requests under way at a time."""
+    retries: Annotated[int, Field(ge=0)] = 6
+    """How often a request is tried again, with longer and longer waits."""
+    timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """How long an answer may take, in seconds."""
+    key_variable: str | None = None
+    """The environment variable that holds the server's key."""
+
+
 class StoreTeacher(Config):
     """What a teacher said once, read from a store ("offline"). No teacher is loaded."""
 
@@ -207,8 +232,9 @@ class DistillConfig(Config):
 
     student: StudentConfig
     """The model that is trained."""
-    teacher: Annotated[LiveTeacher | StoreTeacher, Field(discriminator="kind")] | None = None
-    """What is learnt from: a live model or a store; null trains on the data's own labels alone."""
+    teacher: Annotated[LiveTeacher | ServerTeacher | StoreTeacher, Field(discriminator="kind")] | None = None
+    """What is learnt from: a live model, one behind a server, or a store; null trains on the data's own labels
+    alone."""
     data: Annotated[TextData | ChatData | PromptCompletionData | StoredData, Field(discriminator="format")]
     """What they read."""
     held_out: HeldOut | None = None
@@ -250,6 +276,8 @@ class DistillConfig(Config):
         for i, objective in enumerate(self.objectives):
             if self.teacher is None and objective.needs_teacher:
                 raise ValueError(f"objectives.{i} ({objective.kind}) needs a `teacher`")
+            if isinstance(self.teacher, ServerTeacher) and objective.kind == "hidden":
+                raise ValueError(f"objectives.{i} (hidden) needs the teacher's inner states, and a server tells none")
             missing = getattr(objective, "missing", "bucket")
             if missing != "bucket" and isinstance(self.teacher, LiveTeacher):
                 raise ValueError(
@@ -289,8 +317,11 @@ class DistillConfig(Config):
             raise ValueError("student.init takes `like` or `family`, and not both")
         if nobody and init.like is None and init.family is None:
             raise ValueError("student.init needs `like` or `family` where there is no live teacher to be like")
-        if self.teacher is None and self.student.tokenizer is None:
-            raise ValueError("a new student without a teacher needs student.tokenizer")
+        of_server = self.teacher.tokenizer if isinstance(self.teacher, ServerTeacher) else None
+        known = isinstance(self.teacher, StoreTeacher | LiveTeacher) or of_server is not None
+        if not known and self.student.tokenizer is None:
+            whose = "without a teacher" if self.teacher is None else "of a server whose tokenizer is not given"
+            raise ValueError(f"a new student {whose} needs student.tokenizer")
 
     def _teacher_has_a_place(self) -> None:
         if not isinstance(self.teacher, LiveTeacher):

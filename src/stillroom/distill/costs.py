@@ -13,7 +13,7 @@ from stillroom.costs.report import Report
 from stillroom.costs.sections import ARITHMETIC, add_memory, add_parameters, add_time, amount, fit
 from stillroom.costs.storage import stored
 from stillroom.cut.config import BestLayers, CutConfig
-from stillroom.distill.config import DistillConfig, LiveTeacher, StoreTeacher
+from stillroom.distill.config import DistillConfig, LiveTeacher, ServerTeacher, StoreTeacher
 from stillroom.distill.hidden_config import Every, Last, Pairs, Uniform
 from stillroom.distill.known import Known, read_known
 from stillroom.distill.objective_config import Hidden
@@ -134,6 +134,8 @@ def _asks_teacher(config: DistillConfig) -> bool:
 
 
 def _entries(config: DistillConfig, known: Known) -> float:
+    if isinstance(config.teacher, ServerTeacher):
+        return float(config.teacher.top)
     if not isinstance(config.teacher, StoreTeacher):
         return 0.0
     if known.store is None:

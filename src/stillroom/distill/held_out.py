@@ -6,6 +6,7 @@ import torch
 
 from stillroom.batch import Batch
 from stillroom.distill.processes import ALONE, Processes
+from stillroom.distill.served import ServedTeacher
 from stillroom.distill.sharding import let_go
 from stillroom.distill.step import StudentStep
 from stillroom.distill.teacher import StoredTeacher, Teacher
@@ -80,6 +81,9 @@ def _number(value: int) -> torch.Tensor:
 
 def _known(teacher: Teacher) -> list[Measure]:
     """The measures that the teacher's signals tell."""
+    if isinstance(teacher, ServedTeacher):
+        of_labels: list[Measure] = [teacher_cross_entropy] if teacher.config.dialect == "vllm" else []
+        return [top1_agreement, accepted_mass, *of_labels]
     signal = teacher.store.signal_config if isinstance(teacher, StoredTeacher) else None
     if signal is None or isinstance(signal, Full):
         return [top1_agreement, accepted_mass, teacher_cross_entropy]

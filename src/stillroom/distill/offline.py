@@ -8,12 +8,12 @@ from tempfile import TemporaryDirectory
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from stillroom.config import quoted
-from stillroom.distill.config import DistillConfig
+from stillroom.distill.config import DistillConfig, ServerTeacher
 from stillroom.distill.objective_config import Hidden, LogitObjective, ObjectiveConfig
 from stillroom.errors import ConfigError, DataError, MismatchError
 from stillroom.losses import check_sparse
 from stillroom.losses.sparse import NEEDS_NO_TEACHER
-from stillroom.store.config import SAMPLED, Full, QuantisedSignal, known_temperatures, side_columns
+from stillroom.store.config import SAMPLED, Full, QuantisedSignal, TopK, known_temperatures, side_columns
 from stillroom.store.reader import Store
 from stillroom.tokenizers import fingerprint, load_tokenizer, num_columns, template_fingerprint, template_of
 
@@ -43,7 +43,7 @@ def open_store(path: str, config: DistillConfig, given: DistillConfig) -> Store:
         for objective in config.objectives:
             if isinstance(objective, Hidden):
                 continue
-            _check_temperature(objective, signal, path)
+            _check_temperature(objective, signal, f"the store {path}")
             check_sparse(
                 objective.kind,
                 objective.temperatures[0],
@@ -52,7 +52,7 @@ def open_store(path: str, config: DistillConfig, given: DistillConfig) -> Store:
                 missing=getattr(objective, "missing", "bucket"),
                 name=f"the store {path}",
             )
-            _check_entropy(objective, signal, path)
+            _check_entropy(objective, signal, f"the store {path}")
     length = config.data.length
     if length != "auto" and length < (longest := int(store.lengths.max(initial=1)) - 1):
         raise ConfigError(
@@ -74,6 +74,24 @@ def open_store(path: str, config: DistillConfig, given: DistillConfig) -> Store:
     return store
 
 
+def check_served(config: DistillConfig, teacher: ServerTeacher) -> None:
+    """Raises MismatchError where an objective cannot be learnt from a few tokens at temperature 1."""
+    signal = TopK(kind="top_k", k=teacher.top, label=True)
+    for objective in config.objectives:
+        if isinstance(objective, Hidden):
+            continue
+        _check_temperature(objective, signal, f"the server {teacher.url}")
+        check_sparse(
+            objective.kind,
+            objective.temperatures[0],
+            sampled=False,
+            temperatures=known_temperatures(signal),
+            missing=getattr(objective, "missing", "bucket"),
+            name=f"the server {teacher.url}",
+        )
+        _check_entropy(objective, signal, f"the server {teacher.url}")
+
+
 def shown_length(config: DistillConfig, given: DistillConfig) -> object:
     """data.length as an error quotes it."""
     of_store = given.data.length == "auto" and config.data.length != "auto"
@@ -93,20 +111,20 @@ def check_missing(store: Store, objectives: Sequence[ObjectiveConfig]) -> None:
             )
 
 
-def _check_temperature(objective: LogitObjective, signal: QuantisedSignal, path: str) -> None:
+def _check_temperature(objective: LogitObjective, signal: QuantisedSignal, name: str) -> None:
     """Raises MismatchError where a temperature changes over the run, which a few entries cannot follow."""
     if len(objective.temperatures) == 1 or objective.kind in NEEDS_NO_TEACHER:
         return
     start, stop = objective.temperatures
     raise MismatchError(
-        f"the store {path} cannot follow a temperature that changes",
+        f"{name} cannot follow a temperature that changes",
         {f"{objective.kind}.temperature": f"{start} to {stop}", "signal.kind": signal.kind},
         why="What was left out is known at the temperatures that were stored, and at none between them.",
         fix="Give the objective one stored temperature, use a live teacher, or a store of signal.kind=full.",
     )
 
 
-def _check_entropy(objective: LogitObjective, signal: QuantisedSignal, path: str) -> None:
+def _check_entropy(objective: LogitObjective, signal: QuantisedSignal, name: str) -> None:
     """Raises MismatchError where tokens are to count by an entropy that the store does not hold."""
     weigh = objective.token_weight
     if weigh is None or weigh.kind != "teacher_entropy":
@@ -114,7 +132,7 @@ def _check_entropy(objective: LogitObjective, signal: QuantisedSignal, path: str
     kept = "entropy" in side_columns(signal) and signal.kind not in SAMPLED
     if not kept:
         raise MismatchError(
-            f"the store {path} does not hold the teacher's entropy",
+            f"{name} does not hold the teacher's entropy",
             {"token_weight": "teacher_entropy", "signal.kind": signal.kind},
             why="From draws it comes with the noise of the loss itself, so that their product is biased; a truncated "
             "signal does not tell it unless it was asked for.",

@@ -16,7 +16,7 @@ from stillroom.data.config import AnyData
 from stillroom.data.documents import cache_folder, cache_path, prepared
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
-from stillroom.distill.config import DistillConfig, LiveTeacher, StoredData, StoreTeacher
+from stillroom.distill.config import DistillConfig, LiveTeacher, ServerTeacher, StoredData, StoreTeacher
 from stillroom.distill.costs import costs
 from stillroom.distill.hidden_plan import HiddenPlan, plan_hidden
 from stillroom.distill.known import Known
@@ -25,6 +25,7 @@ from stillroom.distill.offline import (
     check_columns,
     check_held_out,
     check_missing,
+    check_served,
     load_stored_tokenizer,
     open_store,
     shown_length,
@@ -73,6 +74,8 @@ class Plan:
         assert not isinstance(teacher, StoreTeacher)  # which would have a store
         if teacher is None:
             return None
+        if isinstance(teacher, ServerTeacher):
+            return num_columns(self.tokenizer)
         assert teacher.columns != "auto"
         return teacher.columns
 
@@ -129,6 +132,8 @@ class Plan:
         config, found = self.config, {}
         if isinstance(config.teacher, LiveTeacher):
             found["teacher"] = _model_text(config.teacher.model)
+        if isinstance(config.teacher, ServerTeacher):
+            found["teacher"] = f"{config.teacher.model} at {config.teacher.url}"
         for name, store in (("store", self.store), ("held_out", self.held_out_store)):
             if store is not None:
                 m = store.manifest
@@ -204,6 +209,8 @@ def make_plan(config: DistillConfig, meeting: Meeting = NOBODY_ELSE) -> Plan:
         tokenizer.chat_template = template  # the student is served with what it was trained on
         config = config if whose is None else replace(config, {"data.template": whose})
     origin = origin_of(config, teacher_config, store, cut)
+    if isinstance(config.teacher, ServerTeacher):
+        check_served(config, config.teacher)
     config, hidden = plan_hidden(config, student_config, teacher_config, store, origin)
     if hidden is not None and held_out_store is not None:
         plan_hidden(config, student_config, None, held_out_store, origin)  # which is measured on the same layers
@@ -289,6 +296,8 @@ def _tokenizers(
         of_teacher = load_tokenizer(
             teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
         )
+    elif isinstance(teacher, ServerTeacher) and teacher.tokenizer is not None:
+        of_teacher = load_tokenizer(teacher.tokenizer)
     own = None
     origin = student.model or getattr(student.init, "model", None)
     if origin is not None:

@@ -30,6 +30,7 @@ from stillroom.distill.objective_config import ObjectiveConfig
 from stillroom.distill.objectives import build_objectives, hidden_weights, needs_teacher, scheduled
 from stillroom.distill.plan import Plan, make_plan
 from stillroom.distill.roll import Roll, told_once
+from stillroom.distill.served import ServedTeacher
 from stillroom.distill.student import Student
 from stillroom.distill.teacher import LiveTeacher, StoredTeacher
 from stillroom.distill.together import began, launcher, leaving, must_be_same, teach, together
@@ -109,7 +110,7 @@ def _run(
         if plan.held_out is not None and held_out is None:
             held_out = processes.in_turn(lambda: _prepare(plan.held_out, plan, report))  # pyright: ignore
         measured = needs_teacher(config.objectives) or config.held_out is not None or meeting.num_teachers > 0
-        teacher = build_teacher(plan, meeting) if measured else None
+        teacher = build_teacher(plan, meeting, data) if measured else None
         with leaving(teacher):
             return _distill(plan, meeting, roll, teacher, (data, held_out), folder, report)
 
@@ -216,6 +217,8 @@ def _train(
         judge = teacher
         if plan.held_out_store is not None and isinstance(teacher, StoredTeacher):
             judge = StoredTeacher(plan.held_out_store, teacher.layers)
+        if isinstance(teacher, ServedTeacher):
+            judge = teacher.of(held_out)
         measure = partial(_measure, plan, state, judge, held_out, plan.held_out)
     first = state.processes.first
     metrics = Metrics(folder.path / "metrics.jsonl", after=state.step) if first else None

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from stillroom.distill.build import AnyTeacher, build_teacher, compared_layers
-from stillroom.distill.config import DistillConfig, StoreTeacher
+from stillroom.distill.config import DistillConfig
+from stillroom.distill.config import LiveTeacher as LiveTeacherConfig
 from stillroom.distill.distant import DistantTeacher, serve
 from stillroom.distill.hidden import layers_of
 from stillroom.distill.meeting import Meeting, leave, meet
@@ -51,7 +52,7 @@ def teach(plan: Plan, meeting: Meeting) -> dict[str, Any]:
     """Runs the teacher for the processes that train, until they have left."""
     teacher = build_teacher(plan, meeting)
     assert isinstance(teacher, LiveTeacher)
-    assert not isinstance(plan.config.teacher, StoreTeacher | None)
+    assert isinstance(plan.config.teacher, LiveTeacherConfig)
     teacher.ask_for(*layers_of(compared_layers(plan, None), 1))
     with deferred_interrupts() as interrupted:  # those that train are told, and say when to stop
         serve(teacher, meeting, plan.config.device, interrupted, together=plan.config.teacher.placement != "whole")
@@ -75,7 +76,7 @@ def leaving(teacher: AnyTeacher | None) -> Iterator[None]:
 def together(config: DistillConfig) -> Iterator[Meeting]:
     """The processes that were started together, until the end of the run."""
     teacher, parallel = config.teacher, config.parallel
-    live = None if isinstance(teacher, StoreTeacher) else teacher
+    live = teacher if isinstance(teacher, LiveTeacherConfig) else None
     number = config.device.partition(":")[2]
     meeting = meet(
         "cuda" if config.device.startswith(("auto", "cuda")) and torch.cuda.is_available() else "cpu",

@@ -31,6 +31,7 @@ from stillroom.distill.build import (
 )
 from stillroom.distill.checkpoint import Checkpoints
 from stillroom.distill.config import DistillConfig, StoredData, StoreTeacher
+from stillroom.distill.config import LiveTeacher as LiveTeacherConfig
 from stillroom.distill.held_out import measure_held_out
 from stillroom.distill.loop import Report, optimizer_step
 from stillroom.distill.own_text import own_text_kl
@@ -129,7 +130,7 @@ class Trial:
         """
         plan, config = self.plan, self.plan.config
         with self._enough_memory("the models and a batch of text"), TemporaryDirectory() as folder:
-            self.teacher = build_teacher(plan)
+            self.teacher = build_teacher(plan, documents=self.documents)
             self.student, self.specs = build_pair(
                 plan, self.teacher, self.documents, Path(folder), lambda text: self.report("note", {"text": text})
             )
@@ -280,7 +281,7 @@ class Trial:
 def _alone(config: DistillConfig) -> DistillConfig:
     """The same of one process, which is all that a trial has, with the teacher whole beside the student."""
     config = replace(config, {"parallel": {"kind": "none"}})
-    if config.teacher is None or isinstance(config.teacher, StoreTeacher):
+    if not isinstance(config.teacher, LiveTeacherConfig):
         return config
     return replace(config, {"teacher.placement": "whole", "teacher.ranks": None})
 

@@ -215,7 +215,7 @@ def test_only_known_settings_are_taken(loaded, override, what):
 def test_a_teacher_of_another_kind_says_which_kinds_there_are(loaded):
     with pytest.raises(ConfigError) as caught:
         loaded("teacher={kind: shop, path: x}")
-    assert caught.value.values == {"teacher": "there is no kind `shop`; there are model, store"}
+    assert caught.value.values == {"teacher": "there is no kind `shop`; there are model, server, store"}
 
 
 def test_what_the_optimizers_settings_allow_torch_allows():
