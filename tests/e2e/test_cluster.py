@@ -196,7 +196,10 @@ def test_a_notice_reaches_torchrun_which_is_waited_for(kind, node):
     """torchrun stands for one that says when it is there, waits for SIGTERM, and ends in its own time."""
     here = node(kind)
     here.record.write_text('{"status": "interrupted"}')
-    body = "import signal as s; s.signal(s.SIGTERM, lambda *_: None); print('there', flush=True); s.pause()"
+    notice = "{s.SIGTERM}"  # which is waited for from before the word on
+    body = (
+        f"import signal as s; s.pthread_sigmask(s.SIG_BLOCK, {notice}); print('there', flush=True); s.sigwait({notice})"
+    )
     here.does(torchrun=f"exec {sys.executable} -S -c \"{body}; print('saved', flush=True)\"")
     process = subprocess.Popen(["bash", "-c", here.text], cwd=ROOT, env=here.env, stdout=subprocess.PIPE, text=True)
     with process:
