@@ -40,19 +40,7 @@ def open_store(path: str, config: DistillConfig, given: DistillConfig) -> Store:
         )
     signal = store.signal_config
     if not isinstance(signal, Full):
-        for objective in config.objectives:
-            if isinstance(objective, Hidden):
-                continue
-            _check_temperature(objective, signal, f"the store {path}")
-            check_sparse(
-                objective.kind,
-                objective.temperatures[0],
-                sampled=signal.kind in SAMPLED,
-                temperatures=known_temperatures(signal),
-                missing=getattr(objective, "missing", "bucket"),
-                name=f"the store {path}",
-            )
-            _check_entropy(objective, signal, f"the store {path}")
+        _check_objectives(config.objectives, signal, f"the store {path}")
     length = config.data.length
     if length != "auto" and length < (longest := int(store.lengths.max(initial=1)) - 1):
         raise ConfigError(
@@ -76,20 +64,25 @@ def open_store(path: str, config: DistillConfig, given: DistillConfig) -> Store:
 
 def check_served(config: DistillConfig, teacher: ServerTeacher) -> None:
     """Raises MismatchError where an objective cannot be learnt from a few tokens at temperature 1."""
-    signal = TopK(kind="top_k", k=teacher.top, label=True)
-    for objective in config.objectives:
+    told = TopK(kind="top_k", k=teacher.top, label=True)
+    _check_objectives(config.objectives, told, f"the server {teacher.url}")
+
+
+def _check_objectives(objectives: Sequence[ObjectiveConfig], signal: QuantisedSignal, name: str) -> None:
+    """Raises MismatchError where one of the objectives cannot be learnt from such a signal of ``name``."""
+    for objective in objectives:
         if isinstance(objective, Hidden):
             continue
-        _check_temperature(objective, signal, f"the server {teacher.url}")
+        _check_temperature(objective, signal, name)
         check_sparse(
             objective.kind,
             objective.temperatures[0],
-            sampled=False,
+            sampled=signal.kind in SAMPLED,
             temperatures=known_temperatures(signal),
             missing=getattr(objective, "missing", "bucket"),
-            name=f"the server {teacher.url}",
+            name=name,
         )
-        _check_entropy(objective, signal, f"the server {teacher.url}")
+        _check_entropy(objective, signal, name)
 
 
 def shown_length(config: DistillConfig, given: DistillConfig) -> object:
