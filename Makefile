@@ -28,7 +28,7 @@ e2e: .venv/.tools  ## whole runs by the real command line
 gpu: .venv/.tools  ## what needs a CUDA device, against the CPU
 	$(OFFLINE) $(BIN)/python -m pytest tests/gpu
 
-bench: .venv/.bench  ## start-up, losses, throughput, store, quality, hidden states, evaluation, memory and quantised teachers, as told in LOG.md; results in benchmarks/*.json
+bench: .venv/.bench  ## start-up, losses, throughput, store, quality, hidden states, evaluation, memory, many processes and quantised teachers, as told in LOG.md; results in benchmarks/*.json
 	$(OFFLINE) $(BIN)/python benchmarks/startup.py
 	$(OFFLINE) $(BIN)/python benchmarks/losses.py
 	$(OFFLINE) $(BIN)/python benchmarks/throughput.py
@@ -38,6 +38,7 @@ bench: .venv/.bench  ## start-up, losses, throughput, store, quality, hidden sta
 	$(OFFLINE) $(BIN)/python benchmarks/hidden_cost.py
 	$(OFFLINE) $(BIN)/python benchmarks/evaluate.py
 	$(OFFLINE) $(BIN)/python benchmarks/memory.py
+	$(OFFLINE) $(BIN)/python benchmarks/processes.py
 	$(OFFLINE) $(BIN)/python benchmarks/quantized.py --stories 500
 
 docs: .venv/.docs  ## the reference of settings and the pictures of the losses, from the code
