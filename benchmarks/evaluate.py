@@ -56,7 +56,7 @@ def main() -> None:
     from lm_eval.models.huggingface import HFLM
 
     from stillroom.evaluate.tasks.likelihood import encode, log_likelihoods
-    from stillroom.models import load_model
+    from stillroom.models.loading import load_model
     from stillroom.tokenizers import load_tokenizer
 
     torch.set_num_threads(1)

@@ -79,10 +79,10 @@ OF_LOGITS = (logit_mse, hinge_ranking, logistic_ranking)
 FORMULAS = {formula.__name__: formula for formula in (*OF_LOG_PROBABILITIES, *OF_LOGITS)}
 
 
-def values(name: str, teacher: Tensor, student: Tensor, next_tokens: Tensor, **arguments: Any) -> Tensor:
+def values(name: str, teacher: Tensor, student: Tensor, labels: Tensor, **arguments: Any) -> Tensor:
     """The loss of each position, from logits ``[n, v]``."""
     if name == "cross_entropy":
-        return cross_entropy(student, next_tokens, reduction="none")
+        return cross_entropy(student, labels, reduction="none")
     formula = FORMULAS[name]
     if formula in OF_LOG_PROBABILITIES:
         teacher, student = teacher.log_softmax(-1), student.log_softmax(-1)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import throughput
 from results import machine, save
 
-from stillroom.losses.hidden import DISTANCES
+from stillroom.losses import DISTANCES
 
 SIDES = ("logits", *DISTANCES)
 VOCABULARIES = (128_000, 4_096)
@@ -29,11 +29,11 @@ def step_of(side: str) -> Callable[[], float]:
     import torch
 
     from stillroom.batch import Batch
-    from stillroom.distill.hidden import HiddenSpec, HiddenTerm, layers_of
-    from stillroom.distill.step import StudentStep
-    from stillroom.distill.teacher import LiveTeacher
     from stillroom.losses import Objective, forward_kl
-    from stillroom.losses.linear import CHUNK_BYTES
+    from stillroom.losses.fused_linear import CHUNK_BYTES
+    from stillroom.teachers.live import LiveTeacher
+    from stillroom.training.hidden_objective import HiddenLoss, HiddenSpec, layers_of
+    from stillroom.training.step import StudentStep
 
     specs = []
     if side != "logits":
@@ -42,8 +42,8 @@ def step_of(side: str) -> Callable[[], float]:
         specs = [HiddenSpec("hidden", side, PAIRS, (256, 512), arguments, start=None if free else "orthogonal")]
     teacher = LiveTeacher(throughput.build("teacher"), *layers_of(specs, 1))
     module = StudentStep(
-        throughput.build("student"), (Objective("forward_kl", forward_kl),), num_columns=None,
-        logits_bytes=CHUNK_BYTES, hidden=[HiddenTerm(spec) for spec in specs],
+        throughput.build("student"), (Objective("forward_kl", forward_kl),), vocab_size=None,
+        logits_bytes=CHUNK_BYTES, hidden=[HiddenLoss(spec) for spec in specs],
     ).train()  # fmt: skip
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
     ids = throughput.tokens()
@@ -51,7 +51,7 @@ def step_of(side: str) -> Callable[[], float]:
     batch = Batch(ids[:, :-1], ids[:, 1:], torch.ones_like(positions, dtype=torch.bool), positions, positions * 0)
 
     def step() -> float:
-        result = module(batch, teacher.tell(batch), batch.num_kept)
+        result = module(batch, teacher.forward(batch), batch.num_kept)
         result.loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()

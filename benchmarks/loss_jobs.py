@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, linear
 
-from stillroom.head import Head
+from stillroom.lm_head import LMHead
 from stillroom.losses import LOSSES, Objective, linear_losses
-from stillroom.losses.linear import CHUNK_BYTES, Buffers
+from stillroom.losses.fused_linear import CHUNK_BYTES, Buffers
 from stillroom.signals import Dense, Signal, Sparse
 
 ARGUMENTS: dict[str, dict[str, float]] = {
@@ -42,11 +42,11 @@ class Problem:
     head: Tensor
     teacher: Tensor
     teacher_head: Tensor
-    next_tokens: Tensor
+    labels: Tensor
 
     def first(self, positions: int) -> "Problem":
         student = self.student.detach()[:positions].requires_grad_()
-        return Problem(student, self.head, self.teacher[:positions], self.teacher_head, self.next_tokens[:positions])
+        return Problem(student, self.head, self.teacher[:positions], self.teacher_head, self.labels[:positions])
 
     @property
     def trained(self) -> tuple[Tensor, Tensor]:
@@ -57,13 +57,11 @@ class Problem:
         return sum(x.nbytes for x in self.trained)
 
     def dense(self) -> Dense:
-        return Dense(self.teacher, Head(self.teacher_head))
+        return Dense(self.teacher, LMHead(self.teacher_head))
 
     def losses(self, objectives: list[Objective], signal: Signal | None, buffers: Buffers | None = None):
         weights = torch.full((len(self.student),), 1 / len(self.student), device=self.student.device)
-        return linear_losses(
-            self.student, Head(self.head), objectives, self.next_tokens, weights, signal, buffers=buffers
-        )
+        return linear_losses(self.student, LMHead(self.head), objectives, self.labels, weights, signal, buffers=buffers)
 
 
 Job = Callable[[Problem], Callable[[], Tensor]]
@@ -146,7 +144,7 @@ def top_50(p: Problem, k: int = 50) -> Sparse:
         rests.append(log_t.scatter(-1, kept.indices, -torch.inf).logsumexp(-1))
         ids.append(kept.indices)
         values.append(kept.values)
-    return Sparse(torch.cat(ids), torch.cat(values), {1.0: torch.cat(rests)}, num_columns=len(p.teacher_head))
+    return Sparse(torch.cat(ids), torch.cat(values), {1.0: torch.cat(rests)}, vocab_size=len(p.teacher_head))
 
 
 @torch.no_grad()
@@ -156,7 +154,7 @@ def samples_24(p: Problem, head: int = 16, draws: int = 8) -> Sparse:
     log_share = (kept.log_probs[:, head:].exp().sum(-1) + kept.log_rests[1.0].exp()).log() - math.log(draws)
     weights = torch.cat([kept.log_probs[:, :head], log_share.unsqueeze(-1).expand(-1, draws)], -1)
     entropy = -(weights.exp() * kept.log_probs).sum(-1)
-    return Sparse(kept.ids, weights, entropy=entropy, sampled=True, num_columns=kept.num_columns)
+    return Sparse(kept.ids, weights, entropy=entropy, sampled=True, vocab_size=kept.vocab_size)
 
 
 def own_jobs() -> dict[str, Job]:
@@ -197,7 +195,7 @@ def liger(kind: str, beta: float, *, compiled: bool) -> Job:
         from liger_kernel import chunked_loss
 
         loss = getattr(chunked_loss, kind)(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=compiled)
-        return lambda: loss(p.student, p.head, p.teacher, p.teacher_head, p.next_tokens)
+        return lambda: loss(p.student, p.head, p.teacher, p.teacher_head, p.labels)
 
     return job
 

@@ -283,7 +283,7 @@ def gradient_errors(positions: int = 256, vocabulary: int = 8192) -> dict[str, d
         for dtype in (torch.float32, torch.bfloat16):
             p = problem(positions, vocabulary, apart=apart, dtype=dtype)
             student, head = (x.detach().double().requires_grad_() for x in p.trained)
-            exact = Problem(student, head, p.teacher.double(), p.teacher_head.double(), p.next_tokens)
+            exact = Problem(student, head, p.teacher.double(), p.teacher_head.double(), p.labels)
             of_type = str(dtype).removeprefix("torch.")
             for name in (x for x in LOSSES if x in FORMULAS or x == NEEDS_NO_TEACHER):
                 step(lambda name=name, exact=exact: naive_value(name, exact))
@@ -309,7 +309,7 @@ def furthest(p: Problem, exact: Problem) -> float:
 
 def naive_value(name: str, p: Problem) -> Tensor:
     student, teacher = p.student @ p.head.T, p.teacher @ p.teacher_head.T
-    return values(name, teacher, student, p.next_tokens, **ARGUMENTS.get(name, {})).mean()
+    return values(name, teacher, student, p.labels, **ARGUMENTS.get(name, {})).mean()
 
 
 @torch.no_grad()

@@ -98,14 +98,14 @@ def resident_bytes(field: str) -> int:
 def work(name: str, folder: Path) -> dict[str, Any]:
     """Measures and predicts one run, in a process of its own."""
     from stillroom.config import load
-    from stillroom.costs.architecture import read_architecture
-    from stillroom.costs.hardware import Hardware
-    from stillroom.costs.memory import memory
-    from stillroom.costs.weights import read_model
     from stillroom.distill.config import DistillConfig
     from stillroom.distill.costs import load_of
-    from stillroom.distill.known import Known, student_values
+    from stillroom.distill.headers import DistillHeaders, student_values
     from stillroom.distill.run import run
+    from stillroom.estimates.architecture import read_architecture
+    from stillroom.estimates.hardware import Hardware
+    from stillroom.estimates.memory import memory
+    from stillroom.estimates.weights import read_model
 
     run(load(DistillConfig, None, [*settings(name, folder, TINY), "steps=1"]))
     gc.collect()
@@ -124,7 +124,7 @@ def work(name: str, folder: Path) -> dict[str, Any]:
     source = read_model(f"{folder}/teacher").config
     stored = folder / "captured" / "store" / "manifest.json"
     offline = config.teacher is not None and config.teacher.kind == "store"
-    known = Known(
+    known = DistillHeaders(
         read_architecture(student_values(config, source)),
         read_architecture(source) if config.teacher is not None and not offline else None,
         json.loads(stored.read_text()) if offline else None,

@@ -43,13 +43,13 @@ def watch(folder: Path, size: int) -> list[dict[str, Any]]:
     words = [[kind, f"out={folder}/{size}-tiny"], [kind, f"student.model={folder}/big", f"out={folder}/{size}-big"]]
     begun, places = [], [folder / f"{size}-{rank}.json" for rank in range(size)]
     for rank, place in enumerate(places):
-        meeting = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_PORT": str(port)}
+        context = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_PORT": str(port)}
         code = f"from watched_run import main; main({str(place)!r}, {str(folder / 'r.yaml')!r}, *{words!r})"
-        env = {**os.environ, **GIVES_BACK, **meeting, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, **GIVES_BACK, **context, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
         env |= {"PYTHONPATH": os.pathsep.join(sys.path), "STILLROOM_CACHE": str(folder / "cache")}
         begun.append(subprocess.Popen([sys.executable, "-c", code], env=env))
-    codes = [process.wait() for process in begun]
-    assert not any(codes), codes
+    levels = [process.wait() for process in begun]
+    assert not any(levels), levels
     return [json.loads(place.read_text()) for place in places]
 
 

@@ -21,15 +21,16 @@ from typing import Any
 import torch
 from results import data_folder, machine, save
 
+from stillroom.models import loading
+
 KINDS = (("float32", None), ("bfloat16", None), ("float32", "int8"), ("float32", "fp8"), ("float32", "nf4"))
 LENGTH = 256
 
 
 def load(folder: Path, dtype: str, kind: str | None) -> Any:
-    from stillroom import models
 
-    models.quiet()
-    return models.load_model(str(folder), dtype=getattr(torch, dtype), quantization=kind)  # pyright: ignore
+    loading.quiet()
+    return loading.load_model(str(folder), dtype=getattr(torch, dtype), quantization=kind)  # pyright: ignore
 
 
 @torch.no_grad()
@@ -65,15 +66,14 @@ def held_bytes(parameter: torch.Tensor) -> int:
     return parameter.nbytes if names is None else sum(getattr(parameter, name).nbytes for name in names)
 
 
-def loading(folder: Path, kind: str) -> dict[str, float]:
+def memory_of_loading(folder: Path, kind: str) -> dict[str, float]:
     def anonymous() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
-    import stillroom.models
-    import stillroom.weights.quantized
+    from stillroom.models.quantization import quantized_loading
 
-    stillroom.weights.quantized.quantized_loading(kind, torch.float32, "cpu")  # pyright: ignore  (imports the package)
+    quantized_loading(kind, torch.float32, "cpu")  # pyright: ignore  (imports the package)
     before, most, done = anonymous(), [0], threading.Event()
 
     def watch() -> None:
@@ -88,7 +88,7 @@ def loading(folder: Path, kind: str) -> dict[str, float]:
     done.set()
     watching.join()
     return {
-        "float32_bytes": 4 * stillroom.models.num_parameters(model),
+        "float32_bytes": 4 * loading.num_parameters(model),
         "held_bytes": sum(map(held_bytes, model.parameters())),
         "most_while_loading_bytes": most[0],
         "time_s": time_s,
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--worker", nargs=2)
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(loading(Path(options.worker[0]), options.worker[1])))
+        print(json.dumps(memory_of_loading(Path(options.worker[0]), options.worker[1])))
         return
     from transformers import LlamaConfig, LlamaForCausalLM
 

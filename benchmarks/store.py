@@ -19,19 +19,20 @@ import numpy as np
 import torch
 from results import data_folder, machine, save
 
-from stillroom import models, selection
 from stillroom.capture.config import Transformers
 from stillroom.capture.model import ModelTeacher
 from stillroom.capture.windows import Document, batches, windows
 from stillroom.data.config import TextData
-from stillroom.data.documents import Documents, prepare
-from stillroom.head import Head
+from stillroom.data.dataset import Documents, prepare
+from stillroom.kernels import selection
+from stillroom.lm_head import LMHead
 from stillroom.losses import LOSSES, Objective
-from stillroom.store.codec import Codec
+from stillroom.models import loading
+from stillroom.models.hidden_states import last_hidden_states, lm_head
+from stillroom.store.codec.codec import Codec
 from stillroom.store.config import HeadAndSample, TopK, side_columns
-from stillroom.store.format import FORMAT, Manifest, Source
-from stillroom.store.levels import Levels
-from stillroom.store.quantise import num_uniforms, quantise, to_sparse
+from stillroom.store.format import FORMAT, Manifest, SourceInfo
+from stillroom.store.quantize import LogProbCodes, num_uniforms, quantize, to_sparse
 from stillroom.store.reader import Store
 from stillroom.store.writer import StoreWriter
 from stillroom.tokenizers import load_tokenizer
@@ -47,12 +48,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--skip-large", action="store_true")
     options = parser.parse_args()
-    models.quiet()
+    loading.quiet()
     data = data_folder()
     tokenizer = load_tokenizer(str(data / "models/stories3M"))
     settings = TextData(format="text", path=str(data / "text/tinystories_valid.jsonl"), length=256)
     documents = prepare(settings, tokenizer)
-    model = models.load_model(str(data / "models/stories3M"), dtype=torch.float32)
+    model = loading.load_model(str(data / "models/stories3M"), dtype=torch.float32)
     stop = min(len(documents), options.documents)
     result: dict[str, Any] = {"machine": machine(), "documents": stop, "threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as folder:
@@ -82,16 +83,16 @@ def teacher_of(model: Any, signal: Any) -> ModelTeacher:
 
 
 def capture(model: Any, documents: Documents, stop: int, signal: Any, path: Path) -> Store:
-    some = Source(name="stories3M", fingerprint="0")
+    some = SourceInfo(name="stories3M", fingerprint="0")
     manifest = Manifest(
         format=FORMAT, complete=False, teacher=some, engine="transformers", tokenizer=some, template="none", data=some,
-        num_columns=4096, length=256, signal=signal, side=tuple(side_columns(signal)), seed=0,
+        vocab_size=4096, length=256, signal=signal, side=tuple(side_columns(signal)), seed=0,
     )  # fmt: skip
     teacher = teacher_of(model, signal)
     with StoreWriter(path, manifest) as writer:
         for window in windows(documents, 0, stop):
             for document, (levels, error) in zip(window, teacher.say(window), strict=True):
-                writer.add(document.number, document.tokens, document.keep, levels, error)
+                writer.add(document.number, document.tokens, document.loss_mask, levels, error)
         writer.finish()
     return Store(path)
 
@@ -137,10 +138,10 @@ def exactness(model: Any, documents: Documents, store: Store, most: int = 200) -
 def logits_of(model: Any, window: list[Document]) -> list[torch.Tensor]:
     found: dict[int, torch.Tensor] = {}
     for batch in batches(window, length=256, pack=True, most=16384, pad_token=0):
-        hidden = models.hidden_states(model, batch).flatten(0, 1)[batch.kept]
+        hidden = last_hidden_states(model, batch).flatten(0, 1)[batch.kept]
         places = batch.documents.flatten()[batch.kept]
         for place in places.unique().tolist():
-            found[place] = models.head(model).logits(hidden[places == place])
+            found[place] = lm_head(model).logits(hidden[places == place])
     return [found[place] for place in range(len(window))]
 
 
@@ -158,7 +159,7 @@ def unbiasedness(model: Any, documents: Documents, captures: int = 10_000) -> di
         chosen = selection.head_and_sample(
             logits[position].repeat(len(some), 1), DEFAULT.head, DEFAULT.draws, DEFAULT.least, some[:, 0]
         )
-        read = to_sparse(quantise(chosen, DEFAULT, some.numpy())[0], DEFAULT)
+        read = to_sparse(quantize(chosen, DEFAULT, some.numpy())[0], DEFAULT)
         target = torch.zeros(len(some), 4096, dtype=torch.float64).scatter_add_(
             1, read.ids, read.log_probs.double().exp()
         )
@@ -195,7 +196,7 @@ Times = list[tuple[float, float]]
 """Seconds by the clock and of the processor, of each round."""
 
 
-def in_turn(jobs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Times]:
+def local_rank0_first(jobs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Times]:
     """Every job once to warm up, then in every round each once: so that what disturbs the machine disturbs all."""
     for job in jobs.values():
         job()
@@ -224,8 +225,8 @@ def codec_speed(model: Any, documents: Documents, repeats: int) -> dict[str, Any
     torch.set_num_threads(1)
     (window,) = windows(documents, 0, 128)
     said = teacher_of(model, FIXED).say(window)
-    levels = Levels.concatenate([signal for signal, _ in said])
-    tokens = np.concatenate([document.tokens[document.keep] for document in window]).astype(np.int32)
+    levels = LogProbCodes.concatenate([signal for signal, _ in said])
+    tokens = np.concatenate([document.tokens[document.loss_mask] for document in window]).astype(np.int32)
     offsets = np.cumsum([0, *(document.num_kept for document in window)], dtype=np.int64)
     codec = Codec.train(tokens, levels, 4096)
     rows = codec.encode(tokens, levels, offsets)
@@ -295,12 +296,12 @@ def capture_overhead(model: Any, documents: Documents, stop: int, repeats: int) 
     """Tokens a second of a whole capture, against the teacher's bare forward pass: backbone and head."""
     all_windows = list(windows(documents, 0, stop))
     n = sum(document.num_kept for window in all_windows for document in window)
-    head = models.head(model)
+    head = lm_head(model)
 
     def bare() -> None:
         for window in all_windows:
             for batch in batches(window, length=256, pack=True, most=16384, pad_token=0):
-                hidden = models.hidden_states(model, batch).flatten(0, 1)[batch.kept]
+                hidden = last_hidden_states(model, batch).flatten(0, 1)[batch.kept]
                 for start in range(0, len(hidden), 512):
                     head.logits(hidden[start : start + 512])
 
@@ -317,7 +318,7 @@ def capture_overhead(model: Any, documents: Documents, stop: int, repeats: int) 
             "forward and selection": say,
             "capture": lambda: capture(model, documents, stop, DEFAULT, Path(folder) / str(next(numbers))),
         }
-        times = in_turn(jobs, repeats)
+        times = local_rank0_first(jobs, repeats)
     for name in jobs:
         wall, cpu = medians(times[name])
         result[name] = {"positions_per_s": n / wall, "positions_per_cpu_s": n / cpu}
@@ -330,38 +331,38 @@ def step_time(model: Any, documents: Documents, repeats: int) -> dict[str, Any]:
     """The student's fused loss from sparse targets, against hard labels with the same fused loss: whole steps."""
     from transformers import AutoConfig
 
-    from stillroom.data.stream import BatchStream
-    from stillroom.distill.ahead import ReadAhead
-    from stillroom.distill.step import StudentStep
-    from stillroom.distill.teacher import StoredTeacher
+    from stillroom.data.dataloader import BatchStream
+    from stillroom.teachers.stored import StoredTeacher
+    from stillroom.training.prefetch import Prefetcher
+    from stillroom.training.step import StudentStep
 
     config = AutoConfig.from_pretrained(data_folder() / "models/stories3M")
     config.update({"hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 344, "num_attention_heads": 4,
                    "num_key_value_heads": 2, "head_dim": 32})  # fmt: skip
-    student = models.build_model(config, seed=0)
+    student = loading.build_model(config, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         store = capture(model, documents, 400, DEFAULT, Path(folder) / "store")
 
         def epoch(name: str) -> Callable[[], None]:
             objective = Objective(name, LOSSES[name])
-            step = StudentStep(student, (objective,), num_columns=4096, logits_bytes=256 * 2**20)
+            step = StudentStep(student, (objective,), vocab_size=4096, logits_bytes=256 * 2**20)
             teacher = StoredTeacher(store) if name == "forward_kl" else None
 
             def run() -> None:
                 stream = BatchStream(store, length=256, pack=True, shuffle=False, tokens=4096, micro_tokens=4096,
                                      seed=0, epochs=1)  # fmt: skip
-                ahead = ReadAhead(stream, teacher)
-                for micros in ahead:
-                    for batch, read in micros:
+                ahead = Prefetcher(stream, teacher)
+                for micro_batches in ahead:
+                    for batch, read in micro_batches:
                         step(batch, read, batch.num_kept).loss.backward()
                         step.zero_grad()
                 ahead.close()
 
             return run
 
-        result: dict[str, Any] = {"positions": int(sum(store.keep(i).sum() for i in range(len(store))))}
+        result: dict[str, Any] = {"positions": int(sum(store.loss_mask(i).sum() for i in range(len(store))))}
         jobs = {"hard labels": epoch("cross_entropy"), "from the store": epoch("forward_kl")}
-        times = in_turn(jobs, repeats)
+        times = local_rank0_first(jobs, repeats)
     for name in jobs:
         wall, cpu = medians(times[name])
         result[name] = {"positions_per_s": result["positions"] / wall, "positions_per_cpu_s": result["positions"] / cpu}
@@ -376,7 +377,7 @@ def large_vocabulary(repeats: int, columns: int = 128_256, n: int = 4096) -> dic
     """A random-weight head of 128,256 columns whose logits are scaled to about 2 nats of entropy."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
-    head = Head(torch.randn(columns, 64, generator=generator) / 8, scale=4.2)
+    head = LMHead(torch.randn(columns, 64, generator=generator) / 8, scale=4.2)
     tokens = (torch.rand(n, generator=generator) ** 4 * 2000).int().numpy()
     centres = torch.randn(2000, 64, generator=generator)
     hidden = centres[torch.from_numpy(tokens).long()] + 0.4 * torch.randn(n, 64, generator=generator)
@@ -395,9 +396,9 @@ def large_vocabulary(repeats: int, columns: int = 128_256, n: int = 4096) -> dic
             else:
                 random = torch.from_numpy(some[:, 0].copy())
                 chosen = selection.head_and_sample(logits, signal.head, signal.draws, signal.least, random)
-            parts.append(quantise(chosen, signal, some)[0])
+            parts.append(quantize(chosen, signal, some)[0])
             seconds += time.perf_counter() - begun
-        levels = Levels.concatenate(parts)
+        levels = LogProbCodes.concatenate(parts)
         offsets = np.arange(0, n + 1, 128)
         codec = Codec.train(tokens, levels, columns)
         rows = codec.encode(tokens, levels, offsets)

@@ -75,21 +75,21 @@ def stillroom_step() -> Callable[[], float]:
     import torch
 
     from stillroom.batch import Batch
-    from stillroom.distill.step import StudentStep
-    from stillroom.distill.teacher import LiveTeacher
     from stillroom.losses import Objective, cross_entropy, forward_kl
-    from stillroom.losses.linear import CHUNK_BYTES
+    from stillroom.losses.fused_linear import CHUNK_BYTES
+    from stillroom.teachers.live import LiveTeacher
+    from stillroom.training.step import StudentStep
 
     teacher = LiveTeacher(build("teacher"))
     objectives = (Objective("forward_kl", forward_kl, 0.9), Objective("cross_entropy", cross_entropy, 0.1))
-    module = StudentStep(build("student"), objectives, num_columns=None, logits_bytes=CHUNK_BYTES).train()
+    module = StudentStep(build("student"), objectives, vocab_size=None, logits_bytes=CHUNK_BYTES).train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
     ids = tokens()
     positions = torch.arange(LENGTH).expand(ROWS, -1)
     batch = Batch(ids[:, :-1], ids[:, 1:], torch.ones_like(positions, dtype=torch.bool), positions, positions * 0)
 
     def step() -> float:
-        result = module(batch, teacher.tell(batch), batch.num_kept)
+        result = module(batch, teacher.forward(batch), batch.num_kept)
         result.loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()

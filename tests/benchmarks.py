@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stillroom.evaluate.results import TaskResult
-from stillroom.evaluate.tasks.asking import Evaluated, Report
 from stillroom.evaluate.tasks.config import AnyTask
+from stillroom.evaluate.tasks.lm import EvalModel, Report
 from stillroom.evaluate.tasks.run import ask, open_benchmark, results
 
 
 def run_tasks(
-    config: AnyTask, models: Sequence[Evaluated], out: Path, *, seed: int, report: Report = lambda *_: None
+    config: AnyTask, models: Sequence[EvalModel], out: Path, *, seed: int, report: Report = lambda *_: None
 ) -> list[TaskResult]:
     """All results of a task or group."""
     benchmark = open_benchmark(config)
@@ -19,7 +19,7 @@ def run_tasks(
 
 
 def run_task(
-    config: AnyTask, models: Sequence[Evaluated], out: Path, *, seed: int, report: Report = lambda *_: None
+    config: AnyTask, models: Sequence[EvalModel], out: Path, *, seed: int, report: Report = lambda *_: None
 ) -> TaskResult:
     """The one result of a task."""
     (result,) = run_tasks(config, models, out, seed=seed, report=report)

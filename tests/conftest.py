@@ -26,9 +26,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from stillroom.batch import Batch
 from stillroom.cli.main import main
-from stillroom.data.documents import SCHEMA, Counts, Documents, _record_batch
+from stillroom.data.dataloader import BatchStream
+from stillroom.data.dataset import SCHEMA, Counts, Documents, _record_batch
 from stillroom.data.formats import Encoded
-from stillroom.data.stream import BatchStream
 
 torch.set_num_threads(1)
 hypothesis_settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])

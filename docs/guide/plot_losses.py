@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stillroom.losses import LOSSES, Block
+from stillroom.losses import LOSSES, LogitBlock
 
 FOLDER = Path(__file__).parent
 COLUMNS = torch.arange(64, dtype=torch.float64)
@@ -58,7 +58,7 @@ def losses_of(students: Tensor, name: str, **arguments) -> Tensor:
     n = len(students)
 
     def value(token: int) -> Tensor:
-        block = Block(students.clone(), teacher().repeat(n, 1), torch.full((n,), token))
+        block = LogitBlock(students.clone(), teacher().repeat(n, 1), torch.full((n,), token))
         return LOSSES[name](block, **arguments)[0]
 
     if name != "cross_entropy":
@@ -82,7 +82,7 @@ def lands(found: Fit) -> str:
 
 def pull(name: str, student: Tensor) -> Tensor:
     """How a step of gradient descent would move each logit, [v]: minus the gradient. The next token is column 18."""
-    _, gradient = LOSSES[name](Block(student[None].clone(), teacher()[None], torch.tensor([18])))
+    _, gradient = LOSSES[name](LogitBlock(student[None].clone(), teacher()[None], torch.tensor([18])))
     return -gradient[0]
 
 

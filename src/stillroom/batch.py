@@ -14,9 +14,9 @@ class Batch:
 
     tokens: Int[Tensor, "b t"]
     """What the model reads."""
-    next_tokens: Int[Tensor, "b t"]
+    labels: Int[Tensor, "b t"]
     """What follows each token in its document: the token to predict. 0 where nothing does."""
-    keep: Bool[Tensor, "b t"]
+    loss_mask: Bool[Tensor, "b t"]
     """True where the position counts: its next token is to be learnt."""
     positions: Int[Tensor, "b t"]
     """The place in its document, from 0. It restarts with each document, which is how attention is kept inside."""
@@ -28,7 +28,7 @@ class Batch:
     @cached_property
     def kept(self) -> Int[Tensor, " kept"]:
         """Where the positions that count lie in the flattened batch."""
-        return self.keep.flatten().nonzero().squeeze(-1)
+        return self.loss_mask.flatten().nonzero().squeeze(-1)
 
     @property
     def num_kept(self) -> int:

@@ -6,12 +6,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
 
 from stillroom.recipe import line_of, override, read_recipe
 from stillroom.schema import explain, explain_error
 
-__all__ = ["Config", "PathText", "explain", "is_local", "load", "quoted", "replace"]
+Positive = Annotated[int, Field(gt=0)]
+
+
+__all__ = ["Config", "PathText", "explain", "format_setting", "is_local", "load", "replace"]
 
 
 class Config(BaseModel):
@@ -72,7 +82,7 @@ def load(config_class: type[C], recipe: str | Path | None = None, overrides: Seq
         raise explain_error(config_class, error, place) from None
 
 
-def quoted(config: Config, key: str) -> object:
+def format_setting(config: Config, key: str) -> object:
     """The value at a dotted key as an error quotes it: with a note where nobody gave it.
 
     ``config`` must be as it was loaded, since whatever is replaced counts as given.
@@ -95,3 +105,12 @@ def replace(config: C, values: Mapping[str, Any]) -> C:
             node = node[int(step) if step.isdecimal() else step]
         node[last] = value
     return type(config).model_validate(tree)
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+AboveZero = Annotated[float, Field(gt=0)]
+
+
+NotNegative = Annotated[float, Field(ge=0)]

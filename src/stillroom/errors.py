@@ -68,11 +68,11 @@ class LostError(StillroomError, ConnectionError):
     """A process that the others wait for, and that does not come."""
 
 
-class ToldElsewhere(StillroomError):
+class ReportedElsewhere(StillroomError):
     """An error that another process of the run tells the user."""
 
     @classmethod
-    def of(cls, error: StillroomError) -> "ToldElsewhere":
+    def of(cls, error: StillroomError) -> "ReportedElsewhere":
         return cls(error.what, error.values, why=error.why, fix=error.fix)
 
 

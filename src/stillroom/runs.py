@@ -1,24 +1,152 @@
-"""A run's folder: refused, resumed or overwritten; run.json and metrics.jsonl."""
+"""Run folders, files that are written whole or not at all, and interrupts that wait until the work is saved."""
 
+import fcntl
 import json
 import os
 import platform
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+import threading
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
-from stillroom.errors import ConfigError, DataError, StillroomError, StorageError
-from stillroom.files import lock, read_json, write_json, writing
+from stillroom.errors import ConfigError, DataError, Interrupted, StillroomError, Stopped, StorageError
 from stillroom.recipe import differences
+
+
+def crc32(path: Path) -> int:
+    """The CRC-32 of a file, which a flipped bit changes."""
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(
+            f"{path} is not JSON",
+            {"problem": error},
+            why="It says what the run is, so nothing can go on without it.",
+            fix="Restore the file, or start again with --overwrite.",
+        ) from None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what a disk says while ``path`` is written into a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        folder = next((p for p in path.parents if p.is_dir()), Path())
+        raise StorageError(
+            f"{path} could not be written",
+            {"reason": error.strerror or str(error), "free": f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB"},
+            why="What was written before is whole.",
+            fix="Make room or mend the rights, then run the same command with --resume.",
+        ) from error
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes a JSON file under a temporary name, syncs it and renames it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path), temporary.open("w", encoding="utf-8") as file:
+        json.dump(values, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+def lock(folder: Path, busy: StorageError) -> IO[str]:
+    """Locks a folder by its file ``.lock``, until what is returned is closed or the process ends.
+
+    Raises:
+        StorageError: ``busy``, where another process holds the lock.
+    """
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise busy from None
+    return file
+
+
+def sync_folder(folder: Path) -> None:
+    """Syncs the names in a folder, so that a file that was renamed into it is there after a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequests:
+    """Tells, when it is called, whether there was a signal; ``number`` is which, or 0."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __call__(self) -> bool:
+        return self.number != 0
+
+
+def ended(number: int, text: str) -> Interrupted:
+    """What a verb raises that a signal ended, and whose work is saved. SIGTERM asks for an end in good order, as a
+    cluster does that wants its machine back; Ctrl-C is a user's."""
+    return Stopped(text) if number == signal.SIGTERM else Interrupted(text)
+
+
+@contextmanager
+def deferred_interrupts(on_request: Callable[[], None] = lambda: None) -> Iterator[StopRequests]:
+    """Inside, the first Ctrl-C or SIGTERM is only remembered, and a second Ctrl-C acts at once. A second SIGTERM does
+    nothing: clusters send several, and end what does not heed them in another way.
+
+    Gives what tells whether there was one. Outside the main thread, where signals cannot be caught, they are
+    left alone.
+
+    Args:
+        on_request: is called when the first one comes.
+    """
+    requests = StopRequests()
+    if threading.current_thread() is not threading.main_thread():
+        yield requests
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def remember(number: int, _: object) -> None:
+        requests.number = number
+        restore()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        on_request()
+
+    for number in SIGNALS:
+        signal.signal(number, remember)
+    try:
+        yield requests
+    finally:
+        restore()
 
 
 class RunFolder:
@@ -70,7 +198,7 @@ class RunFolder:
         record = self.path / "run.json"
         self.record: dict[str, Any] = _read_record(record) if record.exists() else {}
         self.resumed = bool(self.record)
-        config = scrub(json.loads(json.dumps(config)))
+        config = redact(json.loads(json.dumps(config)))
         if self.resumed:
             changed = differences(self.record["config"], config)
             refused = {k: v for k, v in changed.items() if not any(k == f or k.startswith(f"{f}.") for f in free)}
@@ -99,7 +227,7 @@ class RunFolder:
 
     def update(self, **values: Any) -> None:
         """Sets values of run.json and writes it; a reader sees the old file or the new one, never half of one."""
-        self.record |= scrub(values)
+        self.record |= redact(values)
         self.record["peak_memory_bytes"] = max(peak_memory_bytes(), self.record.get("peak_memory_bytes", 0))
         write_json(self.path / "run.json", self.record)
 
@@ -122,7 +250,7 @@ class RunFolder:
         self.close()
 
 
-class Onlooker:
+class RunFolderView:
     """A run's folder as a process sees it that writes nothing there of its own: another one keeps run.json."""
 
     def __init__(self, path: str | Path) -> None:
@@ -139,7 +267,7 @@ class Onlooker:
     def update(self, **values: Any) -> None:
         self.record |= values
 
-    def __enter__(self) -> "Onlooker":
+    def __enter__(self) -> "RunFolderView":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -257,12 +385,12 @@ def _read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def scrub(value: Any) -> Any:
+def redact(value: Any) -> Any:
     """The same values without secrets: passwords in addresses, and tokens, keys and signatures in their queries."""
     if isinstance(value, dict):
-        return {key: scrub(item) for key, item in value.items()}
+        return {key: redact(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [scrub(item) for item in value]
+        return [redact(item) for item in value]
     if not isinstance(value, str) or "://" not in value:
         return value
     value = re.sub(r"(\w+://)[^/\s]*@", r"\1***@", value)

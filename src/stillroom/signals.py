@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stillroom.errors import MismatchError
-from stillroom.head import Head, logits_into
 from stillroom.layers import Layer
+from stillroom.lm_head import LMHead, logits_into
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,14 @@ class Dense:
     """Everything: the teacher's last hidden states and its head, from which its logits are formed chunk by chunk."""
 
     hidden: Float[Tensor, "n d"]
-    head: Head
+    head: LMHead
 
     def __len__(self) -> int:
         return len(self.hidden)
 
     @property
-    def num_columns(self) -> int:
-        return self.head.num_columns
+    def vocab_size(self) -> int:
+        return self.head.vocab_size
 
     def at(self, positions: Int[Tensor, " k"]) -> "Dense":
         """The signal of some of the positions only."""
@@ -50,7 +50,7 @@ class Logits:
         return len(self.logits)
 
     @property
-    def num_columns(self) -> int:
+    def vocab_size(self) -> int:
         return self.logits.shape[1]
 
     def at(self, positions: Int[Tensor, " k"]) -> "Logits":
@@ -87,7 +87,7 @@ class Sparse:
     label_log_probs: Float[Tensor, " n"] | None = None
     """log of the teacher's probability of the data's own next token, where it was kept."""
     sampled: bool = False
-    num_columns: int | None = None
+    vocab_size: int | None = None
     """The columns over which the distribution was taken; None where nobody said."""
 
     def __len__(self) -> int:
@@ -129,7 +129,7 @@ class Sparse:
             optional(self.entropy),
             optional(self.label_log_probs),
             self.sampled,
-            self.num_columns,
+            self.vocab_size,
         )
 
 
@@ -167,29 +167,31 @@ class Attention(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Hidden:
+class HiddenStates:
     """Inner states of a model at some of its layers."""
 
     states: Mapping[Layer, Float[Tensor, "n d"]] = field(default_factory=dict)
     attention: Mapping[int, Attention] = field(default_factory=dict)
 
-    def to(self, device: torch.device | str) -> "Hidden":
+    def to(self, device: torch.device | str) -> "HiddenStates":
         """The same states on a device."""
-        return Hidden(
+        return HiddenStates(
             {layer: state.to(device, non_blocking=True) for layer, state in self.states.items()},
             {layer: Attention(*(x.to(device, non_blocking=True) for x in a)) for layer, a in self.attention.items()},
         )
 
 
-class Told(NamedTuple):
+class TeacherOutput(NamedTuple):
     """All that a teacher told of the same positions."""
 
     signal: Signal | None = None
     """Of the next token."""
-    hidden: Hidden | None = None
+    hidden: HiddenStates | None = None
     """Its inner states, where they are asked for."""
 
-    def to(self, device: torch.device | str) -> "Told":
+    def to(self, device: torch.device | str) -> "TeacherOutput":
         """The same on a device."""
         signal, hidden = self
-        return Told(None if signal is None else signal.to(device), None if hidden is None else hidden.to(device))
+        return TeacherOutput(
+            None if signal is None else signal.to(device), None if hidden is None else hidden.to(device)
+        )

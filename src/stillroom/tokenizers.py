@@ -111,7 +111,7 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def num_columns(tokenizer: PreTrainedTokenizerBase) -> int:
+def required_vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """The number of logit columns that the tokenizer needs: its largest id plus 1."""
     return max(tokenizer.get_vocab().values()) + 1
 

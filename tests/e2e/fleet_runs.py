@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.config import load
-from stillroom.distill import checkpoint, loop, meeting
 from stillroom.distill.config import DistillConfig
 from stillroom.distill.run import run
+from stillroom.distributed import init
 from stillroom.errors import Stopped
-from stillroom.models import quiet
+from stillroom.models.loading import quiet
+from stillroom.training import checkpoint, loop
 
 
 def die() -> None:
@@ -77,7 +78,7 @@ def main(recipe: str, runs: list[dict[str, Any]]) -> None:
             run(config, resume=made.get("resume", False), report=report)
         except (Stopped, SystemExit):
             assert "stop_at" in made
-            meeting.leave()
+            init.leave()
 
 
 if __name__ == "__main__":

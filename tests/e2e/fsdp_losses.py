@@ -13,11 +13,11 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stillroom.batch import Batch
-from stillroom.distill.hidden import HiddenSpec, HiddenTerm
-from stillroom.distill.step import StudentStep
-from stillroom.head import Head
+from stillroom.lm_head import LMHead
 from stillroom.losses import LOSSES, Objective
-from stillroom.signals import Attention, Dense, Hidden, Told
+from stillroom.signals import Attention, Dense, HiddenStates, TeacherOutput
+from stillroom.training.hidden_objective import HiddenLoss, HiddenSpec
+from stillroom.training.step import StudentStep
 
 OBJECTIVES = [
     Objective(name, LOSSES[name], weight)
@@ -36,27 +36,27 @@ def step() -> StudentStep:
         vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, tie_word_embeddings=False,
     )  # fmt: skip
-    terms = [HiddenTerm(spec) for spec in SPECS]
-    return StudentStep(LlamaForCausalLM(config), OBJECTIVES, num_columns=None, logits_bytes=4096, hidden=terms)
+    terms = [HiddenLoss(spec) for spec in SPECS]
+    return StudentStep(LlamaForCausalLM(config), OBJECTIVES, vocab_size=None, logits_bytes=4096, hidden=terms)
 
 
-def batch_and_told() -> tuple[Batch, Dense, Hidden]:
+def batch_and_told() -> tuple[Batch, Dense, HiddenStates]:
     g = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 48, (4, 9), generator=g)
     positions = torch.arange(9).expand(4, 9)
     keep = torch.rand(4, 9, generator=g) > 0.2
     batch = Batch(tokens, tokens.roll(-1, 1), keep, positions, torch.zeros(4, 9, dtype=torch.long))
-    head = Head(torch.randn(48, 20, generator=g))
+    head = LMHead(torch.randn(48, 20, generator=g))
     n = batch.num_kept
     states = {layer: torch.randn(n, 20, generator=g) for layer in (1, 3, "final_norm")}
     attention = {2: Attention(*(torch.randn(n, 20, generator=g) for _ in range(3)))}
-    return batch, Dense(torch.randn(n, 20, generator=g), head), Hidden(states, attention)
+    return batch, Dense(torch.randn(n, 20, generator=g), head), HiddenStates(states, attention)
 
 
-def part(hidden: Hidden, rows: Tensor) -> Hidden:
+def part(hidden: HiddenStates, rows: Tensor) -> HiddenStates:
     """The inner states of some of the positions."""
     states = {layer: state[rows] for layer, state in hidden.states.items()}
-    return Hidden(states, {layer: Attention(*(x[rows] for x in a)) for layer, a in hidden.attention.items()})
+    return HiddenStates(states, {layer: Attention(*(x[rows] for x in a)) for layer, a in hidden.attention.items()})
 
 
 def main(rank: int, world: int, rendezvous: str, out: str) -> None:
@@ -72,7 +72,7 @@ def main(rank: int, world: int, rendezvous: str, out: str) -> None:
     mine = Batch(*(getattr(batch, name)[rows] for name in ("tokens", "next_tokens", "keep", "positions", "documents")))
     first = int(batch.keep[: rows.start].sum())
     positions = torch.arange(first, first + mine.num_kept)
-    result = module(mine, Told(signal.at(positions), part(hidden, positions)), batch.num_kept)
+    result = module(mine, TeacherOutput(signal.at(positions), part(hidden, positions)), batch.num_kept)
     (result.loss * world).backward()  # the gradients are averaged over the processes
     loss = result.loss.detach()
     found = {}

@@ -18,7 +18,7 @@ from stillroom.cli.arguments import parse
 from stillroom.cli.main import VERBS
 from stillroom.config import load
 from stillroom.distill.config import DistillConfig
-from stillroom.distill.parallel_config import Fsdp
+from stillroom.distributed.config import FsdpConfig
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes" / "cluster"
@@ -122,7 +122,7 @@ def test_what_is_started_is_a_run_that_is_valid(kind, node):
     assert arguments.verb == "distill"
     assert "resume" in arguments.flags
     config = load(DistillConfig, ROOT / arguments.recipe, arguments.overrides)
-    assert isinstance(config.parallel, Fsdp)
+    assert isinstance(config.parallel, FsdpConfig)
     assert config.parallel.replicas == 2
     assert Path(config.out) == here.record.parent
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from stillroom.evaluate.results import Results
-from stillroom.files import read_json
+from stillroom.runs import read_json
 
 
 def test_distil_then_evaluate(command, here, recipe, saved_model, text_files, tmp_path):

@@ -54,14 +54,14 @@ def make(hosts: list[str], environment: dict[str, str], recipe: Path, port: int,
     """A process on each host."""
     plan = recipe.parent / f"hosts-{port}.json"
     plan.write_text(json.dumps([run]))
-    meeting = {"WORLD_SIZE": str(len(hosts)), "MASTER_ADDR": f"{NET}.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
+    context = {"WORLD_SIZE": str(len(hosts)), "MASTER_ADDR": f"{NET}.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
     begun = [
         subprocess.Popen(
             ["ip", "netns", "exec", host, sys.executable, str(SCRIPT), str(recipe), str(plan)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**environment, **meeting, "RANK": str(rank), "GLOO_SOCKET_IFNAME": "eth0"},
+            env={**environment, **context, "RANK": str(rank), "GLOO_SOCKET_IFNAME": "eth0"},
         )
         for rank, host in enumerate(hosts)
     ]

@@ -125,7 +125,7 @@ def start(environment: dict[str, str]) -> Iterator[Start]:
     begun: list[subprocess.Popen[str]] = []
     ports = free_ports()
 
-    def processes(size: int, *command: str, **settings: str) -> list[subprocess.Popen[str]]:
+    def ranks(size: int, *command: str, **settings: str) -> list[subprocess.Popen[str]]:
         port = next(ports)
         own = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         made = []
@@ -143,7 +143,7 @@ def start(environment: dict[str, str]) -> Iterator[Start]:
         begun.extend(made)
         return made
 
-    yield processes
+    yield ranks
     for process in begun:
         if process.poll() is None:
             process.kill()
@@ -151,10 +151,10 @@ def start(environment: dict[str, str]) -> Iterator[Start]:
             process.communicate()
 
 
-def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+def ended(ranks: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     """Exit code and output of each."""
-    told = [process.communicate(timeout=100)[0] for process in processes]
-    return [(process.returncode, text) for process, text in zip(processes, told, strict=True)]
+    told = [process.communicate(timeout=100)[0] for process in ranks]
+    return [(process.returncode, text) for process, text in zip(ranks, told, strict=True)]
 
 
 def make(start: Start, recipe: Path, size: int, runs: list[dict[str, Any]]) -> list[tuple[int, str]]:

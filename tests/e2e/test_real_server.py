@@ -19,8 +19,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from stillroom.engines.server import ServerEngine
 from stillroom.errors import DataError, MissingError
+from stillroom.teachers.http.engine import ServerEngine
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("STILLROOM_SHARED", ROOT.parent / "shared"))

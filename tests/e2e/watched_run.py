@@ -20,10 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stillroom.config import load
-from stillroom.distill import checkpoint, loop, run, student
+from stillroom.distill import run
 from stillroom.distill.config import DistillConfig
-from stillroom.models import quiet
-from stillroom.weights import write
+from stillroom.models import safetensors_io
+from stillroom.models.loading import quiet
+from stillroom.training import checkpoint, loop, student
 
 FILE_BYTES = 2**22
 """Of the files of the exported model, so that a small one has several."""
@@ -108,7 +109,7 @@ def main(out: str, recipe: str, tiny: list[str], words: list[str]) -> None:
     run.build_state = held.during("load", run.build_state)
     checkpoint.Checkpoints.save = held.during("save", checkpoint.Checkpoints.save)
     student.Student.save = held.during("export", student.Student.save)
-    write.save.__kwdefaults__["file_bytes"] = FILE_BYTES
+    safetensors_io.save.__kwdefaults__["file_bytes"] = FILE_BYTES
     run.run(config)
     held.ended = True
     held.thread.join()

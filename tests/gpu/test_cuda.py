@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stillroom.batch import Batch
-from stillroom.head import Head
+from stillroom.lm_head import LMHead
 from stillroom.losses import Objective, cross_entropy, forward_kl, linear_losses, reverse_kl
 from stillroom.losses.fused import fused_for
 from stillroom.signals import Dense
@@ -26,16 +26,16 @@ def problem(dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor
         return (size * torch.randn(*shape, generator=generator)).to(dtype).to(device)
 
     hidden, weight, bias = normal(300, 64), normal(5000, 64, size=0.3), normal(5000)
-    signal = Dense(normal(300, 96), Head(normal(5100, 96, size=0.3), softcap=30.0))
+    signal = Dense(normal(300, 96), LMHead(normal(5100, 96, size=0.3), softcap=30.0))
     return hidden, weight, bias, signal, torch.randint(5000, (300,), generator=generator).to(device)
 
 
 def losses_and_gradients(inputs, softcap: float | None, **options):
-    hidden, weight, bias, signal, next_tokens = inputs
+    hidden, weight, bias, signal, labels = inputs
     leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight, bias)]
     weights = torch.full((len(hidden),), 1 / len(hidden), device=hidden.device)
-    head = Head(leaves[1], leaves[2], scale=0.9, softcap=softcap)
-    result = linear_losses(leaves[0], head, OBJECTIVES, next_tokens, weights, signal, num_columns=4990, **options)
+    head = LMHead(leaves[1], leaves[2], scale=0.9, softcap=softcap)
+    result = linear_losses(leaves[0], head, OBJECTIVES, labels, weights, signal, vocab_size=4990, **options)
     result.total.backward()
     return result.total, result.nats, *(leaf.grad for leaf in leaves)
 
@@ -49,7 +49,7 @@ def test_losses_and_gradients_equal_float64_on_the_cpu(dtype, tolerance, chunk_b
     by_kernel = fused_for(OBJECTIVES, [], rounded[3], dtype=torch.float32, device=torch.device("cuda"))
     assert by_kernel is not None
     wanted = losses_and_gradients([x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else
-                                   Dense(x.hidden.double(), Head(x.head.weight.double(), softcap=30.0)) if
+                                   Dense(x.hidden.double(), LMHead(x.head.weight.double(), softcap=30.0)) if
                                    isinstance(x, Dense) else x for x in rounded], softcap)  # fmt: skip
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -64,9 +64,9 @@ def test_losses_and_gradients_equal_float64_on_the_cpu(dtype, tolerance, chunk_b
 
 
 def test_kept_positions_travel_with_the_batch():
-    keep = torch.tensor([[True, False, True]])
+    loss_mask = torch.tensor([[True, False, True]])
     zeros = torch.zeros(1, 3, dtype=torch.long)
-    batch = Batch(zeros, zeros, keep, zeros, zeros).to("cuda")
+    batch = Batch(zeros, zeros, loss_mask, zeros, zeros).to("cuda")
     assert batch.kept.tolist() == [0, 2]
     assert batch.kept.is_cuda
 

@@ -9,12 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stillroom.batch import Batch
 
 
-def batch(keep: torch.Tensor | None = None) -> Batch:
+def batch(loss_mask: torch.Tensor | None = None) -> Batch:
     """Two documents in the first row, one and padding in the second."""
     return Batch(
         tokens=torch.tensor([[5, 6, 7, 8], [9, 4, 0, 0]]),
-        next_tokens=torch.tensor([[6, 0, 8, 3], [4, 2, 0, 0]]),
-        keep=torch.tensor([[True, False, True, True], [False, True, False, False]]) if keep is None else keep,
+        labels=torch.tensor([[6, 0, 8, 3], [4, 2, 0, 0]]),
+        loss_mask=torch.tensor([[True, False, True, True], [False, True, False, False]])
+        if loss_mask is None
+        else loss_mask,
         positions=torch.tensor([[0, 1, 0, 1], [0, 1, 0, 0]]),
         documents=torch.tensor([[0, 0, 1, 1], [2, 2, -1, -1]]),
     )
@@ -26,7 +28,7 @@ def test_kept_is_where_positions_count_in_the_flattened_batch():
     assert b.kept.dtype == torch.int64
     assert b.num_kept == 4
     assert b.tokens.flatten()[b.kept].tolist() == [5, 7, 8, 4]
-    assert b.next_tokens.flatten()[b.kept].tolist() == [6, 8, 3, 2]
+    assert b.labels.flatten()[b.kept].tolist() == [6, 8, 3, 2]
 
 
 @pytest.mark.parametrize(("kept", "value"), [([], False), (list(range(8)), True)])
@@ -42,7 +44,7 @@ def test_a_single_kept_position_is_still_a_list():
 
 def test_cannot_be_changed():
     with pytest.raises(FrozenInstanceError):
-        batch().keep = torch.ones(2, 4, dtype=torch.bool)  # pyright: ignore[reportAttributeAccessIssue]
+        batch().loss_mask = torch.ones(2, 4, dtype=torch.bool)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_moves_whole():

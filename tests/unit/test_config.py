@@ -19,19 +19,19 @@ from stillroom.chat.config import ChatConfig
 from stillroom.cli.report import BetweenConfig
 from stillroom.cli.store import JoinConfig, MergeConfig
 from stillroom.config import Config, PathText, explain, load, replace
-from stillroom.costs.hardware import Hardware
-from stillroom.costs.kinds import Storage
-from stillroom.cut.config import Layers
 from stillroom.distill.config import DistillConfig
 from stillroom.distill.hidden_config import Distance
 from stillroom.distill.objective_config import LogitObjective
 from stillroom.doctor.config import DoctorConfig
 from stillroom.errors import ConfigError, MissingError
+from stillroom.estimates.hardware import Hardware
+from stillroom.estimates.kinds import Storage
 from stillroom.evaluate.config import EvaluateConfig
 from stillroom.evaluate.tasks.description import ExactMatch, LastWord, MinimalPairs, MultipleChoice
 from stillroom.prune.config import PruneConfig
+from stillroom.pruning.config import Layers
 from stillroom.recipe import differences, to_yaml
-from stillroom.store.import_config import ImportConfig
+from stillroom.store.config import ImportConfig
 
 
 class Circle(Config):
@@ -688,7 +688,7 @@ def test_every_setting_says_what_it_means(config_class):
 
 
 def test_the_config_classes_are_found():
-    assert {"DistillConfig", "ForwardKL", "TextData", "Checkpoints"} <= {c.__name__ for c in config_classes()}
+    assert {"DistillConfig", "ForwardKL", "TextData", "CheckpointConfig"} <= {c.__name__ for c in config_classes()}
 
 
 def reachable(config_class: type[Config]) -> set[type[Config]]:
@@ -756,7 +756,7 @@ def test_each_objectives_settings_are_its_loss_functions_keyword_arguments():
 
 
 def test_each_distances_settings_are_its_functions_keyword_arguments():
-    from stillroom.losses.hidden import DISTANCES
+    from stillroom.losses import DISTANCES
 
     members = typing.get_args(typing.get_args(Distance)[0])
     seen = set()

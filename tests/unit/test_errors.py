@@ -47,7 +47,7 @@ def test_values_are_a_copy():
         ("NonFiniteError", ArithmeticError),
         ("OutOfMemoryError", MemoryError),
         ("LostError", ConnectionError),
-        ("ToldElsewhere", errors.StillroomError),
+        ("ReportedElsewhere", errors.StillroomError),
     ],
 )
 def test_each_error_is_the_standard_type_too_and_says_all_four_parts(name, standard):
@@ -69,7 +69,7 @@ def test_every_error_class_of_the_module_is_covered_above():
         "NonFiniteError",
         "OutOfMemoryError",
         "LostError",
-        "ToldElsewhere",
+        "ReportedElsewhere",
     }
 
 

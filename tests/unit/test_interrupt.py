@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from stillroom.interrupt import deferred_interrupts
+from stillroom.runs import deferred_interrupts
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 

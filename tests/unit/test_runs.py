@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from stillroom.errors import ConfigError, DataError, StorageError
-from stillroom.files import read_json, write_json
-from stillroom.runs import Metrics, RunFolder, read_metrics, scrub
+from stillroom.runs import Metrics, RunFolder, read_json, read_metrics, redact, write_json
 
 
 def entries(folder: Path) -> list[str]:
@@ -276,7 +275,7 @@ def test_peak_memory_is_the_most_of_all_resumes(out):
     ],
 )
 def test_passwords_in_addresses_are_taken_out(text, wanted):
-    assert scrub(text) == wanted
+    assert redact(text) == wanted
 
 
 def test_a_secret_reaches_neither_run_json_nor_an_error(out):
@@ -300,7 +299,7 @@ def test_json_round_trip(tmp_path):
 
 
 def test_json_is_utf_8_whatever_the_locale(tmp_path):
-    write = "import sys; from pathlib import Path; from stillroom.files import write_json\n" + (
+    write = "import sys; from pathlib import Path; from stillroom.runs import write_json\n" + (
         "write_json(Path(sys.argv[1]), {'a': '\\xe9\\u2192'})"
     )
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -338,7 +337,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_failed_update_keeps_the_run_resumable(earlier, monkeypatch):
     config = {"steps": 3, "optimizer": {"rate": 0.5}}
     with RunFolder(earlier, config, resume=True) as folder:
-        monkeypatch.setattr("stillroom.files.json.dump", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
+        monkeypatch.setattr("stillroom.runs.json.dump", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
         with pytest.raises(OSError, match="full"):
             folder.update(status="done")
         monkeypatch.undo()

@@ -14,7 +14,7 @@ from stillroom.tokenizers import (
     fingerprint,
     is_local,
     load_tokenizer,
-    num_columns,
+    required_vocab_size,
     template_fingerprint,
     template_of,
 )
@@ -53,7 +53,7 @@ def test_two_swapped_tokens_are_shown_though_the_sizes_are_equal(
     tiny_tokenizer: PreTrainedTokenizerFast, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     other = edited(tokenizer_folder, tmp_path / "other", swap_two_tokens)
-    assert num_columns(other) == num_columns(tiny_tokenizer)
+    assert required_vocab_size(other) == required_vocab_size(tiny_tokenizer)
     with pytest.raises(MismatchError) as caught:
         compare(tiny_tokenizer, other)
     message = str(caught.value)
@@ -69,7 +69,7 @@ def test_an_added_token_of_one_only_differs(tokenizer_folder: Path, tiny_tokeniz
     other.add_tokens(["<extra>"])
     with pytest.raises(MismatchError, match=r"id 300: nothing in the big, '<extra>' in the small"):
         compare(tiny_tokenizer, other, names=("big", "small"))
-    assert num_columns(other) == num_columns(tiny_tokenizer) + 1
+    assert required_vocab_size(other) == required_vocab_size(tiny_tokenizer) + 1
 
 
 def test_another_end_of_sequence_differs(tokenizer_folder: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -96,9 +96,9 @@ def test_no_added_beginning_of_sequence_differs(
         compare(tiny_tokenizer, other)
 
 
-def test_num_columns_counts_gaps(tokenizer_folder: Path) -> None:
+def test_required_vocab_size_counts_gaps(tokenizer_folder: Path) -> None:
     tokenizer = load_tokenizer(str(tokenizer_folder))
-    assert num_columns(tokenizer) == 1 + max(tokenizer.get_vocab().values()) == 300
+    assert required_vocab_size(tokenizer) == 1 + max(tokenizer.get_vocab().values()) == 300
 
 
 def test_templates(tiny_tokenizer: PreTrainedTokenizerFast, chat_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -145,6 +145,6 @@ def test_a_folder_without_a_tokenizer_or_with_a_broken_one(tmp_path: Path, token
 
 def test_real_tokenizers_differ(shared_data: Path) -> None:
     gpt2, llama2 = (load_tokenizer(str(shared_data / "tokenizers" / name)) for name in ("gpt2", "llama2"))
-    assert (num_columns(gpt2), num_columns(llama2)) == (50257, 32000)
+    assert (required_vocab_size(gpt2), required_vocab_size(llama2)) == (50257, 32000)
     with pytest.raises(MismatchError, match="id 0: '!' in the teacher, '<unk>' in the student"):
         compare(gpt2, llama2)

@@ -20,7 +20,7 @@ def prompts(documents: Sequence[Document], generate: Generate, length: int) -> l
         if generate.prompt_tokens is not None:
             size = min(generate.prompt_tokens, len(document.tokens) - 1)
         else:
-            edges = np.flatnonzero(np.diff(document.learn.astype(np.int8)) == 1)
+            edges = np.flatnonzero(np.diff(document.target_mask.astype(np.int8)) == 1)
             size = int(edges[-1]) + 1 if len(edges) else 0
         if not size:
             raise DataError(
@@ -61,6 +61,6 @@ def answered(
                     fix="Leave that prompt out, or check the model's chat template.",
                 )
             tokens = np.concatenate([prompt, answer]).astype(np.int32)
-            learn = np.arange(len(tokens)) >= len(prompt)
-            found.append(Document(number * generate.answers + j, tokens, learn))
+            target_mask = np.arange(len(tokens)) >= len(prompt)
+            found.append(Document(number * generate.answers + j, tokens, target_mask))
     return found

@@ -5,14 +5,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from stillroom.config import Config, PathText
-from stillroom.costs.quantized import Quantization
+from stillroom.config import Config, PathText, Positive
 from stillroom.data.config import DataConfig, TextData
-from stillroom.engines import MOST_OPENAI
-from stillroom.store.config import SHARD_POSITIONS, HeadAndSample, HiddenStates, SignalConfig, TopK, TopP
+from stillroom.models.config import Quantization
+from stillroom.store.config import SHARD_POSITIONS, HeadAndSample, HiddenStatesConfig, SignalConfig, TopK, TopP
+from stillroom.teachers.http import MOST_OPENAI
 
-Positive = Annotated[int, Field(gt=0)]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
+
 FREE_TO_CHANGE = (
     "out", "data.cache", "shard_positions", "teacher.engine.device", "teacher.engine.batch_tokens",
     "teacher.engine.logits_bytes", "teacher.engine.concurrency", "teacher.engine.retries", "teacher.engine.timeout_s",
@@ -20,6 +20,7 @@ FREE_TO_CHANGE = (
     "teacher.engine.completion_price",
 )  # fmt: skip
 """Settings that change nothing of what the teacher says, but for rounding, so a resumed capture may have others."""
+
 DECIDES_ANSWERS = ("teacher.engine.batch_tokens", "teacher.engine.device")
 """Of these, what decides which random numbers an answer takes."""
 
@@ -139,7 +140,7 @@ class CaptureConfig(Config):
     """What it reads."""
     signal: SignalConfig = HeadAndSample(kind="head_and_sample")
     """What is kept of each of its distributions."""
-    hidden: HiddenStates | None = None
+    hidden: HiddenStatesConfig | None = None
     """Keep states of its layers too, for objectives of kind hidden; null keeps none. --dry-run tells the bytes."""
     generate: Generate | None = None
     """Let it answer the prompts of the data first; null takes the data as they are."""

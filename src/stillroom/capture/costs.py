@@ -3,18 +3,18 @@
 from dataclasses import dataclass
 
 from stillroom.capture.config import CaptureConfig, Transformers
-from stillroom.costs.activations import passing_bytes
-from stillroom.costs.architecture import Architecture
-from stillroom.costs.estimate import CAPTURE_SPEED
-from stillroom.costs.flops import forward_flops
-from stillroom.costs.hardware import Hardware
-from stillroom.costs.kinds import add_kinds
-from stillroom.costs.quantized import weights_bytes
-from stillroom.costs.report import Report, bytes_text
-from stillroom.costs.sections import ARITHMETIC, add_memory, add_parameters, add_time, fit
-from stillroom.costs.storage import Kind, full, hidden_states, stored
-from stillroom.costs.weights import read_architecture_of
 from stillroom.errors import ConfigError
+from stillroom.estimates.activations import passing_bytes
+from stillroom.estimates.architecture import Architecture
+from stillroom.estimates.estimate import CAPTURE_SPEED
+from stillroom.estimates.flops import forward_flops
+from stillroom.estimates.hardware import Hardware
+from stillroom.estimates.kinds import add_kinds
+from stillroom.estimates.quantized import weights_bytes
+from stillroom.estimates.report import CostReport, bytes_text
+from stillroom.estimates.sections import ARITHMETIC, add_memory, add_parameters, add_time, fit
+from stillroom.estimates.storage import Kind, full, hidden_states, stored
+from stillroom.estimates.weights import read_architecture_of
 from stillroom.store.config import Full, HeadAndSample, Sampled, TopK
 
 LOGITS_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
@@ -22,7 +22,7 @@ LOGITS_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 
 
 @dataclass(frozen=True)
-class Known:
+class CaptureHeaders:
     """What headers tell of a capture."""
 
     teacher: Architecture | None
@@ -31,17 +31,17 @@ class Known:
     """Positions that will be stored."""
 
 
-def read_known(config: CaptureConfig) -> Known:
+def read_headers(config: CaptureConfig) -> CaptureHeaders:
     """The teacher's architecture, from its config.json and the headers of its weights."""
     if not isinstance(config.teacher.engine, Transformers):
-        return Known(None)
-    return Known(read_architecture_of(config.teacher.model, config.teacher.revision, "the teacher")[1])
+        return CaptureHeaders(None)
+    return CaptureHeaders(read_architecture_of(config.teacher.model, config.teacher.revision, "the teacher")[1])
 
 
-def costs(config: CaptureConfig, known: Known, hardware: Hardware, title: str = "capture") -> Report:
+def costs(config: CaptureConfig, known: CaptureHeaders, hardware: Hardware, title: str = "capture") -> CostReport:
     """Parameters, memory, arithmetic and time of asking the teacher, and what the store takes."""
     hardware.refuse("capture", ("states", "students"))
-    report = Report(title)
+    report = CostReport(title)
     positions = hardware.data_tokens or known.num_positions
     if known.teacher is not None:
         report.assumptions += hardware.assumptions(single=_itemsize(config, hardware) == 4)
@@ -52,7 +52,7 @@ def costs(config: CaptureConfig, known: Known, hardware: Hardware, title: str = 
     return report
 
 
-def _add_memory(report: Report, config: CaptureConfig, model: Architecture, hardware: Hardware) -> None:
+def _add_memory(report: CostReport, config: CaptureConfig, model: Architecture, hardware: Hardware) -> None:
     engine = config.teacher.engine
     assert isinstance(engine, Transformers)
     item = _itemsize(config, hardware)
@@ -90,7 +90,7 @@ def _itemsize(config: CaptureConfig, hardware: Hardware) -> int:
 
 
 def _add_time(
-    report: Report, config: CaptureConfig, model: Architecture, hardware: Hardware, positions: float | None
+    report: CostReport, config: CaptureConfig, model: Architecture, hardware: Hardware, positions: float | None
 ) -> None:
     each = forward_flops(model, config.data.length)
     report.add(ARITHMETIC, "teacher, forward", each, "FLOP")
@@ -106,7 +106,7 @@ def _add_time(
         )
 
 
-def _add_storage(report: Report, config: CaptureConfig, known: Known, positions: float | None) -> None:
+def _add_storage(report: CostReport, config: CaptureConfig, known: CaptureHeaders, positions: float | None) -> None:
     columns, kept = _columns(config, known), kinds(config, known)
     for kind in kept:
         report.add("this store, a position", kind.name, kind.bytes_per_position, "each", kind.source)
@@ -116,7 +116,7 @@ def _add_storage(report: Report, config: CaptureConfig, known: Known, positions:
     add_kinds(report, "beside it", columns, positions)
 
 
-def kinds(config: CaptureConfig, known: Known) -> list[Kind]:
+def kinds(config: CaptureConfig, known: CaptureHeaders) -> list[Kind]:
     """What is kept of a position: the signal, and hidden states where some are."""
     kept = [_kind(config, _columns(config, known))]
     if config.hidden is not None and known.teacher is not None:
@@ -124,7 +124,7 @@ def kinds(config: CaptureConfig, known: Known) -> list[Kind]:
     return kept
 
 
-def _columns(config: CaptureConfig, known: Known) -> int:
+def _columns(config: CaptureConfig, known: CaptureHeaders) -> int:
     if config.teacher.columns != "auto":
         return config.teacher.columns
     if known.teacher is not None:

@@ -10,16 +10,16 @@ from stillroom.capture import windows
 from stillroom.capture.config import CaptureConfig
 from stillroom.errors import MismatchError, NonFiniteError
 from stillroom.layers import Layer
-from stillroom.signals import Hidden
-from stillroom.store.config import HiddenStates
-from stillroom.store.hidden import MOST, bytes_per_position, encode
+from stillroom.signals import HiddenStates
+from stillroom.store.config import HiddenStatesConfig
+from stillroom.store.hidden_states import MOST, bytes_per_position, encode
 
 WINDOW_BYTES = 2**28
 """The documents that are asked about together have at most so many bytes of hidden states, or are one."""
 
 
 def encoded(
-    inner: Hidden, config: HiddenStates, width: int, rows: slice, where: Callable[[int], tuple[int, int]]
+    inner: HiddenStates, config: HiddenStatesConfig, width: int, rows: slice, where: Callable[[int], tuple[int, int]]
 ) -> bytes:
     """The states of one document, rows of a batch's, as a store keeps them.
 

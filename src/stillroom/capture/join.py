@@ -9,17 +9,17 @@ from typing import Any
 
 from stillroom.capture.config import DECIDES_ANSWERS, FREE_TO_CHANGE, Part
 from stillroom.errors import ConfigError, DataError, MismatchError, MissingError
-from stillroom.files import read_json
 from stillroom.recipe import differences
+from stillroom.runs import read_json
+from stillroom.store.concat import concat
 from stillroom.store.format import Manifest
-from stillroom.store.merge import merge
 
 BY_CONTENT = ("teacher.model", "teacher.tokenizer", "teacher.revision", "data.path", "part")
 """What may be called otherwise from one machine to the next: the stores tell by fingerprints whether it is the same."""
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundPart:
     """The folder of a part, and what its run.json says."""
 
     path: Path
@@ -67,7 +67,7 @@ def join(
     _check_same(parts)
     record = parts[0].record
     answers = 1 if record["config"]["generate"] is None else record["config"]["generate"]["answers"]
-    manifest = merge(
+    manifest = concat(
         [found.path / "store" for found in parts],
         target,
         overwrite=overwrite,
@@ -81,7 +81,7 @@ def join(
     return target, manifest
 
 
-def _found(places: Sequence[str | Path]) -> list[Found]:
+def _found(places: Sequence[str | Path]) -> list[FoundPart]:
     """The parts in these places, in their order."""
     folders = [
         folder
@@ -98,16 +98,16 @@ def _found(places: Sequence[str | Path]) -> list[Found]:
     return sorted(map(_read, folders), key=lambda found: (found.part.of, found.part.index))
 
 
-def _read(folder: Path) -> Found:
+def _read(folder: Path) -> FoundPart:
     """A part; one whose worker was killed before it had a run.json goes by its folder's name."""
     if not (folder / "run.json").exists():
         index, of = folder.name.removeprefix("part-").split("-of-")
         if index.isdecimal() and of.isdecimal() and int(index) < int(of):
-            return Found(folder, Part(index=int(index), of=int(of)), {"status": "not begun"})
+            return FoundPart(folder, Part(index=int(index), of=int(of)), {"status": "not begun"})
     record = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
     match record:
         case {"config": {"part": {"index": int(index), "of": int(of)}, "generate": _}, "status": str()}:
-            return Found(folder, Part(index=index, of=of), record)
+            return FoundPart(folder, Part(index=index, of=of), record)
         case {"config": {"part": None}}:
             raise ConfigError(
                 f"the capture in {folder} was not divided",
@@ -123,7 +123,7 @@ def _read(folder: Path) -> Found:
     )
 
 
-def _check_all_there(parts: Sequence[Found]) -> None:
+def _check_all_there(parts: Sequence[FoundPart]) -> None:
     """Returns where the parts are of one division of the data, each once."""
     last = parts[-1].part
     if parts[0].part.of != last.of:
@@ -143,7 +143,7 @@ def _check_all_there(parts: Sequence[Found]) -> None:
             )
 
 
-def _check_done(parts: Sequence[Found]) -> None:
+def _check_done(parts: Sequence[FoundPart]) -> None:
     """Returns where no part is missing and all are done."""
     of = parts[0].part.of
     states = {found.part.index: found.record["status"] for found in parts}
@@ -164,7 +164,7 @@ def _check_done(parts: Sequence[Found]) -> None:
     )
 
 
-def _check_same(parts: Sequence[Found]) -> None:
+def _check_same(parts: Sequence[FoundPart]) -> None:
     """Returns where all were captured with the same settings."""
     first = parts[0]
     generates = first.record["config"]["generate"] is not None

@@ -9,23 +9,33 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from stillroom import models, selection, states
 from stillroom.batch import Batch
 from stillroom.capture.config import Generate, Transformers
 from stillroom.capture.hidden import encoded
 from stillroom.capture.windows import Document, batches
 from stillroom.errors import NonFiniteError
-from stillroom.head import Head, accumulator, logits_into
-from stillroom.selection import Selection
-from stillroom.store.config import AnySignal, Full, HeadAndSample, HiddenStates, Sampled, TopK, TopP, known_temperatures
-from stillroom.store.levels import Levels
-from stillroom.store.quantise import num_uniforms, quantise
+from stillroom.kernels import selection
+from stillroom.kernels.selection import Selection
+from stillroom.lm_head import LMHead, accumulator, logits_into
+from stillroom.models import hidden_states
+from stillroom.models.hidden_states import lm_head
+from stillroom.store.config import (
+    AnySignal,
+    Full,
+    HeadAndSample,
+    HiddenStatesConfig,
+    Sampled,
+    TopK,
+    TopP,
+    known_temperatures,
+)
+from stillroom.store.quantize import LogProbCodes, num_uniforms, quantize
 
 
-class Said(NamedTuple):
+class CapturedSignal(NamedTuple):
     """What the teacher said of one document's kept positions."""
 
-    signal: Levels | np.ndarray
+    signal: LogProbCodes | np.ndarray
     """Levels; or, of a full store, the logits, float32 [kept, columns]."""
     error_nats: float
     """What quantising cost, summed over the positions."""
@@ -54,21 +64,21 @@ class ModelTeacher:
         pack: bool,
         seed: int,
         pad_token: int,
-        hidden: HiddenStates | None = None,
+        hidden: HiddenStatesConfig | None = None,
     ) -> None:
         self.model, self.engine, self.signal = model.eval().requires_grad_(False), engine, signal
         self.columns, self.length, self.pack, self.seed, self.pad_token = columns, length, pack, seed, pad_token
         self.hidden, self.width = hidden, model.config.get_text_config().hidden_size
 
     @torch.no_grad()
-    def say(self, documents: Sequence[Document]) -> list[Said]:
+    def say(self, documents: Sequence[Document]) -> list[CapturedSignal]:
         """What it says of each document.
 
         Raises:
             NonFiniteError: at a kept position it says nothing that can be a distribution, or has a state that is no
                 number.
         """
-        said: dict[int, Said] = {}
+        said: dict[int, CapturedSignal] = {}
         most = self.engine.batch_tokens
         assert most != "auto"
         batched = batches(documents, length=self.length, pack=self.pack, most=most, pad_token=self.pad_token)
@@ -76,16 +86,16 @@ class ModelTeacher:
             said |= self._say_batch(batch, documents)
         return [said[place] for place in range(len(documents))]
 
-    def _say_batch(self, batch: Batch, documents: Sequence[Document]) -> dict[int, Said]:
+    def _say_batch(self, batch: Batch, documents: Sequence[Document]) -> dict[int, CapturedSignal]:
         moved = batch.to(self.engine.device)
         layers = () if self.hidden is None else self.hidden.layers
-        hidden, inner = states.hidden_and_inner(self.model, moved, layers)
-        head = models.head(self.model)
+        hidden, inner = hidden_states.all_hidden_states(self.model, moved, layers)
+        head = lm_head(self.model)
         places = batch.documents.flatten()[batch.kept].numpy()
         starts = np.flatnonzero(np.append(True, places[1:] != places[:-1])) if len(places) else np.zeros(0, np.int64)
         edges = [*starts.tolist(), len(places)]
         runs = list(zip(places[starts].tolist(), edges[:-1], edges[1:], strict=True))
-        next_tokens = moved.next_tokens.flatten()[moved.kept]
+        labels = moved.labels.flatten()[moved.kept]
 
         def where(row: int) -> tuple[int, int]:
             return documents[int(places[row])].number, int(batch.positions.flatten()[batch.kept[row]])
@@ -102,48 +112,48 @@ class ModelTeacher:
         if isinstance(self.signal, Full):
             logits = head.logits(hidden, self.columns)
             check(logits, 0)
-            return {d: Said(logits[a:b].cpu().numpy(), 0.0, inside(a, b)) for d, a, b in runs}
+            return {d: CapturedSignal(logits[a:b].cpu().numpy(), 0.0, inside(a, b)) for d, a, b in runs}
         uniforms = np.concatenate(
             [np.zeros((0, num_uniforms(self.signal)), np.float32)]
             + [self._uniforms(documents[d].number, b - a) for d, a, b in runs]
         )
-        levels, cost = self._levels(hidden, head, next_tokens, uniforms, check)
-        return {d: Said(levels.slice(a, b), cost * (b - a) / len(places), inside(a, b)) for d, a, b in runs}
+        levels, cost = self._levels(hidden, head, labels, uniforms, check)
+        return {d: CapturedSignal(levels.slice(a, b), cost * (b - a) / len(places), inside(a, b)) for d, a, b in runs}
 
     def _levels(
         self,
         hidden: Tensor,
-        head: Head,
-        next_tokens: Tensor,
+        head: LMHead,
+        labels: Tensor,
         uniforms: np.ndarray,
         check: Callable[[Tensor, int], None],
-    ) -> tuple[Levels, float]:
+    ) -> tuple[LogProbCodes, float]:
         """What is stored of each position, chunk by chunk: no ``[tokens, vocabulary]`` tensor is held."""
         assert self.engine.logits_bytes != "auto"
         assert not isinstance(self.signal, Full)
         size = max(1, self.engine.logits_bytes // (4 * self.columns))
-        parts: list[Levels] = []
+        parts: list[LogProbCodes] = []
         total = 0.0
         room = torch.empty(min(size, len(hidden)), self.columns, dtype=accumulator(hidden.dtype), device=hidden.device)
         for start in range(0, len(hidden), size):
             rows = slice(start, min(start + size, len(hidden)))
             logits = room[: rows.stop - start]
             logits_into(logits, hidden[rows], head)
-            chosen = self._select(logits, next_tokens[rows], uniforms[rows])
+            chosen = self._select(logits, labels[rows], uniforms[rows])
             if not chosen.is_defined():
                 logits_into(logits, hidden[rows], head)  # which the selection may have changed
                 check(logits, start)
-            levels, cost = quantise(chosen, self.signal, uniforms[rows])
+            levels, cost = quantize(chosen, self.signal, uniforms[rows])
             parts.append(levels)
             total += cost
-        return Levels.concatenate(parts), total
+        return LogProbCodes.concatenate(parts), total
 
-    def _select(self, logits: Tensor, next_tokens: Tensor, uniforms: np.ndarray) -> Selection:
+    def _select(self, logits: Tensor, labels: Tensor, uniforms: np.ndarray) -> Selection:
         signal = self.signal
         assert not isinstance(signal, Full)
         label = None
         if signal.label:
-            label = logits.gather(1, next_tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+            label = logits.gather(1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
         entropy = None
         if isinstance(signal, TopK | TopP) and signal.entropy:
             entropy = selection.entropy(logits)
@@ -202,7 +212,7 @@ class ModelTeacher:
             num_return_sequences=generate.answers,
             pad_token_id=self.pad_token,
             eos_token_id=ends,
-            suppress_tokens=list(range(self.columns, models.head(self.model).num_columns)) or None,
+            suppress_tokens=list(range(self.columns, lm_head(self.model).vocab_size)) or None,
             **sampling,
         )
         device = torch.device(self.engine.device)

@@ -6,28 +6,28 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from stillroom import models
 from stillroom.capture.config import CaptureConfig, Part, TeacherConfig, Transformers
-from stillroom.capture.costs import LOGITS_BYTES, Known, costs, kinds
+from stillroom.capture.costs import LOGITS_BYTES, CaptureHeaders, costs, kinds
 from stillroom.capture.hidden import size_text
-from stillroom.capture.parts import Share, own_device, part_of, share
-from stillroom.config import is_local, quoted, replace
-from stillroom.costs.architecture import read_architecture
-from stillroom.costs.dry_run import costs_here
-from stillroom.costs.report import bytes_text
-from stillroom.data.documents import Documents, cache_folder, cache_path, prepared
+from stillroom.capture.workers import WorkerShare, own_device, part_of, worker_share
+from stillroom.config import format_setting, is_local, replace
+from stillroom.data.dataset import Documents, cache_folder, cache_path, prepared
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.errors import ConfigError, MismatchError, MissingError
+from stillroom.estimates.architecture import read_architecture
+from stillroom.estimates.dry_run import costs_here
+from stillroom.estimates.report import bytes_text
 from stillroom.layers import check_layers
+from stillroom.models import loading
+from stillroom.models.quantization import check_quantizable
 from stillroom.recipe import to_yaml
-from stillroom.runs import check_outside, scrub
-from stillroom.tokenizers import compare, has_tokenizer, load_tokenizer, num_columns, template_of
-from stillroom.weights.quantized import check_quantizable
+from stillroom.runs import check_outside, redact
+from stillroom.tokenizers import compare, has_tokenizer, load_tokenizer, required_vocab_size, template_of
 
 
 @dataclass(frozen=True)
-class Plan:
+class CapturePlan:
     config: CaptureConfig
     """With every "auto" resolved."""
     tokenizer: PreTrainedTokenizerBase
@@ -38,7 +38,7 @@ class Plan:
 
     def __str__(self) -> str:
         """The resolved settings, and what a run reads and writes, as YAML."""
-        values = scrub(self.config.model_dump(mode="json"))
+        values = redact(self.config.model_dump(mode="json"))
         part = {"part": self.part()} if isinstance(self.config.part, Part) else {}
         return to_yaml(
             {"config": values, **part, "reads": self.reads(), "writes": self.writes(), "costs": self.costs()}
@@ -70,14 +70,14 @@ class Plan:
         engine = self.config.teacher.engine
         device = engine.device if isinstance(engine, Transformers) else "cpu"
         return costs_here(
-            models.device_name(device), models.device_memory(device),
+            loading.device_name(device), loading.device_memory(device),
             lambda hardware: costs(self.config, self._known(), hardware),
         )  # fmt: skip
 
-    def _known(self) -> Known:
+    def _known(self) -> CaptureHeaders:
         teacher = None if self.teacher_config is None else self.teacher_config.to_dict()
         sure = self._share is not None and self.config.generate is None
-        return Known(
+        return CaptureHeaders(
             None if teacher is None else read_architecture(teacher, "the teacher"),
             self._share.positions if self._share is not None and sure else None,
         )
@@ -89,14 +89,14 @@ class Plan:
         return prepared(data, self.tokenizer, template=self.template) if is_local(data.path) else None
 
     @cached_property
-    def _share(self) -> Share | None:
+    def _share(self) -> WorkerShare | None:
         found = self._documents
-        return None if found is None else share(self.config, found, self.teacher_config)
+        return None if found is None else worker_share(self.config, found, self.teacher_config)
 
     def reads(self) -> dict[str, str]:
         """The models and files that a run reads, by what they are for."""
         teacher, data = self.config.teacher, self.config.data
-        where = teacher.model if isinstance(teacher.engine, Transformers) else scrub(teacher.engine.url)
+        where = teacher.model if isinstance(teacher.engine, Transformers) else redact(teacher.engine.url)
         files = open_source(data).files if is_local(data.path) else []
         found = {"teacher": where, "data": ", ".join(map(str, files)) or f"{data.path} on the hub"}
         return found if teacher.tokenizer is None else {**found, "tokenizer": teacher.tokenizer}
@@ -118,7 +118,7 @@ class Plan:
         return found
 
 
-def make_plan(config: CaptureConfig) -> Plan:
+def make_plan(config: CaptureConfig) -> CapturePlan:
     """Resolves and checks a config from headers alone.
 
     Raises:
@@ -136,9 +136,9 @@ def make_plan(config: CaptureConfig) -> Plan:
         revision=teacher.revision if teacher.tokenizer is None else None,
         trust_remote_code=remote_code,
     )
-    needed, width, teacher_config = num_columns(tokenizer), None, None
+    needed, width, teacher_config = required_vocab_size(tokenizer), None, None
     if isinstance(engine, Transformers):
-        teacher_config = models.read_config(teacher.model, revision=teacher.revision, trust_remote_code=remote_code)
+        teacher_config = loading.read_config(teacher.model, revision=teacher.revision, trust_remote_code=remote_code)
         if (kind := engine.quantization) is not None:
             check_quantizable(teacher_config, kind, "the teacher")
         width = teacher_config.get_text_config().vocab_size
@@ -148,7 +148,7 @@ def make_plan(config: CaptureConfig) -> Plan:
             check_layers(
                 config.hidden.layers, teacher_config.get_text_config().num_hidden_layers, "teacher", "hidden.layers"
             )
-        models.check_length(config.data.length, teacher_config, "teacher", quoted(given, "data.length"))
+        loading.check_length(config.data.length, teacher_config, "teacher", format_setting(given, "data.length"))
     columns = needed if teacher.columns == "auto" else teacher.columns
     if columns < needed or (width is not None and columns > width):
         raise ConfigError(
@@ -162,7 +162,7 @@ def make_plan(config: CaptureConfig) -> Plan:
     if is_local(config.data.path):
         open_source(config.data)  # which says where it is not there
     _check_outside(config, "data.cache" if given.data.cache != "auto" else "data.cache, by default,")
-    return Plan(config, tokenizer, template, teacher_config)
+    return CapturePlan(config, tokenizer, template, teacher_config)
 
 
 def _resolve(config: CaptureConfig) -> CaptureConfig:
@@ -175,7 +175,7 @@ def _resolve(config: CaptureConfig) -> CaptureConfig:
     }
     engine = config.teacher.engine
     if isinstance(engine, Transformers):
-        device = models.resolve_device(own_device(engine.device), "teacher.engine.device")
+        device = loading.resolve_device(own_device(engine.device), "teacher.engine.device")
         kind = torch.device(device).type
         half = kind == "cuda" and torch.cuda.is_bf16_supported()
         values["teacher.engine.device"] = device
@@ -186,7 +186,10 @@ def _resolve(config: CaptureConfig) -> CaptureConfig:
         elif engine.batch_tokens < config.data.length:
             raise ConfigError(
                 "teacher.engine.batch_tokens is less than a row",
-                {"teacher.engine.batch_tokens": engine.batch_tokens, "data.length": quoted(config, "data.length")},
+                {
+                    "teacher.engine.batch_tokens": engine.batch_tokens,
+                    "data.length": format_setting(config, "data.length"),
+                },
                 why="A row goes through the teacher whole.",
                 fix=f"Set it to at least {config.data.length}.",
             )

@@ -11,26 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stillroom import models
 from stillroom.capture.answers import answered, prompts
 from stillroom.capture.config import DECIDES_ANSWERS, FREE_TO_CHANGE, CaptureConfig, Generate, Part, Transformers
 from stillroom.capture.hidden import size_text, window_documents
-from stillroom.capture.model import ModelTeacher, Said
-from stillroom.capture.parts import check_shared, named, part_of, part_range, share
-from stillroom.capture.plan import Plan, make_plan
+from stillroom.capture.model import CapturedSignal, ModelTeacher
+from stillroom.capture.plan import CapturePlan, make_plan
 from stillroom.capture.windows import Document, windows
-from stillroom.data.documents import Documents, prepare
+from stillroom.capture.workers import check_shared, named, part_of, part_range, worker_share
+from stillroom.data.dataset import Documents, prepare
 from stillroom.errors import OutOfMemoryError
-from stillroom.interrupt import deferred_interrupts, ended
-from stillroom.runs import RunFolder, check_place, scrub, versions
+from stillroom.models import loading
+from stillroom.models.hidden_states import verify
+from stillroom.runs import RunFolder, check_place, deferred_interrupts, ended, redact, versions
 from stillroom.store.config import TopK, TopP, side_columns
-from stillroom.store.format import TOKENIZER, Manifest, Source, format_of
-from stillroom.store.hidden import bytes_per_position
+from stillroom.store.format import TOKENIZER, Manifest, SourceInfo, format_of
+from stillroom.store.hidden_states import bytes_per_position
 from stillroom.store.writer import StoreWriter
 from stillroom.tokenizers import fingerprint, template_fingerprint
 
 if TYPE_CHECKING:
-    from stillroom.capture.server import ServerTeacher
+    from stillroom.capture.server import ServerCaptureTeacher
 
 Report = Callable[[str, Mapping[str, Any]], None]
 
@@ -86,7 +86,7 @@ def _run(config: CaptureConfig, part: Part | None, resume: bool, overwrite: bool
         }
         folder.update(status="started", **facts)
         if config.hidden is not None:
-            will = share(config, documents, plan.teacher_config)
+            will = worker_share(config, documents, plan.teacher_config)
             text = size_text(config, plan.teacher_config, (will.documents, will.positions))
             report("note", {"text": f"hidden states: {text}"})
         store = folder.path / "store"
@@ -105,18 +105,18 @@ def _run(config: CaptureConfig, part: Part | None, resume: bool, overwrite: bool
         return folder.record
 
 
-def _teacher(plan: Plan) -> "ModelTeacher | ServerTeacher":
+def _teacher(plan: CapturePlan) -> "ModelTeacher | ServerCaptureTeacher":
     config, teacher = plan.config, plan.config.teacher
     engine, signal, columns = teacher.engine, config.signal, teacher.columns
     assert columns != "auto"
     if not isinstance(engine, Transformers):
         assert isinstance(signal, TopK | TopP)  # the config demands it
-        from stillroom.capture.server import ServerTeacher
+        from stillroom.capture.server import ServerCaptureTeacher
 
-        asked = ServerTeacher(teacher.model, engine, signal, plan.tokenizer, columns=columns, seed=config.seed)
+        asked = ServerCaptureTeacher(teacher.model, engine, signal, plan.tokenizer, columns=columns, seed=config.seed)
         asked.engine.check()
         return asked
-    model = models.load_model(
+    model = loading.load_model(
         teacher.model,
         dtype=getattr(torch, engine.dtype),
         device=engine.device,
@@ -125,7 +125,7 @@ def _teacher(plan: Plan) -> "ModelTeacher | ServerTeacher":
         trust_remote_code=teacher.trust_remote_code,
         quantization=engine.quantization,
     )
-    models.verify(model, "the teacher", pack=config.data.pack)
+    verify(model, "the teacher", pack=config.data.pack)
     pad = plan.tokenizer.pad_token_id
     return ModelTeacher(
         model,
@@ -140,12 +140,12 @@ def _teacher(plan: Plan) -> "ModelTeacher | ServerTeacher":
     )
 
 
-def _manifest(plan: Plan, documents: Documents) -> Manifest:
+def _manifest(plan: CapturePlan, documents: Documents) -> Manifest:
     """What the store is to be."""
     config, teacher = plan.config, plan.config.teacher
     assert teacher.columns != "auto"
     if plan.teacher_config is not None:
-        print_of_teacher = models.fingerprint(teacher.model, plan.teacher_config)
+        print_of_teacher = loading.fingerprint(teacher.model, plan.teacher_config)
     else:
         print_of_teacher = f"served as {teacher.model}"
     print_of_data = documents.fingerprint
@@ -156,11 +156,11 @@ def _manifest(plan: Plan, documents: Documents) -> Manifest:
     return Manifest(
         format=format_of(config.hidden),
         complete=False,
-        teacher=Source(name=teacher.model, fingerprint=print_of_teacher),
+        teacher=SourceInfo(name=teacher.model, fingerprint=print_of_teacher),
         engine=teacher.engine.kind,
-        tokenizer=Source(name=teacher.tokenizer or teacher.model, fingerprint=fingerprint(plan.tokenizer)),
+        tokenizer=SourceInfo(name=teacher.tokenizer or teacher.model, fingerprint=fingerprint(plan.tokenizer)),
         template=template_fingerprint(plan.template),
-        data=Source(name=scrub(config.data.path), fingerprint=print_of_data),
+        data=SourceInfo(name=redact(config.data.path), fingerprint=print_of_data),
         part=(config.part.index, config.part.of) if isinstance(config.part, Part) else (0, 1),
         num_columns=teacher.columns,
         length=config.data.length,
@@ -175,9 +175,9 @@ def _manifest(plan: Plan, documents: Documents) -> Manifest:
 
 
 def _capture(
-    plan: Plan,
+    plan: CapturePlan,
     documents: Documents,
-    teacher: "ModelTeacher | ServerTeacher",
+    teacher: "ModelTeacher | ServerCaptureTeacher",
     writer: StoreWriter,
     report: Report,
 ) -> None:
@@ -227,7 +227,7 @@ def _capture(
 
 
 def _written(
-    window: list[Document], teacher: "ModelTeacher | ServerTeacher", generate: Generate | None, length: int
+    window: list[Document], teacher: "ModelTeacher | ServerCaptureTeacher", generate: Generate | None, length: int
 ) -> list[Document]:
     """The documents to ask about: those of the data, or what the teacher answers to them."""
     if generate is None:
@@ -236,9 +236,9 @@ def _written(
     return answered(asked, teacher.answer(asked, generate), generate)
 
 
-def _put_away(writer: StoreWriter, documents: Sequence[Document], said: Sequence[Said]) -> None:
+def _put_away(writer: StoreWriter, documents: Sequence[Document], said: Sequence[CapturedSignal]) -> None:
     for document, (signal, error, hidden) in zip(documents, said, strict=True):
-        writer.add(document.number, document.tokens, document.keep, signal, error, hidden)
+        writer.add(document.number, document.tokens, document.loss_mask, signal, error, hidden)
 
 
 @contextmanager
@@ -257,7 +257,7 @@ def _enough_memory(config: CaptureConfig) -> Iterator[None]:
         ) from error
 
 
-def _usage(teacher: "ModelTeacher | ServerTeacher") -> dict[str, Any]:
+def _usage(teacher: "ModelTeacher | ServerCaptureTeacher") -> dict[str, Any]:
     """What a server was asked so far."""
     if isinstance(teacher, ModelTeacher):
         return {}
@@ -274,7 +274,7 @@ def _usage(teacher: "ModelTeacher | ServerTeacher") -> dict[str, Any]:
 class _Spent:
     """The time that a capture took and what a server was asked, with what was spent before it was interrupted."""
 
-    def __init__(self, record: Mapping[str, Any], teacher: "ModelTeacher | ServerTeacher") -> None:
+    def __init__(self, record: Mapping[str, Any], teacher: "ModelTeacher | ServerCaptureTeacher") -> None:
         self.teacher, self.start = teacher, time.monotonic()
         self.time_s, self.usage = record.get("time_s", 0.0), record.get("usage", {})
 

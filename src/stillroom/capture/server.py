@@ -7,16 +7,16 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from stillroom.capture.config import VLLM, Generate, OpenAI
-from stillroom.capture.model import Said
+from stillroom.capture.model import CapturedSignal
 from stillroom.capture.windows import Document
-from stillroom.engines.server import ServerEngine, TopLogProbs
 from stillroom.errors import DataError
-from stillroom.selection import Selection, subtracted_rests
+from stillroom.kernels.selection import Selection, subtracted_rests
 from stillroom.store.config import TopK, TopP
-from stillroom.store.quantise import quantise
+from stillroom.store.quantize import quantize
+from stillroom.teachers.http.engine import ServerEngine, TopLogProbs
 
 
-class ServerTeacher:
+class ServerCaptureTeacher:
     """Asks a server about windows of documents, several at a time, and takes what it says in their order.
 
     Args:
@@ -49,13 +49,13 @@ class ServerTeacher:
         self.prices = engine.prompt_price, engine.completion_price
         self._told: dict[int, TopLogProbs] = {}
 
-    def say(self, documents: Sequence[Document]) -> list[Said]:
+    def say(self, documents: Sequence[Document]) -> list[CapturedSignal]:
         """What it says of each document; of its own answers it said it while it wrote them.
 
         Raises:
             StillroomError: the server gave up, or what it said does not fit what it was asked.
         """
-        asked = ((d.number, d.tokens, d.keep[:-1]) for d in documents if d.number not in self._told)
+        asked = ((d.number, d.tokens, d.loss_mask[:-1]) for d in documents if d.number not in self._told)
         told = self._told | dict(self.engine.score(asked))
         self._told = {}
         return [self._said(told[document.number], document.number) for document in documents]
@@ -83,7 +83,7 @@ class ServerTeacher:
         usage = self.engine.usage
         return (usage.prompt_tokens * self.prices[0] + usage.completion_tokens * self.prices[1]) / 1e6
 
-    def _said(self, top: TopLogProbs, number: int) -> Said:
+    def _said(self, top: TopLogProbs, number: int) -> CapturedSignal:
         signal, n = self.signal, len(top.counts)
         if isinstance(signal, TopK) and n and (fewest := int(top.counts.min())) < signal.k:
             raise DataError(
@@ -114,4 +114,4 @@ class ServerTeacher:
             {1.0: subtracted_rests(kept, self.columns)},
             label_log_probs=label,
         )
-        return Said(*quantise(chosen, signal, np.zeros((n, 0), np.float32)))
+        return CapturedSignal(*quantize(chosen, signal, np.zeros((n, 0), np.float32)))

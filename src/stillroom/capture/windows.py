@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from stillroom.batch import Batch
-from stillroom.data.documents import Documents
-from stillroom.data.stream import in_batches
+from stillroom.data.dataloader import in_batches
+from stillroom.data.dataset import Documents
 
 WINDOW_DOCUMENTS = 256
 """Documents that are batched together at most. Windows begin at multiples of their size, so a resumed capture makes
@@ -22,24 +22,24 @@ class Document:
     """Its number in the store's data."""
     tokens: np.ndarray
     """int32 [n]."""
-    learn: np.ndarray
+    target_mask: np.ndarray
     """bool [n]: entry i speaks of token i itself."""
 
     @property
-    def keep(self) -> np.ndarray:
+    def loss_mask(self) -> np.ndarray:
         """bool [n]: whether the token after each is to be learnt; False for the last."""
-        return np.append(self.learn[1:], False)
+        return np.append(self.target_mask[1:], False)
 
     @property
     def num_kept(self) -> int:
-        return int(self.learn[1:].sum())
+        return int(self.target_mask[1:].sum())
 
 
 def windows(documents: Documents, first: int, stop: int, size: int) -> Iterator[list[Document]]:
     """The documents ``first`` to ``stop`` (excluded), in lists of up to ``size``."""
     for start in range(first, stop, size):
         numbers = range(start, min(start + size, stop))
-        yield [Document(i, documents.tokens(i), documents.learn(i)) for i in numbers]
+        yield [Document(i, documents.tokens(i), documents.target_mask(i)) for i in numbers]
 
 
 class _Window:
@@ -49,8 +49,8 @@ class _Window:
     def tokens(self, index: int) -> np.ndarray:
         return self.documents[index].tokens
 
-    def learn(self, index: int) -> np.ndarray:
-        return self.documents[index].learn
+    def target_mask(self, index: int) -> np.ndarray:
+        return self.documents[index].target_mask
 
 
 def batches(documents: Sequence[Document], *, length: int, pack: bool, most: int, pad_token: int) -> Iterator[Batch]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
 
 from stillroom.errors import ConfigError
-from stillroom.models import max_length
+from stillroom.models.loading import max_length
 from stillroom.tokenizers import template_of
 
 
@@ -75,9 +75,9 @@ class Draw(LogitsProcessor):
             return scores
         probabilities = torch.softmax(scores.float() / self.temperature, dim=-1).cpu()
         if self.top_p < 1:
-            likeliest, ids = probabilities.sort(dim=-1, descending=True)
-            before = likeliest.cumsum(dim=-1) - likeliest
-            probabilities = torch.zeros_like(probabilities).scatter(-1, ids, likeliest * (before < self.top_p))
+            top_indices, ids = probabilities.sort(dim=-1, descending=True)
+            before = top_indices.cumsum(dim=-1) - top_indices
+            probabilities = torch.zeros_like(probabilities).scatter(-1, ids, top_indices * (before < self.top_p))
         token = torch.multinomial(probabilities, 1, generator=self.generator).to(scores.device)
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from stillroom import models
 from stillroom.chat.answer import Piece, Talker, answers
 from stillroom.chat.config import ChatConfig
 from stillroom.errors import StillroomError
+from stillroom.models import loading
 from stillroom.tokenizers import load_tokenizer, template_of
 
 Show = Callable[[Iterator[Piece]], None]
@@ -59,11 +59,11 @@ def load(config: ChatConfig, place: str) -> Talker:
     folder = Path(place).expanduser()
     if (folder / "run.json").is_file() and (folder / "model").is_dir():
         place = str(folder / "model")
-    device = models.resolve_device(config.device, "device")
+    device = loading.resolve_device(config.device, "device")
     half = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
     dtype = ("bfloat16" if half else "float32") if config.dtype == "auto" else config.dtype
     tokenizer = load_tokenizer(place, trust_remote_code=config.trust_remote_code)
-    model = models.load_model(
+    model = loading.load_model(
         place, dtype=getattr(torch, dtype), device=device, trust_remote_code=config.trust_remote_code
     ).requires_grad_(False)
     return Talker(place, model, tokenizer)

@@ -47,7 +47,7 @@ def main(arguments: Arguments) -> int:
         prompts = _typed() if typed else iter([_given(config)])
 
         from stillroom.chat.run import run
-        from stillroom.models import quiet
+        from stillroom.models.loading import quiet
 
         quiet()
         run(config, prompts, lambda pieces: _show(config.models, pieces), _tell, turn_by_turn=typed)

@@ -13,7 +13,7 @@ from stillroom.errors import ConfigError
 from stillroom.terminal import harmless
 
 if TYPE_CHECKING:
-    from stillroom.doctor.overlap import Item
+    from stillroom.doctor.overlap import TaskTexts
 
 USAGE = """\
 usage: stillroom doctor [RECIPE.yaml] [key=value …]
@@ -46,14 +46,14 @@ def main(arguments: Arguments) -> int:
     recipe = load(DistillConfig, arguments.recipe, [word for word in arguments.overrides if word not in own])
 
     from stillroom.cli.progress import Progress
-    from stillroom.distill.trial import Trial
+    from stillroom.distill.preflight import Preflight
     from stillroom.doctor.run import run
-    from stillroom.models import quiet
+    from stillroom.models.loading import quiet
 
     quiet()
     try:
         with Progress(quiet="quiet" in arguments.flags) as progress:
-            record = run(config, Trial(recipe, config.sequences, progress), items_of, progress)
+            record = run(config, Preflight(recipe, config.sequences, progress), items_of, progress)
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was written", file=sys.stderr)
         return 130
@@ -61,9 +61,9 @@ def main(arguments: Arguments) -> int:
     return 0 if record["ready"] else 2
 
 
-def items_of(path: str) -> "tuple[str, Iterable[Item]]":
+def items_of(path: str) -> "tuple[str, Iterable[TaskTexts]]":
     """The name of the task that a file describes, and its items as texts: each question with each of its answers."""
-    from stillroom.doctor.overlap import Item
+    from stillroom.doctor.overlap import TaskTexts
     from stillroom.evaluate.tasks.config import LocalTask
     from stillroom.evaluate.tasks.description import read_description
     from stillroom.evaluate.tasks.questions import questions
@@ -71,7 +71,7 @@ def items_of(path: str) -> "tuple[str, Iterable[Item]]":
     description = read_description(LocalTask(kind="local", path=path))
     found = questions(description)
     answers = [(one, one.labels or one.answers or ("",)) for one in found]
-    return description.name, [Item(one.id, [f"{one.shown} {text}" for text in texts]) for one, texts in answers]
+    return description.name, [TaskTexts(one.id, [f"{one.shown} {text}" for text in texts]) for one, texts in answers]
 
 
 # --- as text ---------------------------------------------------------------------------------------------------------
@@ -172,8 +172,11 @@ def _own_text(own: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def _step(step: Mapping[str, Any]) -> Iterator[Row]:
-    rows, length, micros = step["rows"], step["longest_row"], step["micro_batches"]
-    yield "one step", f"{rows:,} rows of up to {length:,} tokens, in {micros:,} micro-batch{'es' * (micros > 1)}"
+    rows, length, micro_batches = step["rows"], step["longest_row"], step["micro_batches"]
+    yield (
+        "one step",
+        f"{rows:,} rows of up to {length:,} tokens, in {micro_batches:,} micro-batch{'es' * (micro_batches > 1)}",
+    )
     yield "", f"loss {step['loss_nats']:.4f} nats, gradient norm {step['grad_norm']:.4f}"
     yield "its time", f"{step['time_s']:.2f} s ({step['num_tokens'] / step['time_s']:,.0f} tokens/s)" + _whole(step)
     peak, there = step["peak_memory_bytes"], step["memory_bytes"]

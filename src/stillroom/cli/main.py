@@ -11,7 +11,7 @@ from importlib import import_module
 
 from stillroom import __version__
 from stillroom.cli.arguments import Arguments, parse
-from stillroom.errors import StillroomError, Stopped, ToldElsewhere
+from stillroom.errors import ReportedElsewhere, StillroomError, Stopped
 
 VERBS = {
     "capture": "ask a teacher once, and store what it said",
@@ -61,7 +61,7 @@ def main(words: Sequence[str] | None = None) -> int:
         _hush()
         verb: Callable[[Arguments], int] = import_module(f"stillroom.cli.{arguments.verb}").main
         return verb(arguments)
-    except ToldElsewhere:
+    except ReportedElsewhere:
         return 2
     except StillroomError as error:
         return _failed(f"error: {error}", "--debug" in words)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from stillroom.cli.arguments import Arguments, first_key
 from stillroom.config import explain, load
-from stillroom.costs.hardware import Hardware
-from stillroom.costs.kinds import Storage, storage_report
-from stillroom.costs.report import Report
 from stillroom.errors import ConfigError
+from stillroom.estimates.hardware import Hardware
+from stillroom.estimates.kinds import Storage, storage_report
+from stillroom.estimates.report import CostReport
 from stillroom.recipe import read_recipe
 
 USAGE = """\
@@ -52,7 +52,7 @@ def main(arguments: Arguments) -> int:
     return 0
 
 
-def _report(words: Sequence[str], overrides: Sequence[str]) -> Report:
+def _report(words: Sequence[str], overrides: Sequence[str]) -> CostReport:
     if list(words) == ["storage"]:
         return storage_report(load(Storage, None, overrides))
     if len(words) > 1:
@@ -68,11 +68,11 @@ def _report(words: Sequence[str], overrides: Sequence[str]) -> Report:
     raise _what("there is nothing to plan", recipe or "nothing")
 
 
-def _planned(verb: str, kind: str, recipe: str | None, overrides: Sequence[str], hardware: Hardware) -> Report:
+def _planned(verb: str, kind: str, recipe: str | None, overrides: Sequence[str], hardware: Hardware) -> CostReport:
     """The report of a verb's own ``costs.py``, of what its headers tell."""
     config = load(getattr(import_module(f"stillroom.{verb}.config"), kind), recipe, overrides)
     module = import_module(f"stillroom.{verb}.costs")
-    return module.costs(config, module.read_known(config), hardware, f"{verb} {recipe or ''}".rstrip())
+    return module.costs(config, module.read_headers(config), hardware, f"{verb} {recipe or ''}".rstrip())
 
 
 def _what(what: str, given: str) -> ConfigError:

@@ -53,7 +53,7 @@ class MergeConfig(Config):
 
 def main(arguments: Arguments) -> int:
     if "help" in arguments.flags:
-        from stillroom.store.import_config import ImportConfig
+        from stillroom.store.config import ImportConfig
 
         print(f"{USAGE}\n{explain(ImportConfig)}")
         return 0
@@ -80,7 +80,7 @@ def main(arguments: Arguments) -> int:
 
 def check(words: Sequence[str], arguments: Arguments) -> int:
     (path,) = _exactly(words, arguments, "check", "DIR")
-    from stillroom.models import quiet
+    from stillroom.models.loading import quiet
     from stillroom.store.check import check
 
     quiet()
@@ -97,7 +97,7 @@ def check(words: Sequence[str], arguments: Arguments) -> int:
 
 def show(words: Sequence[str], arguments: Arguments) -> int:
     path, *rows = _exactly(words, arguments, "show", "DIR", "[ROW]")
-    from stillroom.models import quiet
+    from stillroom.models.loading import quiet
     from stillroom.store.reader import Store
     from stillroom.store.show import describe, show_row
 
@@ -133,12 +133,12 @@ def export(words: Sequence[str], arguments: Arguments) -> int:
 
 
 def import_(words: Sequence[str], arguments: Arguments) -> int:
-    from stillroom.store.import_config import ImportConfig
+    from stillroom.store.config import ImportConfig
 
     config = load(ImportConfig, None, arguments.overrides)
     if not words:
         raise _unknown("there is no file to import", {})
-    from stillroom.models import quiet
+    from stillroom.models.loading import quiet
     from stillroom.runs import versions
     from stillroom.store.imports import import_files
 
@@ -166,13 +166,13 @@ def join(words: Sequence[str], arguments: Arguments) -> int:
     return 0
 
 
-def merge(words: Sequence[str], arguments: Arguments) -> int:
+def concat(words: Sequence[str], arguments: Arguments) -> int:
     config = load(MergeConfig, None, arguments.overrides)
     from stillroom.runs import versions
-    from stillroom.store.merge import merge
+    from stillroom.store.concat import concat as concatenate
 
     overwrite = "overwrite" in arguments.flags
-    merged = merge(words, config.out, overwrite=overwrite, versions=versions(), report=_report(arguments))
+    merged = concatenate(words, config.out, overwrite=overwrite, versions=versions(), report=_report(arguments))
     _print_whole(config.out, merged)
     return 0
 
@@ -188,7 +188,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str], Arguments], int]] = {
     "export": export,
     "import": import_,
     "join": join,
-    "merge": merge,
+    "merge": concat,
 }
 
 

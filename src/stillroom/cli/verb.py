@@ -22,7 +22,7 @@ def run_verb(
         return 0
     config = load(config_class, arguments.recipe, arguments.overrides)
 
-    from stillroom.models import quiet
+    from stillroom.models.loading import quiet
 
     quiet()
     if "dry-run" in arguments.flags:

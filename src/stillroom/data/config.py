@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stillroom.config import Config, PathText
+from stillroom.config import Config, PathText, Positive
 
 
 class _Data(Config):
@@ -76,4 +76,34 @@ class PromptCompletionData(_Data):
 
 
 DataConfig = Annotated[TextData | ChatData | PromptCompletionData, Field(discriminator="format")]
+
 AnyData = TextData | ChatData | PromptCompletionData
+
+
+class StoredDataConfig(Config):
+    """The documents of the store itself, so that no signal can be joined to other data."""
+
+    format: Literal["store"]
+    length: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
+    """Tokens in a row; auto is what the store was captured with, and it cannot be less."""
+    pack: bool = True
+    """Put several documents into a row. They never attend to each other."""
+    shuffle: bool = True
+    """Take the documents in a new order each epoch, which follows from the run's seed."""
+
+
+class HeldOutConfig(Config):
+    """Text that is never trained on, read as `data` is read."""
+
+    path: PathText
+    """A file, folder or data set like data.path; where data.format is store, another store."""
+    split: str = "train"
+    """The split, where the data set has several."""
+    subset: str | None = None
+    """The configuration on the hub; null is data.subset where the path is the same."""
+    revision: str | None = None
+    """The commit or tag on the hub; null is data.revision where the path is the same."""
+    max_documents: Positive | None = None
+    """Read only the first so many documents."""
+    every: Positive | None = None
+    """Measure after every so many steps; always at the end."""

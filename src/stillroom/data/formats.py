@@ -12,9 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from stillroom.data.chat import ChatRenderer, Rendered, messages_of
+from stillroom.data.chat_templates import ChatRenderer, Name, Rendered, Row, Template, messages_of, text_in, value_in
 from stillroom.data.config import AnyData, ChatData, PromptCompletionData, TextData
-from stillroom.data.templates import Name, Row, Template, text_in, value_in
 from stillroom.errors import DataError
 
 
@@ -23,7 +22,7 @@ class Encoded(NamedTuple):
 
     tokens: np.ndarray
     """int32, shape [n]."""
-    learn: np.ndarray
+    target_mask: np.ndarray
     """bool, shape [n]: True where this token is to be learnt."""
     weight: float = 1.0
     """What each of its tokens counts."""
@@ -34,13 +33,17 @@ class Encoded(NamedTuple):
     def part(self, start: int, stop: int) -> "Encoded":
         """Some of its tokens, which count what they did."""
         num_bytes = None if self.num_bytes is None else self.num_bytes[start:stop]
-        return self._replace(tokens=self.tokens[start:stop], learn=self.learn[start:stop], num_bytes=num_bytes)
+        return self._replace(
+            tokens=self.tokens[start:stop], target_mask=self.target_mask[start:stop], num_bytes=num_bytes
+        )
 
     def longer(self, token: int) -> "Encoded":
         """With one more token, which stands for no text and is not to be learnt."""
         num_bytes = None if self.num_bytes is None else np.append(self.num_bytes, np.int32(0))
         return self._replace(
-            tokens=np.append(self.tokens, np.int32(token)), learn=np.append(self.learn, False), num_bytes=num_bytes
+            tokens=np.append(self.tokens, np.int32(token)),
+            target_mask=np.append(self.target_mask, False),
+            num_bytes=num_bytes,
         )
 
 
@@ -174,22 +177,22 @@ def _finisher(
         documents: list[Encoded] = []
         for index, (item, ids, places) in enumerate(zip(rendered, encoding["input_ids"], offsets, strict=True)):
             tokens = np.array(ids, dtype=np.int32)
-            learn = _learn(item, len(tokens), places, partial(name, index))
+            target_mask = _target_mask(item, len(tokens), places, partial(name, index))
             num_bytes = _num_bytes(item.text, places, np.isin(tokens, special)) if count_bytes else None
-            document = Encoded(tokens, learn, num_bytes=num_bytes)
+            document = Encoded(tokens, target_mask, num_bytes=num_bytes)
             if adds_bos and len(tokens) > 1 and tokens[1] == bos:
                 document = document.part(1, len(tokens))
             if special_tokens and eos is not None:
                 if not len(document.tokens) or document.tokens[-1] != eos:
                     document = document.longer(eos)
-                document.learn[-1] = item.spans != []
+                document.target_mask[-1] = item.spans != []
             documents.append(document)
         return documents
 
     return finish
 
 
-def _learn(item: Rendered, num_tokens: int, places: list[tuple[int, int]] | None, name: Name) -> np.ndarray:
+def _target_mask(item: Rendered, num_tokens: int, places: list[tuple[int, int]] | None, name: Name) -> np.ndarray:
     """bool [num_tokens]: True where a token ends after a span's start and starts before its end."""
     if not item.spans:
         return np.full(num_tokens, item.spans is None)
@@ -201,10 +204,10 @@ def _learn(item: Rendered, num_tokens: int, places: list[tuple[int, int]] | None
             why="It drops characters that it does not know, so the tokens to learn cannot be told from the others.",
             fix="Use a tokenizer with byte fallback or an unknown token, delete the row, or set data.keep=all.",
         )
-    learn = np.zeros(num_tokens, dtype=bool)
+    target_mask = np.zeros(num_tokens, dtype=bool)
     for start, end in item.spans:
-        learn |= (ends > start) & (starts < end)
-    return learn
+        target_mask |= (ends > start) & (starts < end)
+    return target_mask
 
 
 def _num_bytes(text: str, places: list[tuple[int, int]] | None, special: np.ndarray) -> np.ndarray | None:

@@ -9,39 +9,39 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from stillroom import models
-from stillroom.cut.cut import Cut, read_cut, write_cut
-from stillroom.data.config import AnyData
-from stillroom.data.stream import BatchStream, DocumentSet, Part
-from stillroom.distill.ahead import Micro, ReadAhead
-from stillroom.distill.checkpoint import TrainState
-from stillroom.distill.config import LiveTeacher as LiveTeacherConfig
-from stillroom.distill.config import ServerTeacher, StoredData, StoreTeacher
-from stillroom.distill.cut import cut_student
-from stillroom.distill.distant import DistantTeacher
-from stillroom.distill.first_step import fit_to_first_step
-from stillroom.distill.hidden import HiddenSpec, HiddenTerm, layers_of
-from stillroom.distill.hidden_plan import Origin
-from stillroom.distill.meeting import NOBODY_ELSE, Meeting
-from stillroom.distill.objective_config import Hidden
+from stillroom.data.config import AnyData, StoredDataConfig
+from stillroom.data.dataloader import BatchStream, DocumentSet, RankSlice
+from stillroom.distill.cut_student import prune_student
+from stillroom.distill.hidden_plan import StudentOrigin
+from stillroom.distill.objective_config import HiddenObjective
 from stillroom.distill.objectives import build_objectives, hidden_weights, needs_teacher
-from stillroom.distill.optimizer import build_optimizer, build_schedule
-from stillroom.distill.parallel_config import Fsdp
-from stillroom.distill.plan import Plan
-from stillroom.distill.processes import ALONE, Processes
-from stillroom.distill.served import ServedTeacher
-from stillroom.distill.sharding import let_go, realise_sharded, replicate, shard_student, shard_teacher
-from stillroom.distill.step import StudentStep
-from stillroom.distill.student import Student, build_student, build_student_to_shard, student_dtype
-from stillroom.distill.teacher import LiveTeacher, StoredTeacher
+from stillroom.distill.plan import DistillPlan
+from stillroom.distributed.config import FsdpConfig
+from stillroom.distributed.group import SINGLE_RANK, RankGroup
+from stillroom.distributed.init import SINGLE_PROCESS, DistContext
+from stillroom.distributed.sharding import let_go, materialize_sharded, replicate, shard_teacher, shard_trained
 from stillroom.errors import StorageError
-from stillroom.weights import read
+from stillroom.models import loading, safetensors_io
+from stillroom.models.hidden_states import verify
+from stillroom.pruning.prune import PruneMask, read_mask, write_mask
+from stillroom.teachers.config import LiveTeacherConfig, ServerTeacherConfig, StoreTeacherConfig
+from stillroom.teachers.live import LiveTeacher
+from stillroom.teachers.remote import RemoteTeacher
+from stillroom.teachers.server import ServerTeacher
+from stillroom.teachers.stored import StoredTeacher
+from stillroom.training.checkpoint import TrainState
+from stillroom.training.hidden_init import fit_to_first_step
+from stillroom.training.hidden_objective import HiddenLoss, HiddenSpec, layers_of
+from stillroom.training.optimizer import build_optimizer, build_schedule
+from stillroom.training.prefetch import MicroBatch, Prefetcher
+from stillroom.training.step import StudentStep
+from stillroom.training.student import Student, build_meta_student, build_student
 
-AnyTeacher = LiveTeacher | StoredTeacher | DistantTeacher | ServedTeacher
+AnyTeacher = LiveTeacher | StoredTeacher | RemoteTeacher | ServerTeacher
 
 
 def build_teacher(
-    plan: Plan, meeting: Meeting = NOBODY_ELSE, documents: DocumentSet | None = None
+    plan: DistillPlan, context: DistContext = SINGLE_PROCESS, documents: DocumentSet | None = None
 ) -> AnyTeacher | None:
     """The teacher, where the recipe has one: as this process sees it.
 
@@ -51,21 +51,21 @@ def build_teacher(
     teacher = plan.config.teacher
     if teacher is None:
         return None
-    if isinstance(teacher, ServerTeacher):
+    if isinstance(teacher, ServerTeacherConfig):
         assert documents is not None
         assert plan.columns is not None
-        served = ServedTeacher(teacher, plan.tokenizer, documents, plan.columns)
+        served = ServerTeacher(teacher, plan.tokenizer, documents, plan.columns)
         served.engine.check()
         return served
-    if isinstance(teacher, StoreTeacher):
+    if isinstance(teacher, StoreTeacherConfig):
         assert plan.store is not None
         return StoredTeacher(plan.store)
-    if meeting.num_teachers and not meeting.teaches:
-        return DistantTeacher(
-            meeting, models.load_head(_teacher_skeleton(plan), *_teacher_place(plan)), _dtype(teacher)
+    if context.num_teachers and not context.is_teacher:
+        return RemoteTeacher(
+            context, loading.load_head(_teacher_skeleton(plan), *_teacher_place(plan)), _dtype(teacher)
         )
     if teacher.placement == "whole":
-        model = models.load_model(
+        model = loading.load_model(
             teacher.model,
             dtype=_dtype(teacher),
             device=plan.config.device,
@@ -78,19 +78,19 @@ def build_teacher(
         model = _teacher_skeleton(plan).requires_grad_(False)
         folder, device = _teacher_place(plan)
         offload = teacher.placement == "offloaded" and device != "cpu"
-        shard_teacher(model, meeting.mine, offload=offload)
-        realise_sharded(model, device, offload=offload)
+        shard_teacher(model, context.group, offload=offload)
+        materialize_sharded(model, device, offload=offload)
         model.tie_weights()
-        read.load(model, folder)
-    models.verify(model, "the teacher", pack=plan.config.data.pack, device=torch.device(plan.config.device))
+        safetensors_io.load_weights(model, folder)
+    verify(model, "the teacher", pack=plan.config.data.pack, device=torch.device(plan.config.device))
     return LiveTeacher(model)
 
 
-def _teacher_skeleton(plan: Plan) -> PreTrainedModel:
+def _teacher_skeleton(plan: DistillPlan) -> PreTrainedModel:
     teacher = plan.config.teacher
     assert isinstance(teacher, LiveTeacherConfig)
     assert plan.teacher_config is not None
-    return models.build_skeleton(
+    return loading.build_meta_model(
         plan.teacher_config,
         dtype=_dtype(teacher),
         attention=None if teacher.attention == "auto" else teacher.attention,
@@ -98,32 +98,32 @@ def _teacher_skeleton(plan: Plan) -> PreTrainedModel:
     )
 
 
-def _teacher_place(plan: Plan) -> tuple[Path, str]:
+def _teacher_place(plan: DistillPlan) -> tuple[Path, str]:
     """The teacher's folder, and the device on which it goes."""
     teacher = plan.config.teacher
     assert isinstance(teacher, LiveTeacherConfig)
-    return models.local_folder(teacher.model, teacher.revision), plan.config.device
+    return loading.local_folder(teacher.model, teacher.revision), plan.config.device
 
 
 def _dtype(teacher: LiveTeacherConfig) -> torch.dtype:
     return getattr(torch, teacher.dtype)
 
 
-def compared_layers(plan: Plan, cut: Cut | None) -> tuple[HiddenSpec, ...]:
+def compared_layers(plan: DistillPlan, cut: PruneMask | None) -> tuple[HiddenSpec, ...]:
     """What the objectives of inner states compare."""
     if plan.hidden is None:
         return ()
     known = plan.hidden.origin
-    return plan.hidden.specs(known if known is None or cut is None else Origin(cut.layers, cut.channels))
+    return plan.hidden.specs(known if known is None or cut is None else StudentOrigin(cut.layers, cut.channels))
 
 
 def build_pair(
-    plan: Plan,
+    plan: DistillPlan,
     teacher: AnyTeacher | None,
     data: DocumentSet,
     folder: Path,
     say: Callable[[str], object],
-    processes: Processes = ALONE,
+    ranks: RankGroup = SINGLE_RANK,
 ) -> tuple[Student, tuple[HiddenSpec, ...]]:
     """The student, and what the objectives of inner states compare of it and of the teacher, which will tell it.
 
@@ -134,43 +134,51 @@ def build_pair(
         folder: that remembers how such a student was cut.
         say: is told what was found.
     """
-    sharded = isinstance(plan.config.parallel, Fsdp)
+    sharded = isinstance(plan.config.parallel, FsdpConfig)
     part, place, cut = None, None, None
     if plan.cut is not None:
         whole = not sharded and getattr(plan.config.teacher, "placement", None) == "whole"
         live = teacher.model if isinstance(teacher, LiveTeacher) and whole else None
         if sharded:
-            place, cut = _cut_for_all(plan, data, folder, say, processes)
+            place, cut = _cut_for_all(plan, data, folder, say, ranks)
         else:
-            part = processes.in_turn(lambda: cut_student(plan, live, data, folder, say))
+            part = ranks.local_rank0_first(lambda: prune_student(plan, live, data, folder, say))
             cut = part[1]
     specs = compared_layers(plan, cut)
     if teacher is not None:
-        teacher.ask_for(*layers_of(specs, 1))
+        teacher.set_outputs(*layers_of(specs, 1))
+    config = plan.config
+    dtype = student_dtype(config.precision)
     if sharded:
         assert cut is None or place is not None
-        return build_student_to_shard(
-            plan.config, plan.fresh, None if cut is None or place is None else (place, cut)
-        ), specs
-    student = build_student(plan.config, plan.fresh, part)
-    models.verify(student.model, "the student", pack=plan.config.data.pack)
+        pruned = None if cut is None or place is None else (place, cut)
+        return build_meta_student(config.student, dtype=dtype, seed=config.seed, fresh=plan.fresh, pruned=pruned), specs
+    student = build_student(
+        config.student, dtype=dtype, device=config.device, seed=config.seed, fresh=plan.fresh, pruned=part
+    )
+    verify(student.model, "the student", pack=plan.config.data.pack)
     return student, specs
 
 
+def student_dtype(precision: str) -> torch.dtype:
+    """Returns the type of the student's weights under a precision of its arithmetic."""
+    return torch.float64 if precision == "float64" else torch.float32
+
+
 def _cut_for_all(
-    plan: Plan, data: DocumentSet, folder: Path, say: Callable[[str], object], processes: Processes
-) -> tuple[Path, Cut]:
+    plan: DistillPlan, data: DocumentSet, folder: Path, say: Callable[[str], object], ranks: RankGroup
+) -> tuple[Path, PruneMask]:
     """A student that is cut by the first process, which holds the teacher whole for it, and the folder where all find
     it."""
     place = folder / "cut"
 
     def make() -> None:
-        model, cut = cut_student(plan, None, data, folder, say)
+        model, cut = prune_student(plan, None, data, folder, say)
         model.save_pretrained(place)
-        write_cut(place, cut)
+        write_mask(place, cut)
 
-    processes.first_does(make)
-    cut = read_cut(place)
+    ranks.on_rank0(make)
+    cut = read_mask(place)
     if cut is None:
         raise StorageError(
             f"the student that was cut is not in {place}",
@@ -181,25 +189,27 @@ def _cut_for_all(
     return place, cut
 
 
-def asked_in_training(plan: Plan, teacher: AnyTeacher | None) -> AnyTeacher | None:
+def asked_in_training(plan: DistillPlan, teacher: AnyTeacher | None) -> AnyTeacher | None:
     """The teacher as it is asked while training: None where no objective needs it."""
     config = plan.config
     if not needs_teacher(config.objectives):
         return None
     if not isinstance(teacher, StoredTeacher):
         return teacher
-    signals = any(objective.needs_teacher for objective in config.objectives if not isinstance(objective, Hidden))
+    signals = any(
+        objective.needs_teacher for objective in config.objectives if not isinstance(objective, HiddenObjective)
+    )
     return StoredTeacher(teacher.store, teacher.layers, signals=signals)
 
 
 def build_stream(
-    plan: Plan,
+    plan: DistillPlan,
     documents: DocumentSet,
-    data: AnyData | StoredData,
+    data: AnyData | StoredDataConfig,
     *,
     tokens: int,
     epochs: int | None,
-    processes: Processes = ALONE,
+    ranks: RankGroup = SINGLE_RANK,
 ) -> BatchStream:
     """The steps of at most ``tokens`` positions over some documents, read as ``data`` says."""
     micro_tokens = plan.config.batch.micro_tokens
@@ -215,23 +225,23 @@ def build_stream(
         seed=plan.config.seed,
         epochs=epochs,
         pad_token=pad_token(plan),
-        part=Part(processes.rank, processes.size),
+        part=RankSlice(ranks.rank, ranks.world_size),
     )
 
 
-def pad_token(plan: Plan) -> int:
+def pad_token(plan: DistillPlan) -> int:
     """The padding token's id, or 0 where the tokenizer has none; what stands on padding does not matter."""
     token: Any = plan.tokenizer.pad_token_id
     return token if isinstance(token, int) else 0
 
 
 def build_state(
-    plan: Plan,
+    plan: DistillPlan,
     student: Student,
     specs: Sequence[HiddenSpec],
-    stream: ReadAhead,
+    stream: Prefetcher,
     num_steps: int,
-    processes: Processes = ALONE,
+    ranks: RankGroup = SINGLE_RANK,
 ) -> TrainState:
     """The state before the first step. It seeds torch's own generator."""
     config = plan.config
@@ -239,43 +249,53 @@ def build_state(
     module = StudentStep(
         student.model,
         build_objectives(config.objectives),
-        num_columns=plan.columns,
+        vocab_size=plan.columns,
         logits_bytes=config.logits_bytes,
         precision=getattr(torch, config.precision),
-        hidden=[HiddenTerm(spec, seed=config.seed + number) for number, spec in enumerate(specs)],
+        hidden=[HiddenLoss(spec, seed=config.seed + number) for number, spec in enumerate(specs)],
         hidden_weights=hidden_weights(config.objectives),
     )
-    module.hidden.to(student_dtype(config))
+    module.hidden.to(student_dtype(config.precision))
     parallel: nn.Module | None = None
-    if isinstance(config.parallel, Fsdp):
+    if isinstance(config.parallel, FsdpConfig):
         offload = config.parallel.offload and config.device != "cpu"
-        shard_student(module, processes, reshard=config.parallel.reshard, offload=offload)
-        realise_sharded(module, config.device, offload=offload)
+        shard_trained(
+            module,
+            student.model,
+            module.hidden.values(),
+            ranks,
+            precision=module.precision,
+            reshard=config.parallel.reshard,
+            offload=offload,
+        )
+        materialize_sharded(module, config.device, offload=offload)
         student.model.tie_weights()
         assert student.fill is not None
         student.fill()
         device = torch.device(config.device)
-        module.within(lambda: models.verify(student.model, "the student", pack=config.data.pack, device=device))
+        module.within(lambda: verify(student.model, "the student", pack=config.data.pack, device=device))
         let_go(module)
     else:
         module.to(config.device)
-        if processes.size > 1:
-            parallel = replicate(module, processes)
+        if ranks.world_size > 1:
+            parallel = replicate(module, ranks, has_unused=not module.objectives)  # then the head gets no gradient
     optimizer = build_optimizer(module, config.optimizer)
-    torch.manual_seed(config.seed + processes.rank)
+    torch.manual_seed(config.seed + ranks.rank)
     return TrainState(
         module=module,
         optimizer=optimizer,
         schedule=build_schedule(optimizer, config.optimizer, num_steps),
         stream=stream,
         frozen_saved=student.adapters is None,
-        processes=processes,
+        ranks=ranks,
         parallel=parallel,
         place=torch.device(config.device),
     )
 
 
-def fit_to(state: TrainState, specs: Sequence[HiddenSpec], teacher: AnyTeacher | None, step: Iterable[Micro]) -> None:
+def fit_to(
+    state: TrainState, specs: Sequence[HiddenSpec], teacher: AnyTeacher | None, step: Iterable[MicroBatch]
+) -> None:
     """Lets the objectives that measure first see a step."""
     if teacher is not None and any(spec.measures_first for spec in specs):
-        fit_to_first_step(state.module, teacher, step, state.processes, device=state.device)
+        fit_to_first_step(state.module, teacher, step, state.ranks, device=state.device)

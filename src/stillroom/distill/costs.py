@@ -2,24 +2,25 @@
 
 from dataclasses import replace
 
-from stillroom.costs.activations import layer_bytes
-from stillroom.costs.adapters import adapter_parameters
-from stillroom.costs.advice import nearest
-from stillroom.costs.estimate import CAPTURE_SPEED, STORE_STEP, live_or_offline
-from stillroom.costs.flops import forward_flops, training_flops
-from stillroom.costs.hardware import Hardware
-from stillroom.costs.memory import HEAP_SHARE, Adapters, Load, Parallel, TeacherLoad, memory, trained_parameters
-from stillroom.costs.report import Report
-from stillroom.costs.sections import ARITHMETIC, add_memory, add_parameters, add_time, amount, fit
-from stillroom.costs.storage import stored
-from stillroom.cut.config import BestLayers, CutConfig
-from stillroom.distill.config import DistillConfig, LiveTeacher, ServerTeacher, StoreTeacher
+from stillroom.distill.config import DistillConfig
+from stillroom.distill.headers import DistillHeaders, read_headers
 from stillroom.distill.hidden_config import Every, Last, Pairs, Uniform
-from stillroom.distill.known import Known, read_known
-from stillroom.distill.objective_config import Hidden
+from stillroom.distill.objective_config import HiddenObjective
 from stillroom.errors import ConfigError
+from stillroom.estimates.activations import layer_bytes
+from stillroom.estimates.adapters import adapter_parameters
+from stillroom.estimates.advice import nearest
+from stillroom.estimates.estimate import CAPTURE_SPEED, STORE_STEP, live_or_offline
+from stillroom.estimates.flops import forward_flops, training_flops
+from stillroom.estimates.hardware import Hardware
+from stillroom.estimates.memory import HEAP_SHARE, Adapters, Load, Parallel, TeacherLoad, memory, trained_parameters
+from stillroom.estimates.report import CostReport
+from stillroom.estimates.sections import ARITHMETIC, add_memory, add_parameters, add_time, amount, fit
+from stillroom.estimates.storage import stored
+from stillroom.pruning.config import BestLayers, PruningConfig
+from stillroom.teachers.config import LiveTeacherConfig, ServerTeacherConfig, StoreTeacherConfig
 
-__all__ = ["Known", "costs", "read_known"]
+__all__ = ["DistillHeaders", "costs", "read_headers"]
 
 LOGITS_BYTES = 256 * 2**20
 """What `logits_bytes=auto` is."""
@@ -30,11 +31,11 @@ ENTRIES = 20.0
 # --- what memory follows from -----------------------------------------------------------------------------------------
 
 
-def num_pairs(config: DistillConfig, known: Known) -> int:
+def num_pairs(config: DistillConfig, known: DistillHeaders) -> int:
     """How many pairs of layers the objectives of inner states compare."""
     ours, theirs, total = known.student.num_layers, known.teacher_layers, 0
     for objective in config.objectives:
-        if not isinstance(objective, Hidden):
+        if not isinstance(objective, HiddenObjective):
             continue
         match objective.layers:
             case Pairs(pairs=pairs):
@@ -50,7 +51,7 @@ def num_pairs(config: DistillConfig, known: Known) -> int:
     return total
 
 
-def load_of(config: DistillConfig, known: Known, hardware: Hardware) -> Load:
+def load_of(config: DistillConfig, known: DistillHeaders, hardware: Hardware) -> Load:
     """What memory follows from, of a run on this hardware."""
     student, lora = config.student, config.student.lora
     length = _length(config, known)
@@ -76,7 +77,7 @@ def load_of(config: DistillConfig, known: Known, hardware: Hardware) -> Load:
         stored_entries=_entries(config, known),
         hidden_pairs=num_pairs(config, known),
         teacher_width=known.teacher_width,
-        objective=any(not isinstance(objective, Hidden) for objective in config.objectives),
+        objective=any(not isinstance(objective, HiddenObjective) for objective in config.objectives),
         driver_bytes=hardware.driver_bytes,
         heap_share=hardware.heap_share,
         num_devices=max(1, hardware.num_devices // getattr(config.parallel, "replicas", 1)),
@@ -93,7 +94,7 @@ def _parallel(config: DistillConfig, hardware: Hardware) -> Parallel:
     return hardware.how_parallel
 
 
-def _length(config: DistillConfig, known: Known) -> int:
+def _length(config: DistillConfig, known: DistillHeaders) -> int:
     if config.data.length != "auto":
         return config.data.length
     if known.store is not None:
@@ -106,17 +107,17 @@ def _length(config: DistillConfig, known: Known) -> int:
     )
 
 
-def _columns(config: DistillConfig, known: Known) -> int | None:
+def _columns(config: DistillConfig, known: DistillHeaders) -> int | None:
     if known.store is not None:
         return int(known.store["num_columns"])
-    if isinstance(config.teacher, LiveTeacher) and config.teacher.columns != "auto":
+    if isinstance(config.teacher, LiveTeacherConfig) and config.teacher.columns != "auto":
         return config.teacher.columns
     return None if known.teacher is None else min(known.student.vocab_size, known.teacher.vocab_size)
 
 
-def _teacher_load(config: DistillConfig, known: Known, hardware: Hardware) -> TeacherLoad | None:
+def _teacher_load(config: DistillConfig, known: DistillHeaders, hardware: Hardware) -> TeacherLoad | None:
     teacher = config.teacher
-    if not isinstance(teacher, LiveTeacher) or known.teacher is None or not _asks_teacher(config):
+    if not isinstance(teacher, LiveTeacherConfig) or known.teacher is None or not _asks_teacher(config):
         return None
     single = teacher.dtype == "float32" or (teacher.dtype == "auto" and hardware.is_cpu)
     return TeacherLoad(
@@ -133,10 +134,10 @@ def _asks_teacher(config: DistillConfig) -> bool:
     return asked or config.held_out is not None
 
 
-def _entries(config: DistillConfig, known: Known) -> float:
-    if isinstance(config.teacher, ServerTeacher):
+def _entries(config: DistillConfig, known: DistillHeaders) -> float:
+    if isinstance(config.teacher, ServerTeacherConfig):
         return float(config.teacher.top)
-    if not isinstance(config.teacher, StoreTeacher):
+    if not isinstance(config.teacher, StoreTeacherConfig):
         return 0.0
     if known.store is None:
         return ENTRIES
@@ -146,11 +147,11 @@ def _entries(config: DistillConfig, known: Known) -> float:
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
-def costs(config: DistillConfig, known: Known, hardware: Hardware, title: str = "distill") -> Report:
+def costs(config: DistillConfig, known: DistillHeaders, hardware: Hardware, title: str = "distill") -> CostReport:
     """Parameters, memory, arithmetic, time and cost of a run; whether it fits; live or offline."""
     load = load_of(config, known, hardware)
     single = not load.half or (load.teacher is not None and load.teacher.itemsize == 4)
-    report = Report(title, assumptions=hardware.assumptions(single=single))
+    report = CostReport(title, assumptions=hardware.assumptions(single=single))
     add_parameters(report, "student", known.student)
     report.add("parameters", "trained", trained_parameters(load), "count")
     if known.teacher is not None:
@@ -158,14 +159,14 @@ def costs(config: DistillConfig, known: Known, hardware: Hardware, title: str = 
     _add_memory(report, load, hardware)
     _add_time(report, config, known, load, hardware)
     _assume(report, config, load)
-    if isinstance(config.teacher, StoreTeacher) and known.store is None:
+    if isinstance(config.teacher, StoreTeacherConfig) and known.store is None:
         report.assumptions.append(
             f"no store is at {config.teacher.path} yet: {ENTRIES:.0f} entries a position are assumed"
         )
     return report
 
 
-def _add_memory(report: Report, load: Load, hardware: Hardware) -> None:
+def _add_memory(report: CostReport, load: Load, hardware: Hardware) -> None:
     found = memory(load)
     total = add_memory(
         report, {**found.stays, **found.comes}, hardware,
@@ -177,7 +178,7 @@ def _add_memory(report: Report, load: Load, hardware: Hardware) -> None:
         report.advice.append(nearest(load, hardware.found().memory_bytes))
 
 
-def _add_time(report: Report, config: DistillConfig, known: Known, load: Load, hardware: Hardware) -> None:
+def _add_time(report: CostReport, config: DistillConfig, known: DistillHeaders, load: Load, hardware: Hardware) -> None:
     adapters = None if load.adapters is None else load.adapters.num_parameters
     trained = training_flops(load.student, load.length, checkpointing=load.checkpointing, adapter_parameters=adapters)
     asked = 0.0 if load.teacher is None else forward_flops(load.teacher.model, load.length)
@@ -187,14 +188,14 @@ def _add_time(report: Report, config: DistillConfig, known: Known, load: Load, h
         report.add(ARITHMETIC, "student, recomputed", trained.recomputed, "FLOP")
     if asked:
         report.add(ARITHMETIC, "teacher, forward", asked, "FLOP")
-    each = (trained.total + asked) * (STORE_STEP if isinstance(config.teacher, StoreTeacher) else 1.0)
+    each = (trained.total + asked) * (STORE_STEP if isinstance(config.teacher, StoreTeacherConfig) else 1.0)
     tokens, why = _num_tokens(config, known, hardware)
     add_time(report, hardware, each, tokens, why)
     if load.teacher is not None and tokens is not None:
         _compare(report, config, load, trained.total, asked, tokens, hardware)
 
 
-def _num_tokens(config: DistillConfig, known: Known, hardware: Hardware) -> tuple[float | None, str]:
+def _num_tokens(config: DistillConfig, known: DistillHeaders, hardware: Hardware) -> tuple[float | None, str]:
     if config.steps is not None:
         return config.steps * config.batch.tokens, f"{config.steps:,} steps of at most {config.batch.tokens:,}"
     of_pass = hardware.data_tokens or known.num_tokens
@@ -205,7 +206,13 @@ def _num_tokens(config: DistillConfig, known: Known, hardware: Hardware) -> tupl
 
 
 def _compare(
-    report: Report, config: DistillConfig, load: Load, trained: float, asked: float, tokens: float, hardware: Hardware
+    report: CostReport,
+    config: DistillConfig,
+    load: Load,
+    trained: float,
+    asked: float,
+    tokens: float,
+    hardware: Hardware,
 ) -> None:
     """Asking the teacher live beside asking it once."""
     epochs = config.epochs or 1
@@ -235,7 +242,7 @@ def _compare(
     )
 
 
-def _assume(report: Report, config: DistillConfig, load: Load) -> None:
+def _assume(report: CostReport, config: DistillConfig, load: Load) -> None:
     report.assumptions += [
         "a token's FLOPs: 2 for each entry of a matrix it is multiplied with, 2 · layers · query channels · length of "
         "attention (causal: half of the row); backward twice that; norms and the optimizer are left out",
@@ -254,7 +261,7 @@ def _assume(report: Report, config: DistillConfig, load: Load) -> None:
     if config.held_out is not None:
         report.assumptions.append("measuring what is held out takes time besides, which is not counted")
     init = config.student.init
-    if isinstance(init, CutConfig) and (init.width is not None or isinstance(init.layers, BestLayers)):
+    if isinstance(init, PruningConfig) and (init.width is not None or isinstance(init.layers, BestLayers)):
         report.assumptions.append("measuring what the student keeps takes time besides, which a plan of `prune` tells")
     if config.student.freeze:
         report.assumptions.append("student.freeze: frozen parameters are counted as if they were trained")

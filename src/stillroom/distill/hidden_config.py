@@ -4,15 +4,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from stillroom.config import Config
+from stillroom.config import AboveZero, Config, Positive
 from stillroom.layers import Layer
 
-Positive = Annotated[int, Field(gt=0)]
-Above = Annotated[float, Field(gt=0)]
 
 # --- which layers ----------------------------------------------------------------------------------------------------
-
-
 class Auto(Config):
     """What suits student and teacher."""
 
@@ -76,9 +72,8 @@ LayerMap = Annotated[
     Annotated[Auto | Uniform | Last | Every | Kept | Pairs, Field(discriminator="kind")], BeforeValidator(_named)
 ]
 
+
 # --- through what ----------------------------------------------------------------------------------------------------
-
-
 class Linear(Config):
     """A matrix from the student's width to the teacher's, trained with the student and not exported."""
 
@@ -92,9 +87,8 @@ class Linear(Config):
 
 Projector = Annotated[Annotated[Auto | Linear, Field(discriminator="kind")] | None, BeforeValidator(_by_name)]
 
+
 # --- by which distance -----------------------------------------------------------------------------------------------
-
-
 class MSE(Config):
     """Mean squared difference over the channels."""
 
@@ -123,7 +117,7 @@ class ChannelKL(Config):
     """KL between the softmaxes over the channels."""
 
     kind: Literal["channel_kl"]
-    temperature: Above = 1.0
+    temperature: AboveZero = 1.0
     """Both sides' states are divided by it, and the distance multiplied by its square."""
 
 
@@ -149,6 +143,7 @@ Distance = Annotated[
     ],
     BeforeValidator(_by_name),
 ]
+
 PROJECTION_FREE = ("linear_cka", "attention_relation")
 
 

@@ -7,17 +7,17 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from stillroom.distill.config import DistillConfig
-from stillroom.distill.hidden import HiddenSpec
 from stillroom.distill.hidden_config import Linear
-from stillroom.distill.layer_maps import Side, check_objective, pair_layers, pairs_text, resolve, side_of
-from stillroom.distill.objective_config import ByColumn, Hidden
+from stillroom.distill.layer_maps import Side, check_objective, pair_layers, pairs_text, resolve_layers, side_of
+from stillroom.distill.objective_config import ByColumn, HiddenObjective
 from stillroom.distill.objectives import names
 from stillroom.errors import MismatchError
 from stillroom.store.reader import Store
+from stillroom.training.hidden_objective import HiddenSpec
 
 
 @dataclass(frozen=True)
-class Origin:
+class StudentOrigin:
     """What a student cut from this teacher was in it."""
 
     layers: tuple[int, ...] | None
@@ -32,12 +32,12 @@ class HiddenPlan:
 
     student: Side
     teacher: Side
-    objectives: tuple[tuple[str, str, Hidden], ...]
+    objectives: tuple[tuple[str, str, HiddenObjective], ...]
     """The name, the setting and the settings of each."""
-    origin: Origin | None
+    origin: StudentOrigin | None
     """None for a student that is not cut from this teacher."""
 
-    def specs(self, origin: Origin | None) -> tuple[HiddenSpec, ...]:
+    def specs(self, origin: StudentOrigin | None) -> tuple[HiddenSpec, ...]:
         """What each compares, once it is known what the student was in its teacher."""
         return tuple(self._spec(name, setting, objective, origin) for name, setting, objective in self.objectives)
 
@@ -45,7 +45,7 @@ class HiddenPlan:
         """The map of each objective in words, by its name."""
         return {name: self._text(name, setting, objective) for name, setting, objective in self.objectives}
 
-    def _text(self, name: str, setting: str, objective: Hidden) -> str:
+    def _text(self, name: str, setting: str, objective: HiddenObjective) -> str:
         spec = self._spec(name, setting, objective, self.origin)
         measured = self.origin is not None and self.origin.layers is None and _is_kept(objective)
         pairs = "each layer with the one that it was; which, is measured first" if measured else pairs_text(spec.pairs)
@@ -58,7 +58,7 @@ class HiddenPlan:
             )
         return f"{pairs}; {through}"
 
-    def _spec(self, name: str, setting: str, objective: Hidden, origin: Origin | None) -> HiddenSpec:
+    def _spec(self, name: str, setting: str, objective: HiddenObjective, origin: StudentOrigin | None) -> HiddenSpec:
         student, teacher = self.student, self.teacher
         kept: Sequence[int] | None = None if origin is None else origin.layers or range(student.num_layers)
         pairs = pair_layers(objective.layers, student.num_layers, teacher.num_layers, kept, f"{setting}.layers")  # pyright: ignore[reportArgumentType]
@@ -85,14 +85,14 @@ def plan_hidden(
     student: PretrainedConfig,
     teacher: PretrainedConfig | None,
     store: Store | None,
-    origin: Origin | None,
+    origin: StudentOrigin | None,
 ) -> tuple[DistillConfig, HiddenPlan | None]:
     """Resolves and checks the hidden-state objectives; None where there are none.
 
     Raises:
         MismatchError, ConfigError: a map, a projector or a store does not fit.
     """
-    if not any(isinstance(objective, Hidden) for objective in config.objectives):
+    if not any(isinstance(objective, HiddenObjective) for objective in config.objectives):
         return config, None
     ours = side_of(student, "student")
     if store is not None:
@@ -101,18 +101,18 @@ def plan_hidden(
         assert teacher is not None  # the config demands a teacher
         theirs = side_of(teacher, "teacher")
     heads = student.get_text_config().num_attention_heads
-    config = resolve(config, ours, theirs, heads, was_cut=origin is not None)
+    config = resolve_layers(config, ours, theirs, heads, was_cut=origin is not None)
     objectives = tuple(
         (name, f"objectives.{i}", objective)
         for i, (name, objective) in enumerate(zip(names(config.objectives), config.objectives, strict=True))
-        if isinstance(objective, Hidden)
+        if isinstance(objective, HiddenObjective)
     )
     plan = HiddenPlan(ours, theirs, objectives, origin)
     plan.specs(origin)  # which raises where something does not fit
     return config, plan
 
 
-def _is_kept(objective: Hidden) -> bool:
+def _is_kept(objective: HiddenObjective) -> bool:
     return getattr(objective.layers, "kind", None) == "kept"
 
 

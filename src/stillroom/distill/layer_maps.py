@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from stillroom.config import replace
 from stillroom.distill.config import DistillConfig
 from stillroom.distill.hidden_config import PROJECTION_FREE, Auto, Every, Kept, LayerMap, Linear, Pairs, Uniform
-from stillroom.distill.objective_config import Hidden
+from stillroom.distill.objective_config import HiddenObjective
 from stillroom.errors import ConfigError, MismatchError
 from stillroom.layers import Layer, check_layers, evenly
 
@@ -37,7 +37,7 @@ def side_of(config: PretrainedConfig, who: str) -> Side:
     return Side(who, text.num_hidden_layers, text.hidden_size, (heads * head_dim, *[groups * head_dim] * 2))
 
 
-def resolve(config: DistillConfig, student: Side, teacher: Side, heads: int, *, was_cut: bool) -> DistillConfig:
+def resolve_layers(config: DistillConfig, student: Side, teacher: Side, heads: int, *, was_cut: bool) -> DistillConfig:
     """The same settings with each "auto" of the hidden objectives replaced.
 
     Args:
@@ -46,7 +46,7 @@ def resolve(config: DistillConfig, student: Side, teacher: Side, heads: int, *, 
     """
     values: dict[str, Any] = {}
     for i, objective in enumerate(config.objectives):
-        if not isinstance(objective, Hidden):
+        if not isinstance(objective, HiddenObjective):
             continue
         if isinstance(objective.layers, Auto):
             values[f"objectives.{i}.layers"] = {"kind": "kept" if was_cut else "uniform"}
@@ -119,7 +119,7 @@ def pair_layers(
 
 
 def check_objective(
-    objective: Hidden, pairs: Sequence[tuple[Layer, Layer]], student: Side, teacher: Side, setting: str
+    objective: HiddenObjective, pairs: Sequence[tuple[Layer, Layer]], student: Side, teacher: Side, setting: str
 ) -> None:
     """Returns where the distance can compare those layers.
 
@@ -176,7 +176,7 @@ def _check_start(projector: Linear, student: Side, teacher: Side, setting: str) 
 
 
 def _check_attention(
-    objective: Hidden, pairs: Sequence[tuple[Layer, Layer]], student: Side, teacher: Side, setting: str
+    objective: HiddenObjective, pairs: Sequence[tuple[Layer, Layer]], student: Side, teacher: Side, setting: str
 ) -> None:
     if teacher.stored is not None:
         raise MismatchError(

@@ -4,11 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from stillroom.config import Config
+from stillroom.config import AboveZero, Config, NotNegative
 from stillroom.distill.hidden_config import HiddenSettings
-
-NotNegative = Annotated[float, Field(ge=0)]
-Above = Annotated[float, Field(gt=0)]
 
 
 def between(at_zero: str, at_one: str) -> AfterValidator:
@@ -71,7 +68,7 @@ class _Objective(Config):
 
 
 class _Tempered(_Objective):
-    temperature: Above | Schedule = 1.0
+    temperature: AboveZero | Schedule = 1.0
     """Both sides' logits are divided by it, and the loss multiplied by its square; or how it changes over the run."""
 
     @model_validator(mode="after")
@@ -133,9 +130,9 @@ class AlphaBeta(_Tempered):
     """The α-β divergence: between forward KL (1, 0), Hellinger (½, ½) and reverse KL (0, 1)."""
 
     kind: Literal["alpha_beta"]
-    alpha: Above = 0.5
+    alpha: AboveZero = 0.5
     """Power of the teacher's probabilities: more weighs where the teacher is sure."""
-    beta: Above = 0.5
+    beta: AboveZero = 0.5
     """Power of the student's probabilities: more weighs where the student is sure."""
 
 
@@ -177,7 +174,7 @@ class CrossEntropy(_Tempered):
     """Label smoothing: this share of the target is spread over all columns."""
 
 
-class Hidden(HiddenSettings):
+class HiddenObjective(HiddenSettings):
     """The teacher's inner states, layer by layer."""
 
     kind: Literal["hidden"]
@@ -206,4 +203,5 @@ LogitObjective = (
     | CrossEntropy
 )
 """What is compared in the distribution of the next token."""
-ObjectiveConfig = Annotated[LogitObjective | Hidden, Field(discriminator="kind")]
+
+ObjectiveConfig = Annotated[LogitObjective | HiddenObjective, Field(discriminator="kind")]

@@ -7,13 +7,13 @@ from typing import Any
 from stillroom.distill.objective_config import (
     ByColumn,
     ByEntropy,
-    Hidden,
+    HiddenObjective,
     LogitObjective,
     ObjectiveConfig,
     Schedule,
 )
 from stillroom.losses import LOSSES, Objective
-from stillroom.losses.weighting import TokenWeight, by_data, by_entropy
+from stillroom.losses.objective import TokenWeight, by_data, by_entropy
 
 
 def names(configs: Sequence[ObjectiveConfig]) -> list[str]:
@@ -29,13 +29,13 @@ def build_objectives(configs: Sequence[ObjectiveConfig], progress: float = 1.0) 
         progress: how far the run has come, from 0 at its first step to 1 at its last, for what follows a schedule.
     """
     named = zip(names(configs), configs, strict=True)
-    return tuple(_build(name, config, progress) for name, config in named if not isinstance(config, Hidden))
+    return tuple(_build(name, config, progress) for name, config in named if not isinstance(config, HiddenObjective))
 
 
 def hidden_weights(configs: Sequence[ObjectiveConfig], progress: float = 1.0) -> dict[str, float]:
     """The weight of each that compares inner states, by its name."""
     named = zip(names(configs), configs, strict=True)
-    return {name: value_at(config.weight, progress) for name, config in named if isinstance(config, Hidden)}
+    return {name: value_at(config.weight, progress) for name, config in named if isinstance(config, HiddenObjective)}
 
 
 def _build(name: str, config: LogitObjective, progress: float) -> Objective:

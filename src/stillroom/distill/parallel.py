@@ -4,22 +4,25 @@ import os
 from typing import Any
 
 from stillroom.config import replace
-from stillroom.costs.advice import nearest
-from stillroom.costs.hardware import Hardware
-from stillroom.costs.memory import memory
-from stillroom.costs.report import bytes_text
-from stillroom.distill.config import DistillConfig, LiveTeacher
+from stillroom.distill.config import DistillConfig
 from stillroom.distill.costs import load_of
-from stillroom.distill.known import Known
-from stillroom.distill.meeting import Meeting
-from stillroom.distill.parallel_config import Alone, Auto, Fsdp
+from stillroom.distill.headers import DistillHeaders
+from stillroom.distributed.config import AutoParallelConfig, FsdpConfig, NoParallelConfig
+from stillroom.distributed.init import DistContext
 from stillroom.errors import ConfigError, OutOfMemoryError
+from stillroom.estimates.advice import nearest
+from stillroom.estimates.hardware import Hardware
+from stillroom.estimates.memory import memory
+from stillroom.estimates.report import bytes_text
+from stillroom.teachers.config import LiveTeacherConfig
 
 SPARE = 0.1
 """Share of a device's memory that a choice leaves free: plans are that far from what is measured."""
 
 
-def resolve(config: DistillConfig, known: Known | None, meeting: Meeting, memory_bytes: int) -> DistillConfig:
+def resolve_parallel(
+    config: DistillConfig, known: DistillHeaders | None, context: DistContext, memory_bytes: int
+) -> DistillConfig:
     """The settings with every "auto" of ``parallel`` and ``teacher.placement`` resolved.
 
     Args:
@@ -30,19 +33,19 @@ def resolve(config: DistillConfig, known: Known | None, meeting: Meeting, memory
         ConfigError: several processes were started for a run that is to have one.
         OutOfMemoryError: it will not fit.
     """
-    size = meeting.num_students
-    if isinstance(config.parallel, Alone) and size > 1:
+    size = context.num_trainers
+    if isinstance(config.parallel, NoParallelConfig) and size > 1:
         raise ConfigError(
             f"{size} processes were started for a run of one",
             {"processes that train": size, "parallel.kind": "none"},
             why="Each would train the whole of it and write into the same folder.",
             fix="Set parallel.kind=auto, or start one process.",
         )
-    if isinstance(config.parallel, Auto):
+    if isinstance(config.parallel, AutoParallelConfig):
         kind = "none" if size == 1 else _kind(config, known, size, memory_bytes)
         kept = {} if size == 1 else {"timeout_s": config.parallel.timeout_s}
         config = replace(config, {"parallel": {"kind": kind, **kept}})
-    config = _resolve_teacher(config, known, meeting, memory_bytes)
+    config = _resolve_teacher(config, known, context, memory_bytes)
     if size > 1 and known is not None:
         _check_room(config, known, size, memory_bytes)
     if config.checkpoints.background == "auto":
@@ -50,28 +53,30 @@ def resolve(config: DistillConfig, known: Known | None, meeting: Meeting, memory
     return config
 
 
-def _kind(config: DistillConfig, known: Known | None, size: int, memory_bytes: int) -> str:
+def _kind(config: DistillConfig, known: DistillHeaders | None, size: int, memory_bytes: int) -> str:
     if known is None:
         return "fsdp"
     needed = memory(load_of(config, known, _hardware(config, size, "ddp"))).total
     return "ddp" if needed <= (1 - SPARE) * memory_bytes else "fsdp"
 
 
-def _resolve_teacher(config: DistillConfig, known: Known | None, meeting: Meeting, memory_bytes: int) -> DistillConfig:
+def _resolve_teacher(
+    config: DistillConfig, known: DistillHeaders | None, context: DistContext, memory_bytes: int
+) -> DistillConfig:
     teacher = config.teacher
-    if not isinstance(teacher, LiveTeacher) or teacher.placement != "auto":
+    if not isinstance(teacher, LiveTeacherConfig) or teacher.placement != "auto":
         return config
     if teacher.quantization is not None:
         return replace(config, {"teacher.placement": "whole"})
-    placement = "sharded" if isinstance(config.parallel, Fsdp) and meeting.num_students > 1 else "whole"
+    placement = "sharded" if isinstance(config.parallel, FsdpConfig) and context.num_trainers > 1 else "whole"
     if teacher.ranks is not None:
         weights = 0.0 if known is None or known.teacher is None else known.teacher.parameters.total
         fits = weights * (2 if teacher.dtype == "bfloat16" else 4) <= (1 - 2 * SPARE) * memory_bytes
-        placement = "whole" if fits or meeting.num_teachers <= 1 else "sharded"
+        placement = "whole" if fits or context.num_teachers <= 1 else "sharded"
     return replace(config, {"teacher.placement": placement})
 
 
-def _check_room(config: DistillConfig, known: Known, size: int, memory_bytes: int) -> None:
+def _check_room(config: DistillConfig, known: DistillHeaders, size: int, memory_bytes: int) -> None:
     load = load_of(config, known, _hardware(config, size, config.parallel.kind))
     needed = memory(load).total
     if needed > memory_bytes * (1 + SPARE) and not getattr(config.parallel, "offload", False):

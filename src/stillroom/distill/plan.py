@@ -7,21 +7,17 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from stillroom import models
 from stillroom.config import is_local, replace
-from stillroom.costs.architecture import read_architecture
-from stillroom.costs.dry_run import costs_here
-from stillroom.cut.plan import CutPlan
-from stillroom.data.config import AnyData
-from stillroom.data.documents import cache_folder, cache_path, prepared
+from stillroom.data.config import AnyData, StoredDataConfig
+from stillroom.data.dataset import cache_folder, cache_path, prepared
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
-from stillroom.distill.config import DistillConfig, LiveTeacher, ServerTeacher, StoredData, StoreTeacher
+from stillroom.distill.config import DistillConfig
 from stillroom.distill.costs import costs
+from stillroom.distill.headers import DistillHeaders
 from stillroom.distill.hidden_plan import HiddenPlan, plan_hidden
-from stillroom.distill.known import Known
-from stillroom.distill.meeting import NOBODY_ELSE, Meeting
-from stillroom.distill.offline import (
+from stillroom.distill.parallel import memory_of_a_process, resolve_parallel
+from stillroom.distill.stored_plan import (
     check_columns,
     check_held_out,
     check_missing,
@@ -31,20 +27,25 @@ from stillroom.distill.offline import (
     shown_length,
     stored_template,
 )
-from stillroom.distill.parallel import memory_of_a_process, resolve
 from stillroom.distill.student_plan import cut_from, origin_of, student_parts
+from stillroom.distributed.init import SINGLE_PROCESS, DistContext
 from stillroom.errors import ConfigError, MismatchError, MissingError
-from stillroom.losses.linear import CHUNK_BYTES
-from stillroom.model_folder import check_folder
+from stillroom.estimates.architecture import read_architecture
+from stillroom.estimates.dry_run import costs_here
+from stillroom.losses.fused_linear import CHUNK_BYTES
+from stillroom.models import loading
+from stillroom.models.folder import check_folder
+from stillroom.models.quantization import check_quantizable
+from stillroom.pruning.plan import PruningPlan
 from stillroom.recipe import to_yaml
 from stillroom.runs import check_outside
 from stillroom.store.reader import Store
-from stillroom.tokenizers import compare, load_tokenizer, num_columns, template_fingerprint, template_of
-from stillroom.weights.quantized import check_quantizable
+from stillroom.teachers.config import LiveTeacherConfig, ServerTeacherConfig, StoreTeacherConfig
+from stillroom.tokenizers import compare, load_tokenizer, required_vocab_size, template_fingerprint, template_of
 
 
 @dataclass(frozen=True)
-class Plan:
+class DistillPlan:
     config: DistillConfig
     """With every "auto" resolved."""
     tokenizer: PreTrainedTokenizerBase
@@ -54,14 +55,14 @@ class Plan:
     fresh: PretrainedConfig | None
     """The config of a new student with random weights."""
     teacher_config: PretrainedConfig | None
-    held_out: AnyData | StoredData | None
+    held_out: AnyData | StoredDataConfig | None
     """The settings of the held-out data: those of the training data, at another path and in its own order."""
     store: Store | None = None
     """What the student learns from offline."""
     held_out_store: Store | None = None
     hidden: HiddenPlan | None = None
     """What the objectives of inner states compare."""
-    cut: CutPlan | None = None
+    cut: PruningPlan | None = None
     """What a student that starts as a part of its teacher keeps of it."""
     student_config: PretrainedConfig | None = None
 
@@ -71,11 +72,11 @@ class Plan:
         teacher = self.config.teacher
         if self.store is not None:
             return self.store.manifest.num_columns
-        assert not isinstance(teacher, StoreTeacher)  # which would have a store
+        assert not isinstance(teacher, StoreTeacherConfig)  # which would have a store
         if teacher is None:
             return None
-        if isinstance(teacher, ServerTeacher):
-            return num_columns(self.tokenizer)
+        if isinstance(teacher, ServerTeacherConfig):
+            return required_vocab_size(self.tokenizer)
         assert teacher.columns != "auto"
         return teacher.columns
 
@@ -96,20 +97,20 @@ class Plan:
         """Memory, arithmetic and time on the device of the run; or why they are not told."""
         device = self.config.device
         return costs_here(
-            models.device_name(device), models.device_memory(device),
+            loading.device_name(device), loading.device_memory(device),
             lambda hardware: costs(self.config, self._known(), hardware),
         )  # fmt: skip
 
-    def known(self) -> Known | None:
+    def known(self) -> DistillHeaders | None:
         """What headers tell of the models; None where an architecture is not known."""
         try:
             return self._known()
         except ConfigError:
             return None
 
-    def _known(self) -> Known:
+    def _known(self) -> DistillHeaders:
         assert self.student_config is not None
-        return Known(
+        return DistillHeaders(
             read_architecture(self.student_config.to_dict(), "the student"),
             None if self.teacher_config is None else read_architecture(self.teacher_config.to_dict(), "the teacher"),
             None if self.store is None else self.store.manifest.model_dump(),
@@ -122,7 +123,7 @@ class Plan:
         if self.store is not None:
             return float(self.store.manifest.tokens)
         data = self.config.data
-        if isinstance(data, StoredData) or not is_local(data.path):
+        if isinstance(data, StoredDataConfig) or not is_local(data.path):
             return None
         documents = prepared(data, self.tokenizer, template=self.template)
         return None if documents is None else float(documents.counts["tokens"])
@@ -130,9 +131,9 @@ class Plan:
     def reads(self) -> dict[str, str]:
         """The models and files that a run reads, by what they are for."""
         config, found = self.config, {}
-        if isinstance(config.teacher, LiveTeacher):
+        if isinstance(config.teacher, LiveTeacherConfig):
             found["teacher"] = _model_text(config.teacher.model)
-        if isinstance(config.teacher, ServerTeacher):
+        if isinstance(config.teacher, ServerTeacherConfig):
             found["teacher"] = f"{config.teacher.model} at {config.teacher.url}"
         for name, store in (("store", self.store), ("held_out", self.held_out_store)):
             if store is not None:
@@ -169,10 +170,10 @@ class Plan:
 
     def _data(self) -> list[tuple[str, AnyData]]:
         named = (("data", self.config.data), ("held_out", self.held_out))
-        return [(name, data) for name, data in named if data is not None and not isinstance(data, StoredData)]
+        return [(name, data) for name, data in named if data is not None and not isinstance(data, StoredDataConfig)]
 
 
-def make_plan(config: DistillConfig, meeting: Meeting = NOBODY_ELSE) -> Plan:
+def make_plan(config: DistillConfig, context: DistContext = SINGLE_PROCESS) -> DistillPlan:
     """Resolves and checks a config from headers alone.
 
     Args:
@@ -187,8 +188,8 @@ def make_plan(config: DistillConfig, meeting: Meeting = NOBODY_ELSE) -> Plan:
     store, held_out_store, config = _stores(config, given)
     tokenizer, teacher_tokenizer = _tokenizers(config, store)
     teacher_config = None
-    if isinstance(teacher := config.teacher, LiveTeacher):
-        teacher_config = models.read_config(
+    if isinstance(teacher := config.teacher, LiveTeacherConfig):
+        teacher_config = loading.read_config(
             teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
         )
         if teacher.quantization is not None:
@@ -209,13 +210,13 @@ def make_plan(config: DistillConfig, meeting: Meeting = NOBODY_ELSE) -> Plan:
         tokenizer.chat_template = template  # the student is served with what it was trained on
         config = config if whose is None else replace(config, {"data.template": whose})
     origin = origin_of(config, teacher_config, store, cut)
-    if isinstance(config.teacher, ServerTeacher):
+    if isinstance(config.teacher, ServerTeacherConfig):
         check_served(config, config.teacher)
     config, hidden = plan_hidden(config, student_config, teacher_config, store, origin)
     if hidden is not None and held_out_store is not None:
         plan_hidden(config, student_config, None, held_out_store, origin)  # which is measured on the same layers
     measured_on = _held_out(config)
-    plan = Plan(
+    plan = DistillPlan(
         config, tokenizer, template, fresh, teacher_config, measured_on, store, held_out_store, hidden, cut,
         student_config,
     )  # fmt: skip
@@ -223,15 +224,15 @@ def make_plan(config: DistillConfig, meeting: Meeting = NOBODY_ELSE) -> Plan:
         if is_local(data.path):
             open_source(data)  # which says where it is not there
     room = memory_of_a_process(config.device)
-    return dataclasses.replace(plan, config=resolve(config, plan.known(), meeting, room))
+    return dataclasses.replace(plan, config=resolve_parallel(config, plan.known(), context, room))
 
 
 def _check_outside(config: DistillConfig, given: DistillConfig) -> None:
     """Nothing that is read lies in the folder that is written, where --overwrite would delete it."""
     student, init = config.student, config.student.init
     paths = {
-        "teacher.model": config.teacher.model if isinstance(config.teacher, LiveTeacher) else None,
-        "teacher.path": config.teacher.path if isinstance(config.teacher, StoreTeacher) else None,
+        "teacher.model": config.teacher.model if isinstance(config.teacher, LiveTeacherConfig) else None,
+        "teacher.path": config.teacher.path if isinstance(config.teacher, StoreTeacherConfig) else None,
         "student.model": student.model,
         "student.tokenizer": student.tokenizer,
         "student.init.like": getattr(init, "like", None),
@@ -242,8 +243,8 @@ def _check_outside(config: DistillConfig, given: DistillConfig) -> None:
     check_outside(config.out, paths)
 
 
-def _data_paths(data: AnyData | StoredData, given: AnyData | StoredData) -> dict[str, str]:
-    if isinstance(data, StoredData):
+def _data_paths(data: AnyData | StoredDataConfig, given: AnyData | StoredDataConfig) -> dict[str, str]:
+    if isinstance(data, StoredDataConfig):
         return {}
     by_default = ", by default," if getattr(given, "cache", None) == "auto" else ""
     return {"data.path": data.path, f"data.cache{by_default}": str(cache_folder(data))}
@@ -251,7 +252,7 @@ def _data_paths(data: AnyData | StoredData, given: AnyData | StoredData) -> dict
 
 def _stores(config: DistillConfig, given: DistillConfig) -> tuple[Store | None, Store | None, DistillConfig]:
     """The store that is learnt from, the held-out one, and the settings with what they say filled in."""
-    if not isinstance(config.teacher, StoreTeacher) or not isinstance(config.data, StoredData):
+    if not isinstance(config.teacher, StoreTeacherConfig) or not isinstance(config.data, StoredDataConfig):
         return None, None, config
     store = open_store(config.teacher.path, config, given)
     check_missing(store, config.objectives)
@@ -270,14 +271,14 @@ def _stores(config: DistillConfig, given: DistillConfig) -> tuple[Store | None, 
 def _resolve_device(config: DistillConfig) -> DistillConfig:
     import torch
 
-    device = models.resolve_device(config.device, "device")
+    device = loading.resolve_device(config.device, "device")
     half = device.startswith("cuda") and torch.cuda.is_bf16_supported()
     values: dict[str, Any] = {"device": device}
-    if not isinstance(config.data, StoredData):
+    if not isinstance(config.data, StoredDataConfig):
         values["data.cache"] = str(cache_folder(config.data))
     if config.precision == "auto":
         values["precision"] = "bfloat16" if half else "float32"
-    if isinstance(config.teacher, LiveTeacher) and config.teacher.dtype == "auto":
+    if isinstance(config.teacher, LiveTeacherConfig) and config.teacher.dtype == "auto":
         values["teacher.dtype"] = "bfloat16" if half else "float32"
     if config.batch.micro_tokens == "auto" and config.data.length != "auto":
         values["batch.micro_tokens"] = min(config.batch.tokens, max(config.data.length, 16384))
@@ -292,11 +293,11 @@ def _tokenizers(
     """The student's tokenizer, and the teacher's; they turn every text into the same ids."""
     teacher, student = config.teacher, config.student
     of_teacher = None if store is None else load_stored_tokenizer(store)
-    if isinstance(teacher, LiveTeacher):
+    if isinstance(teacher, LiveTeacherConfig):
         of_teacher = load_tokenizer(
             teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
         )
-    elif isinstance(teacher, ServerTeacher) and teacher.tokenizer is not None:
+    elif isinstance(teacher, ServerTeacherConfig) and teacher.tokenizer is not None:
         of_teacher = load_tokenizer(teacher.tokenizer)
     own = None
     origin = student.model or getattr(student.init, "model", None)
@@ -326,14 +327,17 @@ def _whose_tokenizer(config: DistillConfig) -> str:
         return student.tokenizer
     if student.model is not None:
         return f"the student's own, by default ({student.model})"
-    return f"the {'store' if isinstance(config.teacher, StoreTeacher) else 'teacher'}'s, by default"
+    return f"the {'store' if isinstance(config.teacher, StoreTeacherConfig) else 'teacher'}'s, by default"
 
 
 def _check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, who: str, whose: str) -> None:
-    if num_columns(tokenizer) > _width(config):
+    if required_vocab_size(tokenizer) > _width(config):
         raise MismatchError(
             f"the tokenizer has tokens that the {who} has no column for",
-            {"tokenizer": f"{num_columns(tokenizer)} tokens: {whose}", f"{who}'s head": f"{_width(config)} columns"},
+            {
+                "tokenizer": f"{required_vocab_size(tokenizer)} tokens: {whose}",
+                f"{who}'s head": f"{_width(config)} columns",
+            },
             why="The model would read and predict ids that it does not have; it is never resized behind your back.",
             fix="Use the tokenizer that the model was trained with, or set vocab_size in student.init.settings.",
         )
@@ -342,8 +346,8 @@ def _check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBa
 def _resolve_columns(
     config: DistillConfig, student: PretrainedConfig, teacher: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> DistillConfig:
-    assert isinstance(config.teacher, LiveTeacher)
-    widths, needed = (_width(student), _width(teacher)), num_columns(tokenizer)
+    assert isinstance(config.teacher, LiveTeacherConfig)
+    widths, needed = (_width(student), _width(teacher)), required_vocab_size(tokenizer)
     columns = config.teacher.columns
     if columns == "auto":
         columns = widths[0] if widths[0] == widths[1] else needed
@@ -365,16 +369,16 @@ def _check_length(
     config: DistillConfig, student: PretrainedConfig, teacher: PretrainedConfig | None, shown: object
 ) -> None:
     assert config.data.length != "auto"
-    models.check_length(config.data.length, student, "student", shown)
+    loading.check_length(config.data.length, student, "student", shown)
     if teacher is not None:
-        models.check_length(config.data.length, teacher, "teacher", shown)
+        loading.check_length(config.data.length, teacher, "teacher", shown)
 
 
 def _template(
-    data: AnyData | StoredData, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None
+    data: AnyData | StoredDataConfig, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None
 ) -> tuple[str | None, str | None]:
     """Whose chat template rows go through, and its text; None where they go through none."""
-    if isinstance(data, StoredData) or not needs_template(data):
+    if isinstance(data, StoredDataConfig) or not needs_template(data):
         return None, None
     ours, theirs = template_of(student), None if teacher is None else template_of(teacher)
     choice = data.template  # pyright: ignore[reportAttributeAccessIssue]
@@ -401,10 +405,10 @@ def _template(
     return whose, template
 
 
-def _held_out(config: DistillConfig) -> AnyData | StoredData | None:
+def _held_out(config: DistillConfig) -> AnyData | StoredDataConfig | None:
     if config.held_out is None:
         return None
-    if isinstance(config.data, StoredData):
+    if isinstance(config.data, StoredDataConfig):
         return replace(config.data, {"shuffle": False})
     own = config.held_out.model_dump(include={"path", "split", "subset", "revision", "max_documents"})
     if config.held_out.path == config.data.path:

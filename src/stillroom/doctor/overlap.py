@@ -12,7 +12,7 @@ MOST_SHOWN = 5
 Texts = Sequence[str]
 
 
-class Item(NamedTuple):
+class TaskTexts(NamedTuple):
     """What is asked of a task, with each of its answers."""
 
     id: str
@@ -50,7 +50,7 @@ def grams(text: str) -> Iterator[str]:
     return (" ".join(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1))
 
 
-def overlap(documents: Iterable[tuple[str, str]], tasks: Mapping[str, Iterable[Item]]) -> Overlap:
+def overlap(documents: Iterable[tuple[str, str]], tasks: Mapping[str, Iterable[TaskTexts]]) -> Overlap:
     """Which documents, given as (name, text), share 13 words in a row with an item of the tasks."""
     where: dict[str, list[tuple[str, str]]] = defaultdict(list)
     num_items, num_short = dict.fromkeys(tasks, 0), dict.fromkeys(tasks, 0)

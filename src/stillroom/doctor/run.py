@@ -7,13 +7,13 @@ from typing import Any, Protocol
 from stillroom.doctor import findings
 from stillroom.doctor.config import DoctorConfig
 from stillroom.doctor.findings import Finding
-from stillroom.doctor.overlap import Item, overlap
+from stillroom.doctor.overlap import TaskTexts, overlap
 from stillroom.errors import StillroomError
 
 Facts = dict[str, Any]
 PARTS = ("fit", "data", "overlap", "measures", "own_text", "step")
 Report = Callable[[str, Mapping[str, Any]], None]
-ItemsOf = Callable[[str], tuple[str, Iterable[Item]]]
+ItemsOf = Callable[[str], tuple[str, Iterable[TaskTexts]]]
 """The name and the items of the task that a description file describes."""
 
 

@@ -4,13 +4,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
-from stillroom.config import Config, PathText
+from stillroom.config import Config, PathText, Positive
 from stillroom.data.config import DataConfig, TextData
 from stillroom.evaluate.results import Role
 from stillroom.evaluate.tasks.config import TaskConfig
 
-Positive = Annotated[int, Field(gt=0)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][\w-]*$")]
+
 ROLES: dict[str, Role] = {"teacher": "teacher", "distilled": "distilled", "baseline": "baseline"}
 """What a model is by its name alone."""
 

@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from stillroom.costs.activations import passing_bytes
-from stillroom.costs.architecture import Architecture
-from stillroom.costs.flops import forward_flops
-from stillroom.costs.hardware import Hardware
-from stillroom.costs.memory import logits_bytes
-from stillroom.costs.report import Report, bytes_text
-from stillroom.costs.sections import ARITHMETIC, add_memory, add_parameters, add_time, fit
-from stillroom.costs.weights import read_architecture_of
 from stillroom.data.bounds import most_tokens
+from stillroom.estimates.activations import passing_bytes
+from stillroom.estimates.architecture import Architecture
+from stillroom.estimates.flops import forward_flops
+from stillroom.estimates.hardware import Hardware
+from stillroom.estimates.memory import logits_bytes
+from stillroom.estimates.report import CostReport, bytes_text
+from stillroom.estimates.sections import ARITHMETIC, add_memory, add_parameters, add_time, fit
+from stillroom.estimates.weights import read_architecture_of
 from stillroom.evaluate.config import EvaluateConfig
 
 LOGITS_BYTES = 256 * 2**20
@@ -23,7 +23,7 @@ OF_TRAINING = ("states", "students", "num_devices", "parallel")
 
 
 @dataclass(frozen=True)
-class Known:
+class EvaluateHeaders:
     """What headers tell of an evaluation."""
 
     models: Mapping[str, Architecture]
@@ -36,7 +36,7 @@ class Known:
     """By task, how many questions it asks; None where that is not known."""
 
 
-def read_known(config: EvaluateConfig) -> Known:
+def read_headers(config: EvaluateConfig) -> EvaluateHeaders:
     """The architectures, from each model's config.json and the headers of its weights.
 
     Raises:
@@ -47,13 +47,13 @@ def read_known(config: EvaluateConfig) -> Known:
     for name, model in config.models.items():
         if model.url is None:
             found[name] = read_architecture_of(model.model, model.revision, f"models.{name}")[1]
-    return Known(found)
+    return EvaluateHeaders(found)
 
 
-def costs(config: EvaluateConfig, known: Known, hardware: Hardware, title: str = "evaluate") -> Report:
+def costs(config: EvaluateConfig, known: EvaluateHeaders, hardware: Hardware, title: str = "evaluate") -> CostReport:
     """Parameters of each model, memory where most is needed, and arithmetic and time of reading the text."""
     hardware.refuse("evaluate", OF_TRAINING)
-    report = Report(title)
+    report = CostReport(title)
     if known.models:
         single = any(_itemsize(config, name, hardware) == 4 for name in known.models)
         report.assumptions += hardware.assumptions(single=single)
@@ -70,13 +70,13 @@ def costs(config: EvaluateConfig, known: Known, hardware: Hardware, title: str =
     return report
 
 
-def _beside(config: EvaluateConfig, known: Known, name: str) -> str | None:
+def _beside(config: EvaluateConfig, known: EvaluateHeaders, name: str) -> str | None:
     """The teacher, where a model reads the text beside it."""
     teacher = config.teacher
     return teacher if teacher in known.models and name != teacher and name not in known.alone else None
 
 
-def _add_memory(report: Report, config: EvaluateConfig, known: Known, hardware: Hardware) -> None:
+def _add_memory(report: CostReport, config: EvaluateConfig, known: EvaluateHeaders, hardware: Hardware) -> None:
     needed = {name: _parts(config, known, name, hardware) for name in known.models}
     section = "memory while each is asked"
     for name, parts in needed.items():
@@ -97,7 +97,7 @@ def _add_memory(report: Report, config: EvaluateConfig, known: Known, hardware: 
         report.advice.append("no smaller batch is enough: a smaller dtype, or a device with more memory")
 
 
-def _parts(config: EvaluateConfig, known: Known, name: str, hardware: Hardware) -> dict[str, float]:
+def _parts(config: EvaluateConfig, known: EvaluateHeaders, name: str, hardware: Hardware) -> dict[str, float]:
     """What lies on the device at once while a model reads: its weights and the teacher's, which stays once it is
     loaded; and the larger of what a layer needs for a moment and the logits, beside the last states of both."""
     teacher = config.teacher if config.data is not None and config.teacher in known.models else None
@@ -124,7 +124,7 @@ def _itemsize(config: EvaluateConfig, name: str, hardware: Hardware) -> int:
     return 4 if dtype == "float32" or (dtype == "auto" and hardware.is_cpu) else 2
 
 
-def _add_time(report: Report, config: EvaluateConfig, known: Known, hardware: Hardware) -> None:
+def _add_time(report: CostReport, config: EvaluateConfig, known: EvaluateHeaders, hardware: Hardware) -> None:
     """Reading: each model once, and the teacher once more beside each that is compared with it."""
     assert config.data is not None
     length, each = config.data.length, 0.0
@@ -148,7 +148,7 @@ def _add_time(report: Report, config: EvaluateConfig, known: Known, hardware: Ha
         )
 
 
-def _add_tasks(report: Report, config: EvaluateConfig, known: Known) -> None:
+def _add_tasks(report: CostReport, config: EvaluateConfig, known: EvaluateHeaders) -> None:
     for name, number in known.questions.items():
         note = "questions to each model" if number is not None else "how many items lm-eval has is known once they load"
         report.add("tasks", name, number, "count", note)

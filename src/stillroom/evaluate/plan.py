@@ -7,31 +7,31 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from stillroom import models
-from stillroom.config import is_local, quoted, replace
-from stillroom.costs.dry_run import costs_here
+from stillroom.config import format_setting, is_local, replace
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.errors import ConfigError, MismatchError, MissingError
+from stillroom.estimates.dry_run import costs_here
 from stillroom.evaluate.config import EvaluateConfig, ModelConfig
-from stillroom.evaluate.costs import BATCH_TOKENS, LOGITS_BYTES, Known, costs, read_known
+from stillroom.evaluate.costs import BATCH_TOKENS, LOGITS_BYTES, EvaluateHeaders, costs, read_headers
 from stillroom.evaluate.tasks.config import expand
 from stillroom.evaluate.tasks.local_benchmark import LocalBenchmark
 from stillroom.evaluate.tasks.run import Benchmark, open_benchmark
+from stillroom.models import loading
 from stillroom.recipe import to_yaml
-from stillroom.runs import check_outside, scrub
+from stillroom.runs import check_outside, redact
 from stillroom.tokenizers import (
     compare,
     has_tokenizer,
     load_tokenizer,
-    num_columns,
+    required_vocab_size,
     template_fingerprint,
     template_of,
 )
 
 
 @dataclass(frozen=True)
-class Reader:
+class ModelReader:
     """A model that reads the held-out text."""
 
     name: str
@@ -48,10 +48,10 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluatePlan:
     config: EvaluateConfig
     """With every "auto" resolved."""
-    readers: tuple[Reader, ...]
+    readers: tuple[ModelReader, ...]
     """The models that run in this process, the teacher first."""
     served: dict[str, PreTrainedTokenizerBase | None]
     """The models behind an address, each with its tokenizer where that is known."""
@@ -59,7 +59,7 @@ class Plan:
     runs: dict[str, str]
     """By model: the folder of the run that made it, where it is known."""
 
-    def not_beside_teacher(self, reader: Reader) -> str | None:
+    def not_beside_teacher(self, reader: ModelReader) -> str | None:
         """Why a model is not compared with the teacher token by token; None where it is."""
         teacher = self.config.teacher
         if teacher is None:
@@ -68,7 +68,7 @@ class Plan:
 
     def __str__(self) -> str:
         """The resolved settings, and what a run compares, reads and writes, as YAML."""
-        values = scrub(self.config.model_dump(mode="json"))
+        values = redact(self.config.model_dump(mode="json"))
         files = {"reads": self.reads(), "writes": self.writes()}
         return to_yaml({"config": values, "compares": self.compares(), **files, "costs": self.costs()})
 
@@ -76,13 +76,13 @@ class Plan:
         """Memory, arithmetic and time on the device of the run; or why they are not told."""
         device = self.config.device
         return costs_here(
-            models.device_name(device), models.device_memory(device),
+            loading.device_name(device), loading.device_memory(device),
             lambda hardware: costs(self.config, self._known(), hardware),
         )  # fmt: skip
 
-    def _known(self) -> Known:
+    def _known(self) -> EvaluateHeaders:
         return dataclasses.replace(
-            read_known(self.config),
+            read_headers(self.config),
             alone=frozenset(reader.name for reader in self.readers if reader.unlike is not None),
             compared=True,
             questions={
@@ -113,7 +113,7 @@ class Plan:
             found["data"] = ", ".join(map(str, files)) or f"{data.path} on the hub"
         for benchmark in self.benchmarks:
             found[f"task {benchmark.name}"] = ", ".join(benchmark.files) or "lm-eval"
-        return {**scrub(found), **{f"{name}'s run": run for name, run in self.runs.items()}}
+        return {**redact(found), **{f"{name}'s run": run for name, run in self.runs.items()}}
 
     def writes(self) -> dict[str, str]:
         """The files that a run writes, by what they are."""
@@ -130,7 +130,7 @@ class Plan:
 NO_DISTRIBUTION = "it is behind an address, and a server does not tell its whole distribution"
 
 
-def make_plan(config: EvaluateConfig) -> Plan:
+def make_plan(config: EvaluateConfig) -> EvaluatePlan:
     """Resolves and checks a config from headers alone. A model whose tokenizer is not the teacher's is no error.
 
     Raises:
@@ -151,13 +151,13 @@ def make_plan(config: EvaluateConfig) -> Plan:
         if model.url is not None
     }
     runs = {name: run for name, model in config.models.items() if (run := _run_of(name, model)) is not None}
-    return Plan(config, readers, served, benchmarks, runs)
+    return EvaluatePlan(config, readers, served, benchmarks, runs)
 
 
 def _resolve(config: EvaluateConfig) -> EvaluateConfig:
     import torch
 
-    device = models.resolve_device(config.device, "device")
+    device = loading.resolve_device(config.device, "device")
     half = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
     values: dict[str, Any] = {"device": device}
     for name, model in config.models.items():
@@ -171,7 +171,7 @@ def _resolve(config: EvaluateConfig) -> EvaluateConfig:
     elif config.batch_tokens < length:
         raise ConfigError(
             "batch_tokens is less than a row",
-            {"batch_tokens": config.batch_tokens, "data.length": quoted(config, "data.length")},
+            {"batch_tokens": config.batch_tokens, "data.length": format_setting(config, "data.length")},
             why="A row goes through a model whole.",
             fix=f"Set it to at least {length}.",
         )
@@ -209,31 +209,31 @@ def _in_short(task: Any) -> str:
     return ", ".join(f"{key}={value}" for key, value in task.model_dump(exclude_none=True, exclude={"kind"}).items())
 
 
-def _readers(config: EvaluateConfig, given: EvaluateConfig) -> tuple[Reader, ...]:
+def _readers(config: EvaluateConfig, given: EvaluateConfig) -> tuple[ModelReader, ...]:
     here = {name: model for name, model in config.models.items() if model.url is None}
     first = config.teacher if config.teacher in here else next(iter(here), None)
     if first is None:
         return ()
     here = {first: here[first], **here}
     configs = {
-        name: models.read_config(model.model, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        name: loading.read_config(model.model, revision=model.revision, trust_remote_code=model.trust_remote_code)
         for name, model in here.items()
     }
     tokenizers = {name: _tokenizer(name, model) for name, model in here.items()}
     unlike = {name: _unlike(first, name, tokenizers) for name in here}
     widths = {name: found.get_text_config().vocab_size for name, found in configs.items()}
     for name, model in here.items():
-        _check_width(num_columns(tokenizers[name]), widths[name], name, model)
+        _check_width(required_vocab_size(tokenizers[name]), widths[name], name, model)
         if config.data is not None:
-            models.check_length(config.data.length, configs[name], name, quoted(given, "data.length"))
+            loading.check_length(config.data.length, configs[name], name, format_setting(given, "data.length"))
     compared = {widths[name] for name in here if unlike[name] is None}
-    common = compared.pop() if len(compared) == 1 else num_columns(tokenizers[first])
+    common = compared.pop() if len(compared) == 1 else required_vocab_size(tokenizers[first])
     templates = _templates(config, tokenizers, unlike)
     return tuple(
-        Reader(
+        ModelReader(
             name,
             model,
-            models.fingerprint(model.model, configs[name]),
+            loading.fingerprint(model.model, configs[name]),
             tokenizers[first] if unlike[name] is None else tokenizers[name],
             templates[name],
             common if unlike[name] is None else widths[name],

@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from stillroom import models
 from stillroom.errors import MissingError
 from stillroom.evaluate.config import EvaluateConfig
-from stillroom.evaluate.plan import Plan, Reader, make_plan
-from stillroom.evaluate.reading import Found, Reading, summarise
+from stillroom.evaluate.held_out import HeldOutEval, TextMetrics, summarise
+from stillroom.evaluate.plan import EvaluatePlan, ModelReader, make_plan
 from stillroom.evaluate.report import sentences, unit_of, write_report
 from stillroom.evaluate.results import ModelFacts, Results
 from stillroom.evaluate.sizes import sizes
-from stillroom.evaluate.tasks.asking import Evaluated
 from stillroom.evaluate.tasks.items import FOLDER
+from stillroom.evaluate.tasks.lm import EvalModel
 from stillroom.evaluate.tasks.run import FAILURES, ask, results
-from stillroom.files import write_json
+from stillroom.models import loading
+from stillroom.models.hidden_states import verify
 from stillroom.recipe import YAMLError, from_yaml
-from stillroom.runs import RunFolder, check_place, scrub, versions
+from stillroom.runs import RunFolder, check_place, redact, versions, write_json
 from stillroom.tokenizers import fingerprint
 
 Report = Callable[[str, Mapping[str, Any]], None]
@@ -85,20 +85,20 @@ def _write_report(found: Results, out: Path, report: Report) -> list[str]:
         return [str(out / "report.md")]
 
 
-def _evaluate(plan: Plan, command: str, out: Path, report: Report) -> Results:
+def _evaluate(plan: EvaluatePlan, command: str, out: Path, report: Report) -> Results:
     """Asks one model after the other, so that no more are held at a time than one and the teacher beside it."""
-    reading = Reading(plan, report) if plan.config.data is not None and plan.readers else None
+    reading = HeldOutEval(plan, report) if plan.config.data is not None and plan.readers else None
     said: dict[str, dict[str, Any]] = {benchmark.name: {} for benchmark in plan.benchmarks}
     for reader in plan.readers:
         model = _load(plan, reader)
         if reading is not None:
             reading.read(reader, model)
-        _ask(plan, Evaluated(reader.name, model, reader.tokenizer, None, reader.config.model), said, out, report)
+        _ask(plan, EvalModel(reader.name, model, reader.tokenizer, None, reader.config.model), said, out, report)
         del model
         gc.collect()  # a model may be part of a cycle
     for name, tokenizer in plan.served.items():
         served = plan.config.models[name]
-        _ask(plan, Evaluated(name, None, tokenizer, served.url, served.model), said, out, report)
+        _ask(plan, EvalModel(name, None, tokenizer, served.url, served.model), said, out, report)
     found = None if reading is None else summarise(plan, reading.reads)
     tasks = []
     for benchmark in plan.benchmarks:
@@ -120,9 +120,9 @@ def _evaluate(plan: Plan, command: str, out: Path, report: Report) -> Results:
     )
 
 
-def _load(plan: Plan, reader: Reader) -> PreTrainedModel:
+def _load(plan: EvaluatePlan, reader: ModelReader) -> PreTrainedModel:
     asked = reader.config
-    model = models.load_model(
+    model = loading.load_model(
         asked.model,
         dtype=getattr(torch, asked.dtype),
         device=plan.config.device,
@@ -130,16 +130,16 @@ def _load(plan: Plan, reader: Reader) -> PreTrainedModel:
         revision=asked.revision,
         trust_remote_code=asked.trust_remote_code,
     ).requires_grad_(False)
-    models.verify(model, reader.name, pack=plan.config.data is not None and plan.config.data.pack)
+    verify(model, reader.name, pack=plan.config.data is not None and plan.config.data.pack)
     return model
 
 
-def _ask(plan: Plan, model: Evaluated, said: dict[str, dict[str, Any]], out: Path, report: Report) -> None:
+def _ask(plan: EvaluatePlan, model: EvalModel, said: dict[str, dict[str, Any]], out: Path, report: Report) -> None:
     for benchmark in plan.benchmarks:
         said[benchmark.name][model.name] = ask(benchmark, model, out, report)
 
 
-def _model_facts(plan: Plan, found: Found | None) -> tuple[ModelFacts, ...]:
+def _model_facts(plan: EvaluatePlan, found: TextMetrics | None) -> tuple[ModelFacts, ...]:
     readers = {reader.name: reader for reader in plan.readers}
     facts = []
     for name, model in plan.config.models.items():
@@ -148,7 +148,7 @@ def _model_facts(plan: Plan, found: Found | None) -> tuple[ModelFacts, ...]:
             where = f"served as {model.model}"
             facts.append(
                 ModelFacts(
-                    name=name, role=role, model=str(scrub(f"{model.model} at {model.url}")), fingerprint=where,
+                    name=name, role=role, model=str(redact(f"{model.model} at {model.url}")), fingerprint=where,
                     tokenizer=None, num_parameters=None, size_bytes=None,
                 )
             )  # fmt: skip
@@ -179,7 +179,7 @@ def _command(given: EvaluateConfig) -> str:
         text = value if isinstance(value, str) and _is_text(value) else json.dumps(value, ensure_ascii=False)
         return [shlex.quote(f"{key}={text}")]
 
-    values = scrub(given.model_dump(mode="json", exclude_unset=True))
+    values = redact(given.model_dump(mode="json", exclude_unset=True))
     return " ".join(["stillroom evaluate", *words(values, "")])
 
 

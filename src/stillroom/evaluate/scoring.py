@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stillroom import models
 from stillroom.batch import Batch
-from stillroom.data.counted import CountedDocuments
-from stillroom.data.stream import in_batches
+from stillroom.data.dataloader import in_batches
+from stillroom.data.dataset import CountedDocuments
 from stillroom.errors import NonFiniteError, OutOfMemoryError
 from stillroom.losses import Objective, cross_entropy, forward_kl, linear_losses, reverse_kl
-from stillroom.losses.linear import Buffers
-from stillroom.losses.measures import accepted_mass, confidence, correct, student_entropy, top1_agreement, top10_overlap
+from stillroom.losses.fused_linear import Buffers
+from stillroom.losses.metrics import accepted_mass, confidence, correct, student_entropy, top1_agreement, top10_overlap
 from stillroom.losses.objective import Measure
+from stillroom.models.hidden_states import last_hidden_states, lm_head
 from stillroom.signals import Dense
 
 Scores = Mapping[str, np.ndarray]
@@ -55,10 +55,10 @@ class Predicted:
 
     def __init__(self, documents: CountedDocuments) -> None:
         self.documents = documents
-        keeps = [documents.learn(i)[1:] for i in range(len(documents))]
-        keep = np.concatenate(keeps)
+        keeps = [documents.target_mask(i)[1:] for i in range(len(documents))]
+        loss_mask = np.concatenate(keeps)
         self._starts = np.cumsum([0, *map(len, keeps)])
-        self._places = np.cumsum(keep) - 1
+        self._places = np.cumsum(loss_mask) - 1
         self.document = np.repeat(np.arange(len(documents)), [int(k.sum()) for k in keeps])
         """int64 [n]: the document of each."""
         self.position = np.concatenate([np.flatnonzero(k) for k in keeps])
@@ -72,7 +72,7 @@ class Predicted:
     def num_bytes(self) -> np.ndarray | None:
         """The bytes of the text that each stands for, int32 [n]; None where the tokenizer drops some of the text."""
         counts = [self.documents.num_bytes(i) for i in range(len(self.documents))]
-        found = [c[1:][self.documents.learn(i)[1:]] for i, c in enumerate(counts) if c is not None]
+        found = [c[1:][self.documents.target_mask(i)[1:]] for i, c in enumerate(counts) if c is not None]
         return np.concatenate(found) if len(found) == len(counts) else None
 
     def places(self, batch: Batch) -> np.ndarray:
@@ -155,18 +155,18 @@ def _score_batch(
     buffers: Buffers,
 ) -> list[Tensor]:
     """What each pass gives of the kept positions, [values, kept]."""
-    hidden, next_tokens = _kept(model, batch), batch.next_tokens.flatten()[batch.kept]
-    signal = None if teacher is None else Dense(_kept(teacher, batch), models.head(teacher))
+    hidden, labels = _kept(model, batch), batch.labels.flatten()[batch.kept]
+    signal = None if teacher is None else Dense(_kept(teacher, batch), lm_head(teacher))
     given = []
     for objectives, measures in passes:
         losses = linear_losses(
             hidden,
-            models.head(model),
+            lm_head(model),
             objectives,
-            next_tokens,
+            labels,
             hidden.new_zeros(len(hidden)),
             signal,
-            num_columns=columns,
+            vocab_size=columns,
             measures=[*measures.values()],
             chunk_bytes=limits.logits_bytes,
             buffers=buffers,
@@ -176,7 +176,7 @@ def _score_batch(
 
 
 def _kept(model: PreTrainedModel, batch: Batch) -> Tensor:
-    return models.hidden_states(model, batch).flatten(0, 1)[batch.kept]
+    return last_hidden_states(model, batch).flatten(0, 1)[batch.kept]
 
 
 @contextmanager

@@ -6,8 +6,8 @@ from typing import NamedTuple
 from transformers.utils.hub import cached_file
 
 from stillroom.config import is_local
-from stillroom.costs.weights import numbers_of
-from stillroom.model_folder import check_folder
+from stillroom.estimates.weights import numbers_of
+from stillroom.models.folder import check_folder
 
 
 class Sizes(NamedTuple):

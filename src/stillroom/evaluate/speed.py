@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from stillroom import models
 from stillroom.batch import Batch
 from stillroom.evaluate.scoring import Limits
 from stillroom.losses import Objective, cross_entropy, linear_losses
-from stillroom.losses.linear import Buffers
+from stillroom.losses.fused_linear import Buffers
+from stillroom.models.hidden_states import last_hidden_states, lm_head
 
 MOST_S = 5.0
 """Seconds after which no further batch is begun."""
@@ -35,14 +35,14 @@ def measure_speed(model: PreTrainedModel, some: Iterable[Batch], limits: Limits,
 
     def cross_entropies(batch: Batch, buffers: Buffers) -> None:
         moved = batch.to(limits.device)
-        hidden = models.hidden_states(model, moved).flatten(0, 1)[moved.kept]
+        hidden = last_hidden_states(model, moved).flatten(0, 1)[moved.kept]
         linear_losses(
             hidden,
-            models.head(model),
+            lm_head(model),
             [Objective("cross_entropy", cross_entropy)],
-            moved.next_tokens.flatten()[moved.kept],
+            moved.labels.flatten()[moved.kept],
             hidden.new_zeros(len(hidden)),
-            num_columns=columns,
+            vocab_size=columns,
             chunk_bytes=limits.logits_bytes,
             buffers=buffers,
         )

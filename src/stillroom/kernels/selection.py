@@ -1,151 +1,197 @@
-"""Selections on a CPU, one row at a time while it lies in the cache. Needs numba.
+"""Selection: which entries of the teacher's distribution are kept. Tensors in, tensors out, on any device."""
 
-What they do is defined by :func:`stillroom.selection.likeliest` and :func:`stillroom.selection.head_and_sample`, whose
-tensor forms run on every other device.
-"""
+import math
+from dataclasses import dataclass, field
 
-import numpy as np
-from numba import njit
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
-from stillroom.kernels.cpu_math import SUMS, f32, i32, largest, ordered, softmax
-
-BLOCK = 64
-"""Columns of which the sum and the largest are taken together."""
-OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
-INNER = {**OPTIONS, "_nrt": False}
+from stillroom.kernels.threads import over_rows
 
 
-@njit(**INNER)
-def summarise(row, sums, tops):
-    """The sum and the largest of each block of a row; returns the largest of all."""
-    bits, top = row.view(np.int32), ordered(i32(f32(-np.inf).view(np.int32)))
-    for b in range(len(sums)):
-        here = slice(b * BLOCK, b * BLOCK + BLOCK)
-        sums[b] = sum_of(row[here])
-        most = largest_of(bits[here])
-        tops[b] = i32(ordered(most)).view(np.float32)
-        top = max(top, most)
-    return i32(ordered(top)).view(np.float32)
+@dataclass
+class Selection:
+    """What is kept of ``n`` positions, not yet quantised."""
+
+    ids: Int[Tensor, "n k"]
+    """The exact entries, likeliest first. Where ``log_probs`` is −inf there is none."""
+    log_probs: Float[Tensor, "n k"]
+    log_rests: dict[float, Float[Tensor, " n"]] = field(default_factory=dict)
+    """By temperature: log of the mass that the exact entries leave out, summed over it, so right however small."""
+    draws: Int[Tensor, "n m"] | None = None
+    """Drawn ids, with repetitions; −1 where there is none."""
+    draw_log_probs: Float[Tensor, "n m"] | None = None
+    """log of each drawn id's own probability; 0 where there is none."""
+    log_unit: Float[Tensor, " n"] | None = None
+    """log of what each draw weighs."""
+    entropy: Float[Tensor, " n"] | None = None
+    label_log_probs: Float[Tensor, " n"] | None = None
+
+    def is_defined(self) -> bool:
+        """Whether there was a distribution at every position: no logit not a number or +∞, and not −∞ alone."""
+        found = (self.log_probs, self.draw_log_probs, self.log_unit)
+        return not any(x is not None and bool(x.isnan().any()) for x in found)
 
 
-@njit(**INNER)
-def largest_of(bits):
-    """In the order that ``ordered`` gives."""
-    most = ordered(bits[0])
-    for j in range(len(bits)):
-        most = max(most, ordered(bits[j]))
-    return most
+def top_indices(values: Float[Tensor, "n v"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """The k largest of each row and their columns, largest first.
 
-
-@njit(**SUMS)
-def sum_of(block):
-    total = np.float32(0)
-    for j in range(len(block)):
-        total += block[j]
-    return total
-
-
-@njit(**INNER)
-def find_largest(row, tops, bound, most, ids, values):
-    """Fills in the ``most`` largest of a row that are at least ``bound``, largest first; returns how many they are.
-
-    Among equals lower columns come first.
+    The k blocks with the largest maxima hold them all, so only those are searched: one cheap pass over the row instead
+    of a selection from all of it.
     """
-    count = 0
-    for b in range(len(tops)):
-        if tops[b] < bound or (count == most and tops[b] == bound):
-            continue
-        for j in range(b * BLOCK, min(b * BLOCK + BLOCK, len(row))):
-            value = row[j]
-            if value < bound or (count == most and value == bound):
-                continue
-            place = min(count, most - 1)
-            while place > 0 and values[place - 1] < value:
-                values[place], ids[place] = values[place - 1], ids[place - 1]
-                place -= 1
-            values[place], ids[place] = value, j
-            count = min(count + 1, most)
-            if count == most:
-                bound = values[most - 1]
-    return count
+    if _on_cpu(values) and k > 0:
+        return _top_indices_on_cpu(values, k)
+    n, v = values.shape
+    size = 1 << round(math.log2(v) / 2)
+    num_blocks = v // size
+    if num_blocks * size != v or num_blocks < 2 * k:
+        return values.topk(min(k, v))
+    blocks = values.view(n, num_blocks, size)
+    which = blocks.amax(-1).topk(k).indices
+    inside = blocks.gather(1, which.unsqueeze(-1).expand(-1, -1, size)).view(n, k * size)
+    found, places = inside.topk(k)
+    return found, which.gather(1, places // size) * size + places % size
 
 
-@njit(**INNER)
-def take_head(row, sums, tops, top, least, ids, values):
-    """Takes the likeliest entries out of a row: those that are at least ``least``, but always one."""
-    if top < least:
-        count = find_largest(row, tops, top, 1, ids, values)
-    else:
-        count = find_largest(row, tops, np.float32(least), len(ids), ids, values)
-    for i in range(count):
-        row[ids[i]] = 0
-    for i in range(count):
-        b = ids[i] // BLOCK
-        sums[b] = sum_of(row[b * BLOCK : b * BLOCK + BLOCK])
+def top_k(logits: Float[Tensor, "n v"], k: int, temperatures: tuple[float, ...] = (1.0,)) -> Selection:
+    """The k likeliest entries, and the mass left out at each temperature. The logits are changed."""
+    values, ids = top_indices(logits, k)
+    total = logits.logsumexp(-1)
+    kept = values - total.unsqueeze(-1)
+    logits.scatter_(-1, ids, -torch.inf)
+    return Selection(ids, kept, _log_rests(logits, values, temperatures))
 
 
-@njit(**INNER)
-def draw(row, sums, first, unit, rest, ids, values):
-    """The columns in which the points ``first``, ``first + unit``, … below ``rest`` of the cumulative sum lie."""
-    below, b, last, count = 0.0, 0, len(sums) - 1, 0
-    while last > 0 and sums[last] == 0:
-        last -= 1
-    for i in range(len(ids)):
-        point = first + i * unit
-        if point >= rest:
-            break
-        while b < last and below + sums[b] <= point:
-            below += sums[b]
-            b += 1
-        inside, found = below, -1
-        for j in range(b * BLOCK, min(b * BLOCK + BLOCK, len(row))):
-            inside += row[j]
-            if row[j] > 0:
-                found = j
-                if inside > point:
-                    break
-        if found >= 0:
-            ids[count], values[count] = found, row[found]
-            count += 1
+def top_p(logits: Float[Tensor, "n v"], mass: float, most: int, temperatures: tuple[float, ...] = (1.0,)) -> Selection:
+    """The likeliest entries until they hold ``mass``, ``most`` at the most. The logits are changed."""
+    values, ids = top_indices(logits, most)
+    kept = values - logits.logsumexp(-1).unsqueeze(-1)
+    before = kept.exp().cumsum(-1).roll(1, -1)
+    before[:, 0] = 0
+    kept = kept.masked_fill(before >= mass, -torch.inf)
+    there = kept > -torch.inf
+    logits.scatter_(-1, torch.where(there, ids, ids[:, :1]), -torch.inf)
+    return Selection(ids, kept, _log_rests(logits, values.masked_fill(~there, -torch.inf), temperatures))
 
 
-@njit(**OPTIONS)
-def largest_of_rows(rows, ids, values):
-    """The largest of each row, [n, k] to be filled, k at most the row's columns."""
-    num_blocks = (rows.shape[1] + BLOCK - 1) // BLOCK
-    sums, tops = np.empty(num_blocks, np.float32), np.empty(num_blocks, np.float32)
-    for i in range(len(rows)):
-        summarise(rows[i], sums, tops)
-        find_largest(rows[i], tops, np.float32(-np.inf), ids.shape[1], ids[i], values[i])
+def _log_rests(
+    others: Float[Tensor, "n v"], kept: Float[Tensor, "n k"], temperatures: tuple[float, ...]
+) -> dict[float, Tensor]:
+    """log(mass of the others / mass of all) at each temperature, so that what is kept is right too, however small."""
+    rests = {}
+    for temperature in temperatures:
+        rest = (others / temperature if temperature != 1.0 else others).logsumexp(-1)
+        rests[temperature] = torch.nn.functional.logsigmoid(rest - (kept / temperature).logsumexp(-1))
+    return rests
 
 
-@njit(**OPTIONS)
-def head_and_draws(rows, least, uniforms, ids, values, rests, units, draw_ids, draw_values):
-    """Of the softmax of each row: head, mass of the tail, weight of a draw, and draws.
+def sampled(logits: Float[Tensor, "n v"], uniforms: Float[Tensor, "n m"]) -> Selection:
+    """One independent draw for each uniform number, each of weight 1 / m."""
+    num_draws = uniforms.shape[1]
+    probabilities = torch.softmax(logits, -1)
+    points = uniforms * _blocks(probabilities).sum((-1, -2)).unsqueeze(-1)
+    draws = _inverse_cdf(probabilities, points)
+    none = probabilities.new_zeros(len(logits), 0)
+    unit = probabilities.new_full((len(logits),), -math.log(num_draws))
+    return Selection(none.long(), none, draws=draws, draw_log_probs=probabilities.gather(1, draws).log(), log_unit=unit)
 
-    A row that is no distribution, with a logit that is not a number or +∞, or with −∞ alone, has a first value and a
-    unit that are not numbers.
 
-    Args:
-        rows: logits, [n, v].
-        least, uniforms: [n].
-        ids, values: [n, h], zeros, to be filled; a value of 0 is no entry.
-        rests, units: [n], to be filled.
-        draw_ids, draw_values: [n, m], −1 and 1, to be filled.
+def head_and_sample(
+    logits: Float[Tensor, "n v"], head: int, most_draws: int, least: float, uniforms: Float[Tensor, " n"]
+) -> Selection:
+    """The ``head`` likeliest entries that are at least ``least``, exactly, and draws from the tail.
+
+    The logits may be changed. The draws are systematic: of a tail of mass r, points ``(u + 0) w, (u + 1) w, …`` below r
+    fall on the tail's cumulative distribution, with one uniform number u and weight ``w = max(least, r / most_draws)``.
+    So a tail token of probability p is drawn ``p / w`` times in expectation (and never a whole time more or less), for
+    an expected weight of exactly p.
     """
-    num_blocks = (rows.shape[1] + BLOCK - 1) // BLOCK
-    sums, tops = np.empty(num_blocks, np.float32), np.empty(num_blocks, np.float32)
-    row = np.empty(rows.shape[1], np.float32)
-    for i in range(len(rows)):
-        if not -np.inf < largest(rows[i]) < np.inf:
-            values[i, 0] = units[i] = rests[i] = np.nan
-            continue
-        softmax(rows[i], np.float32(1), row, True)
-        top = summarise(row, sums, tops)
-        take_head(row, sums, tops, top, least[i], ids[i], values[i])
-        rest = 0.0
-        for total in sums:
-            rest += total
-        unit = max(rest / draw_ids.shape[1], least[i], 1e-30)
-        rests[i], units[i] = rest, unit
-        draw(row, sums, uniforms[i] * unit, unit, rest, draw_ids[i], draw_values[i])
+    if _on_cpu(logits) and head > 0:
+        return _head_and_sample_on_cpu(logits, head, most_draws, least, uniforms)
+    probabilities = torch.softmax(logits, -1, out=logits)
+    values, ids = top_indices(probabilities, head)
+    there = values >= least
+    there[:, 0] = True
+    probabilities.scatter_(-1, torch.where(there, ids, ids[:, :1]), 0)
+    rest = _blocks(probabilities).sum((-1, -2))
+    unit = (rest / most_draws).clamp(min=max(least, 1e-30))
+    steps = torch.arange(most_draws, device=logits.device)
+    points = (uniforms.unsqueeze(-1) + steps) * unit.unsqueeze(-1)
+    beyond = points >= rest.unsqueeze(-1)
+    draws = _inverse_cdf(probabilities, points)
+    draw_log_probs = probabilities.gather(1, draws).log_().masked_fill_(beyond, 0)
+    draws.masked_fill_(beyond, -1)
+    kept = values.log().masked_fill_(~there, -torch.inf)
+    return Selection(ids, kept, {1.0: rest.log()}, draws, draw_log_probs, unit.log())
+
+
+def subtracted_rests(log_probs: Float[Tensor, "n k"], vocab_size: int) -> Float[Tensor, " n"]:
+    """log of the mass that entries leave out, where nobody could sum it: ``log(1 − Σ p)``, −inf where all are kept.
+
+    Float32 log-probabilities do not tell a mass below ``k · 2⁻²⁴`` from none, so entries that leave ids out leave out
+    at least that much: were it nothing, a student who says anything else would be infinitely far away.
+    """
+    log_probs = log_probs.double()
+    counts = (log_probs > -torch.inf).sum(-1)
+    rests = (1 - log_probs.exp().sum(-1)).maximum(counts * 2.0**-24)
+    return torch.where(counts < vocab_size, rests, 0).log()
+
+
+def _on_cpu(values: Float[Tensor, "n v"]) -> bool:
+    return values.device.type == "cpu" and values.dtype == torch.float32 and values.shape[1] > 0
+
+
+def _top_indices_on_cpu(values: Float[Tensor, "n v"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    from stillroom.kernels.numba_selection import largest_of_rows
+
+    n, k = len(values), min(k, values.shape[1])
+    ids, found = torch.zeros(n, k, dtype=torch.long), torch.empty(n, k)
+    over_rows(largest_of_rows, values, ids, found)
+    return found, ids
+
+
+def _head_and_sample_on_cpu(
+    logits: Float[Tensor, "n v"], head: int, most_draws: int, least: float, uniforms: Float[Tensor, " n"]
+) -> Selection:
+    from stillroom.kernels.numba_selection import head_and_draws
+
+    n, head = len(logits), min(head, logits.shape[1])
+    ids, values = torch.zeros(n, head, dtype=torch.long), torch.zeros(n, head)
+    rests, units = torch.empty(n), torch.empty(n)
+    draws, of_draws = torch.full((n, most_draws), -1), torch.ones(n, most_draws)
+    lowest = torch.full((n,), least)
+    over_rows(head_and_draws, logits, lowest, uniforms.float(), ids, values, rests, units, draws, of_draws)
+    return Selection(ids, values.log_(), {1.0: rests.log()}, draws, of_draws.log_(), units.log())
+
+
+def entropy(logits: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:
+    """The entropy of each row's distribution, in nats."""
+    return torch.special.entr(torch.softmax(logits, -1)).sum(-1)
+
+
+def _blocks(rows: Float[Tensor, "n v"]) -> Float[Tensor, "n b s"]:
+    """Each row in blocks of about √v, filled up with zeros."""
+    n, v = rows.shape
+    size = 1 << round(math.log2(v) / 2)
+    if v % size:
+        rows = torch.nn.functional.pad(rows, (0, -v % size))
+    return rows.view(n, rows.shape[1] // size, size)
+
+
+def _inverse_cdf(probabilities: Float[Tensor, "n v"], points: Float[Tensor, "n m"]) -> Int[Tensor, "n m"]:
+    """The column in which each point of the cumulative sum lies: first the block, then the place in it.
+
+    A column of probability 0 is never given, but where the whole row is 0.
+    """
+    blocks = _blocks(probabilities)
+    size = blocks.shape[2]
+    sums = blocks.sum(-1).cumsum(-1)
+    almost = 1 - 4 * torch.finfo(points.dtype).eps
+    points = torch.minimum(points, sums[:, -1:] * almost)
+    which = torch.searchsorted(sums, points, right=True).clamp_(max=sums.shape[1] - 1)
+    before = torch.where(which > 0, sums.gather(1, (which - 1).clamp_(min=0)), 0)
+    inside = blocks.gather(1, which.unsqueeze(-1).expand(-1, -1, size)).cumsum(-1)
+    left = torch.minimum(points - before, inside[:, :, -1] * almost)
+    place = (inside <= left.unsqueeze(-1)).sum(-1)
+    return (which * size + place).view(points.shape).clamp_(max=probabilities.shape[1] - 1)

@@ -10,7 +10,7 @@ from stillroom.kernels.terms import LOWEST_LOGIT
 from stillroom.signals import Sparse
 
 
-class Block:
+class LogitBlock:
     """Student's and teacher's logits of ``r`` positions over the same ``v`` columns, and their next tokens.
 
     In the place of the teacher's logits there may be a ``sparse`` signal of the same positions. ``data_weights`` are
@@ -24,12 +24,12 @@ class Block:
         self,
         student_logits: Float[Tensor, "r v"],
         teacher_logits: Float[Tensor, "r v"] | None,
-        next_tokens: Int[Tensor, " r"],
+        labels: Int[Tensor, " r"],
         sparse: Sparse | None = None,
         data_weights: Float[Tensor, " r"] | None = None,
     ) -> None:
-        self.next_tokens, self.sparse, self.data_weights = next_tokens, sparse, data_weights
-        self.num_columns = student_logits.shape[1]
+        self.labels, self.sparse, self.data_weights = labels, sparse, data_weights
+        self.vocab_size = student_logits.shape[1]
         self._logits = {"student": student_logits.clamp_(min=LOWEST_LOGIT)}
         if teacher_logits is not None:
             self._logits["teacher"] = teacher_logits.clamp_(min=LOWEST_LOGIT)
@@ -77,5 +77,5 @@ class Loss(Protocol):
     """
 
     def __call__(
-        self, block: Block, *args: Any, **arguments: Any
+        self, block: LogitBlock, *args: Any, **arguments: Any
     ) -> tuple[Float[Tensor, " r"], Float[Tensor, "r v"]]: ...

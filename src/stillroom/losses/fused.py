@@ -13,17 +13,20 @@ from torch import Tensor
 
 from stillroom.errors import MismatchError
 from stillroom.kernels.terms import MEASURES, Term
-from stillroom.losses import measures, sparse
-from stillroom.losses.adaptive_kl import adaptive_kl
-from stillroom.losses.alpha_beta import alpha_beta
-from stillroom.losses.block import Block, Loss
-from stillroom.losses.cross_entropy import cross_entropy
-from stillroom.losses.kl import forward_kl, reverse_kl
-from stillroom.losses.logits import logit_mse
-from stillroom.losses.mixtures import jensen_shannon, skew_kl, skew_reverse_kl
-from stillroom.losses.objective import Measure, Objective
-from stillroom.losses.total_variation import total_variation
-from stillroom.losses.weighting import by_data
+from stillroom.losses import metrics, sparse
+from stillroom.losses.block import LogitBlock, Loss
+from stillroom.losses.divergences import (
+    adaptive_kl,
+    alpha_beta,
+    forward_kl,
+    jensen_shannon,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+    total_variation,
+)
+from stillroom.losses.logits import cross_entropy, logit_mse
+from stillroom.losses.objective import Measure, Objective, by_data
 from stillroom.signals import Signal, Sparse
 
 KNOWN: dict[str, tuple[Loss, tuple[str, ...]]] = {
@@ -58,7 +61,7 @@ class Fused:
         self,
         student: Float[Tensor, "r v"],
         teacher: Float[Tensor, "r v"] | None,
-        next_tokens: Int[Tensor, " r"],
+        labels: Int[Tensor, " r"],
         signal: Sparse | None,
         weights: Float[Tensor, "m r"],
         *,
@@ -67,18 +70,18 @@ class Fused:
         """Values of losses and measures; with ``gradient`` the student's logits become the weighted sum of the losses'
         gradients by them."""
         if student.is_cuda:
-            from stillroom.kernels import cuda
+            from stillroom.kernels import triton_fused
 
-            nats, measured = cuda.fused(student, teacher, next_tokens, self.terms, weights, gradient=gradient)
+            nats, measured = triton_fused.fused(student, teacher, labels, self.terms, weights, gradient=gradient)
             return nats, measured[list(self.rows)]
-        from stillroom.kernels import cpu
+        from stillroom.kernels import numba_fused
 
-        block = Block(student.new_zeros(len(student), 1), None, next_tokens, signal)  # for what no column is needed
+        block = LogitBlock(student.new_zeros(len(student), 1), None, labels, signal)  # for what no column is needed
         entries = None if signal is None else self._entries(block, signal)
         if entries is not None:
             _check_ids(entries.ids, student.shape[1])
-        nats, measured = cpu.fused(
-            student, teacher, next_tokens, self.terms, weights, gradient=gradient, measures=self.rows, entries=entries
+        nats, measured = numba_fused.fused(
+            student, teacher, labels, self.terms, weights, gradient=gradient, measures=self.rows, entries=entries
         )
         measured = measured[list(self.rows)]
         for i, row in enumerate(self.rows):
@@ -86,8 +89,8 @@ class Fused:
                 measured[i] = self.measures[i](block)
         return nats, measured
 
-    def _entries(self, block: Block, signal: Sparse) -> Any:
-        from stillroom.kernels.cpu import Entries
+    def _entries(self, block: LogitBlock, signal: Sparse) -> Any:
+        from stillroom.kernels.numba_fused import Entries
 
         (temperature,) = (t.temperature for t in self.terms if t.name == "forward_kl")
         if not signal.sampled and self.missing == "bucket":
@@ -151,13 +154,13 @@ def _fits(fused: Fused, signal: Signal | None, device: torch.device) -> bool:
 def _known(device: str) -> frozenset[str]:
     """The losses that the kernels of a device know."""
     if device == "cpu":
-        from stillroom.kernels import cpu
+        from stillroom.kernels import numba_fused
 
-        return frozenset(cpu.KINDS)
+        return frozenset(numba_fused.KINDS)
     if device == "cuda" and find_spec("triton"):
-        from stillroom.kernels import cuda
+        from stillroom.kernels import triton_fused
 
-        return frozenset(cuda.KINDS)
+        return frozenset(triton_fused.KINDS)
     return frozenset()
 
 
@@ -171,7 +174,7 @@ def _term(loss: Loss, arguments: dict[str, Any]) -> Term | None:
     if name is None:
         return None
     column = torch.zeros(1, 1)
-    loss(Block(column, column.clone(), torch.zeros(1, dtype=torch.long)), **arguments)  # which checks them
+    loss(LogitBlock(column, column.clone(), torch.zeros(1, dtype=torch.long)), **arguments)  # which checks them
     defaults = {name: p.default for name, p in inspect.signature(loss).parameters.items()}
     values = defaults | arguments
     return Term(name, values.get("temperature", 1.0), *(values[number] for number in KNOWN[name][1]))
@@ -179,5 +182,5 @@ def _term(loss: Loss, arguments: dict[str, Any]) -> Term | None:
 
 def _rows_of(wanted: Sequence[Measure]) -> list[int] | None:
     """Where the measures stand in MEASURES; None where one of them is another function."""
-    known = [getattr(measures, name) for name in MEASURES]
+    known = [getattr(metrics, name) for name in MEASURES]
     return [known.index(measure) for measure in wanted] if all(m in known for m in wanted) else None

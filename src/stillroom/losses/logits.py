@@ -1,4 +1,4 @@
-"""Losses on logits themselves: their distance, and the order of the likeliest."""
+"""Losses of the logits themselves: cross-entropy of the labels, squared differences, and rankings."""
 
 from collections.abc import Callable
 
@@ -6,12 +6,33 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stillroom.losses.block import LOWEST_LOGIT, Block
+from stillroom.kernels.selection import top_indices
+from stillroom.losses.block import LOWEST_LOGIT, LogitBlock
 from stillroom.losses.sparse import check_sparse
-from stillroom.selection import likeliest
 
 
-def logit_mse(block: Block) -> tuple[Float[Tensor, " r"], Float[Tensor, "r v"]]:
+def cross_entropy(
+    block: LogitBlock, *, temperature: float = 1.0, smoothing: float = 0.0
+) -> tuple[Float[Tensor, " r"], Float[Tensor, "r v"]]:
+    """``−T² · Σ y log s`` at temperature T; gradient ``T (s − y)``.
+
+    ``y`` is 1 on the next token; with label smoothing ε it is 1 − ε there, and ε / v more on each of the v columns that
+    the student holds possible (arXiv 1512.00567).
+    """
+    column = block.labels.unsqueeze(-1)
+    log_student = block.student(temperature)
+    nats = log_student.gather(-1, column).squeeze(-1).neg()
+    gradient = block.student_probabilities(temperature).clone()
+    if smoothing:
+        possible = ~(block.logits("student") <= LOWEST_LOGIT)
+        share = smoothing / possible.sum(-1, keepdim=True).to(log_student.dtype)
+        nats = nats * (1 - smoothing) - (torch.where(possible, log_student, 0) * share).sum(-1)
+        gradient -= possible * share
+    gradient.scatter_add_(-1, column, gradient.new_full(column.shape, smoothing - 1.0))
+    return nats * temperature**2, gradient if temperature == 1.0 else gradient.mul_(temperature)
+
+
+def logit_mse(block: LogitBlock) -> tuple[Float[Tensor, " r"], Float[Tensor, "r v"]]:
     """``1/v · Σ (a − b)²`` where a and b are the student's and the teacher's logits, each less its mean; gradient
     ``2/v (a − b)``.
 
@@ -32,7 +53,7 @@ def logit_mse(block: Block) -> tuple[Float[Tensor, " r"], Float[Tensor, "r v"]]:
 
 
 def hinge_ranking(
-    block: Block, *, k: int = 16, margin: float = 1.0
+    block: LogitBlock, *, k: int = 16, margin: float = 1.0
 ) -> tuple[Float[Tensor, " r"], Float[Tensor, "r v"]]:
     """Mean over pairs i before j of the teacher's k likeliest tokens of ``max(0, margin − (a_i − a_j))`` with student
     logits a; the gradient is −1 on ``a_i`` and 1 on ``a_j`` of each pair within the margin, over the number of pairs.
@@ -47,7 +68,7 @@ def hinge_ranking(
     return _ranking(block, k, cost)
 
 
-def logistic_ranking(block: Block, *, k: int = 16) -> tuple[Float[Tensor, " r"], Float[Tensor, "r v"]]:
+def logistic_ranking(block: LogitBlock, *, k: int = 16) -> tuple[Float[Tensor, " r"], Float[Tensor, "r v"]]:
     """Mean over pairs i before j of the teacher's k likeliest tokens of ``log(1 + exp(−(a_i − a_j)))`` with student
     logits a (RankNet); the gradient is ``−σ(a_j − a_i)`` on ``a_i`` and as much on ``a_j``, over the number of pairs.
 
@@ -61,11 +82,11 @@ def logistic_ranking(block: Block, *, k: int = 16) -> tuple[Float[Tensor, " r"],
 
 
 def _ranking(
-    block: Block, k: int, cost: Callable[[Tensor], tuple[Tensor, Tensor]]
+    block: LogitBlock, k: int, cost: Callable[[Tensor], tuple[Tensor, Tensor]]
 ) -> tuple[Float[Tensor, " r"], Float[Tensor, "r v"]]:
     """The mean cost of pairs, by how far the student puts the first before the second."""
     student = block.logits("student")
-    ids, there = _likeliest_of_teacher(block, k)
+    ids, there = _top_of_teacher(block, k)
     scores = student.gather(-1, ids)
     values, slopes = cost(scores.unsqueeze(-1) - scores.unsqueeze(-2))
     pairs = (there.unsqueeze(-1) & there.unsqueeze(-2)).triu(1)
@@ -75,10 +96,10 @@ def _ranking(
     return torch.where(pairs, values, 0).sum((-1, -2)) * share, gradient
 
 
-def _likeliest_of_teacher(block: Block, k: int) -> tuple[Int[Tensor, "r k"], Tensor]:
+def _top_of_teacher(block: LogitBlock, k: int) -> tuple[Int[Tensor, "r k"], Tensor]:
     if block.sparse is not None:
         check_sparse("a ranking", sampled=block.sparse.sampled, temperatures=())
         ids, log_probs = block.sparse.ids[:, :k], block.sparse.log_probs[:, :k]
         return ids, log_probs > -torch.inf
-    logits, ids = likeliest(block.logits("teacher"), k)
+    logits, ids = top_indices(block.logits("teacher"), k)
     return ids, logits > LOWEST_LOGIT

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stillroom.errors import MismatchError
-from stillroom.losses.block import Block
+from stillroom.losses.block import LogitBlock
 from stillroom.signals import Sparse, untempered
 
 Missing = Literal["bucket", "renormalise", "zero", "label"]
@@ -83,7 +83,7 @@ class Seen(NamedTuple):
     """The student's probabilities of the other ids; 0 on the kept ones. Of its own: may be changed."""
 
 
-def see(block: Block, signal: Sparse, temperature: float) -> Seen:
+def see(block: LogitBlock, signal: Sparse, temperature: float) -> Seen:
     """The outcomes at a temperature.
 
     A bucket of less than the least that the type can hold, of nothing even, counts as that in logs: so what a student
@@ -117,7 +117,7 @@ def _with(entries: Float[Tensor, "r k"], last: Float[Tensor, " r"]) -> Float[Ten
 
 
 def forward_kl(
-    block: Block, signal: Sparse, temperature: float, missing: Missing
+    block: LogitBlock, signal: Sparse, temperature: float, missing: Missing
 ) -> tuple[Float[Tensor, " r"], Float[Tensor, "r v"]]:
     """``T² Σ y (log t − log s)`` over targets ``y`` on a few ids, without a bucket; gradient ``T (s Σ y − y)``.
 
@@ -131,7 +131,7 @@ def forward_kl(
 
 
 def targets(
-    block: Block, signal: Sparse, temperature: float, missing: Missing
+    block: LogitBlock, signal: Sparse, temperature: float, missing: Missing
 ) -> tuple[Int[Tensor, "r k"], Float[Tensor, "r k"], Float[Tensor, " r"]]:
     """The targets ``y`` on their ids, and ``−Σ y log y``, of which a sample gives the expectation.
 
@@ -149,7 +149,7 @@ def targets(
 
 
 def completed(
-    block: Block, signal: Sparse, temperature: float, missing: Missing
+    block: LogitBlock, signal: Sparse, temperature: float, missing: Missing
 ) -> tuple[Int[Tensor, "r k"], Float[Tensor, "r k"]]:
     """Targets on distinct ids that stand for the whole of a truncated signal, each by a rule for its missing mass:
 
@@ -163,7 +163,7 @@ def completed(
         return signal.ids, targets / targets.sum(-1, keepdim=True)
     if missing == "zero":
         return signal.ids, targets
-    label, rest = block.next_tokens.unsqueeze(-1), log_rest.to(targets.dtype).exp().unsqueeze(-1)
+    label, rest = block.labels.unsqueeze(-1), log_rest.to(targets.dtype).exp().unsqueeze(-1)
     same = (signal.ids == label) & (log_targets > -torch.inf)
     targets = torch.where(same, targets + rest, targets)
     return torch.cat([signal.ids, label], -1), torch.cat([targets, rest * ~same.any(-1, keepdim=True)], -1)

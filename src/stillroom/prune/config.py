@@ -4,12 +4,12 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from stillroom.config import Config, PathText, replace
-from stillroom.cut.config import CutConfig, Positive
+from stillroom.config import Config, PathText, Positive, replace
 from stillroom.data.config import AnyData, DataConfig
+from stillroom.pruning.config import PruningConfig
 
 
-class HeldOut(Config):
+class PruneHeldOutConfig(Config):
     """Text that nothing is chosen by, read as `data` is read."""
 
     path: PathText
@@ -33,13 +33,13 @@ class _Model(Config):
     """Run code that comes with the model."""
 
 
-class PruneConfig(CutConfig, _Model):
+class PruneConfig(PruningConfig, _Model):
     """`stillroom prune`: cut a smaller model out of a bigger one, with no training."""
 
     data: DataConfig | None = None
     """The text on which it is measured what matters, where `layers` or `width` need that; and how `held_out` is
     read."""
-    held_out: HeldOut | None = None
+    held_out: PruneHeldOutConfig | None = None
     """What the cross-entropy of both models is measured on; null measures none."""
     batch_tokens: Positive | Literal["auto"] = "auto"
     """Tokens that go through the model at once, with padding; auto is the length of a row or 4096, whichever is more.

@@ -4,19 +4,20 @@ headers alone."""
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from stillroom.costs.activations import passing_bytes
-from stillroom.costs.architecture import Architecture, read_architecture
-from stillroom.costs.flops import forward_flops
-from stillroom.costs.hardware import Hardware
-from stillroom.costs.memory import logits_bytes
-from stillroom.costs.report import Report, bytes_text
-from stillroom.costs.sections import ARITHMETIC, add_amount, add_memory, add_parameters, fit, time_section
-from stillroom.costs.weights import ITEM_BYTES, ModelFiles, read_architecture_of
-from stillroom.cut.config import BestLayers
-from stillroom.cut.sizes import cut_values, kept_layers
 from stillroom.data.bounds import most_tokens
 from stillroom.errors import ConfigError
+from stillroom.estimates.activations import passing_bytes
+from stillroom.estimates.architecture import Architecture, read_architecture
+from stillroom.estimates.flops import forward_flops
+from stillroom.estimates.hardware import Hardware
+from stillroom.estimates.memory import logits_bytes
+from stillroom.estimates.pruned_sizes import pruned_values
+from stillroom.estimates.report import CostReport, bytes_text
+from stillroom.estimates.sections import ARITHMETIC, add_amount, add_memory, add_parameters, fit, time_section
+from stillroom.estimates.weights import ITEM_BYTES, ModelFiles, read_architecture_of
 from stillroom.prune.config import PruneConfig
+from stillroom.pruning.config import BestLayers
+from stillroom.pruning.sizes import kept_layers
 
 LOGITS_BYTES = 256 * 2**20
 """The budget for logits where a loss is measured."""
@@ -28,7 +29,7 @@ ITEMS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
-class Known:
+class PruneHeaders:
     """What headers tell of a cut."""
 
     model: Architecture
@@ -40,7 +41,7 @@ class Known:
     num_held_out: float | None = None
 
 
-def read_known(config: PruneConfig) -> Known:
+def read_headers(config: PruneConfig) -> PruneHeaders:
     """The architectures of the model and of what is cut out of it, from its config.json and the headers of its weights.
 
     Raises:
@@ -49,8 +50,8 @@ def read_known(config: PruneConfig) -> Known:
         MismatchError: it does not have what is to be kept.
     """
     files, model = read_architecture_of(config.model, config.revision, "the model")
-    smaller = read_architecture(cut_values(config, files.config, "model"), "the smaller model")
-    return Known(model, smaller, _itemsize(config, files))
+    smaller = read_architecture(pruned_values(config, files.config, "model"), "the smaller model")
+    return PruneHeaders(model, smaller, _itemsize(config, files))
 
 
 def _itemsize(config: PruneConfig, files: ModelFiles) -> int:
@@ -68,10 +69,10 @@ def _itemsize(config: PruneConfig, files: ModelFiles) -> int:
     return ITEMS[name]
 
 
-def costs(config: PruneConfig, known: Known, hardware: Hardware, title: str = "prune") -> Report:
+def costs(config: PruneConfig, known: PruneHeaders, hardware: Hardware, title: str = "prune") -> CostReport:
     """Parameters of both models, memory where most is needed, time of measuring, and what is written."""
     hardware.refuse("prune", OF_TRAINING)
-    report = Report(title, assumptions=hardware.assumptions(single=known.itemsize == 4))
+    report = CostReport(title, assumptions=hardware.assumptions(single=known.itemsize == 4))
     add_parameters(report, "model", known.model)
     add_parameters(report, "smaller model", known.smaller)
     _add_memory(report, config, known, hardware)
@@ -96,7 +97,7 @@ class Pass:
     """A loss is taken."""
 
 
-def passes(config: PruneConfig, known: Known) -> Iterator[Pass]:
+def passes(config: PruneConfig, known: PruneHeaders) -> Iterator[Pass]:
     """What is measured before the cut, pass by pass."""
     rule, whole, left = config.layers, known.model.num_layers, known.smaller.num_layers
     if kept_layers(rule, whole, "model") is None:
@@ -120,7 +121,7 @@ def _flops(model: Architecture, one: Pass, length: int) -> float:
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def _add_memory(report: Report, config: PruneConfig, known: Known, hardware: Hardware) -> None:
+def _add_memory(report: CostReport, config: PruneConfig, known: PruneHeaders, hardware: Hardware) -> None:
     stays = {
         "model's weights": float(known.itemsize * known.model.parameters.total),
         "driver and workspaces": float(hardware.driver_bytes),
@@ -140,7 +141,7 @@ def _add_memory(report: Report, config: PruneConfig, known: Known, hardware: Har
     report.advice.append("no smaller batch is enough: dtype=bfloat16, device=cpu or a device with more memory")
 
 
-def _most(config: PruneConfig, known: Known) -> tuple[str, dict[str, float]]:
+def _most(config: PruneConfig, known: PruneHeaders) -> tuple[str, dict[str, float]]:
     """The moment at which most is needed besides the model's weights, and what that is, by part."""
     moments = {"cutting": {"smaller model's weights": float(known.itemsize * known.smaller.parameters.total)}}
     if config.data is not None:
@@ -149,7 +150,7 @@ def _most(config: PruneConfig, known: Known) -> tuple[str, dict[str, float]]:
     return most, moments[most]
 
 
-def _reading(config: PruneConfig, known: Known) -> dict[str, dict[str, float]]:
+def _reading(config: PruneConfig, known: PruneHeaders) -> dict[str, dict[str, float]]:
     """What is needed besides the weights while the model reads text, by what is measured."""
     assert config.data is not None
     model, item, length = known.model, known.itemsize, config.data.length
@@ -179,7 +180,7 @@ def _reading(config: PruneConfig, known: Known) -> dict[str, dict[str, float]]:
 # --- time ------------------------------------------------------------------------------------------------------------
 
 
-def _add_time(report: Report, config: PruneConfig, known: Known, hardware: Hardware) -> None:
+def _add_time(report: CostReport, config: PruneConfig, known: PruneHeaders, hardware: Hardware) -> None:
     assert config.data is not None
     length, section, total, left_out = config.data.length, time_section(hardware), 0.0, ""
     measured = list(passes(config, known))
@@ -200,7 +201,7 @@ def _add_time(report: Report, config: PruneConfig, known: Known, hardware: Hardw
         add_amount(report, hardware, total, left_out)
 
 
-def _measured_tokens(config: PruneConfig, known: Known, hardware: Hardware) -> tuple[float, str]:
+def _measured_tokens(config: PruneConfig, known: PruneHeaders, hardware: Hardware) -> tuple[float, str]:
     assert config.data is not None
     if known.num_tokens is not None:
         return known.num_tokens, f"in the first {config.documents:,} documents"

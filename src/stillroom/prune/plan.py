@@ -7,27 +7,27 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from stillroom import models
-from stillroom.config import is_local, quoted, replace
-from stillroom.costs.dry_run import costs_here
-from stillroom.cut.plan import CutPlan, plan_cut
+from stillroom.config import format_setting, is_local, replace
 from stillroom.data.config import AnyData
-from stillroom.data.documents import Documents, cache_folder, cache_path, prepared
+from stillroom.data.dataset import Documents, cache_folder, cache_path, prepared
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.errors import ConfigError, MismatchError, MissingError
+from stillroom.estimates.dry_run import costs_here
+from stillroom.models import loading
 from stillroom.prune.config import PruneConfig
-from stillroom.prune.costs import BATCH_TOKENS, Known, costs, read_known
+from stillroom.prune.costs import BATCH_TOKENS, PruneHeaders, costs, read_headers
+from stillroom.pruning.plan import PruningPlan, plan_pruning
 from stillroom.recipe import to_yaml
-from stillroom.runs import check_outside, scrub
-from stillroom.tokenizers import load_tokenizer, num_columns, template_of
+from stillroom.runs import check_outside, redact
+from stillroom.tokenizers import load_tokenizer, required_vocab_size, template_of
 
 
 @dataclass(frozen=True)
-class Plan:
+class PrunePlan:
     config: PruneConfig
     """With every "auto" resolved, but for a dtype that is the model's own."""
-    cut: CutPlan
+    cut: PruningPlan
     tokenizer: PreTrainedTokenizerBase
     template: str | None
     """The chat template that rows go through, where they do."""
@@ -37,7 +37,7 @@ class Plan:
 
     def __str__(self) -> str:
         """The resolved settings, what is cut, and what a run reads and writes, as YAML."""
-        config = scrub(self.config.model_dump(mode="json"))
+        config = redact(self.config.model_dump(mode="json"))
         files = {"reads": self.reads(), "writes": self.writes()}
         return to_yaml({"config": config, "cut": self.cut.facts(), **files, "costs": self.costs()})
 
@@ -46,14 +46,14 @@ class Plan:
         told."""
         device = self.config.device
         return costs_here(
-            models.device_name(device), models.device_memory(device),
+            loading.device_name(device), loading.device_memory(device),
             lambda hardware: costs(self.config, self._known(), hardware),
         )  # fmt: skip
 
-    def _known(self) -> Known:
+    def _known(self) -> PruneHeaders:
         data, held_out = (self._documents(data) for data in (self.data, self.held_out))
         return dataclasses.replace(
-            read_known(self.config),
+            read_headers(self.config),
             num_tokens=None if data is None else float((data.lengths[: self.config.documents] - 1).sum()),
             num_held_out=None if held_out is None else float((held_out.lengths - 1).sum()),
         )
@@ -86,7 +86,7 @@ class Plan:
         return found
 
 
-def make_plan(config: PruneConfig) -> Plan:
+def make_plan(config: PruneConfig) -> PrunePlan:
     """Resolves and checks a config from headers alone.
 
     Raises:
@@ -95,8 +95,8 @@ def make_plan(config: PruneConfig) -> Plan:
         ConfigError: settings contradict what the headers say.
     """
     given, config = config, _resolve(config)
-    own = models.read_config(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    cut = plan_cut(config, own, "model")
+    own = loading.read_config(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    cut = plan_pruning(config, own, "model")
     if cut.measured and config.data is None:
         raise ConfigError(
             "there is no text to measure on",
@@ -124,19 +124,19 @@ def make_plan(config: PruneConfig) -> Plan:
             "held_out.path": config.held_out.path if config.held_out else None,
         },
     )
-    plan = Plan(config, cut, tokenizer, template, _measured_on(config, cut), config.held_out_data)
+    plan = PrunePlan(config, cut, tokenizer, template, _measured_on(config, cut), config.held_out_data)
     for data in (plan.data, plan.held_out):
         if data is not None and is_local(data.path):
             open_source(data)  # which says where it is not there
     return plan
 
 
-def _what(cut: CutPlan) -> str:
+def _what(cut: PruningPlan) -> str:
     return "layers" if cut.layers is None else "heads and channels"
 
 
 def _resolve(config: PruneConfig) -> PruneConfig:
-    values: dict[str, object] = {"device": models.resolve_device(config.device, "device")}
+    values: dict[str, object] = {"device": loading.resolve_device(config.device, "device")}
     if config.data is not None:
         values["data.cache"] = str(cache_folder(config.data))
         if config.batch_tokens == "auto":
@@ -148,11 +148,11 @@ def _check_data(
     config: PruneConfig, given: PruneConfig, own: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     assert config.data is not None
-    models.check_length(config.data.length, own, "model", quoted(given, "data.length"))
-    if num_columns(tokenizer) > own.vocab_size:
+    loading.check_length(config.data.length, own, "model", format_setting(given, "data.length"))
+    if required_vocab_size(tokenizer) > own.vocab_size:
         raise MismatchError(
             "the tokenizer has tokens that the model has no column for",
-            {"tokenizer": f"{num_columns(tokenizer)} tokens", "the model's head": f"{own.vocab_size} columns"},
+            {"tokenizer": f"{required_vocab_size(tokenizer)} tokens", "the model's head": f"{own.vocab_size} columns"},
             why="The model would read ids that it does not have.",
             fix="Put the tokenizer that the model was trained with into its folder.",
         )
@@ -172,7 +172,7 @@ def _template(config: PruneConfig, tokenizer: PreTrainedTokenizerBase) -> str | 
     return template
 
 
-def _measured_on(config: PruneConfig, cut: CutPlan) -> AnyData | None:
+def _measured_on(config: PruneConfig, cut: PruningPlan) -> AnyData | None:
     """The data that are measured on: no more rows of them are read than documents are needed."""
     if config.data is None or not cut.measured:
         return None

@@ -11,17 +11,16 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from stillroom import models
-from stillroom.cut.cut import Cut, choose, cut_model, report, write_cut
-from stillroom.cut.importance import loss_nats
-from stillroom.cut.text import text_batches
 from stillroom.data.config import AnyData
-from stillroom.data.documents import Documents, prepare
+from stillroom.data.dataset import Documents, prepare
 from stillroom.errors import OutOfMemoryError
-from stillroom.files import writing
+from stillroom.models import loading
+from stillroom.models.hidden_states import verify
 from stillroom.prune.config import PruneConfig
-from stillroom.prune.plan import Plan, make_plan
-from stillroom.runs import RunFolder, check_place
+from stillroom.prune.plan import PrunePlan, make_plan
+from stillroom.pruning.importance import loss_nats, text_batches
+from stillroom.pruning.prune import PruneMask, choose_mask, prune_model, report, write_mask
+from stillroom.runs import RunFolder, check_place, writing
 from stillroom.tokenizers import fingerprint, template_fingerprint
 
 Report = Callable[[str, Mapping[str, Any]], None]
@@ -63,34 +62,34 @@ def run(
         return folder.record
 
 
-def _prune(plan: Plan, folder: RunFolder, say: Report) -> None:
+def _prune(plan: PrunePlan, folder: RunFolder, say: Report) -> None:
     start, config = time.monotonic(), plan.config
 
     def note(text: str) -> None:
         say("note", {"text": text})
 
     documents, held_out = (None if data is None else _prepare(data, plan, say) for data in (plan.data, plan.held_out))
-    model = models.load_model(
+    model = loading.load_model(
         config.model,
         dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
         device=config.device,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )
-    models.verify(model, "the model", pack=config.data is not None and config.data.pack)
+    verify(model, "the model", pack=config.data is not None and config.data.pack)
     facts = _facts(plan, model, documents, held_out)
     folder.update(status="started", **facts)
     batches = []
     if documents is not None:
         batches = list(_batches(plan, documents, config.documents))
         note(f"measuring on {min(config.documents, len(documents))} documents")
-    cut = choose(plan.cut, model, batches, teacher=facts["model"]["fingerprint"], say=note)
-    before = models.num_parameters(model)
+    cut = choose_mask(plan.cut, model, batches, teacher=facts["model"]["fingerprint"], say=note)
+    before = loading.num_parameters(model)
     losses = {"model": _loss(plan, model, held_out)}
-    smaller = cut_model(model, cut, plan.cut)
+    smaller = prune_model(model, cut, plan.cut)
     del model
     losses["cut"] = _loss(plan, smaller, held_out)
-    after = models.num_parameters(smaller)
+    after = loading.num_parameters(smaller)
     note(f"writing {folder.path / 'model'}")
     _save(folder.path / "model", smaller, plan, cut)
     results: dict[str, Any] = {
@@ -105,7 +104,7 @@ def _prune(plan: Plan, folder: RunFolder, say: Report) -> None:
     folder.update(status="done", **results)
 
 
-def _prepare(data: AnyData, plan: Plan, say: Report) -> Documents:
+def _prepare(data: AnyData, plan: PrunePlan, say: Report) -> Documents:
     return prepare(
         data,
         plan.tokenizer,
@@ -114,7 +113,7 @@ def _prepare(data: AnyData, plan: Plan, say: Report) -> Documents:
     )
 
 
-def _batches(plan: Plan, documents: Documents, number: int | None = None):
+def _batches(plan: PrunePlan, documents: Documents, number: int | None = None):
     data, batch_tokens = plan.config.data, plan.config.batch_tokens
     assert data is not None
     assert batch_tokens != "auto"
@@ -128,17 +127,19 @@ def _batches(plan: Plan, documents: Documents, number: int | None = None):
     )
 
 
-def _loss(plan: Plan, model: PreTrainedModel, held_out: Documents | None) -> tuple[float, int] | None:
+def _loss(plan: PrunePlan, model: PreTrainedModel, held_out: Documents | None) -> tuple[float, int] | None:
     return None if held_out is None else loss_nats(model, _batches(plan, held_out))
 
 
-def _facts(plan: Plan, model: PreTrainedModel, data: Documents | None, held_out: Documents | None) -> dict[str, Any]:
+def _facts(
+    plan: PrunePlan, model: PreTrainedModel, data: Documents | None, held_out: Documents | None
+) -> dict[str, Any]:
     """What run.json says of the things that went in."""
     name = plan.config.model
     facts: dict[str, Any] = {
         "model": {
-            "fingerprint": models.fingerprint(name, model.config),
-            "num_parameters": models.num_parameters(model),
+            "fingerprint": loading.fingerprint(name, model.config),
+            "num_parameters": loading.num_parameters(model),
         },
         "tokenizer": {"fingerprint": fingerprint(plan.tokenizer)},
     }
@@ -150,7 +151,7 @@ def _facts(plan: Plan, model: PreTrainedModel, data: Documents | None, held_out:
     return facts
 
 
-def _save(folder: Path, model: PreTrainedModel, plan: Plan, cut: Cut) -> None:
+def _save(folder: Path, model: PreTrainedModel, plan: PrunePlan, cut: PruneMask) -> None:
     """Writes the model, its tokenizer and cut.json under a temporary name and renames it."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
@@ -161,7 +162,7 @@ def _save(folder: Path, model: PreTrainedModel, plan: Plan, cut: Cut) -> None:
             except SafetensorError as error:
                 raise OSError(str(error)) from error  # what it says of a disk
             plan.tokenizer.save_pretrained(temporary)
-            write_cut(temporary, cut)
+            write_mask(temporary, cut)
             shutil.rmtree(folder, ignore_errors=True)  # a whole one, whose run was killed before it said so
             temporary.rename(folder)
     finally:

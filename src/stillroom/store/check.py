@@ -11,8 +11,8 @@ import numpy as np
 
 from stillroom.errors import DataError, MismatchError, MissingError, StillroomError
 from stillroom.store.config import Full
+from stillroom.store.filesystem import StoreFiles
 from stillroom.store.format import MANIFEST, MOST_MANIFEST_BYTES, TOKENIZER, Manifest, damaged, read_manifest
-from stillroom.store.place import Place
 from stillroom.store.reader import StoredShard
 
 ROWS_AT_ONCE = 64
@@ -64,7 +64,7 @@ def check(path: str | Path, report: Callable[[str], object] = lambda _: None) ->
     """
     checked = Checked(str(path))
     try:
-        place = Place(checked.path)
+        place = StoreFiles(checked.path)
         checked.manifest = manifest = read_manifest(place.read(MANIFEST, MOST_MANIFEST_BYTES), checked.path)
     except StillroomError as error:
         checked.problems.append(error)
@@ -96,7 +96,7 @@ def check(path: str | Path, report: Callable[[str], object] = lambda _: None) ->
 class ShardCheck:
     """Of one shard: its files' and rows' checksums and every row decoded; the problems, and what was counted."""
 
-    def __init__(self, place: Place, manifest: Manifest, number: int) -> None:
+    def __init__(self, place: StoreFiles, manifest: Manifest, number: int) -> None:
         self.place, self.manifest, self.shard = place, manifest, manifest.shards[number]
         self.problems: list[StillroomError] = []
         self.counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
@@ -158,16 +158,16 @@ class ShardCheck:
 
     def _row(self, shard: StoredShard, row: int) -> None:
         shard.signal(row)
-        tokens, keep = shard.tokens(row), shard.keep(row)
+        tokens, loss_mask = shard.tokens(row), shard.loss_mask(row)
         where = f"{self.shard.name}.arrow row {row}"
         if len(tokens) > self.manifest.length + 1:
             raise damaged(self.place.path, f"tokens of {where}", len(tokens), f"at most {self.manifest.length + 1}")
         if (hidden := self.manifest.hidden) is not None:
-            data, shape = shard.hidden_bytes(row), (int(keep.sum()), self.manifest.hidden_width)
+            data, shape = shard.hidden_bytes(row), (int(loss_mask.sum()), self.manifest.hidden_width)
             shard.decode_hidden(row, data, {layer: np.empty(shape, np.float32) for layer in hidden.layers})
         self.counts["documents"] += 1
         self.counts["tokens"] += len(tokens)
-        self.counts["positions"] += int(keep.sum())
+        self.counts["positions"] += int(loss_mask.sum())
 
     def _count(self, signal: Any) -> None:
         if isinstance(signal, np.ndarray):
@@ -190,7 +190,7 @@ class ShardCheck:
         return True
 
 
-def _crc32(place: Place, name: str) -> int:
+def _crc32(place: StoreFiles, name: str) -> int:
     checksum = 0
     with place.open(name) as file:
         while block := file.read(1 << 22):
@@ -210,10 +210,10 @@ def _manifest_problems(manifest: Manifest, path: str) -> list[StillroomError]:
     return found
 
 
-def _tokenizer_problems(place: Place, manifest: Manifest) -> list[StillroomError]:
+def _tokenizer_problems(place: StoreFiles, manifest: Manifest) -> list[StillroomError]:
     import tempfile
 
-    from stillroom.tokenizers import fingerprint, load_tokenizer, num_columns
+    from stillroom.tokenizers import fingerprint, load_tokenizer, required_vocab_size
 
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -232,7 +232,7 @@ def _tokenizer_problems(place: Place, manifest: Manifest) -> list[StillroomError
             ]
         except StillroomError as error:
             return [error]
-        print_found, columns = fingerprint(tokenizer), num_columns(tokenizer)
+        print_found, columns = fingerprint(tokenizer), required_vocab_size(tokenizer)
     if print_found != manifest.tokenizer.fingerprint:
         return [
             MismatchError(
@@ -247,7 +247,7 @@ def _tokenizer_problems(place: Place, manifest: Manifest) -> list[StillroomError
     return []
 
 
-def _unlisted(place: Place, manifest: Manifest) -> list[str]:
+def _unlisted(place: StoreFiles, manifest: Manifest) -> list[str]:
     if place.remote:
         return []
     listed = {f"{shard.name}.{kind}" for shard in manifest.shards for kind in ("arrow", "tables")}

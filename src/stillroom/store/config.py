@@ -4,13 +4,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from stillroom.config import Config
+from stillroom.config import Config, PathText
 from stillroom.layers import Layer, in_order
 
 SHARD_POSITIONS = 2**20
 """The default size of a shard, in positions."""
+
 Entries = Annotated[int, Field(gt=0, le=65536)]
+
 Step = Annotated[float, Field(ge=0.001, le=1)]
+
 Temperatures = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False)]
 
 
@@ -74,12 +77,15 @@ class Full(Config):
 
 
 SignalConfig = Annotated[TopK | TopP | Sampled | HeadAndSample | Full, Field(discriminator="kind")]
+
 QuantisedSignal = TopK | TopP | Sampled | HeadAndSample
+
 AnySignal = QuantisedSignal | Full
+
 SAMPLED = ("sampled", "head_and_sample")
 
 
-class HiddenStates(Config):
+class HiddenStatesConfig(Config):
     """States of some of the teacher's layers at each position."""
 
     layers: Annotated[tuple[Layer, ...], Field(strict=False, min_length=1)]
@@ -110,3 +116,31 @@ def known_temperatures(signal: AnySignal) -> tuple[float, ...]:
     if not isinstance(signal, TopK | TopP):
         return ()
     return (1.0, *sorted({float(t) for t in signal.temperatures} - {1.0}))
+
+
+class ImportConfig(Config):
+    """`stillroom store import FILE…`: make a store of top-k log-probabilities that something else wrote."""
+
+    out: PathText
+    """The store's folder, which must not exist yet."""
+    tokenizer: PathText
+    """Hub name or folder of the tokenizer that the token ids are of. It goes into the store."""
+    layout: Literal["auto", "plain", "distillkit"] = "auto"
+    """plain: columns of tokens, ids and log-probabilities, as `stillroom store export` writes them. distillkit: the
+    compressed columns of DistillKit. auto tells them apart by the names of the columns."""
+    num_columns: Annotated[int, Field(gt=0, lt=2**24)] | Literal["auto"] = "auto"
+    """The columns over which the teacher's softmax was taken; auto is those that the tokenizer has tokens for."""
+    compression: PathText | Literal["auto"] = "auto"
+    """For distillkit, the YAML file of its compression settings; auto is compression_config.yaml beside the first
+    file."""
+    invalid: Literal["refuse", "drop"] = "refuse"
+    """A position whose log-probabilities cannot be a distribution (not a number, rising, of a mass above 1) is an
+    error, or is left without a signal and counted. An id that cannot be is always an error."""
+    tolerance: Annotated[float, Field(ge=0, le=0.5)] = 0.01
+    """By how much the mass of a position may exceed 1, for entries that were rounded."""
+    step: Step = 0.1
+    """Log-probabilities are kept as whole multiples of this many nats; it costs about step²/24 nats."""
+    teacher: str | None = None
+    """What the teacher is called; null takes what the files say of it, or else "unknown"."""
+    data: str | None = None
+    """What the data are called; null takes what the files say of them, or else the first file's name."""

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stillroom.errors import StorageError
-from stillroom.files import writing
+from stillroom.runs import writing
 from stillroom.store.config import SAMPLED, AnySignal, Full, known_temperatures, side_columns
 from stillroom.store.format import Manifest
-from stillroom.store.quantise import to_sparse
+from stillroom.store.quantize import to_sparse
 from stillroom.store.reader import Store
 
 METADATA = b"stillroom"
@@ -116,13 +116,13 @@ def _runs(store: Store) -> Iterator[tuple[int, int]]:
 def _rows(store: Store, first: int, stop: int) -> dict[str, Any]:
     """The columns of some documents."""
     rows = range(first, stop)
-    tokens, keep = [store.tokens(row) for row in rows], [store.keep(row) for row in rows]
-    kept = np.array([int(mask.sum()) for mask in keep], np.int64)
+    tokens, loss_mask = [store.tokens(row) for row in rows], [store.loss_mask(row) for row in rows]
+    kept = np.array([int(mask.sum()) for mask in loss_mask], np.int64)
     counts, ids, log_probs, further = _positions(store, rows)
     found: dict[str, Any] = {
         "document": pa.array([store.document(row) for row in rows], pa.int64()),
         "tokens": _lists(np.array([len(t) for t in tokens]), pa.array(np.concatenate(tokens), pa.int32())),
-        "keep": _lists(np.array([len(t) for t in tokens]), pa.array(np.concatenate(keep), pa.bool_())),
+        "keep": _lists(np.array([len(t) for t in tokens]), pa.array(np.concatenate(loss_mask), pa.bool_())),
         "ids": _lists(kept, _lists(counts, pa.array(ids, pa.int32()))),
         "log_probs": _lists(kept, _lists(counts, pa.array(log_probs, pa.float32()))),
     }

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from stillroom.errors import DataError
-from stillroom.store.config import HiddenStates, SignalConfig, side_columns
+from stillroom.store.config import HiddenStatesConfig, SignalConfig, side_columns
 
 FORMAT, WITH_HIDDEN = 1, 2
 """The version of everything in the folder, and that of a store which holds hidden states too."""
@@ -52,7 +52,7 @@ class Shard(_Part):
     tables_crc32: Count
 
 
-class Source(_Part):
+class SourceInfo(_Part):
     """Where something came from."""
 
     name: str
@@ -65,16 +65,16 @@ class Manifest(_Part):
     format: int
     complete: bool
     """False while a capture is under way, or was interrupted."""
-    teacher: Source
+    teacher: SourceInfo
     engine: str
     """What asked the teacher: transformers, vllm, openai, import."""
-    tokenizer: Source
+    tokenizer: SourceInfo
     template: str
     """The sha256 of the chat template that rows went through; "none" where they went through none."""
-    data: Source
+    data: SourceInfo
     part: tuple[Count, Annotated[int, Field(gt=0)]] = (0, 1)
     """Which part of the data this is, and of how many."""
-    merged: tuple[Source, ...] = ()
+    merged: tuple[SourceInfo, ...] = ()
     """Of a store that was merged of stores of other data: the data of each."""
     num_columns: Annotated[int, Field(gt=0, lt=2**24)]
     """The columns over which the teacher's softmax was taken."""
@@ -97,7 +97,7 @@ class Manifest(_Part):
     a truncated signal at the stored temperature where a position's is the most."""
     shards: tuple[Shard, ...] = ()
     versions: dict[str, str] = Field(default_factory=dict)
-    hidden: HiddenStates | None = None
+    hidden: HiddenStatesConfig | None = None
     """The inner states that are kept besides the signal; the key is there only where some are, as are the next two."""
     hidden_width: Annotated[int, Field(ge=0, le=2**20)] = 0
     """The channels of each of them; 0 where there are none."""
@@ -125,7 +125,7 @@ class Manifest(_Part):
         return self
 
     @property
-    def origins(self) -> list[tuple[Source, tuple[int, int]]]:
+    def origins(self) -> list[tuple[SourceInfo, tuple[int, int]]]:
         """All data whose documents are here, each with the part that is."""
         return [(data, (0, 1)) for data in self.merged] or [(self.data, self.part)]
 
@@ -140,7 +140,7 @@ class Manifest(_Part):
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def format_of(hidden: HiddenStates | None) -> int:
+def format_of(hidden: HiddenStatesConfig | None) -> int:
     """The version of a store: readers that know nothing of hidden states refuse one that holds them."""
     return FORMAT if hidden is None else WITH_HIDDEN
 
@@ -228,25 +228,25 @@ def schema(num_columns: int, *, hidden: bool = False) -> pa.Schema:
 def row_crc32(
     document: int,
     tokens: np.ndarray,
-    keep: np.ndarray,
+    loss_mask: np.ndarray,
     signal: bytes | memoryview,
     hidden_crc32: int | None = None,
 ) -> int:
     """The checksum of a row: document, tokens and keep as little-endian int64, uint32 and bytes of 0 and 1, signal; and
     the checksum of its hidden states where it has some, as uint32, so that a signal is checked without reading them."""
-    checksum = zlib.crc32(signal, _crc32_of_document(document, tokens, keep))
+    checksum = zlib.crc32(signal, _crc32_of_document(document, tokens, loss_mask))
     return checksum if hidden_crc32 is None else zlib.crc32(int(hidden_crc32).to_bytes(4, "little"), checksum)
 
 
-def hidden_crc32(document: int, tokens: np.ndarray, keep: np.ndarray, hidden: bytes | memoryview) -> int:
+def hidden_crc32(document: int, tokens: np.ndarray, loss_mask: np.ndarray, hidden: bytes | memoryview) -> int:
     """The checksum of a row's hidden states, which are those of this document: of it, then of them."""
-    return zlib.crc32(hidden, _crc32_of_document(document, tokens, keep))
+    return zlib.crc32(hidden, _crc32_of_document(document, tokens, loss_mask))
 
 
-def _crc32_of_document(document: int, tokens: np.ndarray, keep: np.ndarray) -> int:
+def _crc32_of_document(document: int, tokens: np.ndarray, loss_mask: np.ndarray) -> int:
     checksum = zlib.crc32(int(document).to_bytes(8, "little", signed=True))
     checksum = zlib.crc32(np.ascontiguousarray(tokens, dtype="<u4").data, checksum)
-    return zlib.crc32(np.ascontiguousarray(keep, dtype=np.uint8).data, checksum)
+    return zlib.crc32(np.ascontiguousarray(loss_mask, dtype=np.uint8).data, checksum)
 
 
 def values_of(manifest: Manifest) -> dict[str, Any]:

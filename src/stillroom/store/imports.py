@@ -12,15 +12,22 @@ from transformers import PreTrainedTokenizerBase
 
 from stillroom import tokenizers
 from stillroom.errors import ConfigError, DataError, MismatchError
-from stillroom.selection import Selection, subtracted_rests
-from stillroom.store.config import SAMPLED, TopK, side_columns
+from stillroom.kernels.selection import Selection, subtracted_rests
+from stillroom.store.config import SAMPLED, ImportConfig, TopK, side_columns
 from stillroom.store.distillkit import CONFIG_FILE, check_vocabulary, read_compression
-from stillroom.store.folder import check_out, new_store
-from stillroom.store.format import FORMAT, TOKENIZER, Manifest, Source
-from stillroom.store.import_config import ImportConfig
-from stillroom.store.layouts import PACKED, PACKED_BEFORE, Row, Scan, distillkit_rows, plain_names, plain_rows, scan
-from stillroom.store.quantise import quantise
-from stillroom.store.writer import StoreWriter
+from stillroom.store.format import FORMAT, TOKENIZER, Manifest, SourceInfo
+from stillroom.store.layouts import (
+    PACKED,
+    PACKED_BEFORE,
+    ForeignRow,
+    Scan,
+    distillkit_rows,
+    plain_names,
+    plain_rows,
+    scan,
+)
+from stillroom.store.quantize import quantize
+from stillroom.store.writer import StoreWriter, check_out, new_store
 
 MOST_ENTRIES = 65536
 
@@ -89,7 +96,7 @@ def import_files(
 
 
 def _num_columns(config: ImportConfig, tokenizer: PreTrainedTokenizerBase, metadata: dict[str, Any]) -> int:
-    needed = tokenizers.num_columns(tokenizer)
+    needed = tokenizers.required_vocab_size(tokenizer)
     if metadata:
         _check_metadata(metadata, tokenizer)
     columns = config.num_columns
@@ -126,7 +133,7 @@ def _check_metadata(metadata: dict[str, Any], tokenizer: PreTrainedTokenizerBase
         )
 
 
-def _read(config: ImportConfig, scanned: Scan, num_columns: int) -> tuple[Iterator[Row], int]:
+def _read(config: ImportConfig, scanned: Scan, num_columns: int) -> tuple[Iterator[ForeignRow], int]:
     """The rows, and how many entries a position has at the most."""
     packed, legacy = (set(names) <= scanned.columns for names in (PACKED, PACKED_BEFORE))
     layout = config.layout
@@ -181,11 +188,13 @@ def _manifest(
     return Manifest(
         format=FORMAT,
         complete=False,
-        teacher=Source(name=config.teacher or teacher["name"], fingerprint=config.teacher or teacher["fingerprint"]),
+        teacher=SourceInfo(
+            name=config.teacher or teacher["name"], fingerprint=config.teacher or teacher["fingerprint"]
+        ),
         engine="import",
-        tokenizer=Source(name=config.tokenizer, fingerprint=tokenizers.fingerprint(tokenizer)),
+        tokenizer=SourceInfo(name=config.tokenizer, fingerprint=tokenizers.fingerprint(tokenizer)),
         template=known.get("template", "none"),
-        data=Source(name=config.data or data["name"], fingerprint=scanned.fingerprint),
+        data=SourceInfo(name=config.data or data["name"], fingerprint=scanned.fingerprint),
         num_columns=num_columns,
         length=max(1, scanned.most_tokens - 1),
         signal=signal,
@@ -195,7 +204,7 @@ def _manifest(
     )
 
 
-def checked(rows: Iterator[Row], num_columns: int) -> Iterator[Row]:
+def checked(rows: Iterator[ForeignRow], num_columns: int) -> Iterator[ForeignRow]:
     """The rows, each found possible; wrong ids and wrong numbers of positions are errors."""
     for row in rows:
         if len(row.tokens) and not 0 <= row.tokens.min() <= row.tokens.max() < num_columns:
@@ -207,12 +216,14 @@ def checked(rows: Iterator[Row], num_columns: int) -> Iterator[Row]:
         pairs = np.unique(owner * num_columns + ids)
         if len(pairs) < len(ids):
             raise _wrong(row, "ids", "one twice within a position", "each once")
-        if row.keep is not None and (len(row.keep) != len(row.tokens) or row.keep[-1:].any()):
-            raise _wrong(row, "keep or labels", f"{len(row.keep)} values", f"{len(row.tokens)}, False for the last")
+        if row.loss_mask is not None and (len(row.loss_mask) != len(row.tokens) or row.loss_mask[-1:].any()):
+            raise _wrong(
+                row, "keep or labels", f"{len(row.loss_mask)} values", f"{len(row.tokens)}, False for the last"
+            )
         yield row
 
 
-def _wrong(row: Row, what: str, found: object, possible: object) -> MismatchError:
+def _wrong(row: ForeignRow, what: str, found: object, possible: object) -> MismatchError:
     return MismatchError(
         f"{row.where} has {what} that cannot be",
         {"found": found, "possible": possible},
@@ -221,11 +232,13 @@ def _wrong(row: Row, what: str, found: object, possible: object) -> MismatchErro
     )
 
 
-def _owners(row: Row) -> np.ndarray:
+def _owners(row: ForeignRow) -> np.ndarray:
     return np.repeat(np.arange(len(row.counts)), row.counts)
 
 
-def _add(writer: StoreWriter, number: int, row: Row, config: ImportConfig, signal: TopK, imported: Imported) -> None:
+def _add(
+    writer: StoreWriter, number: int, row: ForeignRow, config: ImportConfig, signal: TopK, imported: Imported
+) -> None:
     """Puts one row into the store."""
     places, said = _places(row, imported.notes)
     ids, log_probs = (table[said] for table in _tables(row))
@@ -244,34 +257,36 @@ def _add(writer: StoreWriter, number: int, row: Row, config: ImportConfig, signa
     labels = row.tokens[places + 1]
     imported.labels_kept += int(((ids == labels[:, None]) & np.isfinite(log_probs)).any(1).sum())
     nothing = np.zeros((len(ids), 0), np.float32)
-    levels, error = quantise(_selection(ids, log_probs, further, writer.manifest.num_columns), signal, nothing)
-    keep = np.zeros(len(row.tokens), bool)
-    keep[places] = True
+    levels, error = quantize(_selection(ids, log_probs, further, writer.manifest.num_columns), signal, nothing)
+    loss_mask = np.zeros(len(row.tokens), bool)
+    loss_mask[places] = True
     document = number if row.document is None else row.document
-    writer.add(document, row.tokens.astype(np.int32), keep, levels, error)
+    writer.add(document, row.tokens.astype(np.int32), loss_mask, levels, error)
 
 
-def _places(row: Row, notes: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
+def _places(row: ForeignRow, notes: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
     """The positions that are to be learnt, and which of the row's signals is of each.
 
     The signals are of the positions that are to be learnt; or of all that have a next token; or of all, and then the
     last one speaks of a token that is not there.
     """
     n, p = len(row.tokens), len(row.counts)
-    learn = np.arange(n) < n - 1 if row.keep is None else row.keep
-    if row.keep is not None and int(learn.sum()) == p:
-        return np.flatnonzero(learn), np.arange(p)
+    target_mask = np.arange(n) < n - 1 if row.loss_mask is None else row.loss_mask
+    if row.loss_mask is not None and int(target_mask.sum()) == p:
+        return np.flatnonzero(target_mask), np.arange(p)
     if p == n and n:
         notes["of a last token, whose next one is not there, left out"] += 1
     elif p != max(0, n - 1):
-        possible = f"{n - 1}, for {n} tokens" if row.keep is None else f"{int(learn.sum())}, which are to be learnt"
+        possible = (
+            f"{n - 1}, for {n} tokens" if row.loss_mask is None else f"{int(target_mask.sum())}, which are to be learnt"
+        )
         raise _wrong(row, "a number of positions", p, possible)
-    if others := n - 1 - int(learn.sum()):
+    if others := n - 1 - int(target_mask.sum()):
         notes["not to be learnt, left out"] += others
-    return np.flatnonzero(learn), np.flatnonzero(learn)
+    return np.flatnonzero(target_mask), np.flatnonzero(target_mask)
 
 
-def _tables(row: Row) -> tuple[np.ndarray, np.ndarray]:
+def _tables(row: ForeignRow) -> tuple[np.ndarray, np.ndarray]:
     """Ids, int64 [p, k], and log-probabilities, float64 [p, k]; −inf where a position has fewer."""
     width = max(1, int(row.counts.max(initial=0)))
     there = np.arange(width) < row.counts[:, None]
@@ -314,7 +329,9 @@ def _middle(log_probs: np.ndarray) -> np.ndarray:
     return np.take_along_axis(falling, middle[:, None], 1)[:, 0]
 
 
-def _refused(row: Row, places: np.ndarray, log_probs: np.ndarray, wrong: np.ndarray, tolerance: float) -> DataError:
+def _refused(
+    row: ForeignRow, places: np.ndarray, log_probs: np.ndarray, wrong: np.ndarray, tolerance: float
+) -> DataError:
     """The error of the first position that is wrong."""
     first = int(np.flatnonzero(wrong)[0])
     values = log_probs[first]

@@ -37,14 +37,14 @@ entropy; others are left alone."""
 
 
 @dataclass(frozen=True)
-class Row:
+class ForeignRow:
     """A text with what the teacher said of its positions, as a file has it."""
 
     where: str
     document: int | None
     tokens: np.ndarray
     """int64 [n]"""
-    keep: np.ndarray | None
+    loss_mask: np.ndarray | None
     """bool [n]; None where the file does not say."""
     counts: np.ndarray
     """int64 [p] entries of each position; their ``ids`` (int64) and ``log_probs`` (float64) are one after the other."""
@@ -149,7 +149,7 @@ def plain_names(scanned: Scan) -> tuple[str, str, str]:
     return tokens, ids, log_probs
 
 
-def plain_rows(scanned: Scan) -> Iterator[Row]:
+def plain_rows(scanned: Scan) -> Iterator[ForeignRow]:
     """The rows of files of plain columns."""
     tokens, ids, log_probs = plain_names(scanned)
     further = sorted(c for c in scanned.columns if c.startswith("log_rest") or c in ("entropy", "label_log_prob"))
@@ -163,7 +163,7 @@ def plain_rows(scanned: Scan) -> Iterator[Row]:
         for name, column in said.items():
             if len(column) != stop - start:
                 raise _bad(path, f"`{name}` has {len(column)} numbers for {stop - start} positions", where)
-        yield Row(
+        yield ForeignRow(
             where,
             int(batch["document"][row].as_py()) if "document" in scanned.columns else None,
             _list(batch[tokens], row).astype(np.int64),
@@ -176,7 +176,7 @@ def plain_rows(scanned: Scan) -> Iterator[Row]:
         )
 
 
-def distillkit_rows(scanned: Scan, settings: AnyCompression) -> Iterator[Row]:
+def distillkit_rows(scanned: Scan, settings: AnyCompression) -> Iterator[ForeignRow]:
     """The rows of DistillKit's compressed files."""
     names = PACKED_BEFORE if isinstance(settings, LegacyCompression) else PACKED
     tokens = str(name_of("tokens", scanned.columns))
@@ -185,7 +185,7 @@ def distillkit_rows(scanned: Scan, settings: AnyCompression) -> Iterator[Row]:
         if len({len(values) for values in columns.values()}) > 1:
             raise _bad(path, "a row has more positions of one column than of another", where)
         ids, log_probs = decode(settings, columns, where)
-        yield Row(
+        yield ForeignRow(
             where,
             None,
             _list(batch[tokens], row).astype(np.int64),

@@ -13,8 +13,9 @@ import pyarrow as pa
 
 from stillroom.errors import DataError, MismatchError
 from stillroom.layers import Layer
-from stillroom.store.batches import check_uncompressed
+from stillroom.store.arrow import check_uncompressed
 from stillroom.store.config import AnySignal, Full
+from stillroom.store.filesystem import StoreFiles
 from stillroom.store.format import (
     MANIFEST,
     MOST_MANIFEST_BYTES,
@@ -28,9 +29,8 @@ from stillroom.store.format import (
     row_crc32,
     schema,
 )
-from stillroom.store.hidden import bytes_per_position, decode
-from stillroom.store.levels import Levels
-from stillroom.store.place import Place
+from stillroom.store.hidden_states import bytes_per_position, decode
+from stillroom.store.quantize import LogProbCodes
 
 
 class Store:
@@ -47,7 +47,7 @@ class Store:
 
     def __init__(self, path: str | Path, *, partial: bool = False) -> None:
         self.path = str(path)
-        self.place = Place(self.path)
+        self.place = StoreFiles(self.path)
         self.manifest: Manifest = read_manifest(self.place.read(MANIFEST, MOST_MANIFEST_BYTES), self.path)
         if not (self.manifest.complete or partial):
             raise DataError(
@@ -96,14 +96,14 @@ class Store:
         shard, row = self._find(index)
         return shard.tokens(row)
 
-    def keep(self, index: int) -> np.ndarray:
+    def loss_mask(self, index: int) -> np.ndarray:
         """Whether the token after each is to be learnt, bool [n]; False for the last."""
         shard, row = self._find(index)
-        return shard.keep(row)
+        return shard.loss_mask(row)
 
-    def learn(self, index: int) -> np.ndarray:
+    def target_mask(self, index: int) -> np.ndarray:
         """Which tokens of a document are to be learnt, bool [n]; entry i speaks of token i itself."""
-        return np.roll(self.keep(index), 1)
+        return np.roll(self.loss_mask(index), 1)
 
     def document(self, index: int) -> int:
         """The number of a document in the data that were captured."""
@@ -119,13 +119,13 @@ class Store:
         shard, row = self._find(index)
         return len(shard.signal(row))
 
-    def levels(self, indices: Sequence[int]) -> Levels:
+    def levels(self, indices: Sequence[int]) -> LogProbCodes:
         """What is stored of the kept positions of some documents, one after the other.
 
         Raises:
             DataError: a row's checksum is wrong, or it cannot be decoded.
         """
-        parts: dict[int, Levels] = {}
+        parts: dict[int, LogProbCodes] = {}
         by_shard: dict[int, list[int]] = {}
         for index in indices:
             by_shard.setdefault(int(np.searchsorted(self._starts, index, side="right")) - 1, []).append(index)
@@ -136,10 +136,10 @@ class Store:
                 return decoded
             at = 0
             for index in wanted:
-                end = at + int(self.keep(index).sum())
+                end = at + int(self.loss_mask(index).sum())
                 parts[index] = decoded.slice(at, end)
                 at = end
-        return Levels.concatenate([parts[index] for index in indices])
+        return LogProbCodes.concatenate([parts[index] for index in indices])
 
     def logits(self, indices: Sequence[int]) -> np.ndarray:
         """Of a full store: the logits of the kept positions of some documents, float32 [kept, columns]."""
@@ -169,7 +169,7 @@ class Store:
             return {}
         found = [self._find(index) for index in indices]
         rows = [shard.hidden_bytes(row) for shard, row in found]  # no more is allocated than is there
-        edges = np.cumsum([0, *(int(shard.keep(row).sum()) for shard, row in found)]).tolist()
+        edges = np.cumsum([0, *(int(shard.loss_mask(row).sum()) for shard, row in found)]).tolist()
         shape = edges[-1], self.manifest.hidden_width
         states: dict[Layer, np.ndarray] = {layer: np.empty(shape, np.float32) for layer in wanted}
         for (shard, row), data, start, stop in zip(found, rows, edges[:-1], edges[1:], strict=True):
@@ -205,7 +205,7 @@ class Store:
 class StoredShard:
     """One Arrow file and its tables, opened when first needed."""
 
-    def __init__(self, place: Place, shard: Shard, manifest: Manifest) -> None:
+    def __init__(self, place: StoreFiles, shard: Shard, manifest: Manifest) -> None:
         self.place, self.shard, self.manifest = place, shard, manifest
         self.num_documents = shard.documents
         self._held: tuple[int, pa.RecordBatch] | None = None
@@ -286,7 +286,7 @@ class StoredShard:
 
     @cached_property
     def codec(self) -> Any:
-        from stillroom.store.codec import Codec
+        from stillroom.store.codec.codec import Codec
 
         name = f"{self.shard.name}.tables"
         data = self.place.read(name, self.shard.tables_bytes)
@@ -312,22 +312,24 @@ class StoredShard:
     def tokens(self, row: int) -> np.ndarray:
         return self.column(row, "tokens").values.to_numpy(zero_copy_only=False)
 
-    def keep(self, row: int) -> np.ndarray:
+    def loss_mask(self, row: int) -> np.ndarray:
         return self.column(row, "keep").values.to_numpy(zero_copy_only=False)
 
     def signal(self, row: int) -> memoryview:
         """A row's bytes, after its checksum was found right."""
-        tokens, keep = self.tokens(row), self.keep(row)
+        tokens, loss_mask = self.tokens(row), self.loss_mask(row)
         signal = memoryview(self.column(row, "signal").as_buffer())
         of_hidden = None if self.manifest.hidden is None else self.column(row, "hidden_crc32").as_py()
-        found = row_crc32(self.column(row, "document").as_py(), tokens, keep, signal, of_hidden)
+        found = row_crc32(self.column(row, "document").as_py(), tokens, loss_mask, signal, of_hidden)
         expected = self.column(row, "crc32").as_py()
         where = f"{self.shard.name}.arrow row {row}"
         if found != expected:
             raise damaged(self.place.path, f"checksum of {where}", found, expected)
         highest = int(tokens.max(initial=0))
-        if len(keep) != len(tokens) or (len(keep) and keep[-1]) or highest >= self.manifest.num_columns:
-            raise damaged(self.place.path, f"tokens and keep of {where}", f"{len(tokens)} and {len(keep)}", "as many")
+        if len(loss_mask) != len(tokens) or (len(loss_mask) and loss_mask[-1]) or highest >= self.manifest.num_columns:
+            raise damaged(
+                self.place.path, f"tokens and keep of {where}", f"{len(tokens)} and {len(loss_mask)}", "as many"
+            )
         return signal
 
     def hidden_bytes(self, row: int) -> memoryview:
@@ -336,13 +338,13 @@ class StoredShard:
         assert config is not None
         batch, place = self._batch_of(row)
         hidden = memoryview(self._hidden_batch(batch)["hidden"][place].as_buffer())
-        tokens, keep = self.tokens(row), self.keep(row)
-        found = hidden_crc32(self.column(row, "document").as_py(), tokens, keep, hidden)
+        tokens, loss_mask = self.tokens(row), self.loss_mask(row)
+        found = hidden_crc32(self.column(row, "document").as_py(), tokens, loss_mask, hidden)
         expected = self.column(row, "hidden_crc32").as_py()
         where = f"hidden states of {self.shard.name}.arrow row {row}"
         if found != expected:
             raise damaged(self.place.path, f"checksum of {where}", found, expected)
-        size = int(keep.sum()) * bytes_per_position(config, width)
+        size = int(loss_mask.sum()) * bytes_per_position(config, width)
         if len(hidden) != size:
             raise damaged(self.place.path, f"bytes of {where}", len(hidden), size)
         return hidden
@@ -352,22 +354,22 @@ class StoredShard:
         config, width = self.manifest.hidden, self.manifest.hidden_width
         assert config is not None
         try:
-            decode(data, config, width, int(self.keep(row).sum()), into)
+            decode(data, config, width, int(self.loss_mask(row).sum()), into)
         except ValueError as error:
             where = f"hidden states of {self.shard.name}.arrow row {row}"
             raise damaged(self.place.path, where, error, "states") from None
 
     def logits(self, row: int) -> np.ndarray:
-        signal, kept = self.signal(row), int(self.keep(row).sum())
+        signal, kept = self.signal(row), int(self.loss_mask(row).sum())
         if not isinstance(self.manifest.signal, Full) or len(signal) != 4 * kept * self.manifest.num_columns:
             size = 4 * kept * self.manifest.num_columns
             raise damaged(self.place.path, f"bytes of {self.shard.name}.arrow row {row}", len(signal), size)
         return np.frombuffer(signal, "<f4").reshape(kept, self.manifest.num_columns)
 
-    def levels(self, rows: Sequence[int]) -> Levels:
+    def levels(self, rows: Sequence[int]) -> LogProbCodes:
         """Of some rows, one after the other."""
         signals = [self.signal(row) for row in rows]  # which finds their checksums right first
-        kept = [self.tokens(row)[self.keep(row)].astype(np.int32) for row in rows]
+        kept = [self.tokens(row)[self.loss_mask(row)].astype(np.int32) for row in rows]
         offsets = np.cumsum([0, *map(len, kept)], dtype=np.int64)
         try:
             tokens = np.concatenate([np.zeros(0, np.int32), *kept])

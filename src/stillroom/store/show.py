@@ -1,24 +1,52 @@
-"""Show: what is in a store, in words, on a terminal of 100 columns."""
+"""Token texts as a terminal can show them: on one line, with nothing in them that it would obey."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from stillroom.store.config import SAMPLED, AnySignal, Full, QuantisedSignal, side_columns
-from stillroom.store.hidden import bytes_per_position
-from stillroom.store.levels import Levels
-from stillroom.store.quantise import log_unit_of, to_sparse
+from stillroom.store.hidden_states import bytes_per_position
+from stillroom.store.quantize import LogProbCodes, log_unit_of, to_sparse
 from stillroom.store.reader import Store
-from stillroom.store.tokens import TokenTexts
 from stillroom.terminal import escaped, fitted, width
 
+
+class TokenTexts:
+    """The texts of a tokenizer's tokens, each in quotation marks, by id."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._special = {token.content for token in tokenizer.added_tokens_decoder.values()}
+        self.text = lru_cache(1 << 16)(self._text)
+
+    def _text(self, token: int) -> str:
+        """What token ``token`` stands for; an id that has none is shown by its number."""
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        if not isinstance(piece, str):
+            return f"<{token}>"
+        if piece in self._special:
+            return escaped(piece)
+        text = self._tokenizer.decode([token])
+        assert isinstance(text, str)
+        if not text or "\ufffd" in text:  # a part of a character
+            return f"<{escaped(piece)}>"
+        if piece.startswith("▁") and not text[0].isspace():
+            text = f" {text}"
+        return f"'{escaped(text)}'"
+
+
 COLUMNS = 100
+
 SAMPLE_POSITIONS = 50_000
 """Positions over which the histogram is taken."""
+
 CANDIDATES = 8
 """Tokens that are named of each position."""
+
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
 """Where the histogram's bars begin, where there are too many numbers for a bar each."""
 
@@ -85,16 +113,17 @@ def describe_row(store: Store, index: int, texts: TokenTexts) -> str:
     Raises:
         IndexError: there is no such document.
     """
-    tokens, keep = store.tokens(index), store.keep(index)
+    tokens, loss_mask = store.tokens(index), store.loss_mask(index)
+    kept = int(loss_mask.sum())
     head = (
         f"document {store.document(index)} of {escaped(store.manifest.data.name)} (row {index} of {len(store)}): "
-        f"{len(tokens):,} tokens, {int(keep.sum()):,} positions with a signal in {store.signal_bytes(index):,} bytes"
+        f"{len(tokens):,} tokens, {kept:,} positions with a signal in {store.signal_bytes(index):,} bytes"
     )
     candidates = _candidates(store, index, texts)
     lines = [*_wrapped("", head), *_wrapped("", _sizes_of_states(store, index)), ""]
     for position, token in enumerate(tokens.tolist()):
         text = f"{position:6}  {fitted(texts.text(token), 30)}"
-        if not keep[position]:
+        if not loss_mask[position]:
             lines.append(text.rstrip())
             continue
         entries, label, notes = next(candidates)
@@ -138,7 +167,7 @@ def _candidates(store: Store, index: int, texts: TokenTexts) -> Iterator[tuple[l
         yield names, label, notes[p]
 
 
-def _notes(levels: Levels, config: QuantisedSignal) -> list[str]:
+def _notes(levels: LogProbCodes, config: QuantisedSignal) -> list[str]:
     """Of each position: the mass left out or the weight of a draw, and the entropy."""
     sparse, names = to_sparse(levels, config), side_columns(config)
     columns: list[list[str]] = []

@@ -1,8 +1,10 @@
-"""StoreWriter: documents with their signals to shards, each whole or absent."""
+"""Writes a store shard by shard; a shard is there whole or not at all."""
 
 import os
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,32 +13,84 @@ import numpy as np
 import pyarrow as pa
 
 from stillroom.errors import MismatchError, StorageError
-from stillroom.files import crc32, lock, sync_folder, write_json, writing
-from stillroom.store.codec import Codec
+from stillroom.runs import crc32, lock, sync_folder, write_json, writing
+from stillroom.store.codec.codec import Codec
 from stillroom.store.config import SHARD_POSITIONS, Full
-from stillroom.store.format import (
-    MANIFEST,
-    Manifest,
-    Shard,
-    hidden_crc32,
-    read_manifest,
-    row_crc32,
-    schema,
-    values_of,
-)
-from stillroom.store.hidden import bytes_per_position
-from stillroom.store.levels import Levels
+from stillroom.store.format import MANIFEST, Manifest, Shard, hidden_crc32, read_manifest, row_crc32, schema, values_of
+from stillroom.store.hidden_states import bytes_per_position
+from stillroom.store.quantize import LogProbCodes
+
+
+def check_out(out: str | Path, *, overwrite: bool) -> None:
+    """Returns where a new store may have this name.
+
+    Raises:
+        StorageError: something is there, and it is not a store or ``overwrite`` is off.
+    """
+    path = Path(out)
+    if "://" in str(out):
+        raise StorageError(
+            f"a store cannot be written to {out}",
+            {"out": out, "needed": "a folder of this machine"},
+            why="A folder appears there at once and as a whole, by a new name; an address cannot do that.",
+            fix="Write it here, and copy it.",
+        )
+    if not (path.exists() or path.is_symlink()):
+        return
+    store = path.is_dir() and not path.is_symlink() and (path / MANIFEST).is_file()
+    if store and overwrite:
+        return
+    holds = ", ".join(sorted(p.name for p in path.iterdir())[:4]) or "nothing" if path.is_dir() else "a file"
+    raise StorageError(
+        f"{path} exists" if store or not overwrite else f"{path} is not a store",
+        {"out": path, "holds": holds},
+        why="Nothing that is there is lost unless you say so, and only a store is deleted at all.",
+        fix="Choose another `out`." if not store else "Use --overwrite to delete that store, or choose another `out`.",
+    )
+
+
+@contextmanager
+def new_store(out: str | Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder to write a store into, which becomes ``out`` at the end, and is deleted where the block fails.
+
+    With ``overwrite`` a store that is there is deleted, but only once the new one is whole.
+    """
+    check_out(out, overwrite=overwrite)
+    path = Path(out)
+    made, old = (path.with_name(f".{path.name}.{kind}") for kind in ("new", "old"))
+    for rest in (made, old):
+        if rest.exists():
+            shutil.rmtree(rest)
+    with writing(path):
+        made.mkdir(parents=True)
+    try:
+        yield made
+        with writing(path):
+            if path.exists():
+                path.rename(old)
+            made.rename(path)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    if old.exists():
+        shutil.rmtree(old)
+
 
 ROWS_AT_ONCE = 256
 """Rows of a record batch at the most."""
+
 BATCH_HIDDEN_BYTES = 2**25
 """A record batch is closed when it has so many bytes of hidden states; one that lies elsewhere is read whole."""
+
 SHARD_HIDDEN_BYTES = 2**29
 """So is a shard, which is held in memory until it is written."""
+
 OURS = re.compile(r"[0-9]{5,9}\.(arrow|tables)(\.tmp)?|\.manifest\.json\.tmp")
 """The names of files that a writer makes."""
+
 Row = tuple[int, np.ndarray, np.ndarray]
 """A document's number, tokens and keep."""
+
 IDENTITY = ("teacher", "engine", "tokenizer", "template", "data", "part", "num_columns", "length", "signal",
             "seed", "hidden")  # fmt: skip
 """What a capture that is resumed must share with the one that is there."""
@@ -83,7 +137,7 @@ class StoreWriter:
             self._lock.close()
             raise
         self._rows: list[Row] = []
-        self._signals: list[Levels | np.ndarray] = []
+        self._signals: list[LogProbCodes | np.ndarray] = []
         self._hidden: list[bytes] = []
         self._positions, self._error = 0, 0.0
         self._broken: BaseException | None = None
@@ -124,8 +178,8 @@ class StoreWriter:
         self,
         document: int,
         tokens: np.ndarray,
-        keep: np.ndarray,
-        signal: Levels | np.ndarray,
+        loss_mask: np.ndarray,
+        signal: LogProbCodes | np.ndarray,
         error_nats: float = 0.0,
         hidden: bytes | None = None,
     ) -> None:
@@ -141,9 +195,9 @@ class StoreWriter:
         """
         if self._broken is not None:  # what follows a shard that is not there would leave a gap
             raise self._broken
-        assert len(signal) == int(keep.sum()), f"{len(signal)} signals for {int(keep.sum())} kept positions"
+        assert len(signal) == int(loss_mask.sum()), f"{len(signal)} signals for {int(loss_mask.sum())} kept positions"
         assert self._hidden_bytes_of(len(signal)) == (None if hidden is None else len(hidden)), "other hidden states"
-        self._rows.append((document, tokens, keep))
+        self._rows.append((document, tokens, loss_mask))
         self._signals.append(signal)
         if hidden is not None:
             self._hidden.append(hidden)
@@ -211,8 +265,8 @@ class StoreWriter:
         if isinstance(self.manifest.signal, Full):
             rows = [np.ascontiguousarray(signal, dtype="<f4").tobytes() for signal in self._signals]
             return b"", rows, self._positions * self.manifest.num_columns, 0
-        levels = Levels.concatenate([signal for signal in self._signals if isinstance(signal, Levels)])
-        tokens = np.concatenate([tokens[keep] for _, tokens, keep in self._rows]).astype(np.int32)
+        levels = LogProbCodes.concatenate([signal for signal in self._signals if isinstance(signal, LogProbCodes)])
+        tokens = np.concatenate([tokens[loss_mask] for _, tokens, loss_mask in self._rows]).astype(np.int32)
         offsets = np.cumsum([0, *map(len, self._signals)], dtype=np.int64)
         codec = Codec.train(tokens, levels, self.manifest.num_columns)
         return codec.to_bytes(), codec.encode(tokens, levels, offsets), len(levels.ids), len(levels.draw_ids)
@@ -244,7 +298,7 @@ class StoreWriter:
         return [
             pa.array([document for document, _, _ in rows], pa.int64()),
             _lists([tokens for _, tokens, _ in rows], columns.field("tokens").type),
-            _lists([keep for _, _, keep in rows], columns.field("keep").type),
+            _lists([loss_mask for _, _, loss_mask in rows], columns.field("keep").type),
             pa.array(signals, pa.large_binary()),
             pa.array(of_rows, pa.uint32()),
             *further,

@@ -10,32 +10,34 @@ from stillroom.capture.answers import answered, prompts
 from stillroom.capture.config import Generate
 from stillroom.capture.windows import Document
 from stillroom.data.config import AnyData, ChatData, PromptCompletionData, TextData
-from stillroom.data.documents import prepare
+from stillroom.data.dataset import prepare
 from stillroom.errors import DataError
 
 
-def document(learn: str, number: int = 0) -> Document:
+def document(target_mask: str, number: int = 0) -> Document:
     """A document of tokens 10, 11, …; "x" marks those to learn."""
-    return Document(number, np.arange(10, 10 + len(learn), dtype=np.int32), np.array([sign == "x" for sign in learn]))
+    return Document(
+        number, np.arange(10, 10 + len(target_mask), dtype=np.int32), np.array([sign == "x" for sign in target_mask])
+    )
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("learn", "size"),
+    ("target_mask", "size"),
     [("...xxx", 3), (".x", 1), ("..xx..xx", 6), ("..xx..x.", 6), ("xx..xx", 4), ("..xx..", 2)],
 )
-def test_a_prompt_is_all_before_the_last_stretch_to_learn(learn, size):
-    ((number, prompt),) = prompts([document(learn, 7)], Generate(max_tokens=2), 16)
+def test_a_prompt_is_all_before_the_last_stretch_to_learn(target_mask, size):
+    ((number, prompt),) = prompts([document(target_mask, 7)], Generate(max_tokens=2), 16)
     assert number == 7
     assert prompt.tolist() == list(range(10, 10 + size))
 
 
-@pytest.mark.parametrize("learn", ["xxxx", "xx..", "x"])
-def test_a_document_that_begins_with_what_is_learnt_has_no_prompt(learn):
+@pytest.mark.parametrize("target_mask", ["xxxx", "xx..", "x"])
+def test_a_document_that_begins_with_what_is_learnt_has_no_prompt(target_mask):
     with pytest.raises(DataError, match="document 3 has no prompt") as caught:
-        prompts([document("..x", 2), document(learn, 3)], Generate(max_tokens=2), 16)
+        prompts([document("..x", 2), document(target_mask, 3)], Generate(max_tokens=2), 16)
     assert "data.keep" in caught.value.fix
 
 
@@ -123,7 +125,7 @@ def _read(folder: Path, data: AnyData, row: dict[str, object], tokenizer) -> Doc
     path.write_text(json.dumps(row) + "\n")
     documents = prepare(data.model_copy(update={"path": str(path)}), tokenizer)
     assert len(documents) == 1
-    return Document(0, documents.tokens(0), documents.learn(0))
+    return Document(0, documents.tokens(0), documents.target_mask(0))
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -139,7 +141,7 @@ def test_answers_make_documents_with_numbers_of_their_own():
     assert [d.number for d in found] == [6, 7, 8, 9]
     assert [d.tokens.tolist() for d in found] == [[5, 6, 1, 2], [5, 6, 3], [7, 8], [7, 9, 9]]
     assert all(d.tokens.dtype == np.int32 for d in found)
-    assert [d.keep.tolist() for d in found] == [
+    assert [d.loss_mask.tolist() for d in found] == [
         [False, True, True, False], [False, True, False], [True, False], [True, True, False],
     ]  # fmt: skip
 
@@ -147,7 +149,7 @@ def test_answers_make_documents_with_numbers_of_their_own():
 def test_only_the_answer_is_learnt_and_not_earlier_ones():
     asked = prompts([document("..xx..xx", 1)], Generate(max_tokens=3), 16)
     (found,) = answered(asked, [[np.array([1, 2, 3], np.int32)]], Generate(max_tokens=3))
-    assert found.learn.tolist() == [False] * 6 + [True] * 3
+    assert found.target_mask.tolist() == [False] * 6 + [True] * 3
 
 
 def test_an_empty_answer_is_refused_and_named():

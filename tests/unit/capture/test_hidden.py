@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stillroom import states
 from stillroom.capture import hidden as module
 from stillroom.capture import windows
 from stillroom.capture.config import CaptureConfig
@@ -19,6 +18,7 @@ from stillroom.capture.run import run
 from stillroom.cli.capture import summary
 from stillroom.config import load
 from stillroom.errors import ConfigError, MismatchError, NonFiniteError
+from stillroom.models import hidden_states
 from stillroom.store.check import check
 from stillroom.store.reader import Store
 
@@ -64,7 +64,7 @@ def test_they_are_those_of_a_plain_forward_pass(capture, saved_model, words):
         with torch.no_grad():
             out = model(tokens[None], output_hidden_states=True).hidden_states
         for layer, found in store.hidden([i]).items():
-            wanted = out[PLACES[layer]][0].numpy()[store.keep(i)]
+            wanted = out[PLACES[layer]][0].numpy()[store.loss_mask(i)]
             largest = np.abs(wanted).max(-1, keepdims=True)
             assert (np.abs(found - wanted) <= largest * (1 / 253 if INT8 in words else 1 / 255)).all()
     assert check(store.path).problems == []
@@ -122,14 +122,14 @@ def test_their_size_is_told_before_and_after(settings, tmp_path, monkeypatch):
 
 
 def test_a_state_that_is_no_number_stops_it_and_is_named(capture, monkeypatch):
-    taken = states.hidden_and_inner
+    taken = hidden_states.all_hidden_states
 
     def broken(model, batch, *layers):
         last, inner = taken(model, batch, *layers)
         inner.states[1][7, 3] = torch.inf
         return last, inner
 
-    monkeypatch.setattr(states, "hidden_and_inner", broken)
+    monkeypatch.setattr(hidden_states, "all_hidden_states", broken)
     with pytest.raises(NonFiniteError, match=r"hidden states are not finite in document \d+\n") as raised:
         capture("a", BFLOAT16)
     assert raised.value.values["layer"] == 1

@@ -19,7 +19,7 @@ from stillroom.errors import ConfigError, DataError, MismatchError, MissingError
 from stillroom.store.check import check
 from stillroom.store.reader import Store
 
-from .test_parts import contents, part
+from .test_workers import contents, part
 
 Capture = Callable[..., Path]
 

@@ -15,15 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from conftest import build_documents, build_model
-from stillroom import models
 from stillroom.batch import Batch
 from stillroom.capture.config import Generate, Transformers
-from stillroom.capture.model import ModelTeacher, Said
+from stillroom.capture.model import CapturedSignal, ModelTeacher
 from stillroom.capture.windows import Document
 from stillroom.errors import NonFiniteError
+from stillroom.models import hidden_states
 from stillroom.store.config import AnySignal, Full, HeadAndSample, Sampled, TopK, TopP
-from stillroom.store.levels import Levels
-from stillroom.store.quantise import to_sparse
+from stillroom.store.quantize import LogProbCodes, to_sparse
 
 COLUMNS = 300
 LENGTHS = [6, 33, 12, 2, 29, 7, 18, 33, 5]
@@ -53,18 +52,20 @@ def teacher(
 
 def documents(lengths: Sequence[int] = LENGTHS, first: int = 0) -> list[Document]:
     made = build_documents(list(lengths))
-    return [Document(first + i, made.tokens(i), made.learn(i)) for i in range(len(made))]
+    return [Document(first + i, made.tokens(i), made.target_mask(i)) for i in range(len(made))]
 
 
-def levels_of(said: Said) -> Levels:
-    assert isinstance(said.signal, Levels)
+def levels_of(said: CapturedSignal) -> LogProbCodes:
+    assert isinstance(said.signal, LogProbCodes)
     return said.signal
 
 
-def same(one: Sequence[Said], other: Sequence[Said]) -> bool:
+def same(one: Sequence[CapturedSignal], other: Sequence[CapturedSignal]) -> bool:
     pairs = [(levels_of(a), levels_of(b)) for a, b in zip(one, other, strict=True)]
     return all(
-        np.array_equal(getattr(a, name), getattr(b, name)) for a, b in pairs for name in Levels.__dataclass_fields__
+        np.array_equal(getattr(a, name), getattr(b, name))
+        for a, b in pairs
+        for name in LogProbCodes.__dataclass_fields__
     )
 
 
@@ -72,7 +73,7 @@ def plain_logits(model: PreTrainedModel, document: Document) -> Tensor:
     """float64 [kept, columns], from the document alone."""
     with torch.no_grad():
         logits = model(torch.from_numpy(document.tokens.astype(np.int64))[None]).logits[0, :, :COLUMNS]
-    return logits[torch.from_numpy(document.keep)].double()
+    return logits[torch.from_numpy(document.loss_mask)].double()
 
 
 # --- what cannot be said -----------------------------------------------------------------------------------------
@@ -82,14 +83,16 @@ def plain_logits(model: PreTrainedModel, document: Document) -> Tensor:
 def test_a_teacher_that_says_nothing_is_heard(model, signal, monkeypatch):
     """The document and the position are named; what is not to be learnt may be anything."""
     asked = documents(first=40)
-    positions = np.flatnonzero(asked[4].keep)[[5, 6]].tolist()
-    hidden_states = models.hidden_states
+    positions = np.flatnonzero(asked[4].loss_mask)[[5, 6]].tolist()
+    run = hidden_states.last_hidden_states
 
     def broken(model: PreTrainedModel, batch: Batch) -> Tensor:
-        at = (batch.documents == 4) & torch.isin(batch.positions, torch.tensor(positions)) & batch.keep | ~batch.keep
-        return hidden_states(model, batch).masked_fill(at.unsqueeze(-1), math.nan)
+        at = (batch.documents == 4) & torch.isin(
+            batch.positions, torch.tensor(positions)
+        ) & batch.loss_mask | ~batch.loss_mask
+        return run(model, batch).masked_fill(at.unsqueeze(-1), math.nan)
 
-    monkeypatch.setattr(models, "hidden_states", broken)
+    monkeypatch.setattr(hidden_states, "last_hidden_states", broken)
     with pytest.raises(NonFiniteError, match=r"not finite in document 44\n") as raised:
         teacher(model, signal, logits_bytes=8 * 300 * 4).say(asked)
     assert raised.value.values["position"] == f"{positions[0]} (from 0)"
@@ -104,7 +107,7 @@ def test_impossible_tokens_and_columns_that_do_not_count(signal):
     with torch.no_grad():
         model.lm_head.bias[3], model.lm_head.bias[COLUMNS] = -math.inf, math.nan
     for said in teacher(model, signal).say(documents()):
-        if isinstance(said.signal, Levels):
+        if isinstance(said.signal, LogProbCodes):
             assert 3 not in (*said.signal.ids, *said.signal.draw_ids)
         else:
             assert np.isneginf(said.signal[:, 3]).all()
@@ -194,7 +197,7 @@ def test_the_nucleus_is_that_of_a_plain_forward_pass(model, pack):
         check_truncated(to_sparse(levels_of(said), signal), log_p, logits, wanted, signal)
 
 
-def pairs(levels: Levels, row: int) -> dict[int, int]:
+def pairs(levels: LogProbCodes, row: int) -> dict[int, int]:
     """The drawn ids of a position, with how often each came."""
     ends = np.cumsum(levels.draw_counts)
     part = slice(int(ends[row] - levels.draw_counts[row]), int(ends[row]))
@@ -248,7 +251,7 @@ def test_the_label_is_the_next_token(model, signal):
     asked = documents()
     for document, said in zip(asked, teacher(model, signal).say(asked), strict=True):
         log_p = plain_logits(model, document).log_softmax(-1).numpy()
-        labels = document.tokens[1:][document.keep[:-1]]
+        labels = document.tokens[1:][document.loss_mask[:-1]]
         found = to_sparse(levels_of(said), signal).label_log_probs
         assert found is not None
         assert np.abs(found.numpy() - log_p[np.arange(len(labels)), labels]).max() <= 0.0051
@@ -317,15 +320,15 @@ def test_what_is_not_drawn_does_not_depend_on_the_seed(model, signal):
 
 @pytest.mark.parametrize("signal", [*SIGNALS[:4], Full(kind="full")], ids=[*NAMES[:4], "full"])
 def test_only_kept_positions_are_said(model, signal):
-    learn = np.zeros(12, bool)
-    learn[[0, 5, 6, 11]] = True
-    (sparse,) = [Document(9, documents([12])[0].tokens, learn)]
+    target_mask = np.zeros(12, bool)
+    target_mask[[0, 5, 6, 11]] = True
+    (sparse,) = [Document(9, documents([12])[0].tokens, target_mask)]
     (some,) = teacher(model, signal).say([sparse])
     assert len(some.signal) == sparse.num_kept == 3
     if isinstance(signal, TopK | TopP):
         (all_,) = teacher(model, signal).say([Document(9, sparse.tokens, np.ones(12, bool))])
         wanted = [levels_of(all_).slice(i, i + 1) for i in (4, 5, 10)]
-        assert same([some], [Said(Levels.concatenate(wanted), 0)])
+        assert same([some], [CapturedSignal(LogProbCodes.concatenate(wanted), 0)])
 
 
 def test_nothing_is_said_of_nothing(model):

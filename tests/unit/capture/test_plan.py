@@ -11,19 +11,19 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import CHATML
 from stillroom.capture.config import CaptureConfig, Transformers
-from stillroom.capture.plan import LOGITS_BYTES, Plan, make_plan
+from stillroom.capture.plan import LOGITS_BYTES, CapturePlan, make_plan
 from stillroom.config import load
 from stillroom.errors import ConfigError, MismatchError, MissingError
 from stillroom.recipe import from_yaml, to_yaml
 
-MakePlan = Callable[..., Plan]
+MakePlan = Callable[..., CapturePlan]
 
 
 @pytest.fixture
 def plan(saved_model, text_files: Path, tmp_path: Path) -> MakePlan:
     """Plans a tiny capture with other settings."""
 
-    def make(*settings: str) -> Plan:
+    def make(*settings: str) -> CapturePlan:
         words = [f"teacher.model={saved_model('llama', seed=2)}", f"data.path={text_files}/train.jsonl",
                  "data.format=text", "data.length=32", f"out={tmp_path}/run", *settings]  # fmt: skip
         return make_plan(load(CaptureConfig, None, words))
@@ -31,7 +31,7 @@ def plan(saved_model, text_files: Path, tmp_path: Path) -> MakePlan:
     return make
 
 
-def engine(plan: Plan) -> Transformers:
+def engine(plan: CapturePlan) -> Transformers:
     found = plan.config.teacher.engine
     assert isinstance(found, Transformers)
     return found

@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stillroom import models
 from stillroom.capture import run as module
 from stillroom.capture import windows
 from stillroom.capture.config import CaptureConfig
@@ -28,7 +27,8 @@ from stillroom.errors import (
     StillroomError,
     StorageError,
 )
-from stillroom.store.quantise import to_sparse
+from stillroom.models import hidden_states
+from stillroom.store.quantize import to_sparse
 from stillroom.store.reader import Store
 from stillroom.store.writer import StoreWriter
 
@@ -85,7 +85,7 @@ def contents(path: Path) -> list[tuple[Any, ...]]:
         places = np.repeat(np.arange(len(levels)), levels.draw_counts).tolist()
         draws = sorted(zip(places, levels.draw_ids.tolist(), levels.draw_times.tolist(), strict=True))
         exact = [getattr(levels, name).tolist() for name in ("counts", "ids", "levels", "side")]
-        found.append((store.document(i), store.tokens(i).tolist(), store.keep(i).tolist(), draws, *exact))
+        found.append((store.document(i), store.tokens(i).tolist(), store.loss_mask(i).tolist(), draws, *exact))
     return found
 
 
@@ -127,11 +127,11 @@ def test_what_is_said_does_not_depend_on_how_it_is_batched(capture, tmp_path, si
 
 
 def test_a_teacher_that_says_nothing_stops_a_capture_that_goes_on_when_it_speaks_again(capture, tmp_path, monkeypatch):
-    small, hidden_states, calls = "shard_positions=150", models.hidden_states, count()
+    small, run, calls = "shard_positions=150", hidden_states.last_hidden_states, count()
     capture("whole", KINDS[3], small)
     with monkeypatch.context() as patch:
-        nan = lambda *of: hidden_states(*of) * (torch.nan if next(calls) == 3 else 1)  # noqa: E731
-        patch.setattr(models, "hidden_states", nan)
+        nan = lambda *of: run(*of) * (torch.nan if next(calls) == 3 else 1)  # noqa: E731
+        patch.setattr(hidden_states, "last_hidden_states", nan)
         with pytest.raises(NonFiniteError, match=r"not finite in document \d+\n") as raised:
             capture("a", KINDS[3], small)
     assert {"position", "columns"} == raised.value.values.keys()
@@ -201,16 +201,16 @@ def test_the_teacher_answers_and_says_what_it_thinks_of_its_answers(capture, tmp
     assert [store.document(i) for i in range(len(store))] == list(range(len(store)))
     assert len(store) % 2 == 0
     for i in range(len(store)):
-        keep = store.keep(i)
-        assert 1 <= keep.sum() <= 6
-        assert not keep[:3].any()
-        assert keep[3:-1].all()
+        loss_mask = store.loss_mask(i)
+        assert 1 <= loss_mask.sum() <= 6
+        assert not loss_mask[:3].any()
+        assert loss_mask[3:-1].all()
     assert {tuple(store.tokens(i)[:4]) for i in (0, 1)} == {tuple(store.tokens(0)[:4])}
     capture("greedy", "signal={kind: top_k, k: 4}", "data.length=48", "data.max_documents=5",
             "data.overlong=cut", "generate={max_tokens: 6, temperature: 0, prompt_tokens: 4}")  # fmt: skip
     store = Store(tmp_path / "greedy" / "store")
     for i in range(len(store)):
-        kept = store.tokens(i)[1:][store.keep(i)[:-1]]
+        kept = store.tokens(i)[1:][store.loss_mask(i)[:-1]]
         assert to_sparse(store.levels([i]), store.signal_config).ids[:, 0].tolist() == kept.tolist()
 
 

@@ -11,7 +11,7 @@ LENGTHS = [6, 33, 12, 7, 29, 31, 18, 33, 5, 24, 9, 2, 16, 28, 33, 11]
 
 def documents(lengths: list[int] = LENGTHS) -> list[Document]:
     made = build_documents(lengths)
-    return [Document(i, made.tokens(i), made.learn(i)) for i in range(len(made))]
+    return [Document(i, made.tokens(i), made.target_mask(i)) for i in range(len(made))]
 
 
 # --- documents -------------------------------------------------------------------------------------------------------
@@ -19,13 +19,13 @@ def documents(lengths: list[int] = LENGTHS) -> list[Document]:
 
 def test_keep_speaks_of_the_token_after_each():
     document = Document(3, np.arange(5, dtype=np.int32), np.array([True, False, True, True, False]))
-    assert document.keep.tolist() == [False, True, True, False, False]
-    assert document.num_kept == document.keep.sum() == 2
+    assert document.loss_mask.tolist() == [False, True, True, False, False]
+    assert document.num_kept == document.loss_mask.sum() == 2
 
 
 def test_the_first_token_is_never_predicted():
     document = Document(0, np.arange(3, dtype=np.int32), np.ones(3, bool))
-    assert document.keep.tolist() == [True, True, False]
+    assert document.loss_mask.tolist() == [True, True, False]
     assert document.num_kept == 2
 
 
@@ -41,7 +41,7 @@ def test_windows_hold_each_document_once_and_in_order(first, stop, sizes):
     assert [document.number for document in flat] == list(range(first, stop))
     for document in flat:
         assert np.array_equal(document.tokens, source.tokens(document.number))
-        assert np.array_equal(document.learn, source.learn(document.number))
+        assert np.array_equal(document.target_mask, source.target_mask(document.number))
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -59,22 +59,24 @@ def test_batches_hold_each_position_once(pack, most):
             getattr(batch, name).flatten().tolist()
             for name in ("documents", "positions", "tokens", "next_tokens", "keep")
         ]
-        for place, position, token, following, keep in zip(*flat, strict=True):
+        for place, position, token, following, loss_mask in zip(*flat, strict=True):
             if place >= 0:
-                found.setdefault(place, []).append((position, token, following, keep))
+                found.setdefault(place, []).append((position, token, following, loss_mask))
             else:
-                assert (token, keep) == (299, False)
+                assert (token, loss_mask) == (299, False)
         if not pack:
             assert all(len(set(row.tolist()) - {-1}) == 1 for row in batch.documents)
     assert sorted(found) == list(range(len(asked)))
     for place, positions in found.items():
         document, n = asked[place], len(asked[place].tokens)
         tokens = document.tokens.tolist()
-        assert positions == list(zip(range(n - 1), tokens[:-1], tokens[1:], document.keep[:-1].tolist(), strict=True))
+        assert positions == list(
+            zip(range(n - 1), tokens[:-1], tokens[1:], document.loss_mask[:-1].tolist(), strict=True)
+        )
 
 
 def test_batches_speak_of_places_and_not_of_numbers():
-    asked = [Document(1000 + i, d.tokens, d.learn) for i, d in enumerate(documents([6, 9]))]
+    asked = [Document(1000 + i, d.tokens, d.target_mask) for i, d in enumerate(documents([6, 9]))]
     (batch,) = batches(asked, length=32, pack=True, most=32, pad_token=0)
     assert set(batch.documents.flatten().tolist()) - {-1} == {0, 1}
 

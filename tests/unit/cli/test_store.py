@@ -1,4 +1,4 @@
-"""`stillroom store`: what its words mean, what the user reads, and its exit codes."""
+"""`stillroom store`: what its words mean, what the user reads, and its exit levels."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from stillroom.cli import store as module
 from stillroom.cli.arguments import Arguments, parse
 from stillroom.cli.main import VERBS, main
 from stillroom.store.config import Full
-from stillroom.store.format import FORMAT, Manifest, Source
+from stillroom.store.format import FORMAT, Manifest, SourceInfo
 from stillroom.store.writer import StoreWriter
 from stillroom.tokenizers import fingerprint
 
@@ -26,12 +26,12 @@ def here(tmp_path: Path, tiny_tokenizer, monkeypatch: pytest.MonkeyPatch) -> Pat
         manifest = Manifest(
             format=FORMAT,
             complete=False,
-            teacher=Source(name="a teacher", fingerprint="1"),
+            teacher=SourceInfo(name="a teacher", fingerprint="1"),
             engine="transformers",
-            tokenizer=Source(name="tiny", fingerprint=fingerprint(tiny_tokenizer)),
+            tokenizer=SourceInfo(name="tiny", fingerprint=fingerprint(tiny_tokenizer)),
             template="none",
-            data=Source(name=f"{name}.jsonl", fingerprint=name),
-            num_columns=300,
+            data=SourceInfo(name=f"{name}.jsonl", fingerprint=name),
+            vocab_size=300,
             length=16,
             signal=Full(kind="full"),
             side=(),

@@ -4,7 +4,7 @@ import pytest
 
 from stillroom.data.bounds import most_tokens
 from stillroom.data.config import PromptCompletionData, TextData
-from stillroom.data.documents import prepare
+from stillroom.data.dataset import prepare
 from stillroom.tokenizers import load_tokenizer
 
 

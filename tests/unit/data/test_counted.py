@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import CHATML, build_tokenizer
 from stillroom.data.config import ChatData, TextData
-from stillroom.data.counted import CountedDocuments
-from stillroom.data.documents import prepare
+from stillroom.data.dataset import CountedDocuments, prepare
 from stillroom.errors import DataError
 
 TEXTS = ["  The still runs. ", "Größe 你好 🙂 e\u0301\n\nand  back", "a", " ".join(["drip and drop"] * 20)]
@@ -57,7 +56,7 @@ def test_documents_are_those_of_the_cache_and_pieces_know_their_place(tmp_path, 
     assert len(ours) == len(cached) > len(TEXTS)
     for i in range(len(ours)):
         assert ours.tokens(i).tolist() == cached.tokens(i).tolist()
-        assert ours.learn(i).tolist() == cached.learn(i).tolist()
+        assert ours.target_mask(i).tolist() == cached.target_mask(i).tolist()
         assert ours.name(i) == cached.name(i)
     last = int(np.flatnonzero(ours.rows == 3)[1])
     assert ours.first(last - 1) == 0
@@ -68,9 +67,9 @@ def test_special_tokens_of_a_chat_stand_for_no_text(tmp_path, chat_tokenizer):
     messages = [{"role": "user", "content": "Drops?"}, {"role": "assistant", "content": "12 drops."}]
     config = ChatData(format="chat", path=written(tmp_path, [{"messages": messages}]))
     documents = CountedDocuments(config, chat_tokenizer, template=CHATML)
-    num_bytes, learn = documents.num_bytes(0), documents.learn(0)
+    num_bytes, target_mask = documents.num_bytes(0), documents.target_mask(0)
     assert num_bytes is not None
-    assert num_bytes[learn].sum() == len("12 drops.")
+    assert num_bytes[target_mask].sum() == len("12 drops.")
     assert num_bytes[documents.tokens(0) == chat_tokenizer.convert_tokens_to_ids("<|im_end|>")].tolist() == [0, 0]
 
 

@@ -45,10 +45,10 @@ def encode(config: AnyData, tokenizer: Any, rows: Sequence[dict], template: str 
 def learnt(tokenizer: Any, document) -> list[str]:
     """The text of each run of learnt tokens."""
     runs, previous = [], False
-    for token, learn in zip(document.tokens.tolist(), document.learn.tolist(), strict=True):
-        if learn:
+    for token, target_mask in zip(document.tokens.tolist(), document.target_mask.tolist(), strict=True):
+        if target_mask:
             runs.append([*runs.pop(), token] if previous else [token])
-        previous = learn
+        previous = target_mask
     return [tokenizer.decode(run) for run in runs]
 
 
@@ -61,7 +61,7 @@ def test_text_gets_one_beginning_and_one_end(tiny_tokenizer: PreTrainedTokenizer
     expected = [0, *tiny_tokenizer.encode("The still.", add_special_tokens=False), 1]
     for document in documents:
         assert document.tokens.tolist() == expected
-        assert document.learn.all()
+        assert document.target_mask.all()
 
 
 def test_long_text_gives_no_warning(recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture) -> None:
@@ -80,7 +80,7 @@ def test_another_column(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_empty_text_has_nothing_to_learn(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     [document] = encode(text_data(), tiny_tokenizer, [{"text": ""}])
-    assert not document.learn.any()
+    assert not document.target_mask.any()
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_only_the_assistant_is_learnt_with_its_first_token_and_its_end_of_turn(
     assert learnt(chat_tokenizer, document) == ["12 drops.<|im_end|>", "Yes.\n<|im_end|>"]
     whole = chat_tokenizer.apply_chat_template(TURNS, chat_template=template, tokenize=False)
     assert chat_tokenizer.decode(document.tokens) == whole
-    first = document.learn.tolist().index(True)
+    first = document.target_mask.tolist().index(True)
     assert str(chat_tokenizer.decode(document.tokens[:first])).endswith("<|im_start|>assistant\n")
 
 
@@ -120,7 +120,7 @@ def test_marks_agree_with_transformers(chat_tokenizer: PreTrainedTokenizerFast) 
         TURNS, chat_template=MARKED, return_dict=True, return_assistant_tokens_mask=True
     )
     assert document.tokens.tolist() == reference["input_ids"]
-    assert document.learn.tolist() == [bool(mask) for mask in reference["assistant_masks"]]
+    assert document.target_mask.tolist() == [bool(mask) for mask in reference["assistant_masks"]]
 
 
 def test_marks_hold_where_offsets_leave_out_white_space() -> None:
@@ -135,7 +135,7 @@ def test_marks_hold_where_offsets_leave_out_white_space() -> None:
 
 def test_all_of_a_chat_is_learnt_when_asked(chat_tokenizer: PreTrainedTokenizerFast) -> None:
     [document] = encode(chat_data(keep="all"), chat_tokenizer, [{"messages": TURNS}], CHATML)
-    assert document.learn.all()
+    assert document.target_mask.all()
 
 
 def test_sharegpt_is_the_same_as_messages(chat_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -143,7 +143,7 @@ def test_sharegpt_is_the_same_as_messages(chat_tokenizer: PreTrainedTokenizerFas
     shared = [{"from": names[turn["role"]], "value": turn["content"]} for turn in TURNS]
     a, b = encode(chat_data(), chat_tokenizer, [{"messages": TURNS}, {"conversations": shared}], CHATML)
     assert a.tokens.tolist() == b.tokens.tolist()
-    assert a.learn.tolist() == b.learn.tolist()
+    assert a.target_mask.tolist() == b.target_mask.tolist()
 
 
 def test_function_is_a_tool_and_is_not_learnt(chat_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -164,7 +164,7 @@ def test_a_chat_without_an_assistant_or_with_a_silent_one(chat_tokenizer: PreTra
     rows = [{"messages": TURNS[:2]}, {"messages": [TURNS[1], {"role": "assistant", "content": ""}]}]
     for document in encode(chat_data(), chat_tokenizer, rows, CHATML):
         assert len(document.tokens)
-        assert not document.learn.any()
+        assert not document.target_mask.any()
 
 
 def test_the_assistant_may_begin(chat_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -180,7 +180,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(chat_tokenizer: PreTr
     with pytest.raises(DataError, match=r"(?s)line 1: the chat template rewrites earlier turns.*generation"):
         encode(chat_data(), chat_tokenizer, [{"messages": TURNS}], rewriting)
     [document] = encode(chat_data(keep="all"), chat_tokenizer, [{"messages": TURNS}], rewriting)
-    assert document.learn.all()
+    assert document.target_mask.all()
 
 
 def test_a_template_that_refuses_is_quoted(chat_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -232,7 +232,7 @@ def test_only_the_completion_and_the_end_are_learnt(
     whole = [0, *tiny_tokenizer.encode(prompt + completion, add_special_tokens=False), 1]
     assert document.tokens.tolist() == whole
     assert "".join(learnt(tiny_tokenizer, document)) == completion + "</s>"
-    assert not document.learn[0]
+    assert not document.target_mask[0]
 
 
 def test_a_token_over_the_border_is_learnt(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -240,7 +240,7 @@ def test_a_token_over_the_border_is_learnt(tiny_tokenizer: PreTrainedTokenizerFa
     assert len(merged) == 1
     [document] = encode(pair_data(), tiny_tokenizer, [{"prompt": " ", "completion": "t"}])
     assert document.tokens.tolist() == [0, *merged, 1]
-    assert document.learn.tolist() == [False, True, True]
+    assert document.target_mask.tolist() == [False, True, True]
 
 
 def test_an_end_of_sequence_that_the_tokenizer_adds_is_learnt_once() -> None:
@@ -255,12 +255,12 @@ def test_an_end_of_sequence_that_the_tokenizer_adds_is_learnt_once() -> None:
 
 def test_an_empty_completion_has_nothing_to_learn(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     [document] = encode(pair_data(), tiny_tokenizer, [{"prompt": "How?", "completion": ""}])
-    assert not document.learn.any()
+    assert not document.target_mask.any()
 
 
 def test_all_of_a_pair_is_learnt_when_asked(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     [document] = encode(pair_data(keep="all"), tiny_tokenizer, [{"prompt": "How?", "completion": " 12"}])
-    assert document.learn.all()
+    assert document.target_mask.all()
 
 
 def test_columns_in_braces(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -300,7 +300,7 @@ def test_a_tokenizer_that_drops_characters_is_refused_where_it_matters() -> None
     rows = [{"prompt": "How 🙂🙂🙂?", "completion": " 12"}]
     with pytest.raises(DataError, match="does not say where its tokens lie"):
         encode(pair_data(), tokenizer, rows)
-    assert encode(pair_data(keep="all"), tokenizer, rows)[0].learn.all()
+    assert encode(pair_data(keep="all"), tokenizer, rows)[0].target_mask.all()
 
 
 # --- real tokenizers -------------------------------------------------------------------------------------------------
@@ -312,8 +312,8 @@ def test_real_tokenizers_learn_exactly_the_completion(shared_data, name: str) ->
 
     tokenizer = load_tokenizer(str(shared_data / "tokenizers" / name))
     [document] = encode(pair_data(), tokenizer, [{"prompt": "2 + 2 =", "completion": " 4, naïve 🙂."}])
-    first = document.learn.tolist().index(True)
+    first = document.target_mask.tolist().index(True)
     assert str(tokenizer.decode(document.tokens[:first])).endswith("2 + 2 =")
-    assert document.learn[first:].all()
+    assert document.target_mask[first:].all()
     assert document.tokens[-1] == tokenizer.eos_token_id
     assert document.tokens.tolist().count(tokenizer.bos_token_id) == 1

@@ -7,10 +7,11 @@ import torch
 
 from stillroom.capture.config import CaptureConfig
 from stillroom.config import load
-from stillroom.distill.config import AdamW, DistillConfig
+from stillroom.distill.config import DistillConfig
 from stillroom.errors import ConfigError
 from stillroom.evaluate.config import EvaluateConfig
 from stillroom.recipe import to_yaml
+from stillroom.training.config import AdamWConfig
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
 
@@ -221,7 +222,7 @@ def test_a_teacher_of_another_kind_says_which_kinds_there_are(loaded):
 def test_what_the_optimizers_settings_allow_torch_allows():
     parameter = torch.nn.Parameter(torch.zeros(1))
     for beta1, beta2 in ((0.0, 0.0), (0.9, 0.999)):
-        config = AdamW(learning_rate=1e-3, beta1=beta1, beta2=beta2)
+        config = AdamWConfig(learning_rate=1e-3, beta1=beta1, beta2=beta2)
         torch.optim.AdamW([parameter], lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon)
 
 

@@ -68,7 +68,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", ["top_k", "sampled", "head_and_sample"])
 def test_a_run_from_a_store_resumes_bit_for_bit(distil, tmp_path, kind, monkeypatch):
     whole = distil("whole", kind, "steps=6")
-    from stillroom.distill import loop
+    from stillroom.training import loop
 
     steps, step = [], loop.optimizer_step
 

@@ -10,18 +10,18 @@ from stillroom.config import load
 from stillroom.distill.config import DistillConfig
 from stillroom.distill.hidden_config import Every, Kept, Last, Pairs, Uniform
 from stillroom.distill.layer_maps import pair_layers
-from stillroom.distill.plan import Plan, make_plan
+from stillroom.distill.plan import DistillPlan, make_plan
 from stillroom.errors import ConfigError, MismatchError
 from stillroom.recipe import from_yaml
 
-MakePlan = Callable[..., Plan]
+MakePlan = Callable[..., DistillPlan]
 
 
 @pytest.fixture
 def plan(recipe: Path, tmp_path: Path, saved_model: SaveModel) -> MakePlan:
     """Plans the tiny recipe with one hidden objective: a student of 3 layers of 16, a teacher of 6 layers of 24."""
 
-    def make(objective: str, *settings: str) -> Plan:
+    def make(objective: str, *settings: str) -> DistillPlan:
         student = saved_model("llama", num_hidden_layers=3)
         teacher = saved_model("llama", num_hidden_layers=6, hidden_size=24)
         words = [f"student.model={student}", f"teacher.model={teacher}", f"out={tmp_path}/run", "device=cpu"]

@@ -5,7 +5,7 @@ import torch
 
 from stillroom.distill.objective_config import ByEntropy, CrossEntropy, ForwardKL, ReverseKL, Schedule
 from stillroom.distill.objectives import build_objectives, needs_teacher, scheduled, value_at
-from stillroom.losses import LOSSES, Block
+from stillroom.losses import LOSSES, LogitBlock
 
 
 @pytest.mark.parametrize("config", [ForwardKL, ReverseKL, CrossEntropy])
@@ -64,7 +64,7 @@ def test_token_weights_are_those_of_the_recipe():
     teacher = CrossEntropy(kind="cross_entropy", token_weight=ByEntropy(kind="teacher_entropy"))
     assert not needs_teacher([student])
     assert needs_teacher([teacher])
-    block = Block(torch.zeros(1, 3), torch.tensor([[50.0, 0.0, 0.0]]), torch.zeros(1, dtype=torch.long))
+    block = LogitBlock(torch.zeros(1, 3), torch.tensor([[50.0, 0.0, 0.0]]), torch.zeros(1, dtype=torch.long))
     counts = [o.token_weight(block).item() for o in build_objectives([student, teacher]) if o.token_weight]
     assert counts == pytest.approx([1.0, 0.0], abs=1e-6)
     (plain,) = build_objectives([CrossEntropy(kind="cross_entropy")])

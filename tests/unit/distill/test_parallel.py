@@ -6,13 +6,13 @@ import pytest
 
 from published import PUBLISHED
 from stillroom.config import load
-from stillroom.costs.architecture import read_architecture
 from stillroom.distill.config import DistillConfig
-from stillroom.distill.known import Known
-from stillroom.distill.meeting import Meeting
-from stillroom.distill.parallel import resolve
-from stillroom.distill.processes import Processes
+from stillroom.distill.headers import DistillHeaders
+from stillroom.distill.parallel import resolve_parallel
+from stillroom.distributed.group import RankGroup
+from stillroom.distributed.init import DistContext
 from stillroom.errors import ConfigError, OutOfMemoryError
+from stillroom.estimates.architecture import read_architecture
 
 SMALL, BIG = (read_architecture(PUBLISHED[name][0], "the model") for name in ("Qwen2 1.5B", "Llama 3.1 70B"))
 GB = 10**9
@@ -31,13 +31,13 @@ def settings(*words: str) -> DistillConfig:
     )  # fmt: skip
 
 
-def meeting(students: int, teachers: int = 0) -> Meeting:
-    everybody = Processes(0, students + teachers)
-    return Meeting(everybody, Processes(0, students), num_teachers=teachers)
+def context(students: int, teachers: int = 0) -> DistContext:
+    world = RankGroup(0, students + teachers)
+    return DistContext(world, RankGroup(0, students), num_teachers=teachers)
 
 
 def resolved(config: DistillConfig, size: int, memory_gb: float, student: Any = SMALL, teachers: int = 0) -> Any:
-    return resolve(config, Known(student, SMALL), meeting(size, teachers), int(memory_gb * GB))
+    return resolve_parallel(config, DistillHeaders(student, SMALL), context(size, teachers), int(memory_gb * GB))
 
 
 def test_one_process_is_alone_with_a_whole_teacher():
@@ -54,7 +54,7 @@ def test_what_fits_is_replicated_and_what_does_not_is_sharded():
 
 
 def test_an_architecture_that_nobody_knows_is_sharded_and_not_foreseen():
-    assert resolve(settings(), None, meeting(8), GB).parallel.kind == "fsdp"
+    assert resolve_parallel(settings(), None, context(8), GB).parallel.kind == "fsdp"
 
 
 def test_a_teacher_on_its_own_processes_is_whole_where_it_fits():

@@ -12,12 +12,12 @@ from conftest import CHATML, SaveModel
 from stillroom.config import load
 from stillroom.distill.config import DistillConfig
 from stillroom.distill.costs import LOGITS_BYTES
-from stillroom.distill.plan import Plan, make_plan
+from stillroom.distill.plan import DistillPlan, make_plan
 from stillroom.errors import ConfigError, DataError, MismatchError, MissingError, StillroomError
-from stillroom.losses.linear import CHUNK_BYTES
+from stillroom.losses.fused_linear import CHUNK_BYTES
 from stillroom.recipe import from_yaml, to_yaml
 
-MakePlan = Callable[..., Plan]
+MakePlan = Callable[..., DistillPlan]
 SetTokenizer = Callable[..., Path]
 
 
@@ -25,7 +25,7 @@ SetTokenizer = Callable[..., Path]
 def plan(recipe: Path, tmp_path: Path) -> MakePlan:
     """Plans the tiny recipe with other settings."""
 
-    def make(*settings: str) -> Plan:
+    def make(*settings: str) -> DistillPlan:
         return make_plan(load(DistillConfig, recipe, [f"out={tmp_path}/run", "device=cpu", *settings]))
 
     return make

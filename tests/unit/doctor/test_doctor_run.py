@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stillroom.doctor.config import DoctorConfig
-from stillroom.doctor.overlap import Item
+from stillroom.doctor.overlap import TaskTexts
 from stillroom.doctor.run import run
 from stillroom.errors import MismatchError, MissingError
 
@@ -52,9 +52,9 @@ def no_task(path: str):
 
 
 def test_everything_is_looked_at_once_and_in_order():
-    patient = Patient()
-    record = run(DoctorConfig(), patient, no_task)
-    assert patient.asked == ["fit", "look", "measure", "own_text", "step"]
+    slow_group = Patient()
+    record = run(DoctorConfig(), slow_group, no_task)
+    assert slow_group.asked == ["fit", "look", "measure", "own_text", "step"]
     assert record["ready"]
     assert record["findings"] == []
     assert record["overlap"] is None
@@ -71,9 +71,9 @@ def test_everything_is_looked_at_once_and_in_order():
     ],
 )
 def test_what_comes_after_a_failure_is_not_tried(sick, asked, part):
-    patient = Patient(sick)
-    record = run(DoctorConfig(), patient, no_task)
-    assert patient.asked == asked
+    slow_group = Patient(sick)
+    record = run(DoctorConfig(), slow_group, no_task)
+    assert slow_group.asked == asked
     assert not record["ready"]
     assert record[part] is None
     assert [finding["of"] for finding in record["findings"]] == [part]
@@ -89,9 +89,9 @@ def test_a_step_is_made_though_the_student_could_not_write():
 
 
 def test_text_of_a_task_is_found_and_the_rest_is_looked_at_all_the_same():
-    patient = Patient()
-    record = run(DoctorConfig(tasks=("quiz.yaml",)), patient, lambda _: ("quiz", [Item("q", [WORDS])]))
-    assert patient.asked == ["fit", "look", "texts", "measure", "own_text", "step"]
+    slow_group = Patient()
+    record = run(DoctorConfig(tasks=("quiz.yaml",)), slow_group, lambda _: ("quiz", [TaskTexts("q", [WORDS])]))
+    assert slow_group.asked == ["fit", "look", "texts", "measure", "own_text", "step"]
     assert not record["ready"]
     assert record["overlap"]["num_shared"] == 1
     assert record["verdict"] == "not ready: 1 thing to change before this run"
@@ -107,9 +107,9 @@ def test_a_warning_does_not_stand_in_the_way():
 
 
 def test_what_is_not_finite_is_told_and_is_still_json():
-    patient = Patient(cross_entropy_nats=math.inf)
-    record = run(DoctorConfig(), patient, no_task)
-    assert patient.asked == ["fit", "look", "measure"]
+    slow_group = Patient(cross_entropy_nats=math.inf)
+    record = run(DoctorConfig(), slow_group, no_task)
+    assert slow_group.asked == ["fit", "look", "measure"]
     assert not record["ready"]
     assert record["measures"]["cross_entropy_nats"] is None
     json.dumps(record, allow_nan=False)

@@ -1,6 +1,6 @@
 """Overlap: 13 words in a row, whatever their case and what stands between them."""
 
-from stillroom.doctor.overlap import Item, Shared, grams, overlap
+from stillroom.doctor.overlap import Shared, TaskTexts, grams, overlap
 
 TWELVE = "one two three four five six seven eight nine ten eleven twelve"
 THIRTEEN = f"{TWELVE} thirteen"
@@ -13,7 +13,7 @@ def test_grams_are_13_words_in_a_row():
 
 def test_case_and_punctuation_do_not_hide_what_is_shared():
     said = THIRTEEN.upper().replace(" ", ",  “") + "!\n"
-    found = overlap([("a", f"Before. {said} After.")], {"quiz": [Item("q", [THIRTEEN])]})
+    found = overlap([("a", f"Before. {said} After.")], {"quiz": [TaskTexts("q", [THIRTEEN])]})
     assert found.shown == (Shared("a", "quiz", "q", THIRTEEN),)
 
 
@@ -21,8 +21,12 @@ def test_documents_and_items_are_counted_once_each():
     long = " ".join(f"w{i}" for i in range(40))
     documents = [("same", long), ("part", " ".join(long.split()[10:23])), ("short", TWELVE), ("other", "x " * 50)]
     tasks = {
-        "quiz": [Item("whole", [f"{long} yes", f"{long} no"]), Item("other", [THIRTEEN]), Item("short", [TWELVE])],
-        "far": [Item("far", ["y " * 30])],
+        "quiz": [
+            TaskTexts("whole", [f"{long} yes", f"{long} no"]),
+            TaskTexts("other", [THIRTEEN]),
+            TaskTexts("short", [TWELVE]),
+        ],
+        "far": [TaskTexts("far", ["y " * 30])],
     }
     found = overlap(documents, tasks)
     assert (found.num_documents, found.num_shared) == (4, 2)
@@ -34,6 +38,6 @@ def test_documents_and_items_are_counted_once_each():
 
 def test_words_shared_over_the_border_of_question_and_answer_count():
     question, answer = THIRTEEN.split(" twelve ")
-    item = Item("q", [f"{question} twelve {answer}", f"{question} twelve wrong"])
+    item = TaskTexts("q", [f"{question} twelve {answer}", f"{question} twelve wrong"])
     assert overlap([("a", THIRTEEN)], {"quiz": [item]}).num_shared == 1
     assert overlap([("a", f"{TWELVE} other")], {"quiz": [item]}).num_shared == 0

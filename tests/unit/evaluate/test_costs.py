@@ -6,19 +6,21 @@ import pytest
 
 from published import PUBLISHED
 from stillroom.config import load
-from stillroom.costs.architecture import read_architecture
-from stillroom.costs.flops import forward_flops
-from stillroom.costs.hardware import Hardware
 from stillroom.errors import ConfigError
+from stillroom.estimates.architecture import read_architecture
+from stillroom.estimates.flops import forward_flops
+from stillroom.estimates.hardware import Hardware
 from stillroom.evaluate.config import EvaluateConfig
-from stillroom.evaluate.costs import LOGITS_BYTES, Known, costs
+from stillroom.evaluate.costs import LOGITS_BYTES, EvaluateHeaders, costs
 from stillroom.evaluate.plan import make_plan
-from stillroom.losses.linear import CHUNK_BYTES
+from stillroom.losses.fused_linear import CHUNK_BYTES
 from stillroom.recipe import from_yaml
 
 TEACHER, STUDENT = (read_architecture(PUBLISHED[name][0]) for name in ("Qwen2 7B", "Qwen2 1.5B"))
 TEXT = "data={path: nowhere.jsonl, format: text, length: 4096}"
-KNOWN = Known({"teacher": TEACHER, "distilled": STUDENT, "other": STUDENT}, alone=frozenset(["other"]), compared=True)
+KNOWN = EvaluateHeaders(
+    {"teacher": TEACHER, "distilled": STUDENT, "other": STUDENT}, alone=frozenset(["other"]), compared=True
+)
 
 
 def planned(*words, known=KNOWN, **hardware):

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stillroom.kernels import cpu
+from stillroom.kernels import numba_fused
 from stillroom.kernels.terms import MEASURES, Term
-from stillroom.losses import LOSSES, Block
-from stillroom.losses import measures as all_measures
+from stillroom.losses import LOSSES, LogitBlock
+from stillroom.losses import metrics as all_measures
 
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
 PARAMETERS = {
@@ -46,15 +46,15 @@ SEVERAL = (
 )
 
 
-def in_interpreter(student, teacher, next_tokens, terms, weights, gradient: bool, apart: int, block: int):
+def in_interpreter(student, teacher, labels, terms, weights, gradient: bool, apart: int, block: int):
     os.environ["TRITON_INTERPRET"] = "1"
-    from stillroom.kernels import cuda
+    from stillroom.kernels import triton_fused
 
-    cuda.BLOCK = block
-    return apart_in_memory(cuda.fused, student, teacher, next_tokens, terms, weights, gradient, apart)
+    triton_fused.BLOCK = block
+    return apart_in_memory(triton_fused.fused, student, teacher, labels, terms, weights, gradient, apart)
 
 
-def apart_in_memory(kernel, student, teacher, next_tokens, terms, weights, gradient: bool, apart: int):
+def apart_in_memory(kernel, student, teacher, labels, terms, weights, gradient: bool, apart: int):
     """``fused`` of a copy whose rows lie ``apart`` columns further apart: the copy afterwards, nats, measures."""
     wide = [None if x is None else torch.full((len(x), x.shape[1] + apart), torch.nan) for x in (student, teacher)]
     views = [None if x is None else x[:, : student.shape[1]] for x in wide]
@@ -63,9 +63,7 @@ def apart_in_memory(kernel, student, teacher, next_tokens, terms, weights, gradi
             view.copy_(torch.from_numpy(x))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        nats, measures = kernel(
-            *views, torch.from_numpy(next_tokens), terms, torch.from_numpy(weights), gradient=gradient
-        )
+        nats, measures = kernel(*views, torch.from_numpy(labels), terms, torch.from_numpy(weights), gradient=gradient)
     for x in wide:
         assert x is None or x[:, student.shape[1] :].isnan().all(), "written beside the columns"
     return views[0].numpy(), nats.numpy(), measures.numpy()
@@ -82,7 +80,7 @@ def fused(request):
         def call(
             student: Tensor,
             teacher: Tensor | None,
-            next_tokens: Tensor,
+            labels: Tensor,
             terms: Sequence[Term],
             weights: Tensor | None = None,
             *,
@@ -91,10 +89,10 @@ def fused(request):
             apart: int = 0,
         ) -> list[Tensor]:
             weights = torch.ones(len(terms), len(student)) if weights is None else weights
-            arrays = [None if x is None else x.numpy() for x in (student, teacher, next_tokens)]
+            arrays = [None if x is None else x.numpy() for x in (student, teacher, labels)]
             given = (*arrays, tuple(terms), weights.numpy(), gradient, apart)
             if request.param == "cpu":
-                found = apart_in_memory(cpu.fused, *given)
+                found = apart_in_memory(numba_fused.fused, *given)
             else:
                 found = pool.submit(in_interpreter, *given, block).result(120)
             return [torch.from_numpy(x.copy()) for x in found]
@@ -110,11 +108,11 @@ def problem(r: int = 3, v: int = 37, spread: float = 3.0) -> tuple[Tensor, Tenso
     return student, teacher, torch.randint(8, v, (r,), generator=g)
 
 
-def in_float64(student: Tensor, teacher: Tensor | None, next_tokens: Tensor, term: Term) -> tuple[Tensor, Tensor]:
+def in_float64(student: Tensor, teacher: Tensor | None, labels: Tensor, term: Term) -> tuple[Tensor, Tensor]:
     arguments: dict[str, Any] = dict(zip(PARAMETERS.get(term.name, ()), (term.a, term.b), strict=False))
     if term.name != "logit_mse":
         arguments["temperature"] = term.temperature
-    block = Block(student.double(), None if teacher is None else teacher.double(), next_tokens)
+    block = LogitBlock(student.double(), None if teacher is None else teacher.double(), labels)
     return LOSSES[term.name](block, **arguments)
 
 
@@ -124,23 +122,23 @@ def assert_near(found: Tensor, wanted: Tensor, tolerance: float = 2e-6):
 
 @pytest.mark.parametrize("term", CASES, ids=str)
 def test_equals_the_loss_in_float64(fused: Fused, term):
-    student, teacher, next_tokens = problem()
+    student, teacher, labels = problem()
     weights = torch.tensor([[0.5, 1.0, -2.0]])
-    gradient, nats, _ = fused(student, teacher, next_tokens, [term], weights, apart=5)
-    wanted, wanted_gradient = in_float64(student, teacher, next_tokens, term)
+    gradient, nats, _ = fused(student, teacher, labels, [term], weights, apart=5)
+    wanted, wanted_gradient = in_float64(student, teacher, labels, term)
     assert_near(nats[0], wanted)
     assert_near(gradient, wanted_gradient * weights[0].double().unsqueeze(-1))
 
 
 @pytest.mark.parametrize(("v", "block"), [(37, 8), (32, 32), (5003, 2048), (1, 16)])
 def test_a_weighted_sum_at_several_temperatures(fused: Fused, v, block):
-    student, teacher, next_tokens = problem(v=max(v, 9))
-    student, teacher, next_tokens = student[:, -v:], teacher[:, -v:], next_tokens.clamp(max=v - 1)
+    student, teacher, labels = problem(v=max(v, 9))
+    student, teacher, labels = student[:, -v:], teacher[:, -v:], labels.clamp(max=v - 1)
     weights = torch.linspace(-0.5, 1, len(SEVERAL) * 3).view(-1, 3)
-    gradient, nats, _ = fused(student, teacher, next_tokens, SEVERAL, weights, block=block)
+    gradient, nats, _ = fused(student, teacher, labels, SEVERAL, weights, block=block)
     wanted_gradient = torch.zeros(student.shape, dtype=torch.float64)
     for term, weight, found in zip(SEVERAL, weights, nats, strict=True):
-        wanted, one = in_float64(student, teacher, next_tokens, term)
+        wanted, one = in_float64(student, teacher, labels, term)
         assert_near(found, wanted)
         wanted_gradient += weight.double().unsqueeze(-1) * one
     assert_near(gradient, wanted_gradient)
@@ -148,20 +146,20 @@ def test_a_weighted_sum_at_several_temperatures(fused: Fused, v, block):
 
 def test_of_a_student_nearly_equal_to_its_teacher_the_mixtures_lose_no_digits(fused: Fused):
     """Plain logarithms of t / m and s / m would lose all but two."""
-    _, teacher, next_tokens = problem(v=128)
+    _, teacher, labels = problem(v=128)
     student = teacher + 0.003 * torch.randn(teacher.shape, generator=torch.Generator().manual_seed(1))
     term = Term("jensen_shannon", a=0.3)
-    _, nats, _ = fused(student, teacher, next_tokens, [term], gradient=False, block=128)
-    wanted, _ = in_float64(student, teacher, next_tokens, term)
+    _, nats, _ = fused(student, teacher, labels, [term], gradient=False, block=128)
+    wanted, _ = in_float64(student, teacher, labels, term)
     torch.testing.assert_close(nats[0].double(), wanted, rtol=2e-4, atol=0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("spread", [3.0, 1e4])
 def test_a_student_equal_to_its_teacher_has_loss_0_and_gradient_0(fused: Fused, temperature, spread):
-    student, _, next_tokens = problem(spread=spread)
+    student, _, labels = problem(spread=spread)
     terms = [*(term._replace(temperature=temperature) for term in DIVERGENCES), Term("logit_mse")]
-    gradient, nats, _ = fused(student, student, next_tokens, terms)
+    gradient, nats, _ = fused(student, student, labels, terms)
     assert (nats == 0).all()
     assert (gradient == 0).all()
 
@@ -172,13 +170,13 @@ def test_extreme_logits(fused: Fused):
     teacher[1, :-1] = -torch.inf
     student[2, 1:] = -torch.inf
     student[3], teacher[4] = -torch.inf, -torch.inf
-    next_tokens = torch.tensor([3, 32, 0, 5, 5])
+    labels = torch.tensor([3, 32, 0, 5, 5])
     for term in (
         *(term._replace(temperature=0.25) for term in (*DIVERGENCES, Term("cross_entropy"))),
         Term("logit_mse"),
     ):
-        gradient, nats, _ = fused(student, teacher, next_tokens, [term])
-        wanted, wanted_gradient = in_float64(student, teacher, next_tokens, term)
+        gradient, nats, _ = fused(student, teacher, labels, [term])
+        wanted, wanted_gradient = in_float64(student, teacher, labels, term)
         assert nats.isfinite().all()
         assert gradient.isfinite().all()
         assert_near(nats[0], wanted)
@@ -186,13 +184,13 @@ def test_extreme_logits(fused: Fused):
 
 
 def test_where_all_weights_are_0_the_gradient_is_exactly_0(fused: Fused):
-    student, teacher, next_tokens = problem()
+    student, teacher, labels = problem()
     terms = (Term("reverse_kl", 2.0), Term("forward_kl"))
     weights = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.5, 2.0]])
-    wanted, wanted_nats, _ = fused(student, teacher, next_tokens, terms, weights)
+    wanted, wanted_nats, _ = fused(student, teacher, labels, terms, weights)
     student[0, 4] = torch.nan
     for kept in (terms, terms[1:]):
-        gradient, nats, _ = fused(student, teacher, next_tokens, kept, weights[-len(kept) :])
+        gradient, nats, _ = fused(student, teacher, labels, kept, weights[-len(kept) :])
         assert (gradient[0] == 0).all()
         assert nats[:, 0].isnan().all()
         assert torch.equal(nats[:, 1:], wanted_nats[-len(kept) :, 1:])
@@ -200,9 +198,9 @@ def test_where_all_weights_are_0_the_gradient_is_exactly_0(fused: Fused):
 
 
 def test_logits_that_are_no_numbers_do_not_stay_unseen(fused: Fused):
-    student, teacher, next_tokens = problem()
+    student, teacher, labels = problem()
     teacher[1, -1] = torch.nan
-    gradient, nats, measures = fused(student, teacher, next_tokens, DIVERGENCES)
+    gradient, nats, measures = fused(student, teacher, labels, DIVERGENCES)
     assert nats[:, 1].isnan().all()
     assert gradient[1].isnan().all()
     assert measures[1, 1].isnan()
@@ -211,32 +209,32 @@ def test_logits_that_are_no_numbers_do_not_stay_unseen(fused: Fused):
 
 @pytest.mark.parametrize("terms", [(Term("forward_kl"),), (Term("reverse_kl", 2.0),)], ids=str)
 def test_measures_are_those_of_the_package(fused: Fused, terms):
-    student, teacher, next_tokens = problem(6)
+    student, teacher, labels = problem(6)
     teacher[4:] += 9 * torch.nn.functional.one_hot(student[4:].argmax(-1), 37)
     teacher[3] = student[3].round()  # whose largest may be several
     student[3] = teacher[3]
     student[0, [2, 34]], teacher[0, 2] = 50.0, 50.0  # two that are equally likely, in different blocks
-    _, _, measures = fused(student, teacher, next_tokens, terms)
-    block = Block(student.double(), teacher.double(), next_tokens)
+    _, _, measures = fused(student, teacher, labels, terms)
+    block = LogitBlock(student.double(), teacher.double(), labels)
     for name, found in zip(MEASURES, measures, strict=True):
         assert_near(found, getattr(all_measures, name)(block))
     assert 0 < measures[MEASURES.index("top1_agreement")].sum() < 6
 
 
 def test_without_gradient_the_logits_stay(fused: Fused):
-    student, teacher, next_tokens = problem()
-    with_gradient = fused(student, teacher, next_tokens, SEVERAL)
-    logits, nats, measures = fused(student, teacher, next_tokens, SEVERAL, gradient=False)
+    student, teacher, labels = problem()
+    with_gradient = fused(student, teacher, labels, SEVERAL)
+    logits, nats, measures = fused(student, teacher, labels, SEVERAL, gradient=False)
     assert torch.equal(logits, student)
     assert torch.equal(nats, with_gradient[1])
     assert torch.equal(measures, with_gradient[2])
 
 
 def test_cross_entropy_needs_no_teacher(fused: Fused):
-    student, _, next_tokens = problem()
+    student, _, labels = problem()
     term = Term("cross_entropy", 2.0, 0.1)
-    gradient, nats, measures = fused(student, None, next_tokens, [term])
-    wanted, wanted_gradient = in_float64(student, None, next_tokens, term)
+    gradient, nats, measures = fused(student, None, labels, [term])
+    wanted, wanted_gradient = in_float64(student, None, labels, term)
     assert_near(nats[0], wanted)
     assert_near(gradient, wanted_gradient)
     assert measures[0].isfinite().all()
@@ -244,9 +242,9 @@ def test_cross_entropy_needs_no_teacher(fused: Fused):
 
 
 def test_a_next_token_beyond_the_columns_is_not_taken_for_another(fused: Fused):
-    student, teacher, next_tokens = problem()
-    next_tokens[0], next_tokens[2] = 37, -100
-    _, nats, measures = fused(student, teacher, next_tokens, (Term("cross_entropy"), Term("forward_kl")))
+    student, teacher, labels = problem()
+    labels[0], labels[2] = 37, -100
+    _, nats, measures = fused(student, teacher, labels, (Term("cross_entropy"), Term("forward_kl")))
     assert nats[0].isnan().tolist() == measures[-1].isnan().tolist() == [True, False, True]
     assert nats[1].isfinite().all()
 
@@ -259,13 +257,13 @@ def test_compiles_for_a_device(tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from stillroom.kernels import cuda
+    from stillroom.kernels import triton_fused
 
-    kinds = tuple(sorted(cuda.KINDS))
+    kinds = tuple(sorted(triton_fused.KINDS))
     constants = {
         "KINDS": kinds,
         "SLOTS": tuple(i % 2 for i in range(len(kinds))),
-        "SUMS": tuple(cuda.SUM_OF_PULLS[kind] for kind in kinds),
+        "SUMS": tuple(triton_fused.SUM_OF_PULLS[kind] for kind in kinds),
         "CLOSED": False,
         "HAS_TEACHER": True,
         "GRADIENT": True,
@@ -275,11 +273,11 @@ def test_compiles_for_a_device(tmp_path, monkeypatch):
     types |= dict.fromkeys(("student_stride", "teacher_stride", "num_rows", "num_columns"), "i32")
     types |= {"temperatures": ("fp32",) * 2, "inverses": ("fp32",) * 2, "a": ("fp32",) * len(kinds)}
     types |= {"b": types["a"], "next_tokens": "*i64"} | dict.fromkeys(constants, "constexpr")
-    signature = {name: types[name] for name in cuda._row.arg_names}
+    signature = {name: types[name] for name in triton_fused._row.arg_names}
     compiled = triton.compile(
-        ASTSource(cuda._row, signature, constants),
+        ASTSource(triton_fused._row, signature, constants),
         target=GPUTarget("cuda", 90, 32),
-        options=cuda.OPTIONS,
+        options=triton_fused.OPTIONS,
     )
     assert compiled.asm["cubin"][:4] == b"\x7fELF"
     assert "add.rn.f32" in compiled.asm["ptx"]

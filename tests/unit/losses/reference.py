@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stillroom import losses
-from stillroom.head import Head
-from stillroom.losses import Block, Objective
+from stillroom.lm_head import LMHead
+from stillroom.losses import LogitBlock, Objective
 from stillroom.signals import Dense
 
 TEMPERATURES = (0.25, 1.0, 2.0, 7.5)
@@ -184,18 +184,18 @@ SEVERAL = [
 """A sum of objectives."""
 
 
-def value_and_gradient(name: str, student: Tensor, teacher: Tensor, next_tokens: Tensor, **arguments: float):
+def value_and_gradient(name: str, student: Tensor, teacher: Tensor, labels: Tensor, **arguments: float):
     """What the package says of ``[r, v]`` logits, which it may change: so it gets copies."""
-    return losses.LOSSES[name](Block(student.clone(), teacher.clone(), next_tokens), **arguments)
+    return losses.LOSSES[name](LogitBlock(student.clone(), teacher.clone(), labels), **arguments)
 
 
-def naive_nats(name: str, student: Tensor, teacher: Tensor, next_tokens: Tensor, **arguments: float) -> Tensor:
+def naive_nats(name: str, student: Tensor, teacher: Tensor, labels: Tensor, **arguments: float) -> Tensor:
     """The value at each of ``r`` positions, one position after another, in float64, differentiable."""
-    rows = zip(student.double(), teacher.double(), next_tokens.tolist(), strict=True)
+    rows = zip(student.double(), teacher.double(), labels.tolist(), strict=True)
     return torch.stack([LOSSES[name].naive(s, t, token, **arguments) for s, t, token in rows])
 
 
-def naive_logits(hidden: Tensor, head: Head, num_columns: int | None = None) -> Tensor:
+def naive_logits(hidden: Tensor, head: LMHead, vocab_size: int | None = None) -> Tensor:
     """All logits in float64, with everything that the head does to them."""
     logits = hidden.double() @ head.weight.double().T
     if head.bias is not None:
@@ -203,24 +203,24 @@ def naive_logits(hidden: Tensor, head: Head, num_columns: int | None = None) -> 
     logits = logits * head.scale
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
-    return logits[:, :num_columns]
+    return logits[:, :vocab_size]
 
 
 def naive_total(
     hidden: Tensor,
-    head: Head,
+    head: LMHead,
     objectives: Sequence[Objective],
-    next_tokens: Tensor,
+    labels: Tensor,
     weights: Tensor,
     signal: Dense,
-    num_columns: int | None = None,
+    vocab_size: int | None = None,
 ) -> Tensor:
     """What ``linear_losses`` minimises, with whole logits held, in float64, differentiable."""
-    student = naive_logits(hidden, head, num_columns)
-    teacher = naive_logits(signal.hidden, signal.head, num_columns)
+    student = naive_logits(hidden, head, vocab_size)
+    teacher = naive_logits(signal.hidden, signal.head, vocab_size)
     total = torch.zeros((), dtype=torch.float64)
     for o in objectives:
-        for i, nats in enumerate(naive_nats(o.name, student, teacher, next_tokens, **o.arguments)):
+        for i, nats in enumerate(naive_nats(o.name, student, teacher, labels, **o.arguments)):
             total = total + o.weight * weights[i].double() * nats
     return total
 
@@ -232,12 +232,12 @@ class Problem:
     hidden: Tensor
     weight: Tensor
     bias: Tensor
-    next_tokens: Tensor
+    labels: Tensor
     weights: Tensor
     signal: Dense
 
-    def head(self, **transformation: float) -> Head:
-        return Head(self.weight, self.bias, **transformation)
+    def head(self, **transformation: float) -> LMHead:
+        return LMHead(self.weight, self.bias, **transformation)
 
     @property
     def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -263,12 +263,12 @@ def problem(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
-    teacher = Head(normal(teacher_columns or columns, width + 3), normal(teacher_columns or columns), scale=0.5)
+    teacher = LMHead(normal(teacher_columns or columns, width + 3), normal(teacher_columns or columns), scale=0.5)
     return Problem(
         hidden=normal(n, width).requires_grad_(),
         weight=normal(columns, width).requires_grad_(),
         bias=normal(columns).requires_grad_(),
-        next_tokens=torch.randint(0, columns - 3, (n,), generator=g),
+        labels=torch.randint(0, columns - 3, (n,), generator=g),
         weights=torch.rand(n, generator=g, dtype=torch.float64) + 0.1,
         signal=Dense(normal(n, width + 3), teacher),
     )
@@ -279,8 +279,8 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
-def _pairs(num_columns: int) -> st.SearchStrategy[tuple[list[float], list[float]]]:
-    logits = st.lists(st.floats(-30, 30, width=32), min_size=num_columns, max_size=num_columns)
+def _pairs(vocab_size: int) -> st.SearchStrategy[tuple[list[float], list[float]]]:
+    logits = st.lists(st.floats(-30, 30, width=32), min_size=vocab_size, max_size=vocab_size)
     return st.tuples(logits, logits)
 
 

@@ -7,7 +7,7 @@ from reference import adaptive_kl, alpha_beta, jensen_shannon, kl, skew_kl, skew
 from torch import Tensor
 
 from stillroom import losses
-from stillroom.losses import Block
+from stillroom.losses import LogitBlock
 from stillroom.signals import Sparse
 
 STORED = (1.0, 2.0)
@@ -27,9 +27,7 @@ TRUNCATED = tuple(OF_OUTCOMES)
 """The losses of a truncated signal."""
 
 
-def truncated(
-    teacher: Tensor, k: int, temperatures: Sequence[float] = STORED, num_columns: int | None = None
-) -> Sparse:
+def truncated(teacher: Tensor, k: int, temperatures: Sequence[float] = STORED, vocab_size: int | None = None) -> Sparse:
     """The k likeliest of teacher's logits [n, v] and what they leave out, computed in float64."""
     wide = teacher.double()
     ids = wide.topk(k, -1).indices
@@ -37,7 +35,7 @@ def truncated(
     rests = {
         t: (wide / t).log_softmax(-1).masked_fill(off, -torch.inf).logsumexp(-1).to(teacher.dtype) for t in temperatures
     }
-    return Sparse(ids, wide.log_softmax(-1).gather(-1, ids).to(teacher.dtype), rests, num_columns=num_columns)
+    return Sparse(ids, wide.log_softmax(-1).gather(-1, ids).to(teacher.dtype), rests, vocab_size=vocab_size)
 
 
 def outcomes(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
@@ -81,8 +79,8 @@ def naive_sampled(student: Tensor, signal: Sparse) -> Tensor:
 
 def value_and_gradient(name: str, student: Tensor, signal: Sparse, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """What the package says of student's logits [n, v], which it may change: so it gets a copy."""
-    next_tokens = torch.zeros(len(student), dtype=torch.long)
-    return losses.LOSSES[name](Block(student.clone(), None, next_tokens, signal), temperature=temperature)
+    labels = torch.zeros(len(student), dtype=torch.long)
+    return losses.LOSSES[name](LogitBlock(student.clone(), None, labels, signal), temperature=temperature)
 
 
 def random_logits(n: int = 5, v: int = 9, seed: int = 0, spread: float = 3.0) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stillroom.losses.adaptive_kl import head_of
+from stillroom.losses.divergences import head_of
 
 
 def by_sorting(t: torch.Tensor, mass: float) -> torch.Tensor:

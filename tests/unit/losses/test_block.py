@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from stillroom.losses import Block
+from stillroom.losses import LogitBlock
 
 tokens = torch.zeros(2, dtype=torch.long)
 
@@ -17,7 +17,7 @@ def logits() -> torch.Tensor:
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_gives_probabilities_at_a_temperature(temperature):
-    block = Block(logits(), -logits(), tokens)
+    block = LogitBlock(logits(), -logits(), tokens)
     for who, sign in (("student", 1), ("teacher", -1)):
         exponentials = (sign * logits() / temperature).exp()
         wanted = exponentials / exponentials.sum(-1, keepdim=True)
@@ -26,26 +26,26 @@ def test_gives_probabilities_at_a_temperature(temperature):
 
 
 def test_computes_each_once():
-    block = Block(logits(), -logits(), tokens)
+    block = LogitBlock(logits(), -logits(), tokens)
     assert block.student(2.0) is block.student(2.0)
     assert block.teacher_probabilities() is block.teacher_probabilities(1.0)
     assert block.student(2.0) is not block.student(1.0)
 
 
 def test_an_impossible_token_has_probability_zero_and_a_finite_log():
-    block = Block(logits().index_fill_(1, torch.tensor([1]), float("-inf")), None, tokens)
+    block = LogitBlock(logits().index_fill_(1, torch.tensor([1]), float("-inf")), None, tokens)
     assert (block.student_probabilities()[:, 1] == 0).all()
     assert block.student().isfinite().all()
     torch.testing.assert_close(block.student_probabilities().sum(-1), torch.ones(2, dtype=torch.float64))
 
 
 def test_a_low_finite_logit_is_taken_as_it_is():
-    block = Block(torch.tensor([[0.0, -1e20]]), None, tokens[:1])
+    block = LogitBlock(torch.tensor([[0.0, -1e20]]), None, tokens[:1])
     assert block.student()[0, 1].item() == pytest.approx(-1e20)
 
 
 def test_not_a_number_is_not_hidden():
-    block = Block(logits().index_fill_(1, torch.tensor([1]), float("nan")), None, tokens)
+    block = LogitBlock(logits().index_fill_(1, torch.tensor([1]), float("nan")), None, tokens)
     assert block.student().isnan().all()
 
 
@@ -54,7 +54,7 @@ def test_gives_its_memory_back_at_once():
     gc.collect()
     gc.disable()
     try:
-        block = Block(logits(), -logits(), tokens)
+        block = LogitBlock(logits(), -logits(), tokens)
         held = [weakref.ref(block.student()), weakref.ref(block.teacher_probabilities(2.0))]
         del block
         assert [ref() for ref in held] == [None, None]

@@ -21,7 +21,7 @@ from reference import (
 )
 
 from stillroom import losses
-from stillroom.losses import Block
+from stillroom.losses import LogitBlock
 
 every_divergence = pytest.mark.parametrize("name", DIVERGENCES)
 one_token = torch.zeros(1, dtype=torch.long)
@@ -43,11 +43,11 @@ def test_the_table_has_every_loss():
 
 @every_case
 def test_equals_the_naive_formula_and_its_gradient(name, arguments):
-    student, teacher, next_tokens = random_logits()
+    student, teacher, labels = random_logits()
     student.requires_grad_()
-    wanted = naive_nats(name, student, teacher, next_tokens, **arguments)
+    wanted = naive_nats(name, student, teacher, labels, **arguments)
     (wanted_gradient,) = torch.autograd.grad(wanted.sum(), student)
-    nats, gradient = value_and_gradient(name, student.detach(), teacher, next_tokens, **arguments)
+    nats, gradient = value_and_gradient(name, student.detach(), teacher, labels, **arguments)
     torch.testing.assert_close(nats, wanted.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-11, atol=1e-12)
 
@@ -55,22 +55,22 @@ def test_equals_the_naive_formula_and_its_gradient(name, arguments):
 @pytest.mark.parametrize("name", BOUNDED)
 def test_float32_is_near_also_where_a_gradient_vanishes(name):
     """Then it is a difference of nearly equal numbers: exact to a share of these, not of itself."""
-    student, teacher, next_tokens = (x.float() if x.is_floating_point() else x for x in random_logits(4, 5000))
+    student, teacher, labels = (x.float() if x.is_floating_point() else x for x in random_logits(4, 5000))
     wide = student.double().requires_grad_()
-    wanted = naive_nats(name, wide, teacher, next_tokens, temperature=0.25)
+    wanted = naive_nats(name, wide, teacher, labels, temperature=0.25)
     (wanted_gradient,) = torch.autograd.grad(wanted.sum(), wide)
-    nats, gradient = value_and_gradient(name, student, teacher, next_tokens, temperature=0.25)
+    nats, gradient = value_and_gradient(name, student, teacher, labels, temperature=0.25)
     assert relative_error(nats, wanted.detach()) <= 1e-5
     assert (gradient - wanted_gradient).abs().max() <= 1e-6
 
 
 @every_case_not_saturated
 def test_float32_stays_near_float64_over_many_columns(name, arguments):
-    student, teacher, next_tokens = (x.float() if x.is_floating_point() else x for x in random_logits(4, 5000))
+    student, teacher, labels = (x.float() if x.is_floating_point() else x for x in random_logits(4, 5000))
     wide = student.double().requires_grad_()
-    wanted = naive_nats(name, wide, teacher, next_tokens, **arguments)
+    wanted = naive_nats(name, wide, teacher, labels, **arguments)
     (wanted_gradient,) = torch.autograd.grad(wanted.sum(), wide)
-    nats, gradient = value_and_gradient(name, student, teacher, next_tokens, **arguments)
+    nats, gradient = value_and_gradient(name, student, teacher, labels, **arguments)
     assert nats.dtype == gradient.dtype == torch.float32
     assert relative_error(nats, wanted.detach()) <= 1e-5
     assert relative_error(gradient, wanted_gradient) <= 1e-5
@@ -80,9 +80,9 @@ def test_float32_stays_near_float64_over_many_columns(name, arguments):
 @pytest.mark.parametrize("temperature", [0.5, 2.0, 10.0])
 def test_temperature_squared_is_on_the_loss_and_on_its_gradient(name, temperature):
     """T² L(x / T) has the gradient T ∇L(x / T)."""
-    student, teacher, next_tokens = random_logits()
-    nats, gradient = value_and_gradient(name, student, teacher, next_tokens, temperature=temperature)
-    cool = value_and_gradient(name, student / temperature, teacher / temperature, next_tokens)
+    student, teacher, labels = random_logits()
+    nats, gradient = value_and_gradient(name, student, teacher, labels, temperature=temperature)
+    cool = value_and_gradient(name, student / temperature, teacher / temperature, labels)
     torch.testing.assert_close(nats, cool[0] * temperature**2, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradient, cool[1] * temperature, rtol=1e-11, atol=1e-12)
 
@@ -90,7 +90,7 @@ def test_temperature_squared_is_on_the_loss_and_on_its_gradient(name, temperatur
 @every_case
 def test_gradient_belongs_to_the_caller(name, arguments):
     """It may be changed without changing what the block gives to the next loss."""
-    block = Block(*random_logits())
+    block = LogitBlock(*random_logits())
     _, gradient = losses.LOSSES[name](block, **arguments)
     wanted = gradient.clone()
     gradient.fill_(float("nan"))
@@ -171,8 +171,8 @@ def test_finite_at_extreme_logits(name, arguments, dtype):
     student = torch.tensor([s for s in rows for _ in rows], dtype=dtype)
     teacher = torch.tensor([t for _ in rows for t in rows], dtype=dtype)
     for token in range(4):
-        next_tokens = torch.full((len(student),), token)
-        nats, gradient = value_and_gradient(name, student, teacher, next_tokens, **arguments)
+        labels = torch.full((len(student),), token)
+        nats, gradient = value_and_gradient(name, student, teacher, labels, **arguments)
         assert nats.isfinite().all()
         assert gradient.isfinite().all()
         assert (nats >= 0).all()
@@ -180,11 +180,11 @@ def test_finite_at_extreme_logits(name, arguments, dtype):
 
 @every_case
 def test_columns_that_neither_holds_possible_are_as_if_absent(name, arguments):
-    student, teacher, next_tokens = random_logits(r=5, v=7)
-    wanted = value_and_gradient(name, student, teacher, next_tokens, **arguments)
+    student, teacher, labels = random_logits(r=5, v=7)
+    wanted = value_and_gradient(name, student, teacher, labels, **arguments)
     off = torch.full((5, 2), float("-inf"), dtype=torch.float64)
     wide = (torch.cat([x, off], dim=1) for x in (student, teacher))
-    nats, gradient = value_and_gradient(name, *wide, next_tokens, **arguments)
+    nats, gradient = value_and_gradient(name, *wide, labels, **arguments)
     torch.testing.assert_close(nats, wanted[0], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradient[:, :7], wanted[1], rtol=1e-12, atol=1e-12)
     assert (gradient[:, 7:] == 0).all()
@@ -192,7 +192,7 @@ def test_columns_that_neither_holds_possible_are_as_if_absent(name, arguments):
 
 @every_divergence
 def test_does_not_read_the_next_tokens(name):
-    student, teacher, next_tokens = random_logits()
-    plain = value_and_gradient(name, student, teacher, next_tokens)
-    other = value_and_gradient(name, student, teacher, (next_tokens + 1) % 9)
+    student, teacher, labels = random_logits()
+    plain = value_and_gradient(name, student, teacher, labels)
+    other = value_and_gradient(name, student, teacher, (labels + 1) % 9)
     assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))

@@ -4,20 +4,19 @@ import pytest
 import torch
 
 from stillroom.errors import MismatchError
-from stillroom.head import Head
-from stillroom.losses import LOSSES, Block, Objective, fused, linear_losses, measures
-from stillroom.losses.linear import Buffers
-from stillroom.losses.objective import Measure
-from stillroom.losses.weighting import by_data, by_entropy
-from stillroom.selection import likeliest
+from stillroom.kernels.selection import top_indices
+from stillroom.lm_head import LMHead
+from stillroom.losses import LOSSES, LogitBlock, Objective, fused, linear_losses, metrics
+from stillroom.losses.fused_linear import Buffers
+from stillroom.losses.objective import Measure, by_data, by_entropy
 from stillroom.signals import Logits, Signal, Sparse
 
 ALL: list[Measure] = [
-    measures.top1_agreement,
-    measures.accepted_mass,
-    measures.student_entropy,
-    measures.teacher_cross_entropy,
-    measures.teacher_entropy,
+    metrics.top1_agreement,
+    metrics.accepted_mass,
+    metrics.student_entropy,
+    metrics.teacher_cross_entropy,
+    metrics.teacher_entropy,
 ]
 DENSE = [
     [Objective("a", LOSSES["adaptive_kl"], 0.7, {"mu": 0.3}), Objective("b", LOSSES["cross_entropy"], 0.3)],
@@ -44,7 +43,7 @@ def problem(n: int = 9, d: int = 5, v: int = 4103) -> tuple[torch.Tensor, ...]:
 def truncated(teacher: torch.Tensor, k: int = 7) -> Sparse:
     def seen(temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         p = (teacher.double() / temperature).softmax(-1)
-        values, ids = likeliest(p, k)
+        values, ids = top_indices(p, k)
         return ids, values.log(), p.scatter(-1, ids, 0).sum(-1).log().float()
 
     ids, log_probs, _ = seen(1.0)
@@ -53,17 +52,17 @@ def truncated(teacher: torch.Tensor, k: int = 7) -> Sparse:
     kept = log_probs.exp().sum(-1)
     rests = {1.0: (1 - kept).log().float(), 2.0: seen(2.0)[2]}
     label = teacher.double().log_softmax(-1)[:, 0].float()
-    return Sparse(ids, log_probs.float(), rests, torch.ones(len(teacher)), label, num_columns=teacher.shape[1])
+    return Sparse(ids, log_probs.float(), rests, torch.ones(len(teacher)), label, vocab_size=teacher.shape[1])
 
 
 def run(objectives, signal: Signal | None, wanted: list[Measure], dtype: torch.dtype):
-    hidden, weight, _, next_tokens, of_data = (x.to(dtype) if x.is_floating_point() else x for x in problem())
+    hidden, weight, _, labels, of_data = (x.to(dtype) if x.is_floating_point() else x for x in problem())
     if isinstance(signal, Logits):
         signal = Logits(signal.logits.to(dtype))
     trained = hidden.requires_grad_(), weight.requires_grad_()
-    head, weights = Head(weight, scale=0.5), of_data + 0.5
+    head, weights = LMHead(weight, scale=0.5), of_data + 0.5
     found = linear_losses(
-        hidden, head, objectives, next_tokens, weights, signal, measures=wanted, data_weights=of_data,
+        hidden, head, objectives, labels, weights, signal, measures=wanted, data_weights=of_data,
         chunk_bytes=4 * len(weight) * 4,
     )  # fmt: skip
     return found, torch.autograd.grad(found.total, trained)
@@ -92,7 +91,7 @@ def test_of_a_dense_teacher(objectives):
 @pytest.mark.parametrize("objectives", [*FROM_ENTRIES, TEMPERED], ids=lambda some: str(some[0].arguments))
 def test_of_a_truncated_signal(objectives):
     tells_bucket = objectives is FROM_ENTRIES[0]
-    wanted = ALL if tells_bucket else [m for m in ALL if m is not measures.accepted_mass]
+    wanted = ALL if tells_bucket else [m for m in ALL if m is not metrics.accepted_mass]
     assert_equals_tensors(objectives, truncated(problem()[2]), wanted)
 
 
@@ -100,12 +99,12 @@ def test_of_a_sampled_signal():
     entries = truncated(problem()[2])
     signal = Sparse(entries.ids, entries.log_probs, entropy=entries.entropy, sampled=True)
     objectives = [Objective("a", LOSSES["forward_kl"], 0.9), Objective("b", LOSSES["cross_entropy"], 0.1)]
-    assert_equals_tensors(objectives, signal, [measures.student_entropy, measures.top1_agreement])
+    assert_equals_tensors(objectives, signal, [metrics.student_entropy, metrics.top1_agreement])
 
 
 def test_of_no_teacher():
     objectives = [Objective("a", LOSSES["cross_entropy"], 1.0, {"smoothing": 0.2, "temperature": 2.0})]
-    assert_equals_tensors(objectives, None, [measures.student_entropy])
+    assert_equals_tensors(objectives, None, [metrics.student_entropy])
 
 
 def test_of_equals_at_the_border_the_head_has_the_first():
@@ -116,7 +115,7 @@ def test_of_equals_at_the_border_the_head_has_the_first():
     assert kernels is not None
     token, weights = torch.zeros(1, dtype=torch.long), torch.ones(1, 1)
     nats, _ = kernels(student.clone(), teacher, token, None, weights, gradient=False)
-    wanted, _ = LOSSES["adaptive_kl"](Block(student.double(), teacher.double(), token), mu=0.4)
+    wanted, _ = LOSSES["adaptive_kl"](LogitBlock(student.double(), teacher.double(), token), mu=0.4)
     torch.testing.assert_close(nats[0].double(), wanted, rtol=1e-6, atol=0)
 
 
@@ -135,7 +134,7 @@ def test_what_kernels_do_not_know_is_left_to_tensors(objective, signal):
     signals = {"dense": Logits(teacher), "truncated": truncated(teacher), "none": None}
     assert not chosen([objective], signals[signal], [])
     assert not chosen([Objective("a", LOSSES["forward_kl"])], Logits(teacher), [], torch.float64)
-    assert not chosen([Objective("a", LOSSES["forward_kl"])], Logits(teacher), [lambda block: block.next_tokens])
+    assert not chosen([Objective("a", LOSSES["forward_kl"])], Logits(teacher), [lambda block: block.labels])
 
 
 @pytest.mark.parametrize("place", [-1, 4103, 10**9])
@@ -165,7 +164,7 @@ def test_entropy_does_not_depend_on_what_all_logits_have_in_common():
     """Of a sure position it lies in the logarithm of the sum, which is nothing beside large logits."""
     near = torch.tensor([[0.0, -12.0, -60.0]])
     objectives = [Objective("a", LOSSES["cross_entropy"])]
-    kernels = fused.fused_for(objectives, [measures.student_entropy], None, dtype=torch.float32,
+    kernels = fused.fused_for(objectives, [metrics.student_entropy], None, dtype=torch.float32,
                               device=torch.device("cpu"))  # fmt: skip
     assert kernels is not None
     token, weights = torch.zeros(1, dtype=torch.long), torch.ones(1, 1)
@@ -174,11 +173,11 @@ def test_entropy_does_not_depend_on_what_all_logits_have_in_common():
 
 
 def test_buffers_of_an_evaluation_can_be_trained_with():
-    hidden, weight, teacher, next_tokens, of_data = problem()
-    buffers, head = Buffers(), Head(weight)
+    hidden, weight, teacher, labels, of_data = problem()
+    buffers, head = Buffers(), LMHead(weight)
     objectives = [Objective("a", LOSSES["forward_kl"])]
     with torch.inference_mode():
-        linear_losses(hidden, head, objectives, next_tokens, of_data, Logits(teacher), buffers=buffers)
+        linear_losses(hidden, head, objectives, labels, of_data, Logits(teacher), buffers=buffers)
     trained = hidden.requires_grad_()
-    linear_losses(trained, head, objectives, next_tokens, of_data, Logits(teacher), buffers=buffers).total.backward()
+    linear_losses(trained, head, objectives, labels, of_data, Logits(teacher), buffers=buffers).total.backward()
     assert trained.grad is not None

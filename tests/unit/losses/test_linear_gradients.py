@@ -7,7 +7,7 @@ import torch
 from reference import SEVERAL, SMOOTH, Problem, every_case, naive_total, objective, problem
 from torch.autograd import gradcheck
 
-from stillroom.head import Head
+from stillroom.lm_head import LMHead
 from stillroom.losses import Objective, linear_losses
 
 TRANSFORMATIONS = [{}, {"scale": 0.25}, {"softcap": 2.0}, {"scale": 3.0, "softcap": 5.0}]
@@ -17,11 +17,9 @@ def total_of(p: Problem, objectives: list[Objective], **transformation: float):
     """``linear_losses`` as a function of what it is differentiable in; only 5 of the 7 and 9 columns are compared."""
 
     def total(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        head = Head(weight, bias, **transformation)
-        tokens = p.next_tokens
-        return linear_losses(
-            hidden, head, objectives, tokens, p.weights, p.signal, num_columns=5, chunk_bytes=200
-        ).total
+        head = LMHead(weight, bias, **transformation)
+        tokens = p.labels
+        return linear_losses(hidden, head, objectives, tokens, p.weights, p.signal, vocab_size=5, chunk_bytes=200).total
 
     return total
 
@@ -65,12 +63,12 @@ def test_equals_the_gradient_of_the_naive_formula(name, arguments):
         p.hidden,
         p.head(scale=0.7, softcap=6.0),
         [objective(name, **arguments)],
-        p.next_tokens,
+        p.labels,
         p.weights,
         p.signal,
     )
-    wanted = p.gradients(naive_total(*inputs, num_columns=37))
-    for a, b in zip(p.gradients(linear_losses(*inputs, num_columns=37).total), wanted, strict=True):
+    wanted = p.gradients(naive_total(*inputs, vocab_size=37))
+    for a, b in zip(p.gradients(linear_losses(*inputs, vocab_size=37).total), wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
@@ -130,7 +128,7 @@ def test_gradient_reaches_what_lies_before_a_view():
     p = problem(n=12, columns=7, width=3)
     whole = p.hidden.detach().view(3, 4, 3).clone().requires_grad_()
     picked = torch.tensor([1, 5, 6, 11])
-    arguments = ([objective("cross_entropy")], p.next_tokens[picked], p.weights[picked])
+    arguments = ([objective("cross_entropy")], p.labels[picked], p.weights[picked])
     linear_losses(whole.flatten(0, 1)[picked], p.head(), *arguments).total.backward()
     wanted = torch.zeros(12, 3, dtype=torch.float64)
     leaf = p.hidden.detach()[picked].requires_grad_()

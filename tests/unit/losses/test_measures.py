@@ -6,14 +6,14 @@ import pytest
 import torch
 from reference import naive_logits, objective, problem
 
-from stillroom.losses import Block, linear_losses
-from stillroom.losses.measures import confidence, correct, top1_agreement, top10_overlap
+from stillroom.losses import LogitBlock, linear_losses
+from stillroom.losses.metrics import confidence, correct, top1_agreement, top10_overlap
 
 
 def test_top1_agreement_of_a_few_rows():
     student = torch.tensor([[1.0, 3.0, 2.0], [5.0, 0.0, 1.0], [-1.0, -2.0, -0.5]])
     teacher = torch.tensor([[0.0, 9.0, 8.0], [0.0, 0.0, 1.0], [-9.0, -8.0, -0.1]])
-    agreement = top1_agreement(Block(student, teacher, torch.tensor([0, 0, 0])))
+    agreement = top1_agreement(LogitBlock(student, teacher, torch.tensor([0, 0, 0])))
     assert agreement.tolist() == [1.0, 0.0, 1.0]
     assert agreement.dtype == torch.float32
 
@@ -25,10 +25,10 @@ def test_top1_agreement_through_the_fused_path(chunk_bytes):
     wanted = [
         float(s.index(max(s)) == t.index(max(t))) for s, t in zip(student.tolist(), teacher.tolist(), strict=True)
     ]
-    tokens = p.next_tokens.clamp(max=3)
+    tokens = p.labels.clamp(max=3)
     found = linear_losses(
         p.hidden, p.head(), [objective("forward_kl")], tokens, p.weights, p.signal,
-        num_columns=4, measures=[top1_agreement, lambda block: block.next_tokens.double()], chunk_bytes=chunk_bytes,
+        vocab_size=4, measures=[top1_agreement, lambda block: block.labels.double()], chunk_bytes=chunk_bytes,
     )  # fmt: skip
     assert found.measures[0].tolist() == wanted
     assert 0 < sum(wanted) < 40
@@ -38,7 +38,7 @@ def test_top1_agreement_through_the_fused_path(chunk_bytes):
 
 def test_a_measure_changes_neither_loss_nor_gradient():
     p = problem()
-    arguments = (p.hidden, p.head(), [objective("reverse_kl", temperature=2.0)], p.next_tokens, p.weights, p.signal)
+    arguments = (p.hidden, p.head(), [objective("reverse_kl", temperature=2.0)], p.labels, p.weights, p.signal)
     plain, measured = linear_losses(*arguments), linear_losses(*arguments, measures=[top1_agreement])
     assert torch.equal(plain.total, measured.total)
     for a, b in zip(p.gradients(plain.total), p.gradients(measured.total), strict=True):
@@ -53,19 +53,19 @@ def test_top10_overlap_counts_the_likeliest_ten_that_both_have(dtype, columns):
     student = teacher + 0.5 * torch.randn(40, columns, generator=generator, dtype=dtype)
     tens = [[set(row.argsort()[-10:].tolist()) for row in logits] for logits in (student, teacher)]
     wanted = [len(s & t) / 10 for s, t in zip(*tens, strict=True)]
-    found = top10_overlap(Block(student, teacher, torch.zeros(40, dtype=torch.long)))
+    found = top10_overlap(LogitBlock(student, teacher, torch.zeros(40, dtype=torch.long)))
     torch.testing.assert_close(found, torch.tensor(wanted, dtype=dtype))
     assert len(set(wanted)) > 2
-    assert top10_overlap(Block(teacher, teacher.clone(), torch.zeros(40, dtype=torch.long))).tolist() == [1.0] * 40
+    assert top10_overlap(LogitBlock(teacher, teacher.clone(), torch.zeros(40, dtype=torch.long))).tolist() == [1.0] * 40
 
 
 def test_of_fewer_than_ten_columns_all_are_in_the_overlap():
-    block = Block(torch.randn(3, 4), torch.randn(3, 4), torch.zeros(3, dtype=torch.long))
+    block = LogitBlock(torch.randn(3, 4), torch.randn(3, 4), torch.zeros(3, dtype=torch.long))
     assert top10_overlap(block).tolist() == [1.0, 1.0, 1.0]
 
 
 def test_confidence_and_correct_of_a_few_rows():
-    block = Block(torch.tensor([[0.0, 0.0, 3.0], [2.0, 1.0, 0.0]]), None, torch.tensor([2, 1]))
+    block = LogitBlock(torch.tensor([[0.0, 0.0, 3.0], [2.0, 1.0, 0.0]]), None, torch.tensor([2, 1]))
     wanted = [math.exp(3) / (2 + math.exp(3)), math.exp(2) / (math.exp(2) + math.exp(1) + 1)]
     assert confidence(block).tolist() == pytest.approx(wanted)
     assert correct(block).tolist() == [1.0, 0.0]

@@ -6,23 +6,23 @@ import sys
 CHECKED = """
 from jaxtyping import install_import_hook
 install_import_hook(
-    ["stillroom.losses", "stillroom.head", "stillroom.batch", "stillroom.signals"], "beartype.beartype"
+    ["stillroom.losses", "stillroom.lm_head", "stillroom.batch", "stillroom.signals"], "beartype.beartype"
 )
 """
 SETUP = """
 import torch
 from stillroom.batch import Batch
-from stillroom.head import Head
-from stillroom.losses import Block, Objective, cross_entropy, forward_kl, linear_losses, reverse_kl
-from stillroom.losses.measures import top1_agreement
-from stillroom.losses.reduce import position_weights
+from stillroom.lm_head import LMHead
+from stillroom.losses import LogitBlock, Objective, cross_entropy, forward_kl, linear_losses, reverse_kl
+from stillroom.losses.metrics import top1_agreement
+from stillroom.losses.objective import position_weights
 from stillroom.signals import Dense
 
 tokens = torch.arange(8).view(2, 4)
 batch = Batch(tokens, tokens, tokens > 2, tokens, tokens)
 kept = batch.kept
 hidden, teacher = torch.randn(8, 3, requires_grad=True), torch.randn(8, 5)
-head, teacher_head = Head(torch.randn(9, 3), torch.randn(9)), Head(torch.randn(12, 5))
+head, teacher_head = LMHead(torch.randn(9, 3), torch.randn(9)), LMHead(torch.randn(12, 5))
 objectives = [Objective("a", forward_kl), Objective("b", reverse_kl), Objective("c", cross_entropy)]
 
 def run(hidden=hidden[kept], next_tokens=tokens.flatten()[kept], weights=position_weights(batch, 5)):
@@ -37,7 +37,7 @@ def refused(f):
     else:
         print("accepted")
 
-block = lambda: Block(torch.randn(2, 3), torch.randn(2, 3), torch.zeros(2, dtype=torch.long))
+block = lambda: LogitBlock(torch.randn(2, 3), torch.randn(2, 3), torch.zeros(2, dtype=torch.long))
 """
 RIGHT = "run().total.backward(); print(tuple(hidden.grad.shape), head.logits(hidden).shape[1])"
 WRONG = [
@@ -46,11 +46,11 @@ WRONG = [
     "run(next_tokens=tokens.flatten())",
     "run(next_tokens=tokens.flatten()[kept].float())",
     "run(weights=position_weights(batch, 5).unsqueeze(-1))",
-    "Head(torch.randn(9, 3), torch.randn(8))",
+    "LMHead(torch.randn(9, 3), torch.randn(8))",
     "Batch(tokens, tokens, tokens, tokens, tokens)",
     "Batch(tokens, tokens[:, :3], tokens > 2, tokens, tokens)",
-    "Block(torch.randn(2, 3), torch.randn(2, 4), torch.zeros(2, dtype=torch.long))",
-    "Block(torch.randn(2, 3), torch.randn(2, 3), torch.zeros(3, dtype=torch.long))",
+    "LogitBlock(torch.randn(2, 3), torch.randn(2, 4), torch.zeros(2, dtype=torch.long))",
+    "LogitBlock(torch.randn(2, 3), torch.randn(2, 3), torch.zeros(3, dtype=torch.long))",
     "Dense(teacher, teacher_head).at(kept.float())",
 ]
 
@@ -72,8 +72,8 @@ def test_production_does_not_pay_for_checks():
     """Nothing is wrapped, and the checker is not even imported."""
     probe = """
 import sys
-functions = [linear_losses, forward_kl, reverse_kl, cross_entropy, top1_agreement, position_weights, Block.__init__,
-             Block.student, Head.logits, Dense.at]
+functions = [linear_losses, forward_kl, reverse_kl, cross_entropy, top1_agreement, position_weights,
+             LogitBlock.__init__, LogitBlock.student, LMHead.logits, Dense.at]
 print("beartype" in sys.modules, [hasattr(f, "__wrapped__") for f in functions] == [False] * len(functions))
 """
     assert python(f"{SETUP}\n{RIGHT}\n{probe}") == ["(8, 3) 9", "False True"]

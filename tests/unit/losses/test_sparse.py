@@ -22,7 +22,7 @@ from sparse_reference import (
 
 from stillroom import losses
 from stillroom.errors import MismatchError
-from stillroom.losses import Block, check_sparse
+from stillroom.losses import LogitBlock, check_sparse
 from stillroom.signals import Sparse
 
 with_corners = ("total_variation",)  # whose gradient has the size of a probability however near t and s are
@@ -318,7 +318,7 @@ def completed(name: str, teacher: torch.Tensor, ids: torch.Tensor, label: int) -
 def test_what_was_left_out_is_put_where_the_rule_says(missing, temperature):
     """Next tokens among the entries and beyond them; a position with fewer entries than others."""
     student, teacher = random_logits(8, 9)
-    next_tokens = torch.arange(8) % 5
+    labels = torch.arange(8) % 5
     signal = truncated(teacher, 3)
     signal.ids[4, 2], signal.log_probs[4, 2] = signal.ids[4, 0], -torch.inf
     for t, rest in signal.log_rests.items():
@@ -329,11 +329,11 @@ def test_what_was_left_out_is_put_where_the_rule_says(missing, temperature):
     wanted = []
     for i in range(8):
         ids = signal.ids[i, :2] if i == 4 else signal.ids[i]
-        y = completed(missing, teacher[i] / temperature, ids, int(next_tokens[i]))
+        y = completed(missing, teacher[i] / temperature, ids, int(labels[i]))
         on = y > 0
         wanted.append(temperature**2 * (y[on] * (y[on].log() - log_s[i][on])).sum())
     (wanted_gradient,) = torch.autograd.grad(torch.stack(wanted).sum(), leaf)
-    block = Block(student.clone(), None, next_tokens, signal)
+    block = LogitBlock(student.clone(), None, labels, signal)
     nats, gradient = losses.forward_kl(block, temperature=temperature, missing=missing)
     torch.testing.assert_close(nats, torch.stack(wanted).detach(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-10, atol=1e-12)
@@ -342,20 +342,20 @@ def test_what_was_left_out_is_put_where_the_rule_says(missing, temperature):
 def test_rankings_take_the_order_from_the_entries():
     student, teacher = random_logits(6, 9)
     for name in ("hinge_ranking", "logistic_ranking"):
-        few = losses.LOSSES[name](Block(student.clone(), None, no_tokens(6), truncated(teacher, 4)), k=4)
+        few = losses.LOSSES[name](LogitBlock(student.clone(), None, no_tokens(6), truncated(teacher, 4)), k=4)
         whole = dense(name, student, teacher, no_tokens(6), k=4)
         assert all(torch.equal(a, b) for a, b in zip(few, whole, strict=True))
 
 
 @pytest.mark.parametrize("name", ["logit_mse", "hinge_ranking", "logistic_ranking", "jensen_shannon"])
 def test_losses_that_a_sample_cannot_teach_are_refused(name):
-    block = Block(random_logits()[0], None, no_tokens(5), a_sample())
+    block = LogitBlock(random_logits()[0], None, no_tokens(5), a_sample())
     with pytest.raises(MismatchError, match="cannot be learnt"):
         losses.LOSSES[name](block)
 
 
 def test_the_distance_of_logits_needs_them_all():
-    block = Block(random_logits()[0], None, no_tokens(5), truncated(random_logits()[1], 3))
+    block = LogitBlock(random_logits()[0], None, no_tokens(5), truncated(random_logits()[1], 3))
     with pytest.raises(MismatchError, match="logit_mse cannot be learnt from a few entries"):
         losses.logit_mse(block)
 

@@ -12,9 +12,9 @@ from sparse_reference import (
 )
 
 from stillroom.errors import MismatchError
-from stillroom.head import Head
+from stillroom.lm_head import LMHead
 from stillroom.losses import linear_losses
-from stillroom.losses.measures import teacher_cross_entropy, top1_agreement
+from stillroom.losses.metrics import teacher_cross_entropy, top1_agreement
 from stillroom.signals import Logits, Sparse
 
 
@@ -22,10 +22,11 @@ def through_the_head(p, signal: Sparse, name: str, temperature: float, **transfo
     """``linear_losses`` as a function of what it is differentiable in; 5 of the 7 columns are compared."""
 
     def total(*leaves: torch.Tensor) -> torch.Tensor:
-        head, objectives = Head(leaves[0], leaves[1], **transformation), [objective(name, 0.7, temperature=temperature)]
-        found = linear_losses(
-            leaves[2], head, objectives, p.next_tokens, p.weights, signal, num_columns=5, chunk_bytes=200
+        head, objectives = (
+            LMHead(leaves[0], leaves[1], **transformation),
+            [objective(name, 0.7, temperature=temperature)],
         )
+        found = linear_losses(leaves[2], head, objectives, p.labels, p.weights, signal, vocab_size=5, chunk_bytes=200)
         return found.total
 
     return total
@@ -40,7 +41,7 @@ def test_gradients_through_the_head(name, temperature, transformation):
     p = problem(n=4, columns=7, width=3)
     teacher = torch.randn(4, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     g = torch.Generator().manual_seed(4)
-    signal = sample(teacher, 6, g) if name == "sampled" else truncated(teacher, 2, num_columns=5)
+    signal = sample(teacher, 6, g) if name == "sampled" else truncated(teacher, 2, vocab_size=5)
     name = "forward_kl" if name == "sampled" else name
     leaves = (p.weight, p.bias, p.hidden)
     total = through_the_head(p, signal, name, temperature, **transformation)
@@ -65,7 +66,7 @@ def linear(p, signal, *, chunk_bytes: int = 2**20, measures=()):
     objectives = [objective(name, 0.5 + i) for i, name in enumerate([*names, "cross_entropy"])]
     head = p.head(scale=0.7, softcap=6.0)
     found = linear_losses(
-        p.hidden, head, objectives, p.next_tokens, p.weights, signal, chunk_bytes=chunk_bytes, measures=measures
+        p.hidden, head, objectives, p.labels, p.weights, signal, chunk_bytes=chunk_bytes, measures=measures
     )
     return found, p.gradients(found.total)
 
@@ -109,14 +110,14 @@ def test_a_shift_by_one_position_changes_every_value(kind):
 def test_logits_as_a_signal_are_the_dense_signal_exactly(name):
     p = problem(n=11, columns=13, dtype=torch.float32, teacher_columns=16)
     logits = Logits(p.signal.head.logits(p.signal.hidden))
-    assert (len(logits), logits.num_columns) == (11, 16)
+    assert (len(logits), logits.vocab_size) == (11, 16)
     found = []
     for signal in (p.signal, logits):
         out = linear_losses(
             p.hidden,
             p.head(),
             [objective(name)],
-            p.next_tokens,
+            p.labels,
             p.weights.float(),
             signal,
             measures=[top1_agreement, teacher_cross_entropy],
@@ -128,7 +129,7 @@ def test_logits_as_a_signal_are_the_dense_signal_exactly(name):
 def test_measures_of_a_sparse_signal_are_those_of_the_dense_one():
     p = problem(columns=13)
     teacher = p.signal.head.logits(p.signal.hidden)
-    label = teacher.log_softmax(-1).gather(-1, p.next_tokens.unsqueeze(-1)).squeeze(-1)
+    label = teacher.log_softmax(-1).gather(-1, p.labels.unsqueeze(-1)).squeeze(-1)
     kept = truncated(teacher, 3)
     sparse = Sparse(kept.ids, kept.log_probs, kept.log_rests, label_log_probs=label)
     measures = [top1_agreement, teacher_cross_entropy]
@@ -136,10 +137,10 @@ def test_measures_of_a_sparse_signal_are_those_of_the_dense_one():
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("num_columns", [12, 14])
-def test_a_signal_over_other_columns_is_refused(num_columns):
+@pytest.mark.parametrize("vocab_size", [12, 14])
+def test_a_signal_over_other_columns_is_refused(vocab_size):
     p = problem(columns=13)
-    kept = truncated(p.signal.head.logits(p.signal.hidden)[:, :12], 3, num_columns=num_columns)
+    kept = truncated(p.signal.head.logits(p.signal.hidden)[:, :12], 3, vocab_size=vocab_size)
     with pytest.raises(MismatchError, match="taken over other columns"):
         linear(p, kept)
 

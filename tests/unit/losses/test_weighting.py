@@ -8,9 +8,9 @@ from reference import naive_logits, objective, problem
 from sparse_reference import sample, truncated
 
 from stillroom.errors import ConfigError, MismatchError
-from stillroom.losses import LOSSES, Block, Objective, linear_losses
-from stillroom.losses.measures import accepted_mass, student_entropy, teacher_entropy
-from stillroom.losses.weighting import by_data, by_entropy
+from stillroom.losses import LOSSES, LogitBlock, Objective, linear_losses
+from stillroom.losses.metrics import accepted_mass, student_entropy, teacher_entropy
+from stillroom.losses.objective import by_data, by_entropy
 from stillroom.signals import Sparse
 
 
@@ -19,7 +19,7 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
 
 
 def total_and_gradients(p, objectives, **arguments):
-    found = linear_losses(p.hidden, p.head(), objectives, p.next_tokens, p.weights, p.signal, **arguments)
+    found = linear_losses(p.hidden, p.head(), objectives, p.labels, p.weights, p.signal, **arguments)
     return found, p.gradients(found.total)
 
 
@@ -64,11 +64,11 @@ def test_by_data_counts_what_the_batch_says():
 def test_entropies_and_accepted_mass_of_a_few_rows():
     student = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.25, 0.5]]).double().log()
     teacher = torch.tensor([[0.25, 0.25, 0.5], [0.25, 0.25, 0.5]]).double().log()
-    block = Block(student.clone(), teacher.clone(), torch.zeros(2, dtype=torch.long))
+    block = LogitBlock(student.clone(), teacher.clone(), torch.zeros(2, dtype=torch.long))
     assert student_entropy(block).tolist() == pytest.approx([math.log(2), 1.5 * math.log(2)])
     assert teacher_entropy(block).tolist() == pytest.approx([1.5 * math.log(2)] * 2)
     assert accepted_mass(block).tolist() == pytest.approx([0.5, 1.0])
-    block = Block(student.clone(), None, torch.zeros(2, dtype=torch.long), truncated(teacher, 1))
+    block = LogitBlock(student.clone(), None, torch.zeros(2, dtype=torch.long), truncated(teacher, 1))
     assert accepted_mass(block).tolist() == pytest.approx([0.5, 1.0])
 
 
@@ -76,7 +76,7 @@ def test_accepted_mass_is_one_less_the_total_variation():
     student, teacher = torch.randn(2, 6, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2
     for signal in (None, truncated(teacher, 5)):
         dense = teacher.clone() if signal is None else None
-        block = Block(student.clone(), dense, torch.zeros(6, dtype=torch.long), signal)
+        block = LogitBlock(student.clone(), dense, torch.zeros(6, dtype=torch.long), signal)
         variation, _ = LOSSES["total_variation"](block)
         torch.testing.assert_close(accepted_mass(block), 1 - variation, rtol=1e-12, atol=1e-12)
 
@@ -86,9 +86,9 @@ def test_an_entropy_that_the_signal_does_not_tell_is_refused():
     drawn, cut = sample(teacher, 5, torch.Generator().manual_seed(1)), truncated(teacher, 3)
     for signal in (drawn, cut):
         with pytest.raises(MismatchError, match="does not tell the teacher's entropy"):
-            teacher_entropy(Block(teacher.clone(), None, torch.zeros(4, dtype=torch.long), signal))
+            teacher_entropy(LogitBlock(teacher.clone(), None, torch.zeros(4, dtype=torch.long), signal))
     told = Sparse(cut.ids, cut.log_probs, cut.log_rests, entropy=entropy(teacher))
-    block = Block(teacher.clone(), None, torch.zeros(4, dtype=torch.long), told)
+    block = LogitBlock(teacher.clone(), None, torch.zeros(4, dtype=torch.long), told)
     assert torch.equal(teacher_entropy(block), entropy(teacher))
 
 
@@ -107,7 +107,7 @@ def test_an_entropy_that_the_signal_does_not_tell_is_refused():
 def test_at_the_ends_the_error_names_the_loss_that_is_meant(name, arguments, names):
     logits = torch.zeros(1, 3)
     with pytest.raises(ConfigError, match=names):
-        LOSSES[name](Block(logits.clone(), logits.clone(), torch.zeros(1, dtype=torch.long)), **arguments)
+        LOSSES[name](LogitBlock(logits.clone(), logits.clone(), torch.zeros(1, dtype=torch.long)), **arguments)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_at_the_ends_the_error_names_the_loss_that_is_meant(name, arguments, nam
 def test_near_its_ends_a_family_is_the_loss_of_that_end(name, arguments, other, factor):
     student, teacher = torch.randn(2, 5, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     none = torch.zeros(5, dtype=torch.long)
-    found = LOSSES[name](Block(student.clone(), teacher.clone(), none), **arguments)
-    wanted = LOSSES[other](Block(student.clone(), teacher.clone(), none))
+    found = LOSSES[name](LogitBlock(student.clone(), teacher.clone(), none), **arguments)
+    wanted = LOSSES[other](LogitBlock(student.clone(), teacher.clone(), none))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a * factor, b, rtol=1e-3, atol=1e-4)

@@ -4,17 +4,17 @@ import pytest
 
 from published import PUBLISHED
 from stillroom.config import load
-from stillroom.costs.architecture import read_architecture
-from stillroom.costs.flops import forward_flops
-from stillroom.costs.hardware import Hardware
-from stillroom.costs.weights import numbers_of
-from stillroom.cut import layers
-from stillroom.cut.sizes import cut_values
-from stillroom.losses.linear import CHUNK_BYTES
+from stillroom.estimates.architecture import read_architecture
+from stillroom.estimates.flops import forward_flops
+from stillroom.estimates.hardware import Hardware
+from stillroom.estimates.pruned_sizes import pruned_values
+from stillroom.estimates.weights import numbers_of
+from stillroom.losses.fused_linear import CHUNK_BYTES
 from stillroom.prune.config import PruneConfig
-from stillroom.prune.costs import LOGITS_BYTES, Known, Pass, costs, passes, read_known
+from stillroom.prune.costs import LOGITS_BYTES, Pass, PruneHeaders, costs, passes, read_headers
 from stillroom.prune.plan import make_plan
 from stillroom.prune.run import run
+from stillroom.pruning import layer_importance
 from stillroom.recipe import from_yaml
 
 QWEN = PUBLISHED["Qwen2 7B"][0]
@@ -23,7 +23,7 @@ TEXT = "data={path: nowhere.jsonl, format: text, length: 1024}"
 
 def planned(*words, **hardware):
     config = load(PruneConfig, None, ["model=m", "out=x", *words])
-    known = Known(read_architecture(QWEN), read_architecture(cut_values(config, QWEN, "model")), 2)
+    known = PruneHeaders(read_architecture(QWEN), read_architecture(pruned_values(config, QWEN, "model")), 2)
     report = costs(config, known, Hardware(**hardware))
     return report, {section: {n: f.value for n, f in found.items()} for section, found in report.sections.items()}
 
@@ -34,12 +34,14 @@ def test_the_passes_are_those_that_a_cut_makes(saved_model, text_files, tmp_path
     words = [f"model={model}", f"layers={{kind: best, count: 2, by: loss_increase, {shape}}}", f"out={tmp_path}/x",
              f"data.path={text_files}/train.jsonl", "data.format=text", "data.length=32"]  # fmt: skip
     config, made = load(PruneConfig, None, words), []
-    real = layers.loss_nats
+    real = layer_importance.loss_nats
     monkeypatch.setattr(
-        layers, "loss_nats", lambda model, text: (made.append(model.config.num_hidden_layers), real(model, text))[1]
+        layer_importance,
+        "loss_nats",
+        lambda model, text: (made.append(model.config.num_hidden_layers), real(model, text))[1],
     )
     run(config)
-    assert [Pass(number, True) for number in made] == list(passes(config, read_known(config)))
+    assert [Pass(number, True) for number in made] == list(passes(config, read_headers(config)))
 
 
 def test_memory_and_time_by_hand():

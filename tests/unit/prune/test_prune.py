@@ -7,15 +7,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stillroom import models
 from stillroom.config import load
-from stillroom.cut.cut import read_cut
 from stillroom.errors import ConfigError, MismatchError, MissingError, OutOfMemoryError, StillroomError, StorageError
-from stillroom.files import read_json
+from stillroom.models import loading
 from stillroom.prune import run as module
 from stillroom.prune.config import PruneConfig
 from stillroom.prune.plan import make_plan
 from stillroom.prune.run import run
+from stillroom.pruning.prune import read_mask
+from stillroom.runs import read_json
 
 SHAPE = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
 BOTH = ("layers={kind: best, count: 2, by: loss_increase}", "width={hidden_size: 12, intermediate_size: 10}")
@@ -42,12 +42,12 @@ def test_a_smaller_model_its_cut_and_its_loss_are_written(settings, saved_model,
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto")
     assert (model.config.num_hidden_layers, model.config.hidden_size, model.config.intermediate_size) == (2, 12, 10)
     AutoTokenizer.from_pretrained(folder / "model")
-    cut = read_cut(folder / "model")
+    cut = read_mask(folder / "model")
     assert cut is not None
-    assert cut.teacher == record["model"]["fingerprint"] == models.fingerprint(
+    assert cut.teacher == record["model"]["fingerprint"] == loading.fingerprint(
         str(saved_model("llama", seed=2, **SHAPE)), model.config)  # fmt: skip
     assert list(cut.layers) == record["cut"]["layers"]
-    assert record["cut"]["num_parameters"] == models.num_parameters(model) < record["model"]["num_parameters"]
+    assert record["cut"]["num_parameters"] == loading.num_parameters(model) < record["model"]["num_parameters"]
     assert record["status"] == "done"
     held_out = record["held_out"]
     assert held_out["model_cross_entropy_nats"] != held_out["cut_cross_entropy_nats"]
@@ -62,13 +62,13 @@ def test_a_cut_without_text(settings, tmp_path):
     record = run(settings("a", "layers=2", "dtype=bfloat16", data=False))
     assert "held_out" not in record
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "model", dtype="auto").dtype == torch.bfloat16
-    cut = read_cut(tmp_path / "a" / "model")
+    cut = read_mask(tmp_path / "a" / "model")
     assert cut is not None
     assert (cut.layers, cut.scores) == ((0, 2), {})
 
 
 def test_the_type_of_the_weights_stays(settings, saved_model, tmp_path):
-    model = models.load_model(str(saved_model("llama", seed=2, **SHAPE)), dtype=torch.bfloat16)
+    model = loading.load_model(str(saved_model("llama", seed=2, **SHAPE)), dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "half")
     AutoTokenizer.from_pretrained(saved_model("llama", seed=2, **SHAPE)).save_pretrained(tmp_path / "half")
     run(settings("a", f"model={tmp_path / 'half'}", "layers=[1]", data=False))
@@ -82,7 +82,7 @@ def test_twice_is_the_same(settings, tmp_path):
         run(settings(out, *BOTH))
     a, b = ((tmp_path / out / "model" / "model.safetensors").read_bytes() for out in ("a", "b"))
     assert a == b
-    assert read_cut(tmp_path / "a" / "model") == read_cut(tmp_path / "b" / "model")
+    assert read_mask(tmp_path / "a" / "model") == read_mask(tmp_path / "b" / "model")
 
 
 def test_resume_says_that_it_is_done_and_overwrite_does_it_again(settings, tmp_path):
@@ -99,7 +99,7 @@ def test_resume_says_that_it_is_done_and_overwrite_does_it_again(settings, tmp_p
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-@pytest.mark.parametrize("place", ["write_cut", "choose", "cut_model"])
+@pytest.mark.parametrize("place", ["write_mask", "choose_mask", "prune_model"])
 def test_what_is_stopped_leaves_no_model_and_can_be_done_again(settings, tmp_path, monkeypatch, place, error):
     def stop(*_: Any, **__: Any) -> None:
         raise error
@@ -119,7 +119,7 @@ def test_a_full_disk_leaves_nothing(settings, tmp_path, monkeypatch):
     def full(*_: Any) -> None:
         raise OSError(28, "no room")
 
-    monkeypatch.setattr(module, "write_cut", full)
+    monkeypatch.setattr(module, "write_mask", full)
     with pytest.raises(StorageError, match=r"model could not be written"):
         run(settings("a", "layers=2", data=False))
     assert not (tmp_path / "a").exists()
@@ -129,7 +129,7 @@ def test_too_little_memory_says_what_to_lower(settings, monkeypatch):
     def fail(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("out of memory. Tried to")
 
-    monkeypatch.setattr(module, "choose", fail)
+    monkeypatch.setattr(module, "choose_mask", fail)
     with pytest.raises(OutOfMemoryError, match="too little memory") as caught:
         run(settings("a", *BOTH))
     assert "Lower batch_tokens" in str(caught.value)
@@ -170,7 +170,7 @@ def test_settings_that_do_not_go_together(settings, words, said):
     ],
 )
 def test_what_cannot_be_is_told_before_any_model_loads(settings, tmp_path, monkeypatch, words, data, error, what):
-    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(error, match=what):
         run(settings("a", *words, data=data))
     assert not (tmp_path / "a").exists()

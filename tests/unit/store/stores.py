@@ -12,13 +12,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from stillroom.selection import Selection, head_and_sample, sampled, top_k, top_p
+from stillroom.kernels.selection import Selection, head_and_sample, sampled, top_k, top_p
 from stillroom.store.check import ShardCheck
-from stillroom.store.config import AnySignal, Full, HeadAndSample, HiddenStates, Sampled, TopK, TopP, side_columns
-from stillroom.store.format import Manifest, Source, format_of, seal
-from stillroom.store.hidden import encode
-from stillroom.store.levels import Levels
-from stillroom.store.quantise import num_uniforms, quantise
+from stillroom.store.config import AnySignal, Full, HeadAndSample, HiddenStatesConfig, Sampled, TopK, TopP, side_columns
+from stillroom.store.format import Manifest, SourceInfo, format_of, seal
+from stillroom.store.hidden_states import encode
+from stillroom.store.quantize import LogProbCodes, num_uniforms, quantize
 from stillroom.store.reader import Store
 from stillroom.store.writer import StoreWriter
 
@@ -35,8 +34,8 @@ EVERY: dict[str, AnySignal] = {**CONFIGS, "full": FULL}
 COLUMNS = 23
 WIDTH, NUM_LAYERS = 6, 3
 """Of the teacher's inner states, where there are some."""
-INT8 = HiddenStates(layers=("final_norm", 1, "embeddings"))
-BFLOAT16 = HiddenStates(layers=(2, 0), format="bfloat16")
+INT8 = HiddenStatesConfig(layers=("final_norm", 1, "embeddings"))
+BFLOAT16 = HiddenStatesConfig(layers=(2, 0), format="bfloat16")
 
 
 def random_logits(n: int, v: int, seed: int = 0, spread: float = 3.0) -> torch.Tensor:
@@ -72,8 +71,8 @@ class Document:
 
     number: int
     tokens: np.ndarray
-    keep: np.ndarray
-    signal: Levels | np.ndarray
+    loss_mask: np.ndarray
+    signal: LogProbCodes | np.ndarray
     error_nats: float
     hidden: bytes | None = None
 
@@ -85,35 +84,35 @@ def build_documents(
     generator, documents = np.random.default_rng(seed), []
     for number, length in enumerate(lengths):
         tokens = generator.integers(0, columns, length, dtype=np.int32)
-        keep = np.arange(length) >= length // 3
-        keep[-1:] = False
-        logits = random_logits(int(keep.sum()), columns, seed=1000 * seed + number)
+        loss_mask = np.arange(length) >= length // 3
+        loss_mask[-1:] = False
+        logits = random_logits(int(loss_mask.sum()), columns, seed=1000 * seed + number)
         if isinstance(config, Full):
             signal, error = logits.numpy(), 0.0
         elif len(logits):
             uniforms = random_uniforms(len(logits), config, seed=number)
-            signal, error = quantise(select(logits, config, uniforms), config, uniforms)
+            signal, error = quantize(select(logits, config, uniforms), config, uniforms)
         else:
             none, side = np.zeros(0, np.int32), np.zeros((0, len(side_columns(config))), np.int32)
-            signal, error = Levels(none, none, none, none, none, none, side), 0.0
-        documents.append(Document(10 + 3 * number, tokens, keep, signal, error))
+            signal, error = LogProbCodes(none, none, none, none, none, none, side), 0.0
+        documents.append(Document(10 + 3 * number, tokens, loss_mask, signal, error))
     return documents
 
 
-def build_states(document: Document, config: HiddenStates) -> torch.Tensor:
+def build_states(document: Document, config: HiddenStatesConfig) -> torch.Tensor:
     """Inner states of its kept positions, float32 [layers, kept, WIDTH], of very different sizes."""
     generator = torch.Generator().manual_seed(document.number)
-    shape = len(config.layers), int(document.keep.sum())
+    shape = len(config.layers), int(document.loss_mask.sum())
     states = torch.randn(*shape, WIDTH, generator=generator)
     return states * torch.randn(*shape, 1, generator=generator).mul(3).exp()
 
 
-def with_hidden(documents: Sequence[Document], config: HiddenStates) -> list[Document]:
+def with_hidden(documents: Sequence[Document], config: HiddenStatesConfig) -> list[Document]:
     """The same documents, with inner states."""
     return [dataclasses.replace(d, hidden=encode(build_states(d, config), config)) for d in documents]
 
 
-def hidden_changes(config: HiddenStates | None) -> dict[str, Any]:
+def hidden_changes(config: HiddenStatesConfig | None) -> dict[str, Any]:
     """What differs in the manifest of a store with inner states."""
     return {} if config is None else {"hidden": config, "hidden_width": WIDTH, "num_layers": NUM_LAYERS}
 
@@ -123,11 +122,11 @@ def build_manifest(config: AnySignal, **changes: Any) -> Manifest:
     values: dict[str, Any] = {
         "format": format_of(changes.get("hidden")),
         "complete": False,
-        "teacher": Source(name="a teacher", fingerprint="11"),
+        "teacher": SourceInfo(name="a teacher", fingerprint="11"),
         "engine": "transformers",
-        "tokenizer": Source(name="a tokenizer", fingerprint="22"),
+        "tokenizer": SourceInfo(name="a tokenizer", fingerprint="22"),
         "template": "none",
-        "data": Source(name="text.jsonl", fingerprint="33"),
+        "data": SourceInfo(name="text.jsonl", fingerprint="33"),
         "num_columns": COLUMNS,
         "length": 64,
         "signal": config,
@@ -150,24 +149,24 @@ def write(
 
 def add(writer: StoreWriter, documents: Sequence[Document]) -> None:
     for d in documents:
-        writer.add(d.number, d.tokens, d.keep, d.signal, d.error_nats, d.hidden)
+        writer.add(d.number, d.tokens, d.loss_mask, d.signal, d.error_nats, d.hidden)
 
 
-def equal(a: Levels | np.ndarray, b: Levels | np.ndarray) -> bool:
+def equal(a: LogProbCodes | np.ndarray, b: LogProbCodes | np.ndarray) -> bool:
     """Whether two signals say the same; the order of draws has no meaning."""
-    if not (isinstance(a, Levels) and isinstance(b, Levels)):
+    if not (isinstance(a, LogProbCodes) and isinstance(b, LogProbCodes)):
         return np.array_equal(a, b)
     return all(np.array_equal(x, y) for x, y in zip(_in_order(a), _in_order(b), strict=True))
 
 
-def _in_order(levels: Levels) -> tuple[np.ndarray, ...]:
+def _in_order(levels: LogProbCodes) -> tuple[np.ndarray, ...]:
     owner = np.repeat(np.arange(len(levels)), levels.draw_counts)
     order = np.lexsort((levels.draw_ids, owner))
     plain = (levels.counts, levels.ids, levels.levels, levels.draw_counts, levels.side)
     return (*plain, levels.draw_ids[order], levels.draw_times[order])
 
 
-def signal_of(store: Store, index: int) -> Levels | np.ndarray:
+def signal_of(store: Store, index: int) -> LogProbCodes | np.ndarray:
     return store.logits([index]) if isinstance(store.signal_config, Full) else store.levels([index])
 
 
@@ -178,7 +177,7 @@ def says(store: Store, documents: Sequence[Document]) -> bool:
     for i, d in enumerate(documents):
         signal = signal_of(store, i)
         same = store.document(i) == d.number and np.array_equal(store.tokens(i), d.tokens)
-        if not (same and np.array_equal(store.keep(i), d.keep) and equal(signal, d.signal)):
+        if not (same and np.array_equal(store.loss_mask(i), d.loss_mask) and equal(signal, d.signal)):
             return False
     return True
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stillroom.store.codec import Codec
-from stillroom.store.levels import Levels
+from stillroom.store.codec.codec import Codec
+from stillroom.store.quantize import LogProbCodes
 
 MOST = (1 << 24) - 1
 quick = settings(deadline=None, max_examples=60)
@@ -39,7 +39,7 @@ def signals(draw, max_columns: int = 12):
         side.append([draw(numbers) for _ in range(num_side)])
     cuts = sorted(draw(st.lists(st.integers(0, size), max_size=3)))
     table = int32(side).reshape(size, num_side)
-    found = Levels(
+    found = LogProbCodes(
         int32(counts), int32(ids), int32(levels), int32(draw_counts), int32(draw_ids), int32(draw_times), table
     )
     return int32(tokens), found, num_columns, np.array([0, *cuts, size], np.int64)
@@ -50,7 +50,7 @@ def made(seed: int, size: int = 200, num_columns: int = 300, exact: int = 6):
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, num_columns, size)
     near = [(token + rng.permutation(40)[: exact + 3]) % num_columns for token in tokens]
-    levels = Levels(
+    levels = LogProbCodes(
         counts=np.full(size, exact, np.int32),
         ids=int32(np.concatenate([row[:exact] for row in near])),
         levels=int32(np.sort(rng.integers(0, 60, (size, exact)), axis=1).ravel()),
@@ -62,7 +62,7 @@ def made(seed: int, size: int = 200, num_columns: int = 300, exact: int = 6):
     return int32(tokens), levels, num_columns, np.arange(0, size + 1, 20, dtype=np.int64)
 
 
-def canonical(levels: Levels) -> list:
+def canonical(levels: LogProbCodes) -> list:
     """The numbers, the draws of each position sorted by id, for their order has no meaning."""
     order = np.lexsort((levels.draw_ids, np.repeat(np.arange(len(levels)), levels.draw_counts)))
     names = ("counts", "ids", "levels", "draw_counts", "side")
@@ -70,7 +70,7 @@ def canonical(levels: Levels) -> list:
     return [*kept, levels.draw_ids[order].tolist(), levels.draw_times[order].tolist()]
 
 
-def assert_valid(levels: Levels, num_columns: int) -> None:
+def assert_valid(levels: LogProbCodes, num_columns: int) -> None:
     """What every decoded Levels must be, damaged or not."""
     assert levels.counts.sum() == len(levels.ids) == len(levels.levels)
     assert levels.draw_counts.sum() == len(levels.draw_ids) == len(levels.draw_times)
@@ -101,7 +101,7 @@ def test_tables_of_other_data_write_any_data(signal, seed):
     tokens, levels, num_columns, offsets = signal
     other = made(seed, 40, num_columns=41)
     codec = Codec.train(
-        other[0], Levels(**{**other[1].__dict__, "side": np.zeros((40, levels.side.shape[1]), np.int32)}), 41
+        other[0], LogProbCodes(**{**other[1].__dict__, "side": np.zeros((40, levels.side.shape[1]), np.int32)}), 41
     )
     assert num_columns < 41
     assert canonical(codec.decode(codec.encode(tokens, levels, offsets), tokens, offsets)) == canonical(levels)
@@ -243,10 +243,10 @@ def test_levels_that_are_not_levels_are_refused(name, value):
         "draw_times": [1],
     }
     arrays = {key: int32(values) for key, values in {**good, "side": [[0]], name: value}.items()}
-    fine = Levels(**{key: int32(values) for key, values in {**good, "side": [[0]]}.items()})
+    fine = LogProbCodes(**{key: int32(values) for key, values in {**good, "side": [[0]]}.items()})
     codec = Codec.train(int32([5]), fine, 300)
     with pytest.raises(ValueError, match=r"must be|fall|twice|fit|lengths"):
-        codec.encode(int32([5]), Levels(**arrays), np.array([0, 1]))
+        codec.encode(int32([5]), LogProbCodes(**arrays), np.array([0, 1]))
 
 
 def test_a_token_beyond_the_columns_is_refused():
@@ -267,7 +267,7 @@ def test_lists_that_cost_next_to_nothing_still_read(monkeypatch):
     tokens, levels, num_columns, offsets = made(7, size=4000, num_columns=400, exact=36)
     codec = Codec.train(tokens, levels, num_columns)
     plain = codec.to_bytes()
-    monkeypatch.setattr("stillroom.store.codec_tables.ENTRIES_PER_BYTE", 1)
+    monkeypatch.setattr("stillroom.store.codec.tables.ENTRIES_PER_BYTE", 1)
     padded = codec.to_bytes()
     assert len(plain) < len(padded) == int.from_bytes(plain[:4], "little")
     rows = codec.encode(tokens, levels, offsets)
@@ -293,7 +293,7 @@ GOLDEN_ROWS = [bytes.fromhex("1240"), bytes.fromhex("e636d2")]
 
 def test_the_format_is_what_it_was():
     tokens, offsets = int32([1, 2, 1]), np.array([0, 2, 3])
-    levels = Levels(
+    levels = LogProbCodes(
         counts=int32([2, 0, 1]),
         ids=int32([5, 3, 7]),
         levels=int32([1, 4, 0]),
@@ -302,7 +302,7 @@ def test_the_format_is_what_it_was():
         draw_times=int32([1, 3, 2]),
         side=int32([[10], [11], [300]]),
     )
-    learnt = Codec.train(np.tile(tokens, 20), Levels.concatenate([levels] * 20), 8)
+    learnt = Codec.train(np.tile(tokens, 20), LogProbCodes.concatenate([levels] * 20), 8)
     golden = Codec.from_bytes(GOLDEN_TABLES, 8, 1)
     assert canonical(golden.decode(GOLDEN_ROWS, tokens, offsets)) == canonical(levels)
     assert golden.encode(tokens, levels, offsets) == GOLDEN_ROWS == learnt.encode(tokens, levels, offsets)

@@ -12,8 +12,7 @@ from stillroom.errors import DataError, MissingError
 from stillroom.store.check import check
 from stillroom.store.config import Full
 from stillroom.store.format import MOST_MANIFEST_BYTES, row_crc32, schema
-from stillroom.store.levels import Levels
-from stillroom.store.quantise import to_sparse
+from stillroom.store.quantize import LogProbCodes, to_sparse
 from stillroom.store.reader import Store
 
 from .stores import (
@@ -41,7 +40,7 @@ def read_all(path: Path | str) -> None:
     for i in range(len(store)):
         signal_of(store, i)
         store.hidden([i])
-        store.tokens(i), store.keep(i), store.document(i), store.learn(i), store.signal_bytes(i)
+        store.tokens(i), store.loss_mask(i), store.document(i), store.target_mask(i), store.signal_bytes(i)
     assert len(store.lengths) == len(store)
     for number in range(store.num_shards):
         verify(store, number)
@@ -98,17 +97,17 @@ def contents(path: Path, documents: list[Document]) -> tuple:
     store = Store(path)
     rows = range(len(store))
     if isinstance(store.signal_config, Full):
-        signal: Levels | np.ndarray = store.logits(rows)
+        signal: LogProbCodes | np.ndarray = store.logits(rows)
         read = signal.tolist()
-        wanted: Levels | np.ndarray = np.concatenate([d.signal for d in documents])
+        wanted: LogProbCodes | np.ndarray = np.concatenate([d.signal for d in documents])
     else:
         signal = store.levels(rows)
         sparse = to_sparse(signal, store.signal_config)
         read = [sparse.ids.tolist(), sparse.log_probs.tolist()]
-        wanted = Levels.concatenate([d.signal for d in documents])
+        wanted = LogProbCodes.concatenate([d.signal for d in documents])
     assert equal(signal, wanted)
-    found = [(store.document(i), store.tokens(i).tolist(), store.keep(i).tolist()) for i in rows]
-    assert found == [(d.number, d.tokens.tolist(), d.keep.tolist()) for d in documents]
+    found = [(store.document(i), store.tokens(i).tolist(), store.loss_mask(i).tolist()) for i in rows]
+    assert found == [(d.number, d.tokens.tolist(), d.loss_mask.tolist()) for d in documents]
     return store.manifest, store.lengths.tolist(), read
 
 
@@ -402,7 +401,7 @@ def test_signals_of_noise_are_refused_or_are_levels_in_their_bounds(kind, copy):
             levels = store.levels([0])
         except DataError:
             continue
-        assert len(levels) == int(store.keep(0).sum())
+        assert len(levels) == int(store.loss_mask(0).sum())
         for values in (levels.ids, levels.draw_ids):
             assert values.size == 0 or 0 <= values.min() <= values.max() < COLUMNS
         assert to_sparse(levels, store.signal_config).log_probs.isnan().sum() == 0

@@ -9,7 +9,7 @@ import pytest
 from stillroom.errors import DataError, StorageError
 from stillroom.store import export as module
 from stillroom.store.export import METADATA, export
-from stillroom.store.quantise import to_sparse
+from stillroom.store.quantize import to_sparse
 from stillroom.store.reader import Store
 
 from .stores import EVERY
@@ -31,7 +31,7 @@ def test_every_row_is_what_the_store_says(kind, at_once, made, tmp_path, monkeyp
     assert [row["document"] for row in rows] == [store.document(i) for i in range(len(store))]
     for i, row in enumerate(rows):
         assert row["tokens"] == store.tokens(i).tolist()
-        assert row["keep"] == store.keep(i).tolist()
+        assert row["keep"] == store.loss_mask(i).tolist()
         ids, log_probs = expected(store, i)
         assert row["ids"] == ids
         assert len(row["ids"]) == sum(row["keep"])

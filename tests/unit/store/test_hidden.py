@@ -12,14 +12,13 @@ import torch
 
 from stillroom.errors import DataError, MismatchError
 from stillroom.store.check import check
-from stillroom.store.config import Full, HiddenStates
+from stillroom.store.concat import concat
+from stillroom.store.config import Full, HiddenStatesConfig
 from stillroom.store.export import left_out
 from stillroom.store.format import hidden_crc32, row_crc32, schema
-from stillroom.store.hidden import LEAST_SCALE, MOST, bytes_per_position, decode, encode
-from stillroom.store.merge import merge
+from stillroom.store.hidden_states import LEAST_SCALE, MOST, bytes_per_position, decode, encode
 from stillroom.store.reader import Store
-from stillroom.store.show import describe, describe_row
-from stillroom.store.tokens import TokenTexts
+from stillroom.store.show import TokenTexts, describe, describe_row
 from stillroom.store.writer import StoreWriter
 
 from .stores import (
@@ -50,14 +49,14 @@ FORMATS = [INT8, BFLOAT16]
 SIGNAL = EVERY["top_k"]
 
 
-def read(data: bytes, config: HiddenStates, shape: tuple[int, ...]) -> np.ndarray:
+def read(data: bytes, config: HiddenStatesConfig, shape: tuple[int, ...]) -> np.ndarray:
     """float32 [layers, kept, width]."""
     states = {layer: np.empty(shape[1:], np.float32) for layer in config.layers}
     decode(data, config, shape[2], shape[1], states)
     return np.stack(list(states.values()))
 
 
-def build(path: Path, config: HiddenStates = INT8, **settings) -> Path:
+def build(path: Path, config: HiddenStatesConfig = INT8, **settings) -> Path:
     return write(path, SIGNAL, with_hidden(build_documents(SIGNAL), config), **hidden_changes(config), **settings)
 
 
@@ -107,10 +106,10 @@ def test_states_of_any_size_that_bfloat16_holds_can_be_kept():
 def test_the_format_is_what_it_was():
     """Byte by byte, as docs/formats/store.md tells it."""
     states = torch.tensor([[[127.0, -63.6, 0.0], [0.0, 0.0, 0.0]], [[-254.0, 3.0, 1.0], [1.27, 0.5, 0.0]]])
-    two = HiddenStates(layers=(0, "final_norm"))
+    two = HiddenStatesConfig(layers=(0, "final_norm"))
     golden = bytes.fromhex("0000803f 00000000 7fc000 000000 00000040 0ad7233c 810200 7f3200")
     assert encode(states, two) == golden
-    half = HiddenStates(layers=(0, "final_norm"), format="bfloat16")
+    half = HiddenStatesConfig(layers=(0, "final_norm"), format="bfloat16")
     golden = bytes.fromhex("fe427ec20000 000000000000 7ec34040803f a33f003f0000")
     assert encode(states, half) == golden
     document = 3, np.array([1, 65536]), np.array([True, False])
@@ -147,7 +146,7 @@ def test_what_is_read_is_what_was_written_whatever_the_order(config, kind, tmp_p
 def test_layers_are_stored_in_the_order_of_a_model():
     assert INT8.layers == ("embeddings", 1, "final_norm")
     with pytest.raises(ValueError, match="named twice"):
-        HiddenStates(layers=(1, 1))
+        HiddenStatesConfig(layers=(1, 1))
 
 
 def test_a_layer_that_is_not_stored_is_refused_with_those_that_are(made, tmp_path):
@@ -330,7 +329,7 @@ def test_merged_stores_keep_them(how, make, tmp_path):
     else:
         first = 100 if how == "copied" else 1
         paths = [make("ab"[i], hidden=INT8, said=i, first=first * i, part=(i, 2)) for i in range(2)]
-    merge(paths, tmp_path / "out")
+    concat(paths, tmp_path / "out")
     assert check(tmp_path / "out").problems == []
     stores, out = [Store(path) for path in paths], Store(tmp_path / "out")
     order = [(i, row) for row in range(8) for i in range(2)] if how == "put in order" else [
@@ -339,11 +338,11 @@ def test_merged_stores_keep_them(how, make, tmp_path):
         assert bytes(out.hidden_bytes(place)) == bytes(stores[i].hidden_bytes(row))
 
 
-@pytest.mark.parametrize("other", [None, BFLOAT16, HiddenStates(layers=("embeddings", 1))])
+@pytest.mark.parametrize("other", [None, BFLOAT16, HiddenStatesConfig(layers=("embeddings", 1))])
 def test_stores_of_other_hidden_states_are_not_merged(other, make, tmp_path):
     paths = [make(f"p{i}", hidden=config, first=100 * i, part=(i, 2)) for i, config in enumerate((INT8, other))]
     with pytest.raises(MismatchError, match="differ in their hidden"):
-        merge(paths, tmp_path / "out")
+        concat(paths, tmp_path / "out")
 
 
 def test_they_are_checked_and_shown_and_not_exported(made, tiny_tokenizer):

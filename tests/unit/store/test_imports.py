@@ -11,11 +11,11 @@ import pytest
 from stillroom.errors import ConfigError, DataError, MismatchError, MissingError, StillroomError, StorageError
 from stillroom.recipe import to_yaml
 from stillroom.store.check import check
+from stillroom.store.config import ImportConfig
 from stillroom.store.distillkit import Compression, LegacyCompression, decode, id_bits, read_compression, unpack
 from stillroom.store.export import export
-from stillroom.store.import_config import ImportConfig
 from stillroom.store.imports import Imported, import_files
-from stillroom.store.quantise import to_sparse
+from stillroom.store.quantize import to_sparse
 from stillroom.store.reader import Store
 
 from .whole import make_store
@@ -233,8 +233,8 @@ def test_what_was_exported_comes_back(kind, take, tmp_path, tiny_tokenizer):
     for i in range(len(store)):
         assert back.document(i) == store.document(i)
         assert np.array_equal(back.tokens(i), store.tokens(i))
-        assert np.array_equal(back.keep(i), store.keep(i))
-        if kind != "full" and back.keep(i).any():
+        assert np.array_equal(back.loss_mask(i), store.loss_mask(i))
+        if kind != "full" and back.loss_mask(i).any():
             old, new = (to_sparse(s.levels([i]), s.signal_config) for s in (store, back))
             assert old.ids.tolist() == new.ids.tolist()
             assert old.log_rests.keys() == new.log_rests.keys()
@@ -357,7 +357,7 @@ def test_a_position_that_says_no_distribution_is_refused_or_left_out(layout, nam
     imported = take(file, invalid="drop")
     assert imported.manifest.positions == 21
     assert list(imported.notes.values()) == [1]
-    assert not Store(tmp_path / "out").keep(1)[3]
+    assert not Store(tmp_path / "out").loss_mask(1)[3]
     assert "left out" in str(imported)
     assert check(tmp_path / "out").problems == []
 
@@ -437,7 +437,7 @@ def test_labels_say_what_is_learnt(take, tmp_path):
     imported = take(plain(tmp_path, rows), step=0.01)
     store = Store(tmp_path / "out")
     for i, row in enumerate(rows):
-        assert store.learn(i).tolist() == [label >= 0 for label in row["labels"]]
+        assert store.target_mask(i).tolist() == [label >= 0 for label in row["labels"]]
         learnt = [p for p in range(len(row["tokens"]) - 1) if row["labels"][p + 1] >= 0]
         assert store.levels([i]).ids.tolist() == [token for p in learnt for token in row["ids"][p]]
     assert imported.manifest.positions < 22
@@ -465,8 +465,8 @@ def test_another_number_of_positions(cut, take, tmp_path):
     [
         lambda row: row["ids"].pop(),
         lambda row: row["ids"][0].pop(),
-        lambda row: row.update(keep=[True] * len(row["tokens"])),
-        lambda row: row.update(keep=[True, False]),
+        lambda row: row.update(loss_mask=[True] * len(row["tokens"])),
+        lambda row: row.update(loss_mask=[True, False]),
         lambda row: row.update(attention_mask=[1] * (len(row["tokens"]) - 1) + [0]),
         lambda row: row.update(log_rest=[-1.0]),
         lambda row: row.update(log_rest=[-0.01] * (len(row["tokens"]) - 1)),

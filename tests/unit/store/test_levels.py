@@ -3,11 +3,11 @@ import sys
 
 import numpy as np
 
-from stillroom.store.levels import Levels
+from stillroom.store.quantize import LogProbCodes
 
 
-def three_positions() -> Levels:
-    return Levels(
+def three_positions() -> LogProbCodes:
+    return LogProbCodes(
         counts=np.array([2, 0, 1], np.int32),
         ids=np.array([5, 3, 7], np.int32),
         levels=np.array([1, 4, 0], np.int32),
@@ -18,8 +18,8 @@ def three_positions() -> Levels:
     )
 
 
-def values(levels: Levels) -> list:
-    return [getattr(levels, name).tolist() for name in Levels.__dataclass_fields__]
+def values(levels: LogProbCodes) -> list:
+    return [getattr(levels, name).tolist() for name in LogProbCodes.__dataclass_fields__]
 
 
 def test_a_slice_holds_the_entries_and_draws_of_its_positions():
@@ -35,9 +35,9 @@ def test_an_empty_slice_keeps_the_side_columns():
 def test_slices_put_together_again_are_the_whole():
     whole = three_positions()
     parts = [whole.slice(0, 1), whole.slice(1, 1), whole.slice(1, 3)]
-    assert values(Levels.concatenate(parts)) == values(whole)
+    assert values(LogProbCodes.concatenate(parts)) == values(whole)
 
 
 def test_importing_levels_imports_no_numba():
-    code = "import sys, stillroom.store.levels, stillroom.store.codec; sys.exit('numba' in sys.modules)"
+    code = "import sys, stillroom.store.quantize, stillroom.store.codec; sys.exit('numba' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

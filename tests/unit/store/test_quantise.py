@@ -9,17 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stillroom.selection import Selection
+from stillroom.kernels.selection import Selection
 from stillroom.signals import Sparse
 from stillroom.store.config import HeadAndSample, Sampled, TopK, side_columns
-from stillroom.store.levels import Levels
-from stillroom.store.quantise import (
+from stillroom.store.quantize import (
     ENTROPY_STEP,
     HIGHEST_REST,
     LABEL_STEP,
     LOWEST_REST,
     REST_STEP,
-    quantise,
+    LogProbCodes,
+    quantize,
     to_sparse,
 )
 
@@ -28,13 +28,13 @@ from .stores import CONFIGS, random_logits, random_uniforms, select
 every_kind = pytest.mark.parametrize("kind", CONFIGS)
 
 
-def stored(logits: torch.Tensor, config, seed: int = 0) -> tuple[Selection, Levels, float]:
+def stored(logits: torch.Tensor, config, seed: int = 0) -> tuple[Selection, LogProbCodes, float]:
     uniforms = random_uniforms(len(logits), config, seed)
     selection = select(logits, config, uniforms)
-    return (selection, *quantise(selection, config, uniforms))
+    return (selection, *quantize(selection, config, uniforms))
 
 
-def check_levels(levels: Levels, n: int, v: int, config) -> None:
+def check_levels(levels: LogProbCodes, n: int, v: int, config) -> None:
     """All that Levels promises, position by position."""
     assert len(levels) == n
     assert levels.side.shape == (n, len(side_columns(config)))
@@ -78,7 +78,7 @@ def test_any_shape_is_stored_and_read_back(kind, n, v, spread, seed):
     check_signal(signal, levels)
 
 
-def check_signal(signal: Sparse, levels: Levels) -> None:
+def check_signal(signal: Sparse, levels: LogProbCodes) -> None:
     """Ids, numbers of entries, padding."""
     n = len(levels)
     assert signal.ids.shape == signal.log_probs.shape
@@ -147,7 +147,7 @@ def test_what_is_kept_is_read_however_little_it_is(kept):
     rests = {1.0: torch.tensor([0.1]).log(), 8.0: torch.tensor([-kept]).double().log1p()}
     selection = Selection(torch.tensor([[3, 1]]), torch.tensor([[0.6, 0.3]]).log(), rests)
     config = TopK(kind="top_k", k=2, temperatures=(8.0,))
-    levels, cost = quantise(selection, config, np.zeros((1, 0), np.float32))
+    levels, cost = quantize(selection, config, np.zeros((1, 0), np.float32))
     targets, rest = to_sparse(levels, config).log_targets(8.0)
     assert targets.double().exp().sum().item() == pytest.approx(kept, rel=REST_STEP / 2 + 1e-4)
     assert -rest.double().expm1().item() == pytest.approx(kept, rel=REST_STEP / 2 + 1e-4)
@@ -160,7 +160,7 @@ def test_a_rest_is_not_taken_for_nothing_nor_nothing_for_a_rest(rest):
     config = TopK(kind="top_k", k=1)
     log_rests = {1.0: torch.tensor([math.log(rest), -math.inf], dtype=torch.float64)}
     selection = Selection(torch.zeros(2, 1, dtype=torch.long), torch.tensor([[-2.0], [0.0]]), log_rests)
-    levels, _ = quantise(selection, config, np.zeros((2, 0), np.float32))
+    levels, _ = quantize(selection, config, np.zeros((2, 0), np.float32))
     assert 1 <= levels.side[0, 0] <= HIGHEST_REST
     found = to_sparse(levels, config).log_rests[1.0]
     assert found[0].item() == pytest.approx(math.log(max(rest, 2.0**-24)), abs=0.01)
@@ -285,7 +285,7 @@ def test_unbiased_after_quantising(kind, spread):
     config, n, v = UNBIASED[kind], 40_000, 17
     logits = random_logits(1, v, seed=3, spread=spread)
     uniforms = random_uniforms(n, config, seed=9)
-    levels, _ = quantise(select(logits.expand(n, -1), config, uniforms), config, uniforms)
+    levels, _ = quantize(select(logits.expand(n, -1), config, uniforms), config, uniforms)
     signal = to_sparse(levels, config)
     assert signal.sampled
     weights = torch.zeros(n, v, dtype=torch.float64)
@@ -316,7 +316,7 @@ def test_repeated_draws_become_one_entry_with_their_number():
         none.long(), none, draws=draws, draw_log_probs=torch.zeros(3, 5), log_unit=torch.full((3,), -math.log(5))
     )
     config = Sampled(kind="sampled", draws=5)
-    levels, _ = quantise(selection, config, np.zeros((3, 6), np.float32))
+    levels, _ = quantize(selection, config, np.zeros((3, 6), np.float32))
     assert levels.draw_counts.tolist() == [2, 0, 1]
     assert levels.draw_ids.tolist() == [1, 4, 0]
     assert levels.draw_times.tolist() == [1, 3, 5]
@@ -337,7 +337,7 @@ def test_extreme_log_probabilities_are_read_as_they_were(log_prob):
     config = TopK(kind="top_k", k=2)
     rests = {1.0: torch.tensor([-math.inf])}
     selection = Selection(torch.tensor([[3, 1]]), torch.tensor([[0.0, log_prob]]), rests)
-    levels, cost = quantise(selection, config, np.zeros((1, 0), np.float32))
+    levels, cost = quantize(selection, config, np.zeros((1, 0), np.float32))
     signal = to_sparse(levels, config)
     assert signal.log_probs[0, 1].item() == pytest.approx(log_prob, rel=1e-6, abs=0.05)
     assert math.isfinite(cost)
@@ -351,7 +351,7 @@ def test_a_fine_step_is_refused_or_right(step):
     except ValueError:
         return
     selection = Selection(torch.tensor([[3, 1]]), torch.tensor([[0.0, -20.0]]), {1.0: torch.tensor([-math.inf])})
-    levels, _ = quantise(selection, config, np.zeros((1, 0), np.float32))
+    levels, _ = quantize(selection, config, np.zeros((1, 0), np.float32))
     assert to_sparse(levels, config).log_probs[0, 1].item() == pytest.approx(-20.0, abs=0.05)
 
 
@@ -363,7 +363,7 @@ def test_a_label_that_cannot_be_is_stored_as_very_unlikely():
         {1.0: torch.tensor([-math.inf])},
         label_log_probs=torch.tensor([-math.inf]),
     )
-    levels, _ = quantise(selection, config, np.zeros((1, 0), np.float32))
+    levels, _ = quantize(selection, config, np.zeros((1, 0), np.float32))
     label = to_sparse(levels, config).label_log_probs.item()
     assert math.isfinite(label)
     assert label < -1000
@@ -374,12 +374,12 @@ def test_a_document_by_itself_is_what_it_is_among_others(kind):
     config = CONFIGS[kind]
     uniforms = random_uniforms(9, config)
     logits = random_logits(9, 30)
-    together, _ = quantise(select(logits, config, uniforms), config, uniforms)
+    together, _ = quantize(select(logits, config, uniforms), config, uniforms)
     parts = [
-        quantise(select(logits[rows], config, uniforms[rows]), config, uniforms[rows])[0]
+        quantize(select(logits[rows], config, uniforms[rows]), config, uniforms[rows])[0]
         for rows in (slice(0, 2), slice(2, 2), slice(2, 9))
     ]
-    joined = Levels.concatenate(parts)
-    for name in Levels.__dataclass_fields__:
+    joined = LogProbCodes.concatenate(parts)
+    for name in LogProbCodes.__dataclass_fields__:
         assert np.array_equal(getattr(joined, name), getattr(together, name))
         assert np.array_equal(getattr(together.slice(2, 9), name), getattr(parts[2], name))

@@ -5,8 +5,8 @@ import pyarrow as pa
 import pytest
 
 from stillroom.errors import DataError, MissingError
-from stillroom.store.codec import Codec
-from stillroom.store.levels import Levels
+from stillroom.store.codec.codec import Codec
+from stillroom.store.quantize import LogProbCodes
 from stillroom.store.reader import Store
 from stillroom.store.writer import StoreWriter
 
@@ -33,9 +33,9 @@ def test_rows_in_any_order_are_what_they_are_one_by_one(kind, folders):
     if kind == "full":
         assert np.array_equal(store.logits(order), np.concatenate([documents[i].signal for i in order]))
         return
-    assert equal(store.levels(order), Levels.concatenate([documents[i].signal for i in order]))
+    assert equal(store.levels(order), LogProbCodes.concatenate([documents[i].signal for i in order]))
     for few in ([1, 0], [5, 5], [6]):
-        assert equal(store.levels(few), Levels.concatenate([documents[i].signal for i in few]))
+        assert equal(store.levels(few), LogProbCodes.concatenate([documents[i].signal for i in few]))
 
 
 def test_lengths_names_and_what_is_learnt(folders):
@@ -44,15 +44,21 @@ def test_lengths_names_and_what_is_learnt(folders):
     assert store.counts["documents"] == len(store) == len(documents)
     assert "document 3" in store.name(3)
     for i, d in enumerate(documents):
-        learn = store.learn(i)
-        assert learn[1:].tolist() == d.keep[:-1].tolist()
-        assert not learn[0]
+        target_mask = store.target_mask(i)
+        assert target_mask[1:].tolist() == d.loss_mask[:-1].tolist()
+        assert not target_mask[0]
 
 
 @pytest.mark.parametrize("index", [-1, -9, 8, 1000])
 def test_a_row_that_is_not_there_is_refused(index, folders):
     store = Store(folders["head_and_sample"])
-    for ask in (store.tokens, store.keep, store.document, lambda i: store.levels([i]), lambda i: store.levels([0, i])):
+    for ask in (
+        store.tokens,
+        store.loss_mask,
+        store.document,
+        lambda i: store.levels([i]),
+        lambda i: store.levels([0, i]),
+    ):
         with pytest.raises(IndexError):
             ask(index)
     with pytest.raises(IndexError):
@@ -126,7 +132,7 @@ def test_an_incomplete_store_is_read_only_where_that_is_asked_for(tmp_path):
     documents = build_documents(DEFAULT)
     with StoreWriter(tmp_path, build_manifest(DEFAULT), shard_positions=10) as writer:
         for d in documents[:6]:
-            writer.add(d.number, d.tokens, d.keep, d.signal, d.error_nats)
+            writer.add(d.number, d.tokens, d.loss_mask, d.signal, d.error_nats)
         there = writer.num_documents
     with pytest.raises(DataError, match="is not complete"):
         Store(tmp_path)

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from stillroom.store.reader import Store
-from stillroom.store.show import COLUMNS, describe, histogram, show_row
-from stillroom.store.tokens import TokenTexts
+from stillroom.store.show import COLUMNS, TokenTexts, describe, histogram, show_row
 from stillroom.terminal import escaped, fitted, width
 
 from .stores import EVERY
@@ -54,8 +53,8 @@ def test_a_row(kind, made, tiny_tokenizer):
     positions = [line for line in text.splitlines() if line[:6].strip().isdecimal()]
     assert len(positions) == 14
     kept = [line for line in positions if "→" in line]
-    assert [line.split()[0] for line in kept] == [str(i) for i in np.flatnonzero(store.keep(2))]
-    for line, i in zip(kept, np.flatnonzero(store.keep(2)), strict=True):
+    assert [line.split()[0] for line in kept] == [str(i) for i in np.flatnonzero(store.loss_mask(2))]
+    for line, i in zip(kept, np.flatnonzero(store.loss_mask(2)), strict=True):
         assert texts.text(int(store.tokens(2)[i])) in line
         assert texts.text(int(store.tokens(2)[i + 1])) in line.split("→")[1]
 
@@ -107,9 +106,9 @@ def test_nothing_that_a_terminal_would_obey_is_left(text, shown):
 
 
 def test_names_in_the_manifest_are_escaped_too(tmp_path, tiny_tokenizer):
-    from stillroom.store.format import Source
+    from stillroom.store.format import SourceInfo
 
-    evil = Source(name="data\x1b[2J\n", fingerprint="1")
+    evil = SourceInfo(name="data\x1b[2J\n", fingerprint="1")
     store = Store(make_store(tmp_path / "s", tiny_tokenizer, data=evil))
     for text in (describe(store), show_row(store, 0)):
         assert "\x1b" not in text

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stillroom.errors import DataError, MismatchError, StorageError
-from stillroom.store.format import Source, read_manifest
+from stillroom.store.format import SourceInfo, read_manifest
 from stillroom.store.reader import Store
 from stillroom.store.writer import IDENTITY, StoreWriter
 
@@ -194,11 +194,11 @@ def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path):
 
 
 OTHER = {
-    "teacher": Source(name="a teacher", fingerprint="12"),
+    "teacher": SourceInfo(name="a teacher", fingerprint="12"),
     "engine": "vllm",
-    "tokenizer": Source(name="a tokenizer", fingerprint="23"),
+    "tokenizer": SourceInfo(name="a tokenizer", fingerprint="23"),
     "template": "abc",
-    "data": Source(name="text.jsonl", fingerprint="34"),
+    "data": SourceInfo(name="text.jsonl", fingerprint="34"),
     "part": (1, 2),
     "num_columns": 24,
     "length": 65,

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from stillroom.store.config import HiddenStates
-from stillroom.store.format import Source
+from stillroom.store.config import HiddenStatesConfig
+from stillroom.store.format import SourceInfo
 from stillroom.store.writer import StoreWriter
 from stillroom.tokenizers import fingerprint
 
@@ -28,7 +28,7 @@ def make_store(
     first: int = 0,
     shard_positions: int = 20,
     complete: bool = True,
-    hidden: HiddenStates | None = None,
+    hidden: HiddenStatesConfig | None = None,
     **changes: Any,
 ) -> Path:
     """A store of a random teacher (another for each ``said``); documents are numbered ``first`` + 10, 13, 16 …"""
@@ -37,7 +37,11 @@ def make_store(
         object.__setattr__(document, "number", document.number + first)
     documents = documents if hidden is None else with_hidden(documents, hidden)
     changes |= hidden_changes(hidden)
-    named = {"tokenizer": Source(name="tiny", fingerprint=fingerprint(tokenizer)), "num_columns": COLUMNS, **changes}
+    named = {
+        "tokenizer": SourceInfo(name="tiny", fingerprint=fingerprint(tokenizer)),
+        "num_columns": COLUMNS,
+        **changes,
+    }
     with StoreWriter(path, build_manifest(EVERY[kind], **named), shard_positions=shard_positions) as writer:
         tokenizer.save_pretrained(path / "tokenizer")
         add(writer, documents)

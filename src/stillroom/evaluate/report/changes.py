@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from stillroom.errors import DataError, StillroomError
 from stillroom.evaluate.results import ModelFacts, TaskResult
-from stillroom.evaluate.tasks.diff import Change, changes
+from stillroom.evaluate.tasks.items import Change, changes
 
 SHOWN = 10
 """Changed items of a task that the page holds, for two models."""

@@ -35,7 +35,7 @@ class Headline(NamedTuple):
     """The model's number and name, and its value."""
 
 
-class Report(NamedTuple):
+class ReportContent(NamedTuple):
     """Everything that is shown."""
 
     results: Results
@@ -73,7 +73,7 @@ class Report(NamedTuple):
         return next((i for i, facts in enumerate(self.results.models) if facts.role == "teacher"), None)
 
 
-def make_report(results: Results, folder: Path, runs: Mapping[str, Path]) -> Report:
+def make_report(results: Results, folder: Path, runs: Mapping[str, Path]) -> ReportContent:
     """Reads what the results name, items in ``folder`` and the metrics of ``runs``, and puts it into words."""
     names = [facts.name for facts in results.models]
     training = read_training({name: runs[name] for name in names if name in runs})
@@ -81,7 +81,7 @@ def make_report(results: Results, folder: Path, runs: Mapping[str, Path]) -> Rep
     agreement, agreement_note = _agreement(results)
     more = (tables.more_scores(task, names) for task in results.tasks)
     title = "How much of the teacher did the student keep?"
-    return Report(
+    return ReportContent(
         results=results,
         looks=looks(results.models),
         title=title if any(facts.role == "teacher" for facts in results.models) else "Models side by side",

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from stillroom.evaluate.report import words
 from stillroom.evaluate.report.changes import Changes
-from stillroom.evaluate.report.content import FAR, LEVELS, Report
+from stillroom.evaluate.report.content import FAR, LEVELS, ReportContent
 from stillroom.evaluate.report.tables import Cell, Table
 from stillroom.evaluate.results import Passage
 
@@ -13,7 +13,7 @@ MARKED = LEVELS[2]
 """Tokens whose KL is at least so many nats are marked in a passage."""
 
 
-def to_markdown(report: Report) -> str:
+def to_markdown(report: ReportContent) -> str:
     """The whole report."""
     parts = [f"# {report.title}", escaped(report.about), *_headlines(report)]
     parts += [f"- {escaped(sentence)}" for sentence in report.sentences]
@@ -53,7 +53,7 @@ def code(text: str) -> str:
     return f"{fence}\n{words.visible(text)}\n{fence}"
 
 
-def _headlines(report: Report) -> Iterator[str]:
+def _headlines(report: ReportContent) -> Iterator[str]:
     for one in report.headlines:
         values = ", ".join(f"{escaped(name)} {_cell(found)}" for _, name, found in one.rows)
         yield f"- **{escaped(one.title)}** ({escaped(one.about)}): {values}"
@@ -73,7 +73,7 @@ def _table(table: Table) -> str:
     return "\n\n".join([*([f"**{escaped(table.caption)}**"] if table.caption else []), "\n".join(lines), *notes])
 
 
-def _benchmarks(report: Report) -> Iterator[str]:
+def _benchmarks(report: ReportContent) -> Iterator[str]:
     if not report.results.tasks:
         yield "No benchmark was asked for."
         return
@@ -85,19 +85,19 @@ def _benchmarks(report: Report) -> Iterator[str]:
         yield _table(report.task_differences)
 
 
-def _metrics(report: Report) -> Iterator[str]:
+def _metrics(report: ReportContent) -> Iterator[str]:
     yield _table(report.metrics) if report.metrics.rows else "No text was read."
     if report.metric_differences is not None:
         yield _table(report.metric_differences)
 
 
-def _training(report: Report) -> Iterator[str]:
+def _training(report: ReportContent) -> Iterator[str]:
     yield from map(_table, report.training_tables)
     for name, why in report.training.missing.items():
         yield f"{escaped(name)} has no curves: {escaped(why)}."
 
 
-def _worst(report: Report) -> Iterator[str]:
+def _worst(report: ReportContent) -> Iterator[str]:
     if report.worst:
         yield f"Tokens of which the KL is {MARKED:g} nats and more are <b>bold</b>, with the nats behind them."
     for name, passages in report.worst:
@@ -145,7 +145,7 @@ def _changes(changes: Sequence[Changes]) -> Iterator[str]:
             )
 
 
-def _repeat(report: Report) -> Iterator[str]:
+def _repeat(report: ReportContent) -> Iterator[str]:
     yield code(report.results.command)
     yield _table(report.fingerprints)
     yield from (_table(table) for table in (report.versions, report.machine) if table.rows)

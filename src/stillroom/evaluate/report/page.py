@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from stillroom.evaluate.report import charts, content, words
 from stillroom.evaluate.report.changes import QUESTION_LENGTH
-from stillroom.evaluate.report.content import Report
+from stillroom.evaluate.report.content import ReportContent
 from stillroom.evaluate.results import Passage
 
 HERE = Path(__file__).parent
@@ -24,7 +24,7 @@ MARKS = {
 """The marks of the plotting library, for legends."""
 
 
-def to_page(report: Report) -> str:
+def to_page(report: ReportContent) -> str:
     """The whole page. What comes from files is text there, whatever it holds.
 
     Raises:
@@ -60,7 +60,7 @@ def _finalize(value: Any) -> Any:
     return words.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _charts(report: Report) -> dict[str, Markup]:
+def _charts(report: ReportContent) -> dict[str, Markup]:
     found: dict[str, str] = {}
     if report.task_groups:
         found["tasks"] = charts.bars(
@@ -77,7 +77,7 @@ def _charts(report: Report) -> dict[str, Markup]:
     return {name: Markup(svg) for name, svg in found.items()}
 
 
-def _paints(report: Report) -> str:
+def _paints(report: ReportContent) -> str:
     """The colours of the models, on a light page (which paper is) and on a dark one."""
 
     def rules(shade: int) -> str:

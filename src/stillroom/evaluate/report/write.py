@@ -10,7 +10,7 @@ from stillroom.evaluate.report.content import make_report
 from stillroom.evaluate.report.markdown import to_markdown
 from stillroom.evaluate.report.page import to_page
 from stillroom.evaluate.results import Results
-from stillroom.files import writing
+from stillroom.runs import writing
 
 
 def write_report(results: Results, out: Path, runs: Mapping[str, Path]) -> list[Path]:

@@ -6,9 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from stillroom.config import Config, PathText
+from stillroom.config import Config, PathText, Positive
 
-Positive = Annotated[int, Field(gt=0)]
 Whole = Annotated[int, Field(ge=0)]
 
 
@@ -56,6 +55,7 @@ def _is_path(text: str) -> bool:
 
 TaskConfig = Annotated[LocalTask | HarnessTask, Field(discriminator="kind"), BeforeValidator(_from_text)]
 """A description file's path, the name of a task of lm-eval, or settings."""
+
 AnyTask = LocalTask | HarnessTask
 
 LEADERBOARD = (

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from stillroom.config import Config, PathText, load
+from stillroom.config import Config, PathText, Positive, load
 from stillroom.errors import ConfigError, MissingError
-from stillroom.evaluate.tasks.config import LocalTask, Positive, Whole
+from stillroom.evaluate.tasks.config import LocalTask, Whole
 from stillroom.recipe import read_recipe
 
 Template = str

@@ -11,7 +11,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 
 from stillroom.errors import DataError, NonFiniteError, OutOfMemoryError
 from stillroom.evaluate.tasks.likelihood import encoded
-from stillroom.models import max_length
+from stillroom.models.loading import max_length
 
 CPU_TOKENS = 4096
 """Tokens of prompts and answers in a batch on a CPU."""

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 from stillroom.errors import ConfigError, DataError, StillroomError, require
 from stillroom.evaluate.results import TaskResult
-from stillroom.evaluate.tasks.asking import Evaluated, Report, served_model
 from stillroom.evaluate.tasks.config import HarnessTask
 from stillroom.evaluate.tasks.harness_results import Found, harness_results
 from stillroom.evaluate.tasks.likelihood import Request, log_likelihoods
+from stillroom.evaluate.tasks.lm import EvalModel, Report, served_model
 
 CPU_BATCH = 8
 """Prompts that are answered at a time on a CPU; on other devices lm-eval finds the number."""
@@ -60,7 +60,7 @@ class HarnessBenchmark(NamedTuple):
     def name(self) -> str:
         return self.config.name or (Path(self.config.task).stem if self.files else self.config.task)
 
-    def ask(self, model: Evaluated, report: Report) -> Found:
+    def ask(self, model: EvalModel, report: Report) -> Found:
         """What lm-eval finds of a model.
 
         Raises:
@@ -140,7 +140,7 @@ def _lm_eval(module: str) -> Any:
     return importlib.import_module(f"lm_eval.{module}")
 
 
-def _evaluate(config: HarnessTask, model: Evaluated, name: str, report: Report) -> Found:
+def _evaluate(config: HarnessTask, model: EvalModel, name: str, report: Report) -> Found:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if model.model is None:
         asked: dict[str, Any] = {"model": "local-completions", "model_args": _address(model)}
@@ -178,14 +178,14 @@ def _report_to(stderr: Any, report: Report, event: str, values: Mapping[str, Any
         report(event, values)
 
 
-def _address(model: Evaluated) -> dict[str, Any]:
+def _address(model: EvalModel) -> dict[str, Any]:
     root = str(model.url).rstrip("/").removesuffix("/v1")
     tokenizer = None if model.tokenizer is None else model.tokenizer.name_or_path
     own = {"tokenizer": tokenizer} if tokenizer else {"tokenizer_backend": None, "tokenized_requests": False}
     return {"model": served_model(model), "base_url": f"{root}/v1/completions", "num_concurrent": 8, **own}
 
 
-def _engine(asked: Evaluated, name: str, report: Report) -> Any:
+def _engine(asked: EvalModel, name: str, report: Report) -> Any:
     """lm-eval's own model class, whose likelihoods are computed by our engine."""
     HFLM: Any = _lm_eval("models.huggingface").HFLM
     model = asked.model

@@ -19,8 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from stillroom.errors import DataError, NonFiniteError, OutOfMemoryError
-from stillroom.head import Head
-from stillroom.models import backbone, head, max_length, rope_border
+from stillroom.lm_head import LMHead
+from stillroom.models.hidden_states import backbone, lm_head
+from stillroom.models.loading import max_length, rope_border
 
 CPU_TOKENS = 2048
 """Tokens in a batch on a CPU, where more are no faster."""
@@ -119,7 +120,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special_tok
 
 
 @dataclass
-class Row:
+class RequestRow:
     """Tokens that a model reads, and the requests that they answer."""
 
     tokens: list[int]
@@ -127,7 +128,7 @@ class Row:
     """(request, position from which on the next tokens are its continuation)."""
 
 
-def _rows(requests: Sequence[Request], max_length: int | None) -> tuple[list[Row], list[int]]:
+def _rows(requests: Sequence[Request], max_length: int | None) -> tuple[list[RequestRow], list[int]]:
     """Rows that answer all requests, longest first, and what is cut from each request's context at its left."""
     limit = (max_length or 1 << 62) + 1
     inputs, starts, cuts = [], [], []
@@ -136,12 +137,12 @@ def _rows(requests: Sequence[Request], max_length: int | None) -> tuple[list[Row
         cuts.append(min(cut, len(context)))
         inputs.append((context + continuation)[cut:-1])
         starts.append(max(len(context) - cut - 1, 0))
-    rows: list[Row] = []
+    rows: list[RequestRow] = []
     for i in sorted(range(len(inputs)), key=inputs.__getitem__, reverse=True):  # what it begins comes before it
         if rows and rows[-1].tokens[: len(inputs[i])] == inputs[i]:
             rows[-1].asked.append((i, starts[i]))
         else:
-            rows.append(Row(inputs[i], [(i, starts[i])]))
+            rows.append(RequestRow(inputs[i], [(i, starts[i])]))
     return sorted(rows, key=lambda row: -len(row.tokens)), cuts
 
 
@@ -203,7 +204,7 @@ def log_likelihoods(
     return cast(list[Likelihood], found)
 
 
-def _alike(rows: list[Row], border: int | None) -> list[Row]:
+def _alike(rows: list[RequestRow], border: int | None) -> list[RequestRow]:
     """The first rows, as far as all lie on the same side of the border at which the model changes its positions."""
     if border is None:
         return rows
@@ -212,7 +213,7 @@ def _alike(rows: list[Row], border: int | None) -> list[Row]:
 
 
 def _answer(
-    model: PreTrainedModel, rows: Sequence[Row], requests: Sequence[Request], shared: "_Shared"
+    model: PreTrainedModel, rows: Sequence[RequestRow], requests: Sequence[Request], shared: "_Shared"
 ) -> list[tuple[int, float, bool]]:
     """(request, log-likelihood, greedy) of each request that the rows answer."""
     hidden = shared.hidden(model, rows)
@@ -227,7 +228,7 @@ def _answer(
             owners.append((i, len(continuation)))
     device = hidden.device
     log_probs, greedy = _next_log_probs(
-        hidden.flatten(0, 1)[torch.tensor(places, device=device)], head(model), torch.tensor(targets, device=device)
+        hidden.flatten(0, 1)[torch.tensor(places, device=device)], lm_head(model), torch.tensor(targets, device=device)
     )
     found, place = [], 0
     for i, length in owners:
@@ -237,10 +238,10 @@ def _answer(
     return found
 
 
-def _next_log_probs(hidden: Tensor, output: Head, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _next_log_probs(hidden: Tensor, output: LMHead, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Of each position: the log-probability of its next token (float64) and whether it is the likeliest."""
     budget = CACHE_BYTES if hidden.device.type == "cpu" else LOGIT_BYTES
-    rows = max(1, budget // (4 * output.num_columns))
+    rows = max(1, budget // (4 * output.vocab_size))
     log_probs, greedy = [], []
     for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
         logits = output.logits(part)
@@ -261,7 +262,7 @@ class _Shared:
         self.length, self._cache = length, cache
 
     @classmethod
-    def read(cls, model: PreTrainedModel, rows: Sequence[Row]) -> "_Shared":
+    def read(cls, model: PreTrainedModel, rows: Sequence[RequestRow]) -> "_Shared":
         length = _common(rows)
         if len(rows) < 2 or length < SHARED_TOKENS:
             return cls(0, None)
@@ -273,7 +274,7 @@ class _Shared:
         plain = isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
         return cls(length, cache) if plain else cls(0, None)  # windows and states of other kinds are read with each row
 
-    def hidden(self, model: PreTrainedModel, rows: Sequence[Row]) -> Tensor:
+    def hidden(self, model: PreTrainedModel, rows: Sequence[RequestRow]) -> Tensor:
         """The last hidden states [rows, width, d] from the end of the beginning on, padded at the right."""
         width = max(len(row.tokens) for row in rows) - self.length
         padded = [row.tokens[self.length :] + [0] * (width + self.length - len(row.tokens)) for row in rows]
@@ -285,7 +286,7 @@ class _Shared:
         return backbone(model)(**inputs, past_key_values=cache, use_cache=True)[0]
 
 
-def _common(rows: Sequence[Row]) -> int:
+def _common(rows: Sequence[RequestRow]) -> int:
     """Tokens that all rows begin with, short of any position that is asked about."""
     first = rows[0].tokens
     length = min((start for row in rows for _, start in row.asked), default=0)

@@ -7,16 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stillroom.evaluate.tasks.asking import Evaluated, answers, likelihoods
-from stillroom.evaluate.tasks.description import (
-    Description,
-    ExactMatch,
-    Filter,
-    LastWord,
-    MinimalPairs,
-    MultipleChoice,
-)
+from stillroom.evaluate.tasks.description import Description, ExactMatch, Filter, LastWord, MinimalPairs, MultipleChoice
 from stillroom.evaluate.tasks.likelihood import Likelihood
+from stillroom.evaluate.tasks.lm import EvalModel, answers, likelihoods
 from stillroom.evaluate.tasks.questions import Question
 
 LOG_LIKELIHOOD = "log_likelihood_nats"
@@ -24,7 +17,7 @@ NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:
 """A minus that follows a number or a word, as in 10-12, is none; a comma parts thousands."""
 
 
-class Said(NamedTuple):
+class ModelReply(NamedTuple):
     """What a model said of one question."""
 
     prediction: str
@@ -54,8 +47,8 @@ def chance(description: Description, questions: Sequence[Question]) -> float | N
 
 
 def ask(
-    description: Description, questions: Sequence[Question], model: Evaluated, done: Callable[[int], object]
-) -> list[Said]:
+    description: Description, questions: Sequence[Question], model: EvalModel, done: Callable[[int], object]
+) -> list[ModelReply]:
     """Puts all questions to a model.
 
     Args:
@@ -78,7 +71,7 @@ def ask(
     return [judge(question, [next(told) for _ in question.options]) for question in questions]
 
 
-def _choose(description: Description, question: Question, told: Sequence[Likelihood]) -> Said:
+def _choose(description: Description, question: Question, told: Sequence[Likelihood]) -> ModelReply:
     """The likeliest option by each measure; of equals the first, as in lm-eval."""
     sums = np.array([one.log_likelihood for one in told])
     lengths = {"acc": np.ones(len(told))}
@@ -91,20 +84,20 @@ def _choose(description: Description, question: Question, told: Sequence[Likelih
     chosen = {name: int(np.argmax(sums / length)) for name, length in lengths.items()}
     metrics = {name: float(choice == question.gold) for name, choice in chosen.items()}
     prediction = question.labels[chosen[metric(description)]]
-    return Said(prediction, tuple(sums.tolist()), metrics, max(one.num_cut for one in told))
+    return ModelReply(prediction, tuple(sums.tolist()), metrics, max(one.num_cut for one in told))
 
 
-def _last_word(question: Question, told: Sequence[Likelihood]) -> Said:
+def _last_word(question: Question, told: Sequence[Likelihood]) -> ModelReply:
     (one,) = told
     prediction = question.labels[0] if one.greedy else ""
     metrics = {"acc": float(one.greedy), LOG_LIKELIHOOD: one.log_likelihood}
-    return Said(prediction, (one.log_likelihood,), metrics, one.num_cut)
+    return ModelReply(prediction, (one.log_likelihood,), metrics, one.num_cut)
 
 
-def _compare(description: ExactMatch, question: Question, text: str, num_cut: int) -> Said:
+def _compare(description: ExactMatch, question: Question, text: str, num_cut: int) -> ModelReply:
     prediction = apply(description.filters, text)
     right = [apply(description.target_filters, answer) for answer in question.answers]
-    return Said(prediction, (), {"exact_match": float(prediction in right)}, num_cut)
+    return ModelReply(prediction, (), {"exact_match": float(prediction in right)}, num_cut)
 
 
 def apply(filters: Sequence[Filter], text: str) -> str:

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from stillroom.evaluate.results import TaskResult
 from stillroom.evaluate.tasks import summary
-from stillroom.evaluate.tasks.asking import Evaluated, Report
 from stillroom.evaluate.tasks.config import LocalTask
 from stillroom.evaluate.tasks.description import Description, ExactMatch, MultipleChoice, read_description
 from stillroom.evaluate.tasks.items import FOLDER, Item, ModelAnswer, write_items
-from stillroom.evaluate.tasks.local import Said, ask, chance, metric
+from stillroom.evaluate.tasks.lm import EvalModel, Report
+from stillroom.evaluate.tasks.local import ModelReply, ask, chance, metric
 from stillroom.evaluate.tasks.questions import Question, questions
 
 
@@ -43,7 +43,7 @@ class LocalBenchmark(NamedTuple):
     def name(self) -> str:
         return self.description.name
 
-    def ask(self, model: Evaluated, report: Report) -> list[Said]:
+    def ask(self, model: EvalModel, report: Report) -> list[ModelReply]:
         """What a model says of every question.
 
         Raises:
@@ -61,7 +61,9 @@ class LocalBenchmark(NamedTuple):
             report("note", {"text": f"{text} at their beginning"})
         return said
 
-    def results(self, said: Mapping[str, list[Said]], failed: str | None, out: Path, seed: int) -> Sequence[TaskResult]:
+    def results(
+        self, said: Mapping[str, list[ModelReply]], failed: str | None, out: Path, seed: int
+    ) -> Sequence[TaskResult]:
         """One result, whose items are written; ``failed`` says why models that are not in ``said`` are not."""
         main = metric(self.description)
         if said:
@@ -94,7 +96,7 @@ class LocalBenchmark(NamedTuple):
         asked = [question._asdict() for question in self.questions]
         return hashlib.sha256(json.dumps([settings, asked], sort_keys=True).encode()).hexdigest()
 
-    def _items(self, said: Mapping[str, Sequence[Said]], main: str) -> list[Item]:
+    def _items(self, said: Mapping[str, Sequence[ModelReply]], main: str) -> list[Item]:
         found = []
         for i, question in enumerate(self.questions):
             answers = {

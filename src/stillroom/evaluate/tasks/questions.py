@@ -7,16 +7,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stillroom.data.chat_templates import Name, Row, Template, text_in, value_in
 from stillroom.data.sources import FileSource, files_of
-from stillroom.data.templates import Name, Row, Template, text_in, value_in
 from stillroom.errors import ConfigError, DataError, MissingError
-from stillroom.evaluate.tasks.description import (
-    Description,
-    ExactMatch,
-    LastWord,
-    MinimalPairs,
-    MultipleChoice,
-)
+from stillroom.evaluate.tasks.description import Description, ExactMatch, LastWord, MinimalPairs, MultipleChoice
 
 
 class Question(NamedTuple):

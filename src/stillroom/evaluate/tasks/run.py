@@ -10,9 +10,9 @@ import torch
 
 from stillroom.errors import StillroomError
 from stillroom.evaluate.results import TaskResult
-from stillroom.evaluate.tasks.asking import Evaluated, Report
 from stillroom.evaluate.tasks.config import AnyTask, HarnessTask
 from stillroom.evaluate.tasks.harness import HarnessBenchmark
+from stillroom.evaluate.tasks.lm import EvalModel, Report
 from stillroom.evaluate.tasks.local_benchmark import LocalBenchmark
 
 FAILURES = "failures"
@@ -30,7 +30,7 @@ class Benchmark(Protocol):
         """What it is read from, of files that are known."""
         ...
 
-    def ask(self, model: Evaluated, report: Report) -> Any:
+    def ask(self, model: EvalModel, report: Report) -> Any:
         """What a model says, as ``results`` takes it."""
         ...
 
@@ -56,7 +56,7 @@ def open_benchmark(config: AnyTask) -> Benchmark:
     return HarnessBenchmark.open(config) if isinstance(config, HarnessTask) else LocalBenchmark.open(config)
 
 
-def ask(benchmark: Benchmark, model: Evaluated, out: Path, report: Report = lambda *_: None) -> Any | Failure:
+def ask(benchmark: Benchmark, model: EvalModel, out: Path, report: Report = lambda *_: None) -> Any | Failure:
     """What a model says of a benchmark, or why it says nothing: whatever goes wrong, the others are still asked.
 
     What nobody foresaw leaves its traceback in ``out``/failures/NAME-MODEL.txt.

@@ -12,9 +12,9 @@ from benchmarks import run_task
 from conftest import build_model
 from stillroom.errors import ConfigError, MissingError
 from stillroom.evaluate.tasks import harness, harness_results
-from stillroom.evaluate.tasks.asking import Evaluated
 from stillroom.evaluate.tasks.config import HarnessTask, LocalTask
 from stillroom.evaluate.tasks.items import read_items
+from stillroom.evaluate.tasks.lm import EvalModel
 from stillroom.evaluate.tasks.run import open_benchmark
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -27,9 +27,9 @@ def test_without_lm_eval_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
-def models(tiny_tokenizer: PreTrainedTokenizerFast) -> list[Evaluated]:
+def models(tiny_tokenizer: PreTrainedTokenizerFast) -> list[EvalModel]:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
-    models = [Evaluated(f"model{i}", build_model(seed=i), tiny_tokenizer, None, f"m{i}") for i in (1, 2)]
+    models = [EvalModel(f"model{i}", build_model(seed=i), tiny_tokenizer, None, f"m{i}") for i in (1, 2)]
     for one in models:
         assert one.model is not None
         one.model.config.max_position_embeddings = 64
@@ -83,7 +83,7 @@ def both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[HarnessTask, 
 
 
 def test_a_local_task_gives_the_numbers_of_lm_eval(
-    both: tuple[HarnessTask, LocalTask], models: list[Evaluated], tmp_path: Path
+    both: tuple[HarnessTask, LocalTask], models: list[EvalModel], tmp_path: Path
 ):
     theirs, ours = (run_task(task, models, tmp_path / "out", seed=0) for task in both)
     assert (theirs.name, theirs.source, theirs.shots, theirs.metric) == ("theirs", "lm-eval", 1, "acc_norm")
@@ -103,7 +103,7 @@ def test_a_local_task_gives_the_numbers_of_lm_eval(
 
 
 def test_our_engine_gives_the_numbers_of_lm_evals_own(
-    both: tuple[HarnessTask, LocalTask], models: list[Evaluated], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    both: tuple[HarnessTask, LocalTask], models: list[EvalModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
@@ -121,13 +121,13 @@ def test_our_engine_gives_the_numbers_of_lm_evals_own(
         assert one.models["model1"].scores == pytest.approx(other.models["model1"].scores, abs=1e-5)
 
 
-def test_shots_and_limit_are_passed_on(both: tuple[HarnessTask, LocalTask], models: list[Evaluated], tmp_path: Path):
+def test_shots_and_limit_are_passed_on(both: tuple[HarnessTask, LocalTask], models: list[EvalModel], tmp_path: Path):
     task = both[0].model_copy(update={"limit": 3, "shots": 0})
     found = run_task(task, models[:1], tmp_path, seed=0)
     assert (found.num_items, found.shots) == (3, 0)
 
 
-def test_a_task_without_network_fails_alone(models: list[Evaluated], tmp_path: Path):
+def test_a_task_without_network_fails_alone(models: list[EvalModel], tmp_path: Path):
     text = "task: far\ndataset_path: Rowan/hellaswag\noutput_type: multiple_choice\ntest_split: test\n"
     (tmp_path / "far.yaml").write_text(text + "doc_to_text: x\ndoc_to_target: y\ndoc_to_choice: z\n")
     found = run_task(HarnessTask(kind="lm_eval", task=str(tmp_path / "far.yaml")), models, tmp_path, seed=0)

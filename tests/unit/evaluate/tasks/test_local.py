@@ -11,19 +11,19 @@ from transformers import PreTrainedTokenizerFast
 from conftest import build_model
 from stillroom.errors import MissingError
 from stillroom.evaluate.tasks import local
-from stillroom.evaluate.tasks.asking import Evaluated, likelihoods
 from stillroom.evaluate.tasks.config import LocalTask
 from stillroom.evaluate.tasks.description import Filter, Regex, read_description
 from stillroom.evaluate.tasks.generation import Written
 from stillroom.evaluate.tasks.likelihood import Likelihood
-from stillroom.evaluate.tasks.local import LOG_LIKELIHOOD, Said, apply, ask, chance
+from stillroom.evaluate.tasks.lm import EvalModel, likelihoods
+from stillroom.evaluate.tasks.local import LOG_LIKELIHOOD, ModelReply, apply, ask, chance
 from stillroom.evaluate.tasks.questions import questions
 from stillroom.recipe import to_yaml
 
-NOBODY = Evaluated("nobody", None, None, None, "")
+NOBODY = EvalModel("nobody", None, None, None, "")
 
 
-def said_of(folder: Path, rows: list[dict[str, Any]], **settings: Any) -> tuple[list[Said], float | None]:
+def said_of(folder: Path, rows: list[dict[str, Any]], **settings: Any) -> tuple[list[ModelReply], float | None]:
     (folder / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "task.yaml").write_text(to_yaml({"name": "task", "items": "items.jsonl", **settings}))
     description = read_description(LocalTask(kind="local", path=str(folder / "task.yaml")))
@@ -118,7 +118,7 @@ def test_filters(filters: list[Filter], text: str, wanted: str):
 
 def test_a_server_without_a_tokenizer_is_refused():
     with pytest.raises(MissingError, match="cannot say how likely"):
-        likelihoods(Evaluated("api", None, None, "http://127.0.0.1:1", "x"), [("a", "b")], str, lambda _: None)
+        likelihoods(EvalModel("api", None, None, "http://127.0.0.1:1", "x"), [("a", "b")], str, lambda _: None)
 
 
 def test_a_uniform_model_has_the_closed_form(tiny_tokenizer: PreTrainedTokenizerFast):
@@ -127,6 +127,6 @@ def test_a_uniform_model_has_the_closed_form(tiny_tokenizer: PreTrainedTokenizer
     for parameter in model.parameters():
         parameter.data.zero_()
     (found,) = likelihoods(
-        Evaluated("flat", model, tiny_tokenizer, None, ""), [("The still", " runs")], str, lambda _: None
+        EvalModel("flat", model, tiny_tokenizer, None, ""), [("The still", " runs")], str, lambda _: None
     )
     assert found.log_likelihood == pytest.approx(-found.num_tokens * math.log(304), abs=1e-5)

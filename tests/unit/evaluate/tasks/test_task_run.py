@@ -11,10 +11,9 @@ from benchmarks import run_task
 from conftest import build_model
 from stillroom.errors import DataError, MissingError
 from stillroom.evaluate.results import Number, TaskResult
-from stillroom.evaluate.tasks.asking import Evaluated
 from stillroom.evaluate.tasks.config import LocalTask
-from stillroom.evaluate.tasks.diff import as_text, changes
-from stillroom.evaluate.tasks.items import read_items
+from stillroom.evaluate.tasks.items import as_text, changes, read_items
+from stillroom.evaluate.tasks.lm import EvalModel
 from stillroom.evaluate.tasks.run import open_benchmark
 from stillroom.evaluate.tasks.summary import normalise, scores
 from stillroom.statistics import paired_bootstrap
@@ -36,11 +35,11 @@ def task(tmp_path: Path) -> LocalTask:
 
 
 @pytest.fixture
-def models(tiny_tokenizer: PreTrainedTokenizerFast) -> list[Evaluated]:
-    return [Evaluated(f"model{i}", build_model(seed=i), tiny_tokenizer, None, f"m{i}") for i in (1, 2)]
+def models(tiny_tokenizer: PreTrainedTokenizerFast) -> list[EvalModel]:
+    return [EvalModel(f"model{i}", build_model(seed=i), tiny_tokenizer, None, f"m{i}") for i in (1, 2)]
 
 
-def test_a_task_scores_every_model(task: LocalTask, models: list[Evaluated], tmp_path: Path):
+def test_a_task_scores_every_model(task: LocalTask, models: list[EvalModel], tmp_path: Path):
     told: list[tuple[str, Any]] = []
     open_benchmark(task)
     found = run_task(task, models, tmp_path / "out", seed=7, report=lambda event, values: told.append((event, values)))
@@ -64,13 +63,13 @@ def test_a_task_scores_every_model(task: LocalTask, models: list[Evaluated], tmp
     assert TaskResult.model_validate_json(found.model_dump_json()) == found
 
 
-def test_the_same_task_gives_the_same_bytes(task: LocalTask, models: list[Evaluated], tmp_path: Path):
+def test_the_same_task_gives_the_same_bytes(task: LocalTask, models: list[EvalModel], tmp_path: Path):
     first, second = (run_task(task, models, tmp_path / name, seed=7) for name in ("a", "b"))
     assert first == second
     assert (tmp_path / "a/items/quiz.jsonl").read_bytes() == (tmp_path / "b/items/quiz.jsonl").read_bytes()
 
 
-def test_a_diff_tells_gains_and_losses(task: LocalTask, models: list[Evaluated], tmp_path: Path):
+def test_a_diff_tells_gains_and_losses(task: LocalTask, models: list[EvalModel], tmp_path: Path):
     path = tmp_path / str(run_task(task, models, tmp_path, seed=0).items)
     changed = list(changes(path, "model1", "model2"))
     gained = [one.item.id for one in changed if one.kind == "gained"]
@@ -94,8 +93,8 @@ def test_a_broken_line_of_items_is_named(tmp_path: Path):
         list(read_items(tmp_path / "y.jsonl"))
 
 
-def test_a_model_that_cannot_be_asked_leaves_the_others(task: LocalTask, models: list[Evaluated], tmp_path: Path):
-    api = Evaluated("api", None, None, "http://127.0.0.1:9/v1", "x")
+def test_a_model_that_cannot_be_asked_leaves_the_others(task: LocalTask, models: list[EvalModel], tmp_path: Path):
+    api = EvalModel("api", None, None, "http://127.0.0.1:9/v1", "x")
     found = run_task(task, [api, *models], tmp_path, seed=0)
     assert set(found.scores) == {"model1", "model2"}
     assert len(found.differences) == 1
@@ -114,7 +113,7 @@ def test_a_task_is_checked_before_any_model_runs(task: LocalTask, tmp_path: Path
 
 
 def test_cut_questions_are_told(task: LocalTask, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
-    short = Evaluated("short", build_model(max_position_embeddings=6), tiny_tokenizer, None, "m")
+    short = EvalModel("short", build_model(max_position_embeddings=6), tiny_tokenizer, None, "m")
     notes: list[str] = []
     run_task(
         task, [short], tmp_path, seed=0, report=lambda event, v: notes.append(v["text"]) if event == "note" else None
@@ -123,7 +122,7 @@ def test_cut_questions_are_told(task: LocalTask, tiny_tokenizer: PreTrainedToken
     assert sum(item.models["short"].num_cut > 0 for item in read_items(tmp_path / "items/quiz.jsonl")) > 0
 
 
-def test_pairs_words_and_writing_run_too(models: list[Evaluated], tmp_path: Path):
+def test_pairs_words_and_writing_run_too(models: list[EvalModel], tmp_path: Path):
     (tmp_path / "items.jsonl").write_text('{"a": "The still runs", "b": "runs The still"}\n{"a": "A b", "b": "b A"}\n')
     kinds = {
         "pairs": ("minimal_pairs", "good: a\nbad: b\n", "acc"),

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stillroom.losses.hidden import DISTANCES, Pair
+from stillroom.losses import DISTANCES
+from stillroom.losses.hidden import Pair
 from stillroom.signals import Attention
 
 ARGUMENTS: dict[str, dict[str, Any]] = {"channel_kl": {"temperature": 2.0}, "attention_relation": {"heads": 2}}

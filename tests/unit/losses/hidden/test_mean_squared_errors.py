@@ -5,15 +5,8 @@ import torch
 from distances import BY_POSITION, documents_of, random_states
 
 from stillroom.errors import MismatchError, NonFiniteError
-from stillroom.losses.hidden import (
-    DISTANCES,
-    Pair,
-    channel_scale,
-    channel_scaled_mse,
-    cosine,
-    normalised,
-    normalized_mse,
-)
+from stillroom.losses import DISTANCES
+from stillroom.losses.hidden import Pair, channel_scale, channel_scaled_mse, cosine, normalized, normalized_mse
 
 ONE = torch.zeros(1, dtype=torch.long)
 
@@ -93,11 +86,11 @@ def test_a_scale_that_is_not_finite_is_an_error(squares, count, channels):
 def test_normalised_by_rms_and_by_layer_norm():
     x = torch.tensor([[3.0, 5.0, 4.0, 0.0], [0.0, 0.0, 0.0, 0.0], [1e6, 0.0, 0.0, 0.0]], dtype=torch.float64)
     rms = torch.tensor([[12.5], [0.0], [2.5e11]], dtype=torch.float64)
-    torch.testing.assert_close(normalised(x, "rms"), x / (rms + 1e-6).sqrt())
-    found = normalised(x, "layer_norm")
+    torch.testing.assert_close(normalized(x, "rms"), x / (rms + 1e-6).sqrt())
+    found = normalized(x, "layer_norm")
     wanted = torch.nn.functional.layer_norm(x, (4,), eps=1e-6)
     torch.testing.assert_close(found, wanted)
-    assert normalised(x.bfloat16(), "rms").dtype == torch.float32
+    assert normalized(x.bfloat16(), "rms").dtype == torch.float32
 
 
 @pytest.mark.parametrize("by", ["rms", "layer_norm"])
@@ -105,6 +98,6 @@ def test_normalised_by_rms_and_by_layer_norm():
 def test_normalised_states_that_are_no_numbers_stay_so(by, bad):
     x = torch.ones(2, 3)
     x[1, 0] = bad
-    found = normalised(x, by)
+    found = normalized(x, by)
     assert found[0].isfinite().all()
     assert not found[1].isfinite().all()

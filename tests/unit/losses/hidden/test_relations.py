@@ -6,8 +6,9 @@ from distances import documents_of, random_states, values, values_and_gradients
 from torch.autograd.graph import saved_tensors_hooks
 
 from stillroom.errors import MismatchError
-from stillroom.losses.hidden import Pair, attention_relation, cka
-from stillroom.losses.hidden.documents import by_length
+from stillroom.losses import cka
+from stillroom.losses.hidden import Pair, by_length
+from stillroom.losses.relation import attention_relation
 from stillroom.signals import Attention
 
 LENGTHS = (9, 2, 9, 1, 20)
@@ -38,7 +39,7 @@ def test_alignments_in_chunks_are_those_in_one(chunk_bytes, monkeypatch):
 def test_nothing_that_grows_with_the_square_of_a_document_is_kept_for_backward(name):
     kept = 0
 
-    def keep(x):
+    def loss_mask(x):
         nonlocal kept
         kept += x.numel()
         return x
@@ -46,7 +47,7 @@ def test_nothing_that_grows_with_the_square_of_a_document_is_kept_for_backward(n
     student, teacher = (random_states(name, (100,), width=4, seed=seed) for seed in (0, 1))
     for x in student:
         x.requires_grad_()
-    with saved_tensors_hooks(keep, lambda x: x):
+    with saved_tensors_hooks(loss_mask, lambda x: x):
         values(name, student, teacher, (100,))
     assert kept <= 2 * len(student) * 100 * 4
 

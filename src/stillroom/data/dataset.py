@@ -1,0 +1,420 @@
+"""Documents: tokenised data in a cache folder, memory-mapped; built once under a fingerprint of all that made them.
+
+A folder ``<cache>/data/<fingerprint>/`` holds ``documents.arrow`` and ``manifest.json``. It is written under a
+temporary name and renamed when it is whole, so a folder of that name is always complete.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from stillroom.data.config import AnyData
+from stillroom.data.formats import Encoded, Encoder, encoder, needs_template
+from stillroom.data.sources import Source, open_source
+from stillroom.errors import DataError, StillroomError, StorageError
+from stillroom.runs import crc32
+from stillroom.tokenizers import fingerprint, template_fingerprint, template_of
+
+FORMAT = 2
+"""The version of the folder's layout and of the way from rows to tokens. It is part of the fingerprint."""
+
+SCHEMA = pa.schema(
+    [
+        pa.field("tokens", pa.large_list(pa.int32())),
+        pa.field("learn", pa.large_list(pa.int32())),  # start, end, start, end … of the runs of tokens to learn
+        pa.field("row", pa.int64()),
+        pa.field("weight", pa.float32()),
+    ]
+)
+
+ROWS_AT_ONCE = 512
+
+NOT_IN_TOKENS = {"path", "split", "subset", "revision", "shuffle", "pack", "cache", "template"}
+"""Settings that change no token, or whose effect the fingerprints of source and template already hold."""
+
+
+@dataclass
+class Counts:
+    """What became of the rows."""
+
+    rows: int = 0
+    """Rows read."""
+    documents: int = 0
+    """Documents kept; a row that is split gives several."""
+    cut: int = 0
+    split: int = 0
+    dropped_overlong: int = 0
+    dropped_empty: int = 0
+    dropped_cut_away: int = 0
+    """Rows left out because all that was to be learnt lay beyond the cut."""
+    tokens: int = 0
+    tokens_learnt: int = 0
+    """Tokens that are a target to learn; the first of a document never is."""
+
+
+class Documents:
+    """Tokenised documents in the order of their rows."""
+
+    def __init__(self, table: pa.Table, counts: Counts, fingerprint: str, row_name: Callable[[int], str]) -> None:
+        self.counts, self.fingerprint, self._row_name = asdict(counts), fingerprint, row_name
+        self._tokens = [_ListColumn(chunk) for chunk in table["tokens"].chunks]
+        self._target_mask = [_ListColumn(chunk) for chunk in table["learn"].chunks]
+        self._starts = np.cumsum([0, *(len(chunk) for chunk in table["tokens"].chunks)])
+        self.source_rows: np.ndarray = table["row"].to_numpy()
+        """int64 [documents]: the row of the source that each document came from, from 0."""
+        self._weights: np.ndarray = table["weight"].to_numpy()
+        self.lengths: np.ndarray = np.concatenate([np.diff(column.offsets) for column in self._tokens])
+        """int64 [documents]: the tokens of each document."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def tokens(self, index: int) -> np.ndarray:
+        """The tokens of a document, int32 [n]: a read-only view of the file."""
+        chunk, place = self._find(index)
+        return self._tokens[chunk][place]
+
+    def target_mask(self, index: int) -> np.ndarray:
+        """Which tokens of a document are to be learnt, bool [n]; entry i speaks of token i itself."""
+        chunk, place = self._find(index)
+        target_mask = np.zeros(self.lengths[index], dtype=bool)
+        for start, end in self._target_mask[chunk][place].reshape(-1, 2):
+            target_mask[start:end] = True
+        return target_mask
+
+    def weight(self, index: int) -> float:
+        """What each token of a document counts, for objectives that go by it; 1 unless the data say otherwise."""
+        return float(self._weights[index])
+
+    def name(self, index: int) -> str:
+        """The row that a document came from as a message calls it, such as "train.jsonl line 12"."""
+        return self._row_name(int(self.source_rows[index]))
+
+    def _find(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)}")
+        chunk = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return chunk, index - int(self._starts[chunk])
+
+
+class _ListColumn:
+    """One chunk of a list column as NumPy views of its values and offsets."""
+
+    def __init__(self, chunk: Any) -> None:
+        self.values = chunk.values.to_numpy(zero_copy_only=True)
+        self.offsets = chunk.offsets.to_numpy(zero_copy_only=True)
+
+    def __getitem__(self, place: int) -> np.ndarray:
+        return self.values[self.offsets[place] : self.offsets[place + 1]]
+
+
+# --- where they are --------------------------------------------------------------------------------------------------
+def cache_folder(config: AnyData) -> Path:
+    """The folder for tokenised data: ``config.cache``, or by default $STILLROOM_CACHE or else ~/.cache/stillroom."""
+    if config.cache != "auto":
+        return Path(config.cache)
+    return Path(os.environ.get("STILLROOM_CACHE") or Path.home() / ".cache" / "stillroom")
+
+
+def cache_path(config: AnyData, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> Path:
+    """The folder where ``prepare`` would find or put the documents. Reads the source; writes nothing."""
+    return RowOrigin(config, tokenizer, template).folder
+
+
+class RowOrigin:
+    """What identifies the documents of a config, and so the folder that they belong in."""
+
+    def __init__(self, config: AnyData, tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
+        self.source: Source = open_source(config)
+        self.template = (template or template_of(tokenizer)) if needs_template(config) else None
+        self.parts = {
+            "format": FORMAT,
+            "source": self.source.fingerprint(),
+            "tokenizer": fingerprint(tokenizer),
+            "template": template_fingerprint(self.template),
+            "settings": config.model_dump(mode="json", exclude=NOT_IN_TOKENS),
+        }
+        self.fingerprint = hashlib.sha256(json.dumps(self.parts, sort_keys=True).encode()).hexdigest()[:32]
+        self.folder = cache_folder(config) / "data" / self.fingerprint
+
+
+def prepare(
+    config: AnyData,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str | None = None,
+    report: Callable[[int], None] | None = None,
+) -> Documents:
+    """Opens the tokenised documents of a config, and makes them first where the cache does not have them.
+
+    A document is at most ``length`` + 1 tokens long, which is ``length`` inputs each with a next token. A longer one
+    is left out, cut, or split into pieces that overlap by one token, so that each token is predicted exactly once.
+
+    Args:
+        template: the chat template, where rows go through one; the tokenizer's own by default.
+        report: is called with the number of rows done so far, while documents are made.
+
+    Raises:
+        MissingError: the source, or a chat template that is needed, is not there.
+        DataError: a row cannot be used, or the folder in the cache is damaged.
+        StorageError: the cache cannot be written.
+    """
+    plan = RowOrigin(config, tokenizer, template)
+    encode = encoder(config, tokenizer, plan.template)
+    if not plan.folder.exists():
+        _build(plan, config, encode, report or (lambda _: None))
+    return _open(plan)
+
+
+def prepared(config: AnyData, tokenizer: PreTrainedTokenizerBase, *, template: str | None = None) -> Documents | None:
+    """The tokenised documents of a config where the cache has them. Writes nothing.
+
+    Raises:
+        MissingError: the source is not there.
+        DataError: the folder in the cache is damaged.
+    """
+    plan = RowOrigin(config, tokenizer, template)
+    return _open(plan) if plan.folder.exists() else None
+
+
+# --- making them -----------------------------------------------------------------------------------------------------
+def _build(plan: RowOrigin, config: AnyData, encode: Encoder, report: Callable[[int], None]) -> None:
+    partial = plan.folder.with_name(f".{plan.fingerprint}.{secrets.token_hex(4)}.partial")
+    counts = Counts()
+    try:
+        with _storing(plan.folder):
+            partial.mkdir(parents=True)
+            path = partial / "documents.arrow"
+            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+                for documents in encode_all(plan.source, config, encode, counts):
+                    writer.write_batch(_record_batch(documents))
+                    report(counts.rows)
+            manifest = {
+                "format": FORMAT,
+                "fingerprint": plan.fingerprint,
+                "parts": plan.parts,
+                "counts": asdict(counts),
+                "size_bytes": path.stat().st_size,
+                "crc32": crc32(path),
+                "versions": {name: version(name) for name in ("stillroom", "tokenizers", "transformers", "pyarrow")},
+            }
+            (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            _publish(partial, plan.folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """Gives a whole folder its name. Where another process was quicker its folder, which is the same, stays."""
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+
+
+@contextmanager
+def _storing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except StillroomError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            "the tokenised data cannot be written",
+            {"folder": folder, "reason": error.strerror or error},
+            why="They are kept on disk, so that they are made only once and need no memory.",
+            fix="Make room there, or name another folder by data.cache or $STILLROOM_CACHE.",
+        ) from None
+
+
+def encode_all(source: Source, config: AnyData, encode: Encoder, counts: Counts) -> Iterator[list[tuple[int, Encoded]]]:
+    """Lists of (row number, document), as they are kept; counts as it goes.
+
+    Raises:
+        DataError: a row cannot be used, or no document is left.
+    """
+    source_rows = islice(source.rows(), config.max_documents)
+    while rows := list(islice(source_rows, ROWS_AT_ONCE)):
+        first = counts.rows
+
+        def name(index: int, first: int = first) -> str:
+            return source.name(first + index)
+
+        kept: list[tuple[int, Encoded]] = []
+        for index, document in enumerate(encode(rows, name)):
+            counts.rows += 1
+            kept += [(first + index, piece) for piece in _fit(document, config, counts, lambda i=index: name(i))]
+        for _, document in kept:
+            counts.documents += 1
+            counts.tokens += len(document.tokens)
+            counts.tokens_learnt += int(document.target_mask[1:].sum())
+        yield kept
+    _check_not_nothing(counts, config)
+
+
+def _fit(document: Encoded, config: AnyData, counts: Counts, name: Callable[[], str]) -> list[Encoded]:
+    """The document as it is kept: itself, cut, in pieces, or not at all."""
+    if not document.target_mask[1:].any():
+        if config.empty == "refuse":
+            raise DataError(
+                f"{name()} has nothing to learn",
+                {"tokens": len(document.tokens), "tokens to learn": 0},
+                why="An empty row is more often a fault in the data than meant.",
+                fix="Mend or delete the row, or set data.empty=drop to leave out and count all such rows.",
+            )
+        counts.dropped_empty += 1
+        return []
+    tokens, target_mask, size = document.tokens, document.target_mask, config.length + 1
+    if len(tokens) <= size:
+        return [document]
+    if config.overlong == "drop":
+        counts.dropped_overlong += 1
+        return []
+    if config.overlong == "split":
+        counts.split += 1
+        starts = range(0, len(tokens) - 1, config.length)
+        return [document.part(start, start + size) for start in starts]
+    if not target_mask[1:size].any():
+        counts.dropped_cut_away += 1
+        return []
+    counts.cut += 1
+    return [document.part(0, size)]
+
+
+def _record_batch(documents: list[tuple[int, Encoded]]) -> pa.RecordBatch:
+    tokens = [document.tokens for _, document in documents]
+    runs = [_runs(document.target_mask) for _, document in documents]
+    rows = pa.array([row for row, _ in documents], type=pa.int64())
+    weights = pa.array([document.weight for _, document in documents], type=pa.float32())
+    return pa.record_batch([_list_array(tokens), _list_array(runs), rows, weights], schema=SCHEMA)
+
+
+def _runs(target_mask: np.ndarray) -> np.ndarray:
+    """The runs of True as int32 [2 * runs]: start, end (excluded), start, end …"""
+    return np.flatnonzero(np.diff(target_mask, prepend=False, append=False)).astype(np.int32)
+
+
+def _list_array(arrays: list[np.ndarray]) -> pa.Array:
+    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
+    values = np.concatenate([np.empty(0, dtype=np.int32), *arrays])
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values, type=pa.int32()))
+
+
+def _check_not_nothing(counts: Counts, config: AnyData) -> None:
+    if not counts.documents:
+        dropped = {name: number for name, number in asdict(counts).items() if name.startswith("dropped") and number}
+        raise DataError(
+            f"no document of {config.path} is left to learn from",
+            {"rows read": counts.rows, **dropped},
+            why="Every row was left out by the settings.",
+            fix="Raise data.length, set data.overlong=cut, or check which tokens data.keep says to learn.",
+        )
+
+
+# --- opening them ----------------------------------------------------------------------------------------------------
+def _open(plan: RowOrigin) -> Documents:
+    path = plan.folder / "documents.arrow"
+    try:
+        manifest = json.loads((plan.folder / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["fingerprint"] != plan.fingerprint:
+            raise _damaged(plan.folder, "fingerprint", manifest["fingerprint"], plan.fingerprint)
+        if path.stat().st_size != manifest["size_bytes"]:
+            raise _damaged(plan.folder, "size in bytes", path.stat().st_size, manifest["size_bytes"])
+        if crc32(path) != manifest["crc32"]:
+            raise _damaged(plan.folder, "checksum", crc32(path), manifest["crc32"])
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        counts = Counts(**manifest["counts"])
+    except StillroomError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise _damaged(plan.folder, "reading it", f"{type(error).__name__}: {error}", "no error") from None
+    if table.schema != SCHEMA or len(table) != counts.documents:
+        raise _damaged(plan.folder, "documents", len(table), counts.documents)
+    return Documents(table, counts, plan.fingerprint, plan.source.name)
+
+
+def _damaged(folder: Path, what: str, found: object, expected: object) -> DataError:
+    return DataError(
+        f"the tokenised data in {folder} are damaged",
+        {f"{what} found": found, "expected": expected},
+        why="Something has changed the files since they were written.",
+        fix=f"Delete the folder {folder}; it is made anew from the source.",
+    )
+
+
+class CountedDocuments:
+    """The documents that ``prepare`` would give of the same settings, read and tokenised anew and kept in no cache.
+
+    Args:
+        template: the chat template, where rows go through one; the tokenizer's own by default.
+        report: is called with the number of rows done so far.
+
+    Raises:
+        MissingError: the source, or a chat template that is needed, is not there.
+        DataError: a row cannot be used, or nothing is left to learn.
+    """
+
+    def __init__(
+        self,
+        config: AnyData,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template: str | None = None,
+        report: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        origin, counts = RowOrigin(config, tokenizer, template), Counts()
+        encode = encoder(config, tokenizer, origin.template, count_bytes=True)
+        kept: list[tuple[int, Encoded]] = []
+        for some in encode_all(origin.source, config, encode, counts):
+            kept += some
+            report(counts.rows)
+        self.counts, self.fingerprint, self._row_name = asdict(counts), origin.fingerprint, origin.source.name
+        self._encoded = [document for _, document in kept]
+        self.rows = np.array([row for row, _ in kept], dtype=np.int64)
+        """int64 [documents]: the row of the source that each came from; a long row may have been split into several."""
+        self.lengths = np.array([len(document.tokens) for document in self._encoded], dtype=np.int64)
+        """int64 [documents]: the tokens of each."""
+
+    def __len__(self) -> int:
+        return len(self._encoded)
+
+    def tokens(self, index: int) -> np.ndarray:
+        """int32 [n]."""
+        return self._encoded[index].tokens
+
+    def target_mask(self, index: int) -> np.ndarray:
+        """Which of its tokens are to be predicted, bool [n]; entry i speaks of token i itself."""
+        return self._encoded[index].target_mask
+
+    def weight(self, index: int) -> float:
+        """What each of its tokens counts, for objectives that go by it; 1 unless the data say otherwise."""
+        return self._encoded[index].weight
+
+    def num_bytes(self, index: int) -> np.ndarray | None:
+        """The bytes of the text that each of its tokens stands for, int32 [n]; None where the tokenizer drops some."""
+        return self._encoded[index].num_bytes
+
+    def first(self, index: int) -> int:
+        """The place of its first token in its row."""
+        before = index - 1
+        while before >= 0 and self.rows[before] == self.rows[index]:
+            before -= 1
+        return int((self.lengths[before + 1 : index] - 1).sum())
+
+    def name(self, index: int) -> str:
+        """The row that it came from as a message calls it, such as "valid.jsonl line 12"."""
+        return self._row_name(int(self.rows[index]))

@@ -1,0 +1,227 @@
+"""Offline: whether a store fits the run that is to learn from it, told by its manifest and its tokenizer alone."""
+
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from stillroom.config import format_setting
+from stillroom.distill.config import DistillConfig
+from stillroom.distill.objective_config import HiddenObjective, LogitObjective, ObjectiveConfig
+from stillroom.errors import ConfigError, DataError, MismatchError
+from stillroom.losses import check_sparse
+from stillroom.losses.sparse import NEEDS_NO_TEACHER
+from stillroom.store.config import SAMPLED, Full, QuantisedSignal, TopK, known_temperatures, side_columns
+from stillroom.store.reader import Store
+from stillroom.teachers.config import ServerTeacherConfig
+from stillroom.tokenizers import fingerprint, load_tokenizer, required_vocab_size, template_fingerprint, template_of
+
+
+def open_store(path: str, config: DistillConfig, given: DistillConfig) -> Store:
+    """A store, after a look at whether its signals serve the objectives and its documents fit into the rows.
+
+    Args:
+        given: the settings as they were loaded, which errors quote.
+
+    Raises:
+        MissingError: there is none.
+        DataError: it is damaged, or not complete.
+        MismatchError: an objective cannot be learnt from such signals.
+        ConfigError: its documents are longer than data.length.
+    """
+    store = Store(path)
+    if not len(store):
+        raise DataError(
+            f"the store {path} is empty",
+            {"documents": 0, "needed": "at least 1"},
+            why="There is nothing to learn from or to measure on.",
+            fix="Capture more text, or fewer parts.",
+        )
+    signal = store.signal_config
+    if not isinstance(signal, Full):
+        _check_objectives(config.objectives, signal, f"the store {path}")
+    length = config.data.length
+    if length != "auto" and length < (longest := int(store.lengths.max(initial=1)) - 1):
+        raise ConfigError(
+            "data.length is less than a document of the store",
+            {"data.length": shown_length(config, given), f"the longest in {path}": longest},
+            why="A document's signals belong to the whole of it; cut, they would speak of what the student cannot see.",
+            fix=f"Set data.length to at least {longest}"
+            + ("." if given.data.length == "auto" else ", or leave it at auto."),
+        )
+    row = store.manifest.length if length == "auto" else length
+    for name, tokens in (("tokens", config.batch.tokens), ("micro_tokens", config.batch.micro_tokens)):
+        if isinstance(tokens, int) and tokens < row:
+            raise ConfigError(
+                f"batch.{name} is less than a row",
+                {f"batch.{name}": format_setting(given, f"batch.{name}"), f"a row of {path}": row},
+                why="A row goes through the student whole.",
+                fix=f"Set batch.{name} to at least {row}.",
+            )
+    return store
+
+
+def check_served(config: DistillConfig, teacher: ServerTeacherConfig) -> None:
+    """Raises MismatchError where an objective cannot be learnt from a few tokens at temperature 1."""
+    told = TopK(kind="top_k", k=teacher.top, label=True)
+    _check_objectives(config.objectives, told, f"the server {teacher.url}")
+
+
+def _check_objectives(objectives: Sequence[ObjectiveConfig], signal: QuantisedSignal, name: str) -> None:
+    """Raises MismatchError where one of the objectives cannot be learnt from such a signal of ``name``."""
+    for objective in objectives:
+        if isinstance(objective, HiddenObjective):
+            continue
+        _check_temperature(objective, signal, name)
+        check_sparse(
+            objective.kind,
+            objective.temperatures[0],
+            sampled=signal.kind in SAMPLED,
+            temperatures=known_temperatures(signal),
+            missing=getattr(objective, "missing", "bucket"),
+            name=name,
+        )
+        _check_entropy(objective, signal, name)
+
+
+def shown_length(config: DistillConfig, given: DistillConfig) -> object:
+    """data.length as an error quotes it."""
+    of_store = given.data.length == "auto" and config.data.length != "auto"
+    return f"{config.data.length}, the teacher's store's" if of_store else format_setting(given, "data.length")
+
+
+def check_missing(store: Store, objectives: Sequence[ObjectiveConfig]) -> None:
+    """Raises ConfigError where it is said what stands for missing entries, and the store to learn from is full."""
+    for objective in objectives:
+        missing = getattr(objective, "missing", "bucket")
+        if missing != "bucket" and isinstance(store.signal_config, Full):
+            raise ConfigError(
+                f"{objective.kind}.missing has no meaning for a full store",
+                {"missing": missing, str(store.path): "signal.kind=full"},
+                why="Nothing was left out, so that nobody would read it.",
+                fix="Leave out `missing`.",
+            )
+
+
+def _check_temperature(objective: LogitObjective, signal: QuantisedSignal, name: str) -> None:
+    """Raises MismatchError where a temperature changes over the run, which a few entries cannot follow."""
+    if len(objective.temperatures) == 1 or objective.kind in NEEDS_NO_TEACHER:
+        return
+    start, stop = objective.temperatures
+    raise MismatchError(
+        f"{name} cannot follow a temperature that changes",
+        {f"{objective.kind}.temperature": f"{start} to {stop}", "signal.kind": signal.kind},
+        why="What was left out is known at the temperatures that were stored, and at none between them.",
+        fix="Give the objective one stored temperature, use a live teacher, or a store of signal.kind=full.",
+    )
+
+
+def _check_entropy(objective: LogitObjective, signal: QuantisedSignal, name: str) -> None:
+    """Raises MismatchError where tokens are to count by an entropy that the store does not hold."""
+    weigh = objective.token_weight
+    if weigh is None or weigh.kind != "teacher_entropy":
+        return
+    kept = "entropy" in side_columns(signal) and signal.kind not in SAMPLED
+    if not kept:
+        raise MismatchError(
+            f"{name} does not hold the teacher's entropy",
+            {"token_weight": "teacher_entropy", "signal.kind": signal.kind},
+            why="From draws it comes with the noise of the loss itself, so that their product is biased; a truncated "
+            "signal does not tell it unless it was asked for.",
+            fix="Capture with signal.kind=top_k signal.entropy=true, or weigh by student_entropy.",
+        )
+
+
+def check_held_out(store: Store, held_out: Store) -> None:
+    """Raises MismatchError where a held-out store is of another teacher or vocabulary, or holds the training data."""
+    ours, theirs = store.manifest, held_out.manifest
+    for name in ("teacher", "tokenizer", "num_columns"):
+        one, other = (getattr(getattr(m, name), "fingerprint", getattr(m, name)) for m in (ours, theirs))
+        if one != other:
+            raise MismatchError(
+                f"the held-out store has another {name.replace('_', ' ')}",
+                {"teacher.path": one, "held_out.path": other},
+                why="The student would be measured against something else than it learns from.",
+                fix="Capture the held-out text with the same teacher.",
+            )
+    for (data, (i, of)), (other, (j, others)) in product(ours.origins, theirs.origins):
+        shared = i * others < (j + 1) * of and j * of < (i + 1) * others  # [i, i + 1) / of meets [j, j + 1) / others
+        if data.fingerprint == other.fingerprint and shared:
+            raise MismatchError(
+                "the held-out store holds the data that are trained on",
+                {
+                    "teacher.path": f"part {i} of {of} of {data.name}",
+                    "held_out.path": f"part {j} of {others} of the same data",
+                },
+                why="What is measured must not be trained on.",
+                fix="Capture other text for held_out"
+                + (", or merge the store that is learnt from anew without it." if ours.merged else "."),
+            )
+
+
+def load_stored_tokenizer(store: Store) -> PreTrainedTokenizerBase:
+    """The tokenizer that a store's documents were made with.
+
+    Raises:
+        MismatchError: it is not the one that the manifest names.
+    """
+    with TemporaryDirectory() as folder:
+        tokenizer = load_tokenizer(store.fetch_tokenizer(Path(folder)))
+    found, expected = fingerprint(tokenizer), store.manifest.tokenizer.fingerprint
+    if found != expected:
+        raise MismatchError(
+            f"the tokenizer in the store {store.path} is not the one that it was captured with",
+            {"manifest": expected[:16], "found": found[:16]},
+            why="The store's token ids would mean other text.",
+            fix="Copy the store again; `stillroom store check` names all that is wrong.",
+        )
+    return tokenizer
+
+
+def check_columns(store: Store, student: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, whose: str) -> None:
+    """Raises MismatchError where the student's head lacks some of the store's columns, or its tokenizer (``whose``, as
+    an error names it) needs more."""
+    stored, width = store.manifest.num_columns, student.get_text_config().vocab_size
+    if not required_vocab_size(tokenizer) <= stored <= width:
+        raise MismatchError(
+            "the store and the student have different vocabularies",
+            {
+                "store": f"{stored} columns",
+                "student's head": f"{width} columns",
+                "tokenizer": f"{required_vocab_size(tokenizer)} tokens: {whose}",
+            },
+            why="The teacher's distribution is over the store's columns: each must be in the student's head, and each "
+            "token must have one.",
+            fix="Use a student of the teacher's vocabulary, or capture with teacher.columns that fits both.",
+        )
+
+
+def stored_template(
+    store: Store, tokenizer: PreTrainedTokenizerBase, stored: PreTrainedTokenizerBase | None
+) -> str | None:
+    """The chat template that the store's documents went through; None where they went through none.
+
+    Raises:
+        MismatchError: the student has another one, or the store's tokenizer no longer holds it.
+    """
+    expected = store.manifest.template
+    if expected == "none" or stored is None:
+        return None
+    template, ours = template_of(stored), template_of(tokenizer)
+    if template_fingerprint(template) != expected:
+        raise MismatchError(
+            f"the store {store.path} lacks the chat template that it was captured with",
+            {"manifest": expected[:16], "its tokenizer": template_fingerprint(template)[:16]},
+            why="The student would be served with another than it was trained on.",
+            fix="Copy the store again; `stillroom store check` names all that is wrong.",
+        )
+    if ours is not None and ours != template:
+        raise MismatchError(
+            "the student and the store have different chat templates",
+            {"store": expected[:16], "student": template_fingerprint(ours)[:16]},
+            why="The student would be served with another than it was trained on.",
+            fix="Set student.tokenizer to the store's own, the folder `tokenizer` in it.",
+        )
+    return template

@@ -1,0 +1,174 @@
+"""How student and teacher lie on many processes: whole in each (DDP), or a part of each parameter in each (FSDP2)."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from stillroom.distributed.group import RankGroup
+from stillroom.models.dtensor import local_part, materialize
+from stillroom.models.hidden_states import backbone, blocks
+
+
+def shard_trained(
+    module: nn.Module,
+    model: PreTrainedModel,
+    projectors: Iterable[nn.Module],
+    ranks: RankGroup,
+    *,
+    precision: torch.dtype = torch.float32,
+    reshard: bool = True,
+    offload: bool = False,
+) -> None:
+    """Shards a module that is trained over the mesh: each layer of its model and each projector is a group of its own,
+    and all else is one group with the head, which the losses use beside the backbone. Parameters may lie on the meta
+    device.
+
+    Gradients are summed and not averaged, since each rank's loss is its part of the step's.
+
+    Args:
+        model: the model inside ``module``.
+        projectors: modules beside the model, which keep their own precision.
+        precision: the type of the model's arithmetic.
+    """
+    mixed = MixedPrecisionPolicy()
+    if precision not in (torch.float32, torch.float64):
+        mixed = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    settings: dict[str, Any] = {
+        "mesh": ranks.mesh,
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+    }
+    for block in blocks(model):
+        fully_shard(block, mp_policy=mixed, reshard_after_forward=reshard, **settings)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if _weight(embeddings) is not _weight(head):
+        fully_shard(embeddings, mp_policy=mixed, reshard_after_forward=reshard, **settings)
+    for projector in projectors:
+        if any(True for _ in projector.parameters()):
+            fully_shard(projector, **settings)
+    fully_shard(module, mp_policy=mixed, reshard_after_forward=False, **settings)
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(module, "within")
+
+
+def shard_teacher(model: PreTrainedModel, ranks: RankGroup, *, offload: bool) -> None:
+    """Shards a teacher's backbone; its head, which the losses use, stays whole in each process."""
+    body = backbone(model)
+    head = model.get_output_embeddings()
+    whole = set(head.parameters()) if head is not None else set()
+    settings: dict[str, Any] = {
+        "mesh": ranks.mesh,
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+        "reshard_after_forward": True,
+    }
+    for block in blocks(model):
+        fully_shard(block, **settings)
+    embeddings = model.get_input_embeddings()
+    if not whole & set(embeddings.parameters()):
+        fully_shard(embeddings, **settings)
+    fully_shard(body, ignored_params=whole, **settings)
+
+
+def let_go(module: nn.Module) -> None:
+    """Takes a sharded module's parameters apart again, of which some stay whole after a forward pass without a
+    backward: its own, and with ``reshard: false`` those of every layer."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def materialize_sharded(module: nn.Module, device: str, *, offload: bool) -> None:
+    """Gives the parameters of a sharded module memory: this process's parts."""
+    materialize(module, "cpu" if offload else device)
+    if offload:  # what is not sharded stays on the device
+        for part in module.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                part._buffers[name] = buffer.to(device)
+            for name, parameter in part.named_parameters(recurse=False):
+                if not isinstance(parameter, DTensor):
+                    part._parameters[name] = nn.Parameter(parameter.to(device), parameter.requires_grad)
+
+
+def _weight(module: nn.Module | None) -> Tensor | None:
+    """The weight of embeddings or of a head, without an adapter beside it."""
+    weight: Any = getattr(getattr(module, "base_layer", module), "weight", None)
+    return weight
+
+
+def replicate(module: nn.Module, ranks: RankGroup, *, has_unused: bool) -> DistributedDataParallel:
+    """Wraps a module that is whole on each rank. Gradients are summed, since each rank's loss is its part.
+
+    Args:
+        has_unused: whether some parameters may get no gradient in a step.
+    """
+    assert ranks.mesh is not None
+    buffers = "forward_sync_buffers"  # as PyTorch calls from 2.13 on what was broadcast_buffers
+    if buffers not in inspect.signature(DistributedDataParallel).parameters:
+        buffers = "broadcast_buffers"
+    settings: dict[str, Any] = {buffers: False}  # no buffer changes while training
+    ddp = DistributedDataParallel(
+        module,
+        process_group=ranks.mesh.get_group(),
+        **settings,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=has_unused,
+    )
+    ddp.register_comm_hook(ranks.mesh.get_group(), _sum)
+    return ddp
+
+
+def _sum(group, bucket):
+    """The hook by which DDP is told to add up a bucket of gradients, and not to average it."""
+    work: Any = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+@contextmanager
+def summed_later(forward: Callable[..., Any], later: bool) -> Iterator[None]:
+    """Inside, gradients are left in each process where ``later``, to be added up with those of the next backward pass.
+
+    Sharded gradients are added up each time: a whole gradient would need the memory that sharding saves.
+    """
+    with forward.no_sync() if later and isinstance(forward, DistributedDataParallel) else nullcontext():
+        yield
+
+
+@torch.no_grad()
+def squares(gradients: list[Tensor], ranks: RankGroup) -> Tensor:
+    """This process's share of the sum of all gradients' squares: those of all processes add up to it."""
+    mine = [(local_part(gradient), _copies(gradient, ranks)) for gradient in gradients if local_part(gradient).numel()]
+    if not mine:
+        return torch.zeros((), dtype=torch.float64)
+    norms = torch.stack([torch.linalg.vector_norm(part) for part, _ in mine]).cpu().double()
+    return (norms.square() / torch.tensor([copies for _, copies in mine])).sum()
+
+
+def _copies(gradient: Tensor, ranks: RankGroup) -> int:
+    """In how many processes the same part of a gradient lies."""
+    placements = getattr(gradient, "placements", None)
+    if placements is None:
+        return ranks.world_size
+    mesh: Any = getattr(gradient, "device_mesh", None)
+    sharded = 1
+    for dimension, placement in enumerate(placements):
+        if placement.is_shard():
+            sharded *= mesh.size(dimension)
+    return ranks.world_size // sharded

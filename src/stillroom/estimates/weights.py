@@ -1,0 +1,179 @@
+"""A model's config.json and the headers of its safetensors: from a folder, or these small files alone from the hub."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from stillroom.config import is_local
+from stillroom.errors import DataError, MissingError, StillroomError
+from stillroom.estimates.architecture import Architecture, read_architecture
+from stillroom.models.folder import read_header
+
+MOST_BESIDE = 1.25
+"""Times the parameters, and a head that is tied and yet stored, that a model's files hold at the most: GPT-2's hold
+masks of its attention, too."""
+
+ITEM_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2, "F8_E4M3": 1,
+    "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a model's small files tell."""
+
+    config: Mapping[str, Any]
+    """The values of config.json."""
+    numbers: Mapping[str, int]
+    """How many numbers its weights hold, by the type that safetensors calls them: BF16, F32, …"""
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(ITEM_BYTES.get(dtype, 1) * count for dtype, count in self.numbers.items())
+
+
+def read_model(name: str, revision: str | None = None, whose: str = "the model") -> ModelFiles:
+    """The config and the headers of a folder, or of a model on the hub (of which no weights are loaded).
+
+    Raises:
+        MissingError: there is no such model, or it has no config.json or no safetensors.
+        DataError: a file is damaged.
+    """
+    return _local(Path(name).expanduser(), whose) if is_local(name) else _from_hub(name, revision, whose)
+
+
+def read_architecture_of(name: str, revision: str | None, whose: str) -> tuple[ModelFiles, Architecture]:
+    """A model's small files, and the architecture that its config tells and its headers bear out.
+
+    Raises:
+        MissingError: there is no such model, or it has no config.json or no safetensors.
+        DataError: a file is damaged, or the weights are not those of the config.
+        ConfigError: the architecture is not known.
+    """
+    files = read_model(name, revision, whose)
+    model = read_architecture(files.config, whose)
+    there, told = sum(files.numbers.values()), model.parameters.total
+    packed = files.config.get("quantization_config") is not None
+    if not packed and not told <= there <= MOST_BESIDE * (told + model.head_matmul_parameters):
+        raise DataError(
+            f"the weights of {whose} are not those of its config",
+            {"config.json": f"{told:,} parameters ({model.family})", "headers of the weights": f"{there:,} numbers"},
+            why="One of them is another model's, or a file is missing, so no figure would be right.",
+            fix="Download config.json and all *.safetensors of the same model again.",
+        )
+    return files, model
+
+
+def read_config(name: str, revision: str | None, whose: str) -> Mapping[str, Any]:
+    """The config.json alone, of a model whose weights nobody will read.
+
+    Raises:
+        MissingError: there is none.
+        DataError: it is damaged.
+    """
+    if is_local(name):
+        return _local_config(Path(name).expanduser(), whose)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return _read_json(Path(hf_hub_download(name, "config.json", revision=revision)))
+    except StillroomError:
+        raise
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise _not_there(name, whose, str(error).splitlines()[0][:200]) from error
+
+
+def _local_config(folder: Path, whose: str) -> Mapping[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise MissingError(
+            f"{whose} is not there",
+            {"folder": folder, "expected": "config.json"},
+            why="Its sizes are read from its config.json.",
+            fix="Check the path; the name of a model on the hub has the form owner/name.",
+        )
+    return _read_json(path)
+
+
+def _local(folder: Path, whose: str) -> ModelFiles:
+    config = _local_config(folder, whose)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise MissingError(
+            f"{whose} has a config and no weights",
+            {"folder": folder, "expected": "*.safetensors"},
+            why="Nothing could be loaded from it, so there is no run to plan.",
+            fix="Check that the download was complete; a student that is to be new is student.init of kind config.",
+        )
+    numbers: Counter[str] = Counter()
+    for weight in weights:
+        numbers.update(numbers_of(weight))
+    return ModelFiles(config, numbers)
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+        if isinstance(values, dict):
+            return values
+        problem = f"a {type(values).__name__}"
+    except ValueError as error:
+        problem = str(error)
+    raise DataError(
+        f"{path} is damaged",
+        {"expected": "an object in JSON", "found": problem},
+        why="The sizes of the model are read from it.",
+        fix="Copy or download the file again.",
+    )
+
+
+def numbers_of(path: Path) -> Counter[str]:
+    """How many numbers a safetensors file holds, by type."""
+    try:
+        tensors = json.loads(read_header(path))
+        found: Counter[str] = Counter()
+        for name, tensor in tensors.items():
+            if name != "__metadata__":
+                found[str(tensor["dtype"])] += prod(tensor["shape"])
+        return found
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise DataError(
+            f"{path} is not a safetensors file",
+            {"bytes": path.stat().st_size, "expected": "a header that names each tensor with its type and shape"},
+            why="How large its weights are is read from its header.",
+            fix="Copy or download the file again; a git-lfs pointer needs `git lfs pull`.",
+        ) from None
+
+
+def _from_hub(name: str, revision: str | None, whose: str) -> ModelFiles:
+    from huggingface_hub import get_safetensors_metadata, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, NotASafetensorsRepoError
+
+    config = read_config(name, revision, whose)
+    try:
+        cached = try_to_load_from_cache(name, "model.safetensors", revision=revision)
+        if isinstance(cached, str):
+            return ModelFiles(config, numbers_of(Path(cached)))
+        found = get_safetensors_metadata(name, revision=revision)
+    except StillroomError:
+        raise
+    except NotASafetensorsRepoError as error:
+        raise _not_there(name, whose, "a config and no safetensors weights") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise _not_there(name, whose, str(error).splitlines()[0][:200]) from error
+    return ModelFiles(config, {str(dtype): count for dtype, count in found.parameter_count.items()})
+
+
+def _not_there(name: str, whose: str, found: str) -> MissingError:
+    return MissingError(
+        f"{whose} cannot be read from the hub",
+        {"model": name, "found": found},
+        why="Its config.json and the headers of its safetensors tell its sizes; its weights are not loaded.",
+        fix="Check the name, the network (or HF_HUB_OFFLINE) and the access (`hf auth login`); or name a folder.",
+    )

@@ -1,0 +1,372 @@
+"""The element-wise part of the fused losses on a CUDA device, in Triton: one program a row, all terms at once.
+
+A row is swept two or three times. The first sweep takes the largest logit and the sum of exponentials at each
+temperature; the second the values, the measures, and the sums of the pulls ``w``; the third writes the gradient
+``Σ c (w − s Σ w)``. Where ``Σ w`` of every term is known beforehand, the second sweep writes it already.
+
+The formulas are those of the losses' own modules, in float32. Where student and teacher are equal, all that is compared
+is equal to the last bit, and the results are exactly 0: both go through the same operations, and the compiler may not
+contract a product and a sum on one side only (``enable_fp_fusion``).
+"""
+
+from collections.abc import Sequence
+from typing import Any, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from stillroom.kernels.terms import LOWEST_LOGIT, MEASURES, Term
+
+SUM_OF_PULLS: dict[str, float | None] = {
+    "forward_kl": 0.0,
+    "reverse_kl": None,
+    "jensen_shannon": None,
+    "skew_kl": None,
+    "skew_reverse_kl": None,
+    "alpha_beta": None,
+    "total_variation": None,
+    "logit_mse": 0.0,  # so that the gradient is the pulls themselves
+    "cross_entropy": -1.0,
+}
+"""Where it is the same for all logits; None where it must be taken."""
+
+KINDS = frozenset(SUM_OF_PULLS)
+"""The losses that can be computed here."""
+
+BLOCK = 2048
+"""Columns that a program takes together."""
+
+OPTIONS = {"num_warps": 16, "enable_fp_fusion": False}
+"""Without fusion: see above."""
+
+LOWEST = tl.constexpr(LOWEST_LOGIT)
+
+NO_COLUMN = tl.constexpr(2**31 - 1)
+
+
+def fused(
+    student: Float[Tensor, "r v"],
+    teacher: Float[Tensor, "r v"] | None,
+    labels: Int[Tensor, " r"],
+    terms: Sequence[Term],
+    weights: Float[Tensor, "terms r"],
+    *,
+    gradient: bool,
+) -> tuple[Float[Tensor, "terms r"], Float[Tensor, "measures r"]]:
+    """The value of each term in nats, unweighted, and ``MEASURES`` (at temperature 1; NaN where there is no teacher).
+
+    With ``gradient`` the sum over terms of weight · gradient takes the place of the student's logits; in a row whose
+    weights are all 0 it is exactly 0. What depends on a next token that is none of the columns is NaN.
+
+    Args:
+        student: float32 logits, like the teacher's. Columns lie side by side; rows may lie further apart.
+        teacher: None only where every term is cross-entropy.
+    """
+    num_rows, vocab_size = student.shape
+    temperatures = tuple(dict.fromkeys((1.0, *(float(term.temperature) for term in terms))))
+    sums = tuple(SUM_OF_PULLS[term.name] for term in terms)
+    nats = student.new_empty(len(terms), num_rows)
+    measures = student.new_empty(len(MEASURES), num_rows)
+    launch: Any = _row[(num_rows,)]
+    with torch.cuda.device_of(student):
+        launch(
+            student,
+            student if teacher is None else teacher,
+            labels.contiguous(),
+            weights.contiguous(),
+            nats,
+            measures,
+            student.stride(0),
+            0 if teacher is None else teacher.stride(0),
+            num_rows,
+            vocab_size,
+            temperatures,
+            tuple(1 / temperature for temperature in temperatures),
+            tuple(float(term.a) for term in terms),
+            tuple(float(term.b) for term in terms),
+            KINDS=tuple(term.name for term in terms),
+            SLOTS=tuple(temperatures.index(term.temperature) for term in terms),
+            SUMS=sums,
+            CLOSED=None not in sums,
+            HAS_TEACHER=teacher is not None,
+            GRADIENT=gradient,
+            BLOCK=min(BLOCK, triton.next_power_of_2(vocab_size)),
+            **OPTIONS,
+        )
+    return nats, measures
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+@no_type_check
+def _row(
+    student, teacher, labels, weights, nats, measures, student_stride, teacher_stride, num_rows, vocab_size,
+    temperatures, inverses, a, b, KINDS: tl.constexpr, SLOTS: tl.constexpr, SUMS: tl.constexpr,
+    CLOSED: tl.constexpr, HAS_TEACHER: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """All that is asked of one row. A slot is a temperature; slot 0 is 1.0."""
+    row = tl.program_id(0).to(tl.int64)
+    student += row * student_stride
+    teacher += row * teacher_stride
+    token = tl.load(labels + row)
+    of_student = _summary(student, vocab_size, inverses, BLOCK)
+    of_teacher = of_student
+    if HAS_TEACHER:
+        of_teacher = _summary(teacher, vocab_size, inverses, BLOCK)
+    arguments = ()
+    counts = ()
+    for i in tl.static_range(len(KINDS)):
+        arguments += (_arguments(KINDS[i], a[i], b[i], student, teacher, vocab_size, of_student, BLOCK),)
+        counts += (tl.load(weights + i * num_rows + row) * temperatures[SLOTS[i]],)
+    rows = (student, teacher, vocab_size, token, of_student, of_teacher)
+    log_t_of_token = _log_prob_of(token, teacher, vocab_size, of_teacher)
+    values, sums, measured = _sweep(
+        rows, inverses, counts, arguments, SUMS, KINDS, SLOTS, HAS_TEACHER, True, GRADIENT and CLOSED, BLOCK
+    )
+    if GRADIENT and not CLOSED:
+        _sweep(rows, inverses, counts, arguments, sums, KINDS, SLOTS, HAS_TEACHER, False, True, BLOCK)
+
+    for i in tl.static_range(len(KINDS)):
+        value = tl.where(values[i] < 0, 0.0, values[i])
+        if KINDS[i] == "cross_entropy":
+            value = tl.where((token >= 0) & (token < vocab_size), values[i], float("nan"))
+        tl.store(nats + i * num_rows + row, value * temperatures[SLOTS[i]] * temperatures[SLOTS[i]])
+    agreement = (of_student[1] == of_teacher[1]).to(tl.float32)
+    measured = (-measured[0], -measured[1], agreement, measured[2], -log_t_of_token)
+    for j in tl.static_range(5):
+        value = measured[j]
+        if j > 0 and not HAS_TEACHER:
+            value = float("nan")
+        tl.store(measures + j * num_rows + row, value)
+
+
+@triton.jit
+@no_type_check
+def _load(logits, columns, inside):
+    """−inf, and what lies outside, is the lowest logit; what is not a number stays so."""
+    x = tl.load(logits + columns, mask=inside, other=LOWEST)
+    return tl.where(x < LOWEST, LOWEST, x)
+
+
+@triton.jit
+@no_type_check
+def _zeros(number: tl.constexpr, BLOCK: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(number):
+        zeros += (tl.zeros([BLOCK], tl.float32),)
+    return zeros
+
+
+@triton.jit
+@no_type_check
+def _summary(logits, vocab_size, inverses, BLOCK: tl.constexpr):
+    """Of a row: the largest logit, its first column, the log of the sum of exponentials in each slot, and how many
+    columns are possible."""
+    lanes = tl.arange(0, BLOCK)
+    largest = tl.full([BLOCK], LOWEST, tl.float32)
+    first = lanes
+    possible = tl.zeros([BLOCK], tl.int32)
+    sums = _zeros(len(inverses), BLOCK)
+    for start in range(0, vocab_size, BLOCK):
+        columns = start + lanes
+        inside = columns < vocab_size
+        x = _load(logits, columns, inside)
+        new = ()
+        for k in tl.static_range(len(inverses)):
+            rise = x * inverses[k] - largest * inverses[k]
+            e = tl.exp(-tl.abs(rise))
+            new += (tl.where(inside, tl.where(rise > 0, sums[k] * e + 1, sums[k] + e), sums[k]),)
+        sums = new
+        first = tl.where(x > largest, columns, first)
+        largest = tl.maximum(largest, x)
+        possible += (x > LOWEST).to(tl.int32)
+    top = tl.max(largest, 0)
+    logs = ()
+    for k in tl.static_range(len(inverses)):
+        logs += (tl.log(tl.sum(sums[k] * tl.exp(largest * inverses[k] - top * inverses[k]), 0)),)
+    return top, tl.min(tl.where(largest == top, first, NO_COLUMN), 0), logs, tl.sum(possible, 0)
+
+
+@triton.jit
+@no_type_check
+def _log_prob(x, of_row, inverse, k: tl.constexpr):
+    return (x * inverse - of_row[0] * inverse) - of_row[2][k]
+
+
+@triton.jit
+@no_type_check
+def _log_prob_of(token, logits, vocab_size, of_row):
+    """At temperature 1; NaN where the token is none of the columns."""
+    x = tl.load(logits + token, mask=(token >= 0) & (token < vocab_size), other=float("nan"))
+    return _log_prob(tl.where(x < LOWEST, LOWEST, x), of_row, 1.0, 0)
+
+
+@triton.jit
+@no_type_check
+def _arguments(KIND: tl.constexpr, a, b, student, teacher, vocab_size, of_student, BLOCK: tl.constexpr):
+    """The two numbers that a term needs to know in this row."""
+    if KIND == "cross_entropy":  # the label's share, and that of every possible column
+        return 1 - a, a / tl.maximum(of_student[3], 1)
+    elif KIND == "logit_mse":  # noqa: RET505 (Triton compiles what follows a return, too)
+        # the mean gap, and one over the number of gaps
+        gaps = tl.zeros([BLOCK], tl.float32)
+        number = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, vocab_size, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            x = _load(student, columns, columns < vocab_size)
+            y = _load(teacher, columns, columns < vocab_size)
+            gaps += tl.where((x <= LOWEST) | (y <= LOWEST), 0.0, x - y)
+            number += ((x > LOWEST) & (y > LOWEST)).to(tl.int32)
+        share = 1.0 / tl.maximum(tl.sum(number, 0), 1)
+        return tl.sum(gaps, 0) * share, share
+    else:
+        return a, b
+
+
+@triton.jit
+@no_type_check
+def _sweep(
+    rows, inverses, counts, arguments, sums, KINDS: tl.constexpr, SLOTS: tl.constexpr, HAS_TEACHER: tl.constexpr,
+    SUM: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Once over a row. With SUM: each term's value, its sum of pulls where ``sums`` has None, and Σ s log s, Σ t log t
+    and Σ min(t, s) at temperature 1. With WRITE: the gradient takes the place of the student's logits."""
+    student, teacher, vocab_size, token, of_student, of_teacher = rows
+    values = _zeros(len(KINDS), BLOCK)
+    pulls = _zeros(len(KINDS), BLOCK)
+    measured = _zeros(3, BLOCK)
+    live = False
+    for i in tl.static_range(len(KINDS)):
+        live = live | (counts[i] != 0)
+    for start in range(0, vocab_size, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < vocab_size
+        x = _load(student, columns, inside)
+        y = x
+        if HAS_TEACHER:
+            y = _load(teacher, columns, inside)
+        outcomes = ()
+        for k in tl.static_range(len(inverses)):
+            log_t = tl.where(inside, _log_prob(y, of_teacher, inverses[k], k), LOWEST)
+            log_s = tl.where(inside, _log_prob(x, of_student, inverses[k], k), LOWEST)
+            outcomes += ((log_t, log_s, tl.exp(log_t), tl.exp(log_s)),)
+        gradient = tl.zeros([BLOCK], tl.float32)
+        new_values = ()
+        new_pulls = ()
+        for i in tl.static_range(len(KINDS)):
+            if KINDS[i] == "cross_entropy":
+                value, pull = _cross_entropy(x, columns == token, outcomes[SLOTS[i]], arguments[i])
+            elif KINDS[i] == "logit_mse":
+                value, pull = _logit_mse(x, y, arguments[i])
+            else:
+                value, pull = _divergence(KINDS[i], outcomes[SLOTS[i]], arguments[i][0], arguments[i][1])
+            new_values += (values[i] + value,)
+            new_pulls += (pulls[i] + pull,)
+            if WRITE:
+                gradient += counts[i] * (pull - outcomes[SLOTS[i]][3] * sums[i])
+        if SUM:
+            values = new_values
+            pulls = new_pulls
+            log_t, log_s, t, s = outcomes[0]
+            measured = (measured[0] + s * log_s, measured[1] + t * log_t, measured[2] + tl.minimum(t, s))
+        if WRITE:
+            tl.store(student + columns, tl.where(live, gradient, 0.0), mask=inside)
+    return _totals(values), _pulls(pulls, sums), _totals(measured)
+
+
+@triton.jit
+@no_type_check
+def _totals(lanes):
+    totals = ()
+    for i in tl.static_range(len(lanes)):
+        totals += (tl.sum(lanes[i], 0),)
+    return totals
+
+
+@triton.jit
+@no_type_check
+def _pulls(lanes, known):
+    """The sums of pulls, but those that are known."""
+    totals = ()
+    for i in tl.static_range(len(lanes)):
+        totals += (tl.sum(lanes[i], 0) if known[i] is None else known[i],)
+    return totals
+
+
+@triton.jit
+@no_type_check
+def _cross_entropy(x, is_token, outcome, shares):
+    """``−y log s`` and the pulls ``−y``, where y is what the label says of each column."""
+    pull = -(tl.where(is_token, shares[0], 0.0) + tl.where(x > LOWEST, shares[1], 0.0))
+    return pull * outcome[1], pull
+
+
+@triton.jit
+@no_type_check
+def _logit_mse(x, y, mean_and_share):
+    gap = tl.where((x <= LOWEST) | (y <= LOWEST), 0.0, x - y - mean_and_share[0])
+    return gap * gap * mean_and_share[1], gap * (2 * mean_and_share[1])
+
+
+@triton.jit
+@no_type_check
+def _divergence(KIND: tl.constexpr, outcome, a, b):
+    """Summands and pulls of a divergence, as its own module has them."""
+    log_t, log_s, t, s = outcome
+    if KIND == "forward_kl":
+        return t * (log_t - log_s) + (s - t), s - t
+    elif KIND == "reverse_kl":  # noqa: RET505
+        pull = s * (log_s - log_t)
+        return (pull - s) + t, pull
+    elif KIND == "jensen_shannon":
+        t_over_m, s_over_m = _over_mixture(log_t, log_s, a)
+        pull = (1 - a) * (s * s_over_m)
+        return a * (t * t_over_m) + pull, pull
+    elif KIND == "skew_kl":
+        t_over_m, s_over_m = _over_mixture(log_t, log_s, a)
+        return t * t_over_m + (1 - a) * (s - t), (a - 1) * (s * _expm1(t_over_m))
+    elif KIND == "skew_reverse_kl":
+        t_over_m, s_over_m = _over_mixture(log_t, log_s, 1 - a)
+        return s * s_over_m + (1 - a) * (t - s), s * (s_over_m - a * _expm1(s_over_m))
+    elif KIND == "alpha_beta":
+        cross = tl.exp(a * log_t + b * log_s)
+        from_t = tl.exp(a * log_t + b * log_t) - cross
+        from_s = tl.exp(a * log_s + b * log_s) - cross
+        return from_t * (1 / (b * (a + b))) + from_s * (1 / (a * (a + b))), from_s * (1 / a)
+    else:
+        tl.static_assert(KIND == "total_variation")
+        return 0.5 * tl.abs(s - t), 0.5 * tl.where(s > t, s, tl.where(s < t, -s, 0.0))
+
+
+@triton.jit
+@no_type_check
+def _over_mixture(log_t, log_s, share_of_teacher):
+    """``log(t / m)`` and ``log(s / m)``: see :mod:`stillroom.losses.mixtures`."""
+    gap = log_t - log_s
+    share_of_smaller = tl.where(gap > 0, 1 - share_of_teacher, share_of_teacher)
+    down = -_log1p(share_of_smaller * _expm1(-tl.abs(gap)))
+    return down + tl.minimum(gap, 0.0), down - tl.maximum(gap, 0.0)
+
+
+@triton.jit
+@no_type_check
+def _expm1(x):
+    """``exp(x) − 1``, near 0 by its series."""
+    near = tl.abs(x) < 0.4
+    z = tl.where(near, x, 0.0)
+    p = 1 / 720 + z * (1 / 5040)
+    p = 1 / 120 + z * p
+    p = 1 / 24 + z * p
+    p = 1 / 6 + z * p
+    p = 1 / 2 + z * p
+    return tl.where(near, z + z * z * p, tl.exp(x) - 1)
+
+
+@triton.jit
+@no_type_check
+def _log1p(x):
+    """``log(1 + x)``; what is rounded off in 1 + x is made good by a factor (Kahan)."""
+    u = 1 + x
+    return tl.where(u == 1, x, tl.log(u) * (x / tl.where(u == 1, 1.0, u - 1)))

@@ -1,0 +1,296 @@
+"""Models: load and save them, and tell which part is which: the backbone, the head."""
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from stillroom.config import is_local
+from stillroom.errors import ConfigError, DataError, MismatchError, MissingError
+from stillroom.lm_head import LMHead
+from stillroom.models import safetensors_io
+from stillroom.models.config import Quantization
+from stillroom.models.dtensor import materialize
+from stillroom.models.folder import check_folder
+from stillroom.models.hidden_states import lm_head
+from stillroom.models.meta_init import initialize, meta_model
+from stillroom.models.quantization import check_quantized, num_numbers, quantized_loading
+from stillroom.models.safetensors_io import check_whole
+
+
+# --- on disk ---------------------------------------------------------------------------------------------------------
+def read_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's config.json, from a folder (whose weight files are looked at too) or from the hub."""
+    if is_local(name):
+        check_folder(Path(name).expanduser())
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loaded(name, error) from error
+
+
+def _not_loaded(name: str, error: Exception) -> MissingError | DataError:
+    reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason:
+        return DataError(
+            f"the model {name} brings its own code",
+            {"trust_remote_code": "false"},
+            why="Its code would run on this machine with your rights.",
+            fix="Read the code first, then set trust_remote_code=true beside the model's name if you trust it.",
+        )
+    if is_local(name):
+        return DataError(
+            f"the model in {name} could not be loaded",
+            {"reason": reason[:300]},
+            why="Without it there is nothing to train or to learn from.",
+            fix="Check that the folder is whole, and that it holds a causal language model that `transformers` knows.",
+        )
+    return MissingError(
+        f"the model {name} could not be loaded",
+        {"reason": reason[:300]},
+        why="Without it there is nothing to train or to learn from.",
+        fix="Check the name, the network and the access rights (`hf auth login`); or give a local folder.",
+    )
+
+
+def fingerprint(name: str, config: PretrainedConfig) -> str:
+    """What tells one model from another: the commit on the hub; for a folder a hash of its config, its tensors' names,
+    shapes and places, and samples of each weight file (hashing all of 800 GB would take an hour)."""
+    if not is_local(name):
+        return f"commit {getattr(config, '_commit_hash', None)}"
+    digest = hashlib.sha256()
+    for path in check_folder(Path(name).expanduser()):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for place in sorted({0, *(size * i // 64 for i in range(64)), max(0, size - 2**16)}):
+                file.seek(place)
+                digest.update(file.read(2**16))
+    return f"sha256 {digest.hexdigest()[:16]}"
+
+
+# --- loading, building, saving ---------------------------------------------------------------------------------------
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype | Literal["auto"],
+    device: torch.device | str = "cpu",
+    attention: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
+) -> PreTrainedModel:
+    """A causal language model from a folder or the hub, in evaluation mode. Every weight must be there.
+
+    Args:
+        dtype: of its weights; auto is what its config.json says, or else what they are stored in.
+        quantization: of the weights of its linear layers but the head, one by one as they are read, on the device; its
+            arithmetic is in ``dtype``, which cannot be auto then.
+    """
+    if is_local(name):
+        check_folder(Path(name).expanduser())
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(Path(name).expanduser()) if is_local(name) else name,
+            dtype=dtype,
+            attn_implementation=attention,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **({} if quantization is None else quantized_loading(quantization, dtype, device)),
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise _not_loaded(name, error) from error
+    model, info = loaded
+    check_whole(name, list(info["missing_keys"]), list(info["unexpected_keys"]), model.base_model_prefix)
+    if quantization is not None:
+        check_quantized(model, quantization, name)
+        return model.eval()
+    return model.to(device).eval()
+
+
+def local_folder(name: str, revision: str | None = None) -> Path:
+    """The folder of a model: its own, or what is downloaded of it from the hub.
+
+    Raises:
+        MissingError: it cannot be had.
+    """
+    if is_local(name):
+        return Path(name).expanduser()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.py"]))
+    except (OSError, ValueError) as error:
+        raise _not_loaded(name, error) from error
+
+
+def configure(base: PretrainedConfig, settings: Mapping[str, Any]) -> PretrainedConfig:
+    """A model's config with some of its settings changed, each of which must be known to the model's family."""
+    import difflib
+
+    values = base.to_dict()
+    for key in settings:
+        if key not in values:
+            near = difflib.get_close_matches(key, values, n=1)
+            raise MismatchError(
+                f"the family {base.model_type} has no setting `{key}`",
+                {"asked for": key, "did you mean": near[0] if near else "see the model's config.json"},
+                why="It would be stored with the model and do nothing.",
+                fix="Use the names of the family's config.json in init.settings.",
+            )
+    if "num_hidden_layers" in settings and "layer_types" not in settings:
+        values.pop("layer_types", None)
+    if {"hidden_size", "num_attention_heads"} & set(settings) and "head_dim" not in settings:
+        values.pop("head_dim", None)
+    with _possible(base.model_type, settings):
+        return type(base)(**{**values, **settings})
+
+
+@contextmanager
+def _possible(family: str, settings: object) -> Iterator[None]:
+    """Turns what a family's own code raises about its settings into an error of the user's."""
+    try:
+        yield
+    except Exception as error:
+        raise MismatchError(
+            f"the family {family} cannot be built with these settings",
+            {"settings": settings, "reason": " ".join(str(error).split())[:300]},
+            why="They contradict each other or are not of the family's kind.",
+            fix="Change init.settings; the family's documentation says which go together.",
+        ) from error
+
+
+def build_model(
+    config: PretrainedConfig,
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    attention: str | None = None,
+) -> PreTrainedModel:
+    """A new model with random weights, the same for the same seed: see `weights.skeleton.initialise`."""
+    model = build_meta_model(config, dtype=dtype, attention=attention)
+    materialize(model, device)
+    model.tie_weights()
+    initialize(model, seed)
+    return model
+
+
+def build_meta_model(
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A model whose parameters take no memory yet: see `weights.skeleton`."""
+    with _possible(config.model_type, "those of its config.json"):
+        return meta_model(config, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
+
+
+def load_head(model: PreTrainedModel, folder: Path, device: torch.device | str) -> LMHead:
+    """The head alone of a model that is a skeleton, from its folder."""
+    tied = model.config.get_text_config().tie_word_embeddings
+    part = model.get_input_embeddings() if tied else model.get_output_embeddings()
+    assert part is not None
+    materialize(part, device)
+    model.tie_weights()
+    safetensors_io.load_weights(model, folder, whole=False)
+    made = lm_head(model)
+    return LMHead(made.weight.detach(), None if made.bias is None else made.bias.detach(), made.scale, made.softcap)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Activations are computed again in the backward pass instead of being kept ("gradient checkpointing")."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
+def num_parameters(model: nn.Module, *, trained_only: bool = False) -> int:
+    """Parameters, tied ones counted once."""
+    return sum(num_numbers(p) for p in model.parameters() if p.requires_grad or not trained_only)
+
+
+def max_length(config: PretrainedConfig) -> int | None:
+    """The most tokens that a model can read; None where its config does not say."""
+    text = config.get_text_config()
+    keys = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+    return next((n for key in keys if (n := getattr(text, key, None))), None)
+
+
+def check_length(length: int, config: PretrainedConfig, who: str, shown: object = None) -> None:
+    """Returns where a model can read rows of ``length`` tokens; an error quotes them as ``shown``.
+
+    Raises:
+        ConfigError: it has fewer positions.
+    """
+    limit = max_length(config)
+    if limit is not None and length > limit:
+        raise ConfigError(
+            f"data.length is longer than the {who} can read",
+            {"data.length": shown or length, f"the {who}'s max_position_embeddings": limit},
+            why="Positions beyond that have no embedding, or one that the model never saw.",
+            fix=f"Set data.length to at most {limit}.",
+        )
+
+
+def rope_border(config: PretrainedConfig) -> int | None:
+    """The number of tokens beyond which a model turns the positions of all rows of a batch in another way (LongRoPE,
+    arXiv 2402.13753, as `transformers` does it); None where what a row says never depends on the rows beside it."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [one for one in rope.values() if isinstance(one, dict)] or [rope]
+    borders = [
+        one.get("original_max_position_embeddings")
+        or getattr(text, "original_max_position_embeddings", None)
+        or text.max_position_embeddings
+        for one in kinds
+        if one.get("rope_type") == "longrope"
+    ]
+    return min(borders, default=None)
+
+
+def resolve_device(device: str, setting: str) -> str:
+    """The device that is meant: for auto a CUDA device where there is one, and else the CPU.
+
+    Raises:
+        MissingError: it is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise MissingError(
+            f"the device `{device}` is not there",
+            {"asked for": device, "CUDA devices": torch.cuda.device_count()},
+            why=" ".join(str(error).split())[:200],
+            fix=f"Set {setting}=cpu, or {setting}=auto to take what is there.",
+        ) from None
+    return device
+
+
+def device_name(device: str) -> str:
+    """What a device calls itself: "NVIDIA H100 80GB HBM3"; cpu, mps by these names."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
+def device_memory(device: str) -> int | None:
+    """Bytes of memory that a device has; None where it does not tell."""
+    return torch.cuda.get_device_properties(device).total_memory if device.startswith("cuda") else None
+
+
+def quiet() -> None:
+    """Keeps `transformers` from writing progress bars and advice between a command's own lines."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\.")

@@ -1,0 +1,310 @@
+"""Weights in safetensors files: read tensor by tensor or in row slices, and written in shards."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from stillroom.errors import DataError
+from stillroom.models.dtensor import fill_local, full_tensor, is_adapter, named, own_rows
+
+
+def load_weights(model: PreTrainedModel, folder: Path, *, whole: bool = True) -> None:
+    """Sets a model's parameters from the files of a folder: all, which must have memory, or those that have.
+
+    Where the family's parameters are made of several tensors of the files (the experts of a mixture, say), those of one
+    parameter are read whole, one parameter after the other.
+
+    Raises:
+        DataError: tensors are missing or left over, or have other shapes.
+    """
+    wanted, names = dict(named(model)), _Names(model)
+    if not whole:
+        wanted = {name: tensor for name, tensor in wanted.items() if not tensor.is_meta}
+    given: set[int] = set()
+    with _Files(folder) as files:
+        left_over: list[str] = []
+        composed: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
+        for key in files:
+            name, pattern, converter = (key, None, None) if key in wanted else names.of(key, wanted)
+            if name not in wanted:
+                left_over.append(key)
+            elif pattern is None:
+                given.add(id(wanted[name]))
+                _read_rows(wanted[name], files[key], key, folder)
+            else:
+                composed.setdefault(name, (converter, []))[1].append((key, pattern))
+        for name, (converter, parts) in composed.items():
+            for target, tensor in _compose(model, name, converter, parts, files).items():
+                given.add(id(wanted[target]))
+                _fill_from(wanted[target], tensor, target, folder)
+    missing = [name for name, tensor in wanted.items() if id(tensor) not in given]
+    left_over = [key for key in left_over if not any(re.search(p, key) for p in _left_out(model))]
+    check_whole(str(folder), missing, left_over if whole else [], model.base_model_prefix)
+
+
+def _left_out(model: PreTrainedModel) -> set[str]:
+    """Patterns of what a family's files may hold and its models leave out, as `transformers` says: the frequencies of
+    positions that old files have, heads for several tokens."""
+    patterns = set(model._keys_to_ignore_on_load_unexpected or ())
+    buffers = [name for name, _ in model.named_buffers()]
+    if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
+        patterns.add(r"rotary_emb\.inv_freq")
+    if any(name.endswith("position_ids") for name in buffers):
+        patterns.add(r"(^|\.)position_ids$")
+    return patterns
+
+
+def check_whole(name: str, missing: list[str], left_over: list[str], prefix: str) -> None:
+    """Returns where a model's files hold its tensors and no more of its body.
+
+    Args:
+        name: the model's.
+        prefix: of the body's tensors.
+
+    Raises:
+        DataError: they do not.
+    """
+    if missing := sorted(missing):
+        raise DataError(
+            f"the weights of {name} are not complete",
+            {"missing": f"{len(missing)} tensors: {', '.join(missing[:3])}"},
+            why="They would be left at random values, and the model would look trained.",
+            fix="Use a complete copy of the model, or start a new student with init={kind: config}.",
+        )
+    if surplus := sorted(key for key in left_over if key.startswith(f"{prefix}.")):
+        raise DataError(
+            f"{name} holds more than its config.json says",
+            {"left over": f"{len(surplus)} tensors: {', '.join(surplus[:3])}"},
+            why="A part of the model, layers perhaps, would be left out without a word.",
+            fix="Mend config.json (num_hidden_layers is the usual fault), or use a complete copy of the model.",
+        )
+
+
+class _Files(ExitStack):
+    """The tensors of a folder's safetensors by their names, none of them read yet."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __enter__(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().__enter__()
+        slices: dict[str, Any] = {}
+        for path in _paths(self.folder):
+            file = self.enter_context(safe_open(path, framework="pt"))
+            slices |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        return slices
+
+
+def _paths(folder: Path) -> Iterator[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        yield from (folder / name for name in names)
+    else:
+        yield folder / "model.safetensors"
+
+
+class _Names:
+    """What tensors of a family's files are called in its model, as `transformers` says."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        rules = get_model_conversion_mapping(model)
+        self.prefix = model.base_model_prefix
+        self.converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self.renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+
+    def of(self, key: str, wanted: Mapping[str, Tensor]) -> tuple[str, str | None, Any]:
+        """The name; and, where the tensor is one of several that make up a parameter, by which pattern it was found and
+        what makes the parameter of them."""
+        from transformers.core_model_loading import rename_source_key
+
+        name, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, dict(wanted))
+        if pattern is None:
+            return name, None, None
+        return name, pattern, next(rule for rule in self.converters if pattern in rule.source_patterns)
+
+
+def _compose(
+    model: PreTrainedModel, name: str, converter: Any, parts: list[tuple[str, str]], files: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The parameters that several tensors of the files make up, whole."""
+    from transformers.core_model_loading import dot_natural_key
+
+    converter = deepcopy(converter)
+    for key, pattern in sorted(parts, key=lambda part: dot_natural_key(part[0])):
+        converter.add_tensor(name, key, pattern, files[key][...])
+    made = converter.convert(name, model=model, config=model.config)
+    return {target: found[0] if isinstance(found, list) else found for target, found in made.items()}
+
+
+def _read_rows(parameter: Tensor, there: Any, key: str, folder: Path) -> None:
+    _check_shape(parameter, tuple(there.get_shape()), key, folder)
+    try:
+        fill_local(parameter, there[own_rows(parameter)] if parameter.ndim else there[...])
+    except SafetensorError as error:
+        raise DataError(
+            f"the tensor {key} of {folder} cannot be read",
+            {"reason": str(error)},
+            why="The model cannot be whole without it.",
+            fix="Copy or download its files again.",
+        ) from error
+
+
+def _fill_from(parameter: Tensor, whole: Tensor, name: str, folder: Path) -> None:
+    _check_shape(parameter, tuple(whole.shape), name, folder)
+    fill_local(parameter, whole[own_rows(parameter)])
+
+
+def _check_shape(parameter: Tensor, shape: tuple[int, ...], key: str, folder: Path) -> None:
+    if torch.Size(shape) != parameter.shape:
+        raise DataError(
+            f"the tensor {key} of {folder} has another shape than its config.json says",
+            {"file": list(shape), "config.json": list(parameter.shape)},
+            why="It is not the tensor that the model is to have.",
+            fix="Put the right config.json beside the weights.",
+        )
+
+
+FILE_BYTES = 2**30
+"""A file ends with the layer that takes it to this size, so that one process holds little more than that at a time."""
+
+
+def save_weights(model: PreTrainedModel, folder: Path, *, writes: bool, file_bytes: int = FILE_BYTES) -> None:
+    """Writes weights and configs as ``save_pretrained`` does; low-rank adapters are merged into the weights.
+
+    Every process that holds a part calls it, and the one that ``writes`` makes the folder.
+    """
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+    kept: dict[str, Tensor] = {}
+    written: list[dict[str, Tensor]] = []  # of each file its tensors, without memory
+    for layer in _layers(model):
+        tensors = _as_in_files(model, layer)
+        if not writes:
+            continue
+        kept |= {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        if _size(kept) >= file_bytes:
+            written.append(_write_file(kept, folder, len(written)))
+            kept = {}
+    if writes:
+        if kept:
+            written.append(_write_file(kept, folder, len(written)))
+        _name_files(written, folder)
+        _write_configs(model, folder)
+
+
+def _layers(model: PreTrainedModel) -> Iterator[list[tuple[str, nn.Module]]]:
+    """The modules that have tensors of their own, by name: those of each block together, the others one by one."""
+    blocks: dict[str, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        if next(_own(module), None) is not None:
+            words = name.split(".")
+            number = next((i for i, word in enumerate(words) if word.isdecimal()), None)
+            blocks.setdefault(name if number is None else ".".join(words[: number + 1]), []).append((name, module))
+    yield from blocks.values()
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's own parameters and saved buffers."""
+    yield from module.named_parameters(recurse=False)
+    yield from ((k, b) for k, b in module.named_buffers(recurse=False) if k not in module._non_persistent_buffers_set)
+
+
+def _as_in_files(model: PreTrainedModel, modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Tensor]:
+    """A block's tensors, whole and by the names of the family's files. A tied head is the embeddings, and left out."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tied = set(model.all_tied_weights_keys) if model.config.get_text_config().tie_word_embeddings else set()
+    adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    found: dict[str, Tensor] = {}
+    for name, module in modules:
+        for own, tensor in _own(module):
+            key = f"{name}.{own}" if name else own
+            if is_adapter(f".{key}"):
+                continue
+            whole = full_tensor(tensor)
+            place = name.removesuffix(".base_layer")
+            if own == "weight" and place != name and place in adapted:
+                whole = whole + _delta(model.get_submodule(place)).to(whole.dtype)
+            key = key.replace(".base_layer.", ".")
+            if key not in tied:
+                found[key] = whole
+    return revert_weight_conversion(model, found)
+
+
+class _Delta(nn.Module):
+    """What an adapter adds to the weight beside it, of parameters that are given."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self) -> Tensor:
+        layer: Any = self.layer
+        deltas = [layer.get_delta_weight(name) for name in layer.active_adapters]
+        return torch.stack(deltas).sum(0)
+
+
+@torch.no_grad()
+def _delta(layer: nn.Module) -> Tensor:
+    whole = {
+        f"layer.{name}": full_tensor(parameter)
+        for name, parameter in layer.named_parameters()
+        if not name.startswith("base_layer.")
+    }
+    return functional_call(_Delta(layer), whole, ())
+
+
+def _size(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+
+
+def _write_file(tensors: dict[str, Tensor], folder: Path, number: int) -> dict[str, Tensor]:
+    """Writes a file under a name that does not yet say how many there are; returns its tensors without memory."""
+    save_file(tensors, folder / _temporary(number), metadata={"format": "pt"})
+    return {name: tensor.to("meta") for name, tensor in tensors.items()}
+
+
+def _temporary(number: int) -> str:
+    return f"{number:05d}.part"
+
+
+def _name_files(written: list[dict[str, Tensor]], folder: Path) -> None:
+    if len(written) == 1:
+        (folder / _temporary(0)).rename(folder / "model.safetensors")
+        return
+    places: dict[str, str] = {}
+    for number, tensors in enumerate(written):
+        name = f"model-{number + 1:05d}-of-{len(written):05d}.safetensors"
+        (folder / _temporary(number)).rename(folder / name)
+        places |= dict.fromkeys(tensors, name)
+    sizes = {
+        "total_size": sum(map(_size, written)),
+        "total_parameters": sum(t.numel() for w in written for t in w.values()),
+    }
+    index = {"metadata": sizes, "weight_map": dict(sorted(places.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_configs(model: PreTrainedModel, folder: Path) -> None:
+    config: Any = model.config
+    config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)

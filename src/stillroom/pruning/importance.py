@@ -1,0 +1,188 @@
+"""Importance: how much each layer, head, MLP channel and hidden channel does for a model, measured on text.
+
+States and activations are taken at every position but padding; losses at the kept positions alone.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from stillroom.batch import Batch
+from stillroom.data.dataloader import DocumentSet, in_batches
+from stillroom.errors import NonFiniteError
+from stillroom.layers import Layer
+from stillroom.lm_head import accumulator
+from stillroom.losses import Objective, cross_entropy
+from stillroom.losses.fused_linear import Buffers, linear_losses
+from stillroom.models import hidden_states
+from stillroom.models.hidden_states import backbone, last_hidden_states, lm_head
+from stillroom.pruning.families import Family, describe, head_dim
+
+
+@contextmanager
+def only(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[None]:
+    """Inside, the model runs as if it had these of its layers and no other; afterwards it is as it was."""
+    body, blocks, config = backbone(model), hidden_states.blocks(model), model.config
+    (name,) = (name for name, child in body.named_children() if child is blocks)
+    before = {key: getattr(config, key) for key in describe(config).per_layer if getattr(config, key, None) is not None}
+    with ExitStack() as after:
+        after.callback(setattr, body, name, blocks)
+        setattr(body, name, nn.ModuleList(blocks[layer] for layer in layers))
+        for key, values in before.items():
+            after.callback(setattr, config, key, values)
+            setattr(config, key, [values[layer] for layer in layers])
+        after.callback(setattr, config, "num_hidden_layers", len(blocks))
+        config.num_hidden_layers = len(layers)
+        yield
+
+
+@torch.no_grad()
+def loss_nats(model: PreTrainedModel, batches: Iterable[Batch]) -> tuple[float, int]:
+    """The mean cross-entropy with the data over the kept positions, in nats, and the number of these."""
+    device, total, number = model.device, 0.0, 0
+    objectives, buffers = [Objective("cross_entropy", cross_entropy, 1.0)], Buffers()
+    for batch in batches:
+        there = batch.to(device)
+        hidden = last_hidden_states(model, there).flatten(0, 1)[there.kept]
+        labels = there.labels.flatten()[there.kept]
+        ones = torch.ones(len(hidden), device=device)
+        found = linear_losses(hidden, lm_head(model), objectives, labels, ones, buffers=buffers)
+        total, number = total + found.nats.double().sum().item(), number + len(hidden)
+    return total / max(1, number), number
+
+
+@torch.no_grad()
+def block_influence(model: PreTrainedModel, batches: Iterable[Batch], span: int = 1) -> list[float]:
+    """The mean of ``1 − cos(x_l, x_{l+span})`` for each layer l that ``span`` layers begin with, where ``x_l`` is what
+    enters layer l (arXiv 2403.03853; over several layers as in arXiv 2403.17887)."""
+    num_layers, number = len(hidden_states.blocks(model)), 0
+    sums = torch.zeros(num_layers - span + 1, dtype=torch.float64)
+    layers: list[Layer] = ["embeddings", *range(num_layers)]
+    for batch in batches:
+        there = _all_real(batch).to(model.device)
+        found = hidden_states.all_hidden_states(model, there, layers)[1].states
+        wide = [found[layer].to(accumulator(found[layer].dtype)) for layer in layers]
+        for layer in range(len(sums)):
+            turned = 1 - functional.cosine_similarity(wide[layer], wide[layer + span], dim=-1)
+            sums[layer] += turned.double().sum().item()
+        number += there.num_kept
+    return finite("block influence", (sums / max(1, number)).tolist())
+
+
+def _all_real(batch: Batch) -> Batch:
+    """The same batch with every position kept but padding."""
+    return replace(batch, loss_mask=batch.documents >= 0)
+
+
+def finite(what: str, values: list[float]) -> list[float]:
+    """The same values.
+
+    Raises:
+        NonFiniteError: one is infinite or not a number.
+    """
+    for number, value in enumerate(values):
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the {what} of the model is not finite",
+                {"number": number, "value": value},
+                why="Nothing can be chosen by it.",
+                fix="Check the model's weights; in float32 it may be finite.",
+            )
+    return values
+
+
+@dataclass(frozen=True)
+class Activations:
+    """How strongly each part is used: the mean over the positions of a document, then the L2 norm over documents
+    (arXiv 2407.14679). float64, on the CPU."""
+
+    hidden: Float[Tensor, " d"]
+    """|outputs of the norms|, summed over all norms of the residual stream."""
+    heads: Float[Tensor, "layers h"]
+    """Norms of each head's part of what o_proj reads."""
+    mlp: Float[Tensor, "layers m"]
+    """|what down_proj reads|."""
+
+
+@torch.no_grad()
+def activations(model: PreTrainedModel, family: Family, batches: Iterable[Batch]) -> Activations:
+    """Measures heads, MLP channels and hidden channels in one pass over the text."""
+    config = model.config
+    numbers = range(config.num_hidden_layers)
+    seen = _PerDocument()
+    with hidden_states.hooks() as hook:
+
+        def watch(name: str, take: Any) -> None:
+            hook(model.get_submodule(name), lambda args, kwargs, output: seen.add(name, take(args, kwargs, output)))
+
+        def read(args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> Tensor:
+            return args[0] if args else kwargs["input"]
+
+        norms = [name.replace("*", str(n)) for name in family.norms for n in (numbers if "*" in name else [0])]
+        heads, mlp = ([name.replace("*", str(n)) for n in numbers] for name in (family.heads, family.mlp))
+        for name in norms:
+            watch(name, lambda _, __, output: _wide(output).abs())
+        for name in heads:
+            watch(name, lambda *given: _wide(read(*given)).unflatten(-1, (-1, head_dim(config))).norm(dim=-1))
+        for name in mlp:
+            watch(name, lambda *given: _wide(read(*given)).abs())
+        for batch in batches:
+            there = _all_real(batch).to(model.device)
+            seen.enter(there)
+            last_hidden_states(model, there)
+    hidden = torch.stack([seen.norm(name) for name in norms]).sum(0)
+    found = Activations(hidden, *(torch.stack([seen.norm(name) for name in names]) for names in (heads, mlp)))
+    for name, values in vars(found).items():
+        finite(f"importance of {name}", [values.sum().item()])
+    return found
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(accumulator(values.dtype))
+
+
+class _PerDocument:
+    """Sums over documents of the square of each one's mean over its positions, by name."""
+
+    def __init__(self) -> None:
+        self._squares: dict[str, Tensor] = {}
+
+    def enter(self, batch: Batch) -> None:
+        """Says of which batch the next values are. A document lies in one batch whole."""
+        self._kept = batch.kept
+        documents = batch.documents.flatten()[batch.kept]
+        _, self._index, self._lengths = documents.unique(return_inverse=True, return_counts=True)
+
+    def add(self, name: str, values: Float[Tensor, "b t c"]) -> None:
+        real = values.flatten(0, 1)[self._kept]
+        sums = real.new_zeros(len(self._lengths), real.shape[-1]).index_add_(0, self._index, real)
+        squares = (sums / self._lengths.unsqueeze(-1)).cpu().double().square().sum(0)
+        self._squares[name] = self._squares.get(name, 0) + squares
+
+    def norm(self, name: str) -> Float[Tensor, " c"]:
+        return self._squares[name].sqrt()
+
+
+def text_batches(
+    documents: DocumentSet,
+    *,
+    number: int | None = None,
+    length: int,
+    pack: bool,
+    batch_tokens: int,
+    pad_token: int | None = 0,
+) -> Iterator[Batch]:
+    """The first ``number`` documents (all by default) as they come, in batches of at most ``batch_tokens`` positions,
+    padding counted, and at least one row."""
+    order = np.arange(len(documents) if number is None else min(number, len(documents)))
+    pad = pad_token if isinstance(pad_token, int) else 0
+    return in_batches(documents, documents.lengths, order, length=length, pack=pack, most=batch_tokens, pad_token=pad)

@@ -1,0 +1,30 @@
+"""The optimizer with its parameter groups, and the learning-rate schedule."""
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+from stillroom.training.config import AdamWConfig
+
+
+def build_optimizer(module: nn.Module, config: AdamWConfig) -> torch.optim.Optimizer:
+    """AdamW over what is trained; matrices decay, norms and biases (one dimension or none) do not."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=True,
+    )
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: AdamWConfig, num_steps: int) -> LRScheduler:
+    """A linear warm-up, then cosine or linear decay to 0 at ``num_steps``, or a constant."""
+    name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+    return get_scheduler(name, optimizer, round(config.warmup * num_steps), num_steps)

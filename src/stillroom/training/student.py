@@ -1,0 +1,285 @@
+"""The student: an existing model or a new one, with adapters, frozen parameters and checkpointing as asked."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from stillroom.distributed.group import SINGLE_RANK, RankGroup
+from stillroom.errors import ConfigError, MismatchError, require
+from stillroom.models import loading, safetensors_io
+from stillroom.models.dtensor import full_tensor, is_adapter
+from stillroom.models.hidden_states import blocks
+from stillroom.models.meta_init import initialize
+from stillroom.pruning.prune import PruneMask, write_mask
+from stillroom.runs import writing
+from stillroom.training.config import LoraConfig, StudentConfig
+
+
+class Student(NamedTuple):
+    model: PreTrainedModel
+    """The model itself, with its adapters inside it where it has any."""
+    adapters: Any = None
+    """The `peft.PeftModel` around it, or None."""
+    export: Literal["merged", "adapter"] = "merged"
+    cut: PruneMask | None = None
+    """What of its teacher it was at the start."""
+    fill: Callable[[], None] | None = None
+    """Gives its parameters their first values, where they have no memory yet; None where they have both."""
+
+    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, ranks: RankGroup = SINGLE_RANK) -> None:
+        """Writes model and tokenizer under a temporary name and renames it to ``folder``, replacing an older one.
+
+        Adapters are merged into the model, which ends its training, or written alone, as the config says.
+
+        Args:
+            processes: those that hold it, which all call this; the first writes.
+        """
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        sharded = isinstance(next(self.model.parameters()), DTensor)
+        _end_as(self.model, tokenizer)
+        with writing(folder):
+            if ranks.is_rank0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            if sharded:
+                self._gather(temporary, writes=ranks.is_rank0)
+            elif ranks.is_rank0:
+                self._write(temporary)
+            if ranks.is_rank0:
+                tokenizer.save_pretrained(temporary)
+                if self.cut is not None:
+                    write_mask(temporary, self.cut)
+                shutil.rmtree(folder, ignore_errors=True)
+                temporary.rename(folder)
+        ranks.barrier()
+
+    def _gather(self, folder: Path, *, writes: bool) -> None:
+        """Puts together what lies in many processes, a few layers at a time."""
+        if self.adapters is None or self.export == "merged":
+            safetensors_io.save_weights(self.model, folder, writes=writes)
+            return
+        whole = {name: full_tensor(p).cpu() for name, p in self.adapters.named_parameters() if is_adapter(name)}
+        if writes:
+            self.adapters.save_pretrained(folder, state_dict=whole, save_embedding_layers=False)
+
+    def _write(self, folder: Path) -> None:
+        model = self.model if self.adapters is None else self.adapters
+        if self.adapters is not None and self.export == "merged":
+            model = self.adapters.merge_and_unload()
+        options: dict[str, Any] = (
+            {"save_embedding_layers": False} if self.adapters is not None and self.export == "adapter" else {}
+        )
+        try:
+            model.save_pretrained(folder, **options)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error  # what it says of a disk
+
+
+def _end_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The model stops where the tokenizer's sequences end, besides where it stopped before."""
+    settings: list[Any] = [model.config.get_text_config()]
+    if model.generation_config is not None:
+        settings.append(model.generation_config)
+    for config in settings:
+        if tokenizer.bos_token_id is not None:
+            config.bos_token_id = tokenizer.bos_token_id
+        before = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        ends = list(dict.fromkeys(t for t in (tokenizer.eos_token_id, *before) if t is not None))
+        config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+
+
+def build_student(
+    student: StudentConfig,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    seed: int,
+    fresh: PretrainedConfig | None = None,
+    pruned: tuple[PreTrainedModel, PruneMask] | None = None,
+) -> Student:
+    """Builds the whole student on a device.
+
+    Args:
+        dtype: the type of its weights.
+        seed: seeds new weights and adapters.
+        fresh: the config of a new student with random weights.
+        pruned: a student that was pruned from its teacher.
+    """
+    attention = None if student.attention == "auto" else student.attention
+    cut = None
+    if pruned is not None:
+        model, cut = pruned
+        model = model.to(device, dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        if attention is not None:
+            model.set_attn_implementation(attention)
+    elif fresh is not None:
+        model = loading.build_model(fresh, seed=seed, dtype=dtype, device=device, attention=attention)
+    else:
+        assert student.model is not None
+        model = loading.load_model(
+            student.model,
+            dtype=dtype,
+            device=device,
+            attention=attention,
+            revision=student.revision,
+            trust_remote_code=student.trust_remote_code,
+        )
+    return _prepared(model, student, seed, cut)
+
+
+def build_meta_student(
+    student: StudentConfig,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    fresh: PretrainedConfig | None = None,
+    pruned: tuple[Path, PruneMask] | None = None,
+) -> Student:
+    """Builds the student on the meta device, so that no process ever holds all of it once it is sharded.
+
+    Args:
+        dtype: the type of its weights.
+        seed: seeds new weights and adapters.
+        fresh: the config of a new student with random weights.
+        pruned: the folder of a student that was pruned from its teacher.
+    """
+    settings: dict[str, Any] = {
+        "dtype": dtype,
+        "attention": None if student.attention == "auto" else student.attention,
+        "trust_remote_code": student.trust_remote_code,
+    }
+    if fresh is not None:
+        model = loading.build_meta_model(fresh, **settings)
+        fill = partial(initialize, model, seed)
+    else:
+        folder = pruned[0] if pruned is not None else loading.local_folder(str(student.model), student.revision)
+        described = loading.read_config(str(folder), trust_remote_code=student.trust_remote_code)
+        model = loading.build_meta_model(described, **settings)
+        fill = partial(safetensors_io.load_weights, model, folder)
+    return _prepared(model, student, seed, None if pruned is None else pruned[1])._replace(fill=fill)
+
+
+def _prepared(model: PreTrainedModel, student: StudentConfig, seed: int, cut: PruneMask | None) -> Student:
+    """Adds adapters, freezes parameters, and sets up activation checkpointing and compiled blocks, as asked."""
+    model.requires_grad_(True)
+    adapters = None if student.lora is None else _with_adapters(model, student.lora, seed)
+    _freeze(model, student.freeze)
+    if student.gradient_checkpointing:
+        loading.checkpoint_activations(model)
+    if student.compile:
+        for block in blocks(model):
+            block.compile()
+    return Student(model, adapters, "merged" if student.lora is None else student.lora.export, cut)
+
+
+def _with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> Any:
+    """Puts adapters into the model's layers, and gives the `peft.PeftModel` around it."""
+    require("peft", "lora", "student.lora")
+    import peft
+
+    targets: Any = lora.targets if lora.targets == "all-linear" else list(lora.targets)
+    if targets != "all-linear":
+        _check_tied(model, targets)
+    if lora.export == "merged" and targets != "all-linear":
+        _untie_head(model, targets)
+    settings = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        adapters = peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise MismatchError(
+            "the student has no layers of the names in student.lora.targets",
+            {"targets": targets, "reason": " ".join(str(error).split())[:200]},
+            why="Adapters sit beside layers of the student.",
+            fix="Use names such as q_proj and down_proj, or all-linear.",
+        ) from None
+    _draw_adapters(model, seed)
+    if lora.dropout and hasattr(model.get_output_embeddings(), "lora_A"):
+        raise MismatchError(
+            "an adapter on the head cannot have dropout",
+            {"student.lora.dropout": lora.dropout, "targets": targets},
+            why="The head and the loss are one operation, which takes the head's weight with its adapter in it.",
+            fix="Set student.lora.dropout=0, or leave the head out of student.lora.targets.",
+        )
+    return adapters
+
+
+def _draw_adapters(model: PreTrainedModel, seed: int) -> None:
+    """Gives adapters their first values, those beside weights that have no memory yet too."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for layer in model.modules():
+            if not hasattr(layer, "lora_A"):
+                continue
+            for name, parameter in list(layer.named_parameters()):
+                if is_adapter(f".{name}") and parameter.is_meta:
+                    place, _, own = name.rpartition(".")
+                    layer.get_submodule(place)._parameters[own] = nn.Parameter(
+                        torch.empty(parameter.shape, dtype=parameter.dtype)
+                    )
+            for adapter in layer.active_adapters:  # pyright: ignore
+                layer.reset_lora_parameters(adapter, True)  # pyright: ignore
+
+
+def _is_target(model: PreTrainedModel, layer: nn.Module | None, targets: Sequence[str]) -> bool:
+    """Whether ``layer`` is tied to another and gets an adapter."""
+    names = [name for name, module in model.named_modules() if module is layer and layer is not None]
+    tied = model.config.get_text_config().tie_word_embeddings
+    return tied and any(f".{name}".endswith(f".{target}") for name in names for target in targets)
+
+
+def _check_tied(model: PreTrainedModel, targets: Sequence[str]) -> None:
+    if _is_target(model, model.get_input_embeddings(), targets):
+        raise MismatchError(
+            "an adapter cannot sit on embeddings that the head shares",
+            {"student.lora.targets": list(targets), "tie_word_embeddings": True},
+            why="The head would not get it while training, and would once it is merged.",
+            fix="Leave the embeddings out of student.lora.targets.",
+        )
+
+
+def _untie_head(model: PreTrainedModel, targets: Sequence[str]) -> None:
+    """Gives the head a weight of its own, where it shares the embeddings' and an adapter is to be merged into it.
+
+    Merged into a shared weight, the adapter would change the embeddings too.
+    """
+    head = model.get_output_embeddings()
+    if head is not None and _is_target(model, head, targets):
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+
+
+def _freeze(model: PreTrainedModel, patterns: Sequence[str]) -> None:
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
+            raise ConfigError(
+                f"student.freeze has a pattern that matches nothing: `{pattern}`",
+                {"pattern": pattern, "the student has, for example": ", ".join(names[:3])},
+                why="The parameters that were meant would be trained all the same.",
+                fix='Write patterns over whole names, such as "*embed_tokens*" or "model.layers.0.*".',
+            )
+        for name in matching:
+            model.get_parameter(name).requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(
+            "nothing of the student is left to train",
+            {"student.freeze": list(patterns), "parameters": len(names)},
+            why="Every parameter is frozen.",
+            fix="Take some patterns out of student.freeze.",
+        )
