@@ -39,7 +39,7 @@ def contents(path: Path) -> list[tuple[Any, ...]]:
         levels = store.levels([i])
         draws = sorted(zip(levels.draw_ids.tolist(), levels.draw_times.tolist(), strict=True))
         exact = [getattr(levels, name).tolist() for name in ("counts", "draw_counts", "ids", "levels", "side")]
-        found.append((store.document(i), store.tokens(i).tolist(), store.keep(i).tolist(), draws, *exact))
+        found.append((store.document(i), store.tokens(i).tolist(), store.loss_mask(i).tolist(), draws, *exact))
     return found
 
 

@@ -75,7 +75,7 @@ def test_a_teacher_of_a_run_is_quantised_and_lies_whole(saved_model: SaveModel, 
     plan = make_plan(load(DistillConfig, recipe, settings))
     assert plan.config.teacher.placement == "whole"
     teacher = build_teacher(plan)
-    signal = teacher.tell(build_batch(9, 5)).signal
+    signal = teacher.forward(build_batch(9, 5)).signal
     assert isinstance(signal, Dense)
     assert signal.hidden.dtype == signal.head.weight.dtype == torch.float32
     assert not any(p.requires_grad for p in teacher.model.parameters())

@@ -286,7 +286,7 @@ def test_projectors_are_trained_and_saved_and_restored(tmp_path: Path):
             teacher_of(teacher.float(), spec),
             num_steps=steps,
             clip=1.0,
-            checkpoints=Checkpoints(tmp_path, loss_mask=9),
+            checkpoints=Checkpoints(tmp_path, keep=9),
             checkpoint_every=2,
             measure=None,
             measure_every=None,
@@ -303,7 +303,7 @@ def test_projectors_are_trained_and_saved_and_restored(tmp_path: Path):
     losses = go_on(whole, 4)
     assert not torch.equal(whole.module.hidden["hidden"].projector(0), before)
     again = state_of()
-    Checkpoints(tmp_path, loss_mask=9).load(again, tmp_path / "step-00000002")
+    Checkpoints(tmp_path, keep=9).load(again, tmp_path / "step-00000002")
     assert not torch.equal(again.module.hidden["hidden"].projector(0), before)
     assert go_on(again, 4) == losses[2:]
     for one, other in zip(whole.module.parameters(), again.module.parameters(), strict=True):
