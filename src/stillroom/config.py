@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -15,8 +15,14 @@ from pydantic import (
     ValidationError,
 )
 
+from stillroom.errors import ConfigError
 from stillroom.recipe import line_of, override, read_recipe
 from stillroom.schema import explain, explain_error
+
+BATCH_TOKENS = 16384
+"""Positions that go through a model at once where nobody says how many, or a row's length where that is more."""
+LOGITS_BYTES = 256 * 2**20
+"""The budget for logits that are held at a time where nobody says how much."""
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -27,6 +33,8 @@ __all__ = ["Config", "PathText", "explain", "format_setting", "is_local", "load"
 class Config(BaseModel):
     """A node of a verb's settings: it cannot be changed, and a key that it does not know is an error."""
 
+    verb: ClassVar[str | None] = None
+    """The verb whose recipe this is the root of. A recipe begins with it: ``verb: distill``."""
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
@@ -69,6 +77,8 @@ def load(config_class: type[C], recipe: str | Path | None = None, overrides: Seq
     """
     values = {} if recipe is None else read_recipe(Path(recipe))
     keys = [override(values, word) for word in overrides]
+    if config_class.verb is not None:
+        _check_verb(values.pop("verb", config_class.verb), config_class.verb, recipe)
 
     def place(key: str) -> str:
         if recipe is None or any(f"{key}.".startswith(f"{k}.") for k in keys):
@@ -80,6 +90,17 @@ def load(config_class: type[C], recipe: str | Path | None = None, overrides: Seq
         return config_class.model_validate(values)
     except ValidationError as error:
         raise explain_error(config_class, error, place) from None
+
+
+def _check_verb(verb: object, wanted: str, recipe: str | Path | None) -> None:
+    """Raises ConfigError where a recipe is of another verb than the one that it is given to."""
+    if verb != wanted:
+        raise ConfigError(
+            f"the recipe is of `{verb}`, and was given to `{wanted}`",
+            {"recipe": recipe or "on the command line", "verb": verb, "given to": wanted},
+            why="Each verb has settings of its own, and the same key may mean another thing.",
+            fix=f"Run it with `stillroom {verb} …`, or give `{wanted}` a recipe that begins with `verb: {wanted}`.",
+        )
 
 
 def format_setting(config: Config, key: str) -> object:

@@ -19,9 +19,9 @@ from stillroom.store.reader import Store
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
-DISTILLS = [path for path in RECIPES if "student" in read_recipe(path)]
-EVALUATIONS = [path for path in RECIPES if "models" in read_recipe(path)]
-CAPTURES = [path for path in RECIPES if path not in DISTILLS and path not in EVALUATIONS]
+DISTILLS, EVALUATIONS, CAPTURES = (
+    [path for path in RECIPES if read_recipe(path)["verb"] == verb] for verb in ("distill", "evaluate", "capture")
+)
 
 
 def load_recipe(path: Path) -> Config:
@@ -106,6 +106,11 @@ def test_every_recipe_says_what_it_is(path):
     first = path.read_text().splitlines()[0]
     assert first.startswith("# ")
     assert len(first) > 20
+
+
+def test_every_recipe_begins_with_its_verb():
+    assert sorted([*DISTILLS, *EVALUATIONS, *CAPTURES]) == RECIPES
+    assert all(next(iter(read_recipe(path))) == "verb" for path in RECIPES)
 
 
 @pytest.mark.parametrize("path", DISTILLS, ids=lambda path: path.stem)

@@ -1,6 +1,7 @@
 """The Config base: reading, overriding, refusing, explaining."""
 
 import inspect
+import json
 import pkgutil
 import typing
 from importlib import import_module
@@ -772,3 +773,17 @@ def test_each_distances_settings_are_its_functions_keyword_arguments():
         assert all(value in ("auto", keywords[name]) for name, value in settings.items()), kind
         seen.add(kind)
     assert seen == set(DISTANCES)
+
+
+def test_a_recipe_may_name_its_verb_and_another_verb_refuses_it(tmp_path):
+    values = {"model": "m", "layers": 2, "out": "o"}
+    (tmp_path / "prune.yaml").write_text(json.dumps({"verb": "prune", **values}))
+    (tmp_path / "plain.yaml").write_text(json.dumps(values))
+    named, plain = (load(PruneConfig, tmp_path / f"{name}.yaml") for name in ("prune", "plain"))
+    assert named == plain
+    assert "verb" not in named.model_dump()
+    with pytest.raises(ConfigError, match="the recipe is of `prune`, and was given to `distill`") as raised:
+        load(DistillConfig, tmp_path / "prune.yaml")
+    assert "stillroom prune" in raised.value.fix
+    with pytest.raises(ConfigError, match="the recipe is of `7`, and was given to `prune`"):
+        load(PruneConfig, tmp_path / "plain.yaml", ["verb=7"])

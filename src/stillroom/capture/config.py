@@ -1,7 +1,7 @@
 """The settings of `stillroom capture`: teacher + text -> store."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -133,6 +133,8 @@ class Part(Config):
 
 class CaptureConfig(Config):
     """`stillroom capture`: ask the teacher once, and store what it said; any number of students learn from that."""
+
+    verb: ClassVar[str | None] = "capture"
 
     teacher: TeacherConfig
     """The model that is asked."""

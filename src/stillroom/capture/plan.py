@@ -10,42 +10,45 @@ from stillroom.capture.config import CaptureConfig, Part, TeacherConfig, Transfo
 from stillroom.capture.costs import LOGITS_BYTES, CaptureHeaders, costs, kinds
 from stillroom.capture.hidden import size_text
 from stillroom.capture.workers import WorkerShare, own_device, part_of, worker_share
-from stillroom.config import format_setting, is_local, replace
-from stillroom.data.dataset import Documents, cache_folder, cache_path, prepared
+from stillroom.config import BATCH_TOKENS, format_setting, is_local, replace
+from stillroom.data.dataset import Documents, cache_folder, prepared
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
-from stillroom.errors import ConfigError, MismatchError, MissingError
+from stillroom.errors import ConfigError
 from stillroom.estimates.architecture import read_architecture
-from stillroom.estimates.dry_run import costs_here
 from stillroom.estimates.report import bytes_text
 from stillroom.layers import check_layers
 from stillroom.models import loading
 from stillroom.models.quantization import check_quantizable
-from stillroom.recipe import to_yaml
 from stillroom.runs import check_outside, redact
-from stillroom.tokenizers import compare, has_tokenizer, load_tokenizer, required_vocab_size, template_of
+from stillroom.tokenizers import compare, has_tokenizer, load_tokenizer, required_vocab_size
+from stillroom.verbs import (
+    VerbPlan,
+    check_row,
+    check_vocabulary,
+    costs_on,
+    files_of,
+    has_bfloat16,
+    required_template,
+    tokenized_file,
+)
 
 
 @dataclass(frozen=True)
-class CapturePlan:
-    config: CaptureConfig
-    """With every "auto" resolved."""
+class CapturePlan(VerbPlan[CaptureConfig]):
     tokenizer: PreTrainedTokenizerBase
     template: str | None
     """The chat template that rows go through, where they do."""
     teacher_config: PretrainedConfig | None
     """None for a server."""
+    vocab_size: int
+    """The columns of the teacher's head that make up its distribution."""
 
-    def __str__(self) -> str:
-        """The resolved settings, and what a run reads and writes, as YAML."""
-        values = redact(self.config.model_dump(mode="json"))
-        part = {"part": self.part()} if isinstance(self.config.part, Part) else {}
-        return to_yaml(
-            {"config": values, **part, "reads": self.reads(), "writes": self.writes(), "costs": self.costs()}
-        )
+    def details(self) -> dict[str, Any]:
+        return {"part": self.part()} if isinstance(self.config.part, Part) else {}
 
     def part(self) -> dict[str, str] | str:
-        """Which part of the data this run captures, and how much that is."""
+        """Returns which part of the data this run captures, and how much that is."""
         found, will = self._documents, self._share
         if found is None or will is None:
             return f"{self.config.part}, from 0: how much that is is not known before the data are tokenised"
@@ -66,13 +69,9 @@ class CapturePlan:
         return {**shares, "bytes": f"{most}{bytes_text(each * will.positions)}, at {each:,.1f} a position"}
 
     def costs(self) -> dict[str, Any] | str:
-        """Memory, arithmetic, time and storage on the device of the run; or why they are not told."""
         engine = self.config.teacher.engine
         device = engine.device if isinstance(engine, Transformers) else "cpu"
-        return costs_here(
-            loading.device_name(device), loading.device_memory(device),
-            lambda hardware: costs(self.config, self._known(), hardware),
-        )  # fmt: skip
+        return costs_on(device, lambda hardware: costs(self.config, self._known(), hardware))
 
     def _known(self) -> CaptureHeaders:
         teacher = None if self.teacher_config is None else self.teacher_config.to_dict()
@@ -94,28 +93,26 @@ class CapturePlan:
         return None if found is None else worker_share(self.config, found, self.teacher_config)
 
     def reads(self) -> dict[str, str]:
-        """The models and files that a run reads, by what they are for."""
-        teacher, data = self.config.teacher, self.config.data
+        teacher = self.config.teacher
         where = teacher.model if isinstance(teacher.engine, Transformers) else redact(teacher.engine.url)
-        files = open_source(data).files if is_local(data.path) else []
-        found = {"teacher": where, "data": ", ".join(map(str, files)) or f"{data.path} on the hub"}
+        found = {"teacher": where, "data": files_of(self.config.data)}
         return found if teacher.tokenizer is None else {**found, "tokenizer": teacher.tokenizer}
 
     def writes(self) -> dict[str, str]:
-        """The files that a run writes, by what they are."""
         data, out = self.config.data, self.config.folder
         cached = f"in {cache_folder(data)}"
         if is_local(data.path):
-            path = cache_path(data, self.tokenizer, self.template)
-            cached = f"{path} ({'there already' if path.exists() else 'new'})"
+            cached = tokenized_file(data, self.tokenizer, self.template)
         found = {"tokenised data": cached, "run": str(out / "run.json"), "store": str(out / "store")}
         if self.config.hidden is not None:
             will = self._share
             counts = None if will is None else (will.documents, will.positions)
             found["hidden states"] = size_text(self.config, self.teacher_config, counts)
-        if out.exists():
-            found["note"] = f"{out} exists: it needs --resume or --overwrite"
         return found
+
+    @property
+    def out(self) -> str:
+        return str(self.config.folder)
 
 
 def make_plan(config: CaptureConfig) -> CapturePlan:
@@ -136,13 +133,15 @@ def make_plan(config: CaptureConfig) -> CapturePlan:
         revision=teacher.revision if teacher.tokenizer is None else None,
         trust_remote_code=remote_code,
     )
+    whose = teacher.tokenizer or f"the teacher's own, by default ({teacher.model})"
     needed, width, teacher_config = required_vocab_size(tokenizer), None, None
     if isinstance(engine, Transformers):
         teacher_config = loading.read_config(teacher.model, revision=teacher.revision, trust_remote_code=remote_code)
         if (kind := engine.quantization) is not None:
             check_quantizable(teacher_config, kind, "the teacher")
         width = teacher_config.get_text_config().vocab_size
-        _check_width(needed, width, _whose(teacher))
+        fix = "Use the tokenizer that the teacher was trained with."
+        check_vocabulary(tokenizer, teacher_config, "the teacher", tokenizer_name=whose, fix=fix)
         _check_own(teacher, tokenizer)
         if config.hidden is not None:
             check_layers(
@@ -158,11 +157,13 @@ def make_plan(config: CaptureConfig) -> CapturePlan:
             fix="Set teacher.columns=auto.",
         )
     config = replace(config, {"teacher.columns": columns})
-    template = _template(config, tokenizer)
+    template = required_template(tokenizer, config.data, tokenizer_name=whose) if needs_template(config.data) else None
     if is_local(config.data.path):
         open_source(config.data)  # which says where it is not there
-    _check_outside(config, "data.cache" if given.data.cache != "auto" else "data.cache, by default,")
-    return CapturePlan(config, tokenizer, template, teacher_config)
+    cache = "data.cache" if given.data.cache != "auto" else "data.cache, by default,"
+    paths = {"teacher.model": teacher.model, "teacher.tokenizer": teacher.tokenizer, "data.path": config.data.path}
+    check_outside(config.out, {**paths, cache: config.data.cache})
+    return CapturePlan(config, tokenizer, template, teacher_config, columns)
 
 
 def _resolve(config: CaptureConfig) -> CaptureConfig:
@@ -177,40 +178,17 @@ def _resolve(config: CaptureConfig) -> CaptureConfig:
     if isinstance(engine, Transformers):
         device = loading.resolve_device(own_device(engine.device), "teacher.engine.device")
         kind = torch.device(device).type
-        half = kind == "cuda" and torch.cuda.is_bf16_supported()
         values["teacher.engine.device"] = device
         if engine.dtype == "auto":
-            values["teacher.engine.dtype"] = "bfloat16" if half else "float32"
+            values["teacher.engine.dtype"] = "bfloat16" if has_bfloat16(device) else "float32"
         if engine.batch_tokens == "auto":
-            values["teacher.engine.batch_tokens"] = max(config.data.length, 16384)
-        elif engine.batch_tokens < config.data.length:
-            raise ConfigError(
-                "teacher.engine.batch_tokens is less than a row",
-                {
-                    "teacher.engine.batch_tokens": engine.batch_tokens,
-                    "data.length": format_setting(config, "data.length"),
-                },
-                why="A row goes through the teacher whole.",
-                fix=f"Set it to at least {config.data.length}.",
-            )
+            values["teacher.engine.batch_tokens"] = max(config.data.length, BATCH_TOKENS)
+        else:
+            shown = format_setting(config, "data.length")
+            check_row("teacher.engine.batch_tokens", engine.batch_tokens, config.data.length, shown)
         if engine.logits_bytes == "auto":
             values["teacher.engine.logits_bytes"] = LOGITS_BYTES.get(kind, LOGITS_BYTES["cuda"])
     return replace(config, values)
-
-
-def _whose(teacher: TeacherConfig) -> str:
-    """The tokenizer of a capture, as an error names it."""
-    return teacher.tokenizer or f"the teacher's own, by default ({teacher.model})"
-
-
-def _check_width(needed: int, width: int, whose: str) -> None:
-    if needed > width:
-        raise MismatchError(
-            "the tokenizer has tokens that the teacher has no column for",
-            {"tokenizer": f"{needed} tokens: {whose}", "the teacher's head": f"{width} columns"},
-            why="The teacher would read ids that it does not have.",
-            fix="Use the tokenizer that the teacher was trained with.",
-        )
 
 
 def _check_own(teacher: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -226,29 +204,3 @@ def _check_own(teacher: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> No
         fix="Leave out teacher.tokenizer; it is for a teacher that comes without one, and for its own with another "
         "chat template or other special tokens.",
     )
-
-
-def _template(config: CaptureConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    if not needs_template(config.data):
-        return None
-    template = template_of(tokenizer)
-    if template is None:
-        raise MissingError(
-            "the tokenizer has no chat template",
-            {"tokenizer": _whose(config.teacher), "data.format": config.data.format},
-            why="Without one nobody knows how a conversation becomes text for the teacher.",
-            fix="Give the tokenizer a chat_template.jinja, or use data.format=prompt_completion or text.",
-        )
-    return template
-
-
-def _check_outside(config: CaptureConfig, cache: str) -> None:
-    """Nothing that is read lies in the folder that is written, where --overwrite would delete it; ``cache`` is what an
-    error calls that setting."""
-    paths = {
-        "teacher.model": config.teacher.model,
-        "teacher.tokenizer": config.teacher.tokenizer,
-        "data.path": config.data.path,
-        cache: config.data.cache,
-    }
-    check_outside(config.out, paths)

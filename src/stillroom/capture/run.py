@@ -3,9 +3,9 @@
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +28,10 @@ from stillroom.store.format import TOKENIZER, Manifest, SourceInfo, format_of
 from stillroom.store.hidden_states import bytes_per_position
 from stillroom.store.writer import StoreWriter
 from stillroom.tokenizers import fingerprint, template_fingerprint
+from stillroom.verbs import Report, recorded
 
 if TYPE_CHECKING:
     from stillroom.capture.server import ServerCaptureTeacher
-
-Report = Callable[[str, Mapping[str, Any]], None]
 
 
 def run(
@@ -93,13 +92,8 @@ def _run(config: CaptureConfig, part: Part | None, resume: bool, overwrite: bool
         with StoreWriter(store, manifest, shard_positions=config.shard_positions) as writer:
             plan.tokenizer.save_pretrained(store / TOKENIZER)
             spent = _Spent(folder.record, teacher)
-            try:
+            with recorded(folder, spent.so_far):
                 _capture(plan, documents, teacher, writer, report)
-            except BaseException as error:
-                status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-                with suppress(OSError):  # what went wrong is told by the error that is under way
-                    folder.update(status=status, **spent.so_far())
-                raise
             results = _results(writer.manifest)
             folder.update(status="done", **results, **spent.so_far())
         return folder.record
@@ -107,8 +101,7 @@ def _run(config: CaptureConfig, part: Part | None, resume: bool, overwrite: bool
 
 def _teacher(plan: CapturePlan) -> "ModelTeacher | ServerCaptureTeacher":
     config, teacher = plan.config, plan.config.teacher
-    engine, signal, columns = teacher.engine, config.signal, teacher.columns
-    assert columns != "auto"
+    engine, signal, columns = teacher.engine, config.signal, plan.vocab_size
     if not isinstance(engine, Transformers):
         assert isinstance(signal, TopK | TopP)  # the config demands it
         from stillroom.capture.server import ServerCaptureTeacher
@@ -143,7 +136,6 @@ def _teacher(plan: CapturePlan) -> "ModelTeacher | ServerCaptureTeacher":
 def _manifest(plan: CapturePlan, documents: Documents) -> Manifest:
     """What the store is to be."""
     config, teacher = plan.config, plan.config.teacher
-    assert teacher.columns != "auto"
     if plan.teacher_config is not None:
         print_of_teacher = loading.fingerprint(teacher.model, plan.teacher_config)
     else:
@@ -162,7 +154,7 @@ def _manifest(plan: CapturePlan, documents: Documents) -> Manifest:
         template=template_fingerprint(plan.template),
         data=SourceInfo(name=redact(config.data.path), fingerprint=print_of_data),
         part=(config.part.index, config.part.of) if isinstance(config.part, Part) else (0, 1),
-        num_columns=teacher.columns,
+        num_columns=plan.vocab_size,
         length=config.data.length,
         signal=config.signal,
         side=tuple(side_columns(config.signal)),

@@ -10,10 +10,11 @@ from stillroom.errors import ConfigError
 from stillroom.estimates.hardware import Hardware
 from stillroom.estimates.kinds import Storage, storage_report
 from stillroom.estimates.report import CostReport
-from stillroom.recipe import read_recipe
+from stillroom.recipe import override, read_recipe
 
 USAGE = """\
 usage: stillroom plan RECIPE.yaml [key=value …] [--json]
+       stillroom plan verb=VERB key=value … [--json]
        stillroom plan storage prompts=N vocab=N length=N [width=N layers=N] [--json]
 
 What a run of `distill`, `capture`, `evaluate` or `prune` will need: parameters, memory by part, arithmetic, time, cost
@@ -26,13 +27,8 @@ Every assumption is printed. Settings below are the plan's own, and all others a
 
 `device` here is one of the table, whatever the recipe's own says. With `storage` there is no model at all."""
 
-VERBS = (
-    ("student", "distill", "DistillConfig"),
-    ("models", "evaluate", "EvaluateConfig"),
-    ("model", "prune", "PruneConfig"),
-    ("teacher", "capture", "CaptureConfig"),
-)
-"""By the first key of these that a recipe has: the verb that it is of, and its settings."""
+VERBS = {"capture": "CaptureConfig", "distill": "DistillConfig", "evaluate": "EvaluateConfig", "prune": "PruneConfig"}
+"""The verbs that can be planned, with the class of their settings."""
 
 
 def main(arguments: Arguments) -> int:
@@ -61,16 +57,15 @@ def _report(words: Sequence[str], overrides: Sequence[str]) -> CostReport:
     hardware = load(Hardware, None, own)
     rest = [word for word in overrides if word not in own]
     recipe = words[0] if words else None
-    given = set(read_recipe(Path(recipe)) if recipe is not None else ()) | {first_key(word) for word in rest}
-    for key, verb, kind in VERBS:
-        if key in given:
-            return _planned(verb, kind, recipe, rest, hardware)
-    raise _what("there is nothing to plan", recipe or "nothing")
-
-
-def _planned(verb: str, kind: str, recipe: str | None, overrides: Sequence[str], hardware: Hardware) -> CostReport:
-    """The report of a verb's own ``costs.py``, of what its headers tell."""
-    config = load(getattr(import_module(f"stillroom.{verb}.config"), kind), recipe, overrides)
+    values = {} if recipe is None else read_recipe(Path(recipe))
+    for word in rest:
+        if first_key(word) == "verb":
+            override(values, word)
+    verb = values.get("verb")
+    if verb not in VERBS:
+        what = "there is nothing to plan" if not values and not rest else "nothing says which verb this is a recipe of"
+        raise _what(what if verb is None else f"`{verb}` is no verb that can be planned", recipe or "no recipe")
+    config = load(getattr(import_module(f"stillroom.{verb}.config"), VERBS[verb]), recipe, rest)
     module = import_module(f"stillroom.{verb}.costs")
     return module.costs(config, module.read_headers(config), hardware, f"{verb} {recipe or ''}".rstrip())
 
@@ -80,9 +75,8 @@ def _what(what: str, given: str) -> ConfigError:
         what,
         {
             "given": given,
-            "wanted": "a recipe of `distill` (student, …), `capture` (teacher, data, …), `evaluate` (models, …) or "
-            "`prune` (model, …); or `storage`",
+            "wanted": f"a recipe that begins with `verb: …`, one of {', '.join(VERBS)}; or `storage`",
         },
-        why="A plan is of one run, or of storage alone.",
-        fix="Write `stillroom plan RECIPE.yaml [key=value …]`; see `stillroom plan --help`.",
+        why="A plan is of one run of one verb, or of storage alone, and a guess may be wrong.",
+        fix="Begin the recipe with `verb: distill` (or whichever), or write `stillroom plan verb=distill key=value …`.",
     )

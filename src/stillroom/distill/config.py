@@ -1,6 +1,6 @@
 """The settings of `stillroom distill`: student + (live teacher or none) + data -> model."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,8 @@ from stillroom.training.config import AdamWConfig, BatchConfig, CheckpointConfig
 
 class DistillConfig(Config):
     """`stillroom distill`: train a student to predict as its teacher does."""
+
+    verb: ClassVar[str | None] = "distill"
 
     student: StudentConfig
     """The model that is trained."""

@@ -1,6 +1,6 @@
 """The settings of `stillroom evaluate`: models -> scores and a report."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
@@ -47,6 +47,8 @@ def _from_text(value: object) -> Any:
 
 class EvaluateConfig(Config):
     """`stillroom evaluate`: how much of the teacher did the student keep?"""
+
+    verb: ClassVar[str | None] = "evaluate"
 
     models: Annotated[dict[Name, Annotated[ModelConfig, BeforeValidator(_from_text)]], Field(min_length=1)]
     """What is compared, each under a name that the results call it by: models.teacher=FOLDER models.distilled=FOLDER

@@ -7,18 +7,16 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from stillroom.config import format_setting, is_local, replace
+from stillroom.config import BATCH_TOKENS, LOGITS_BYTES, format_setting, is_local, replace
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.errors import ConfigError, MismatchError, MissingError
-from stillroom.estimates.dry_run import costs_here
 from stillroom.evaluate.config import EvaluateConfig, ModelConfig
-from stillroom.evaluate.costs import BATCH_TOKENS, LOGITS_BYTES, EvaluateHeaders, costs, read_headers
+from stillroom.evaluate.costs import EvaluateHeaders, costs, read_headers
 from stillroom.evaluate.tasks.config import expand
 from stillroom.evaluate.tasks.local_benchmark import LocalBenchmark
 from stillroom.evaluate.tasks.run import Benchmark, open_benchmark
 from stillroom.models import loading
-from stillroom.recipe import to_yaml
 from stillroom.runs import check_outside, redact
 from stillroom.tokenizers import (
     compare,
@@ -27,6 +25,15 @@ from stillroom.tokenizers import (
     required_vocab_size,
     template_fingerprint,
     template_of,
+)
+from stillroom.verbs import (
+    VerbPlan,
+    check_row,
+    check_vocabulary,
+    costs_on,
+    files_of,
+    has_bfloat16,
+    no_template,
 )
 
 
@@ -48,9 +55,7 @@ class ModelReader:
 
 
 @dataclass(frozen=True)
-class EvaluatePlan:
-    config: EvaluateConfig
-    """With every "auto" resolved."""
+class EvaluatePlan(VerbPlan[EvaluateConfig]):
     readers: tuple[ModelReader, ...]
     """The models that run in this process, the teacher first."""
     served: dict[str, PreTrainedTokenizerBase | None]
@@ -58,30 +63,20 @@ class EvaluatePlan:
     benchmarks: tuple[Benchmark, ...]
     runs: dict[str, str]
     """By model: the folder of the run that made it, where it is known."""
+    batch_tokens: int
+    """Tokens that go through a model at once."""
+    logits_bytes: int
+    """The budget for logits that are held at a time."""
 
     def not_beside_teacher(self, reader: ModelReader) -> str | None:
-        """Why a model is not compared with the teacher token by token; None where it is."""
+        """Returns why a model is not compared with the teacher token by token; None where it is."""
         teacher = self.config.teacher
         if teacher is None:
             return "no model is said to be the teacher"
         return f"of {teacher}, {NO_DISTRIBUTION}" if teacher in self.served else reader.unlike
 
-    def __str__(self) -> str:
-        """The resolved settings, and what a run compares, reads and writes, as YAML."""
-        values = redact(self.config.model_dump(mode="json"))
-        files = {"reads": self.reads(), "writes": self.writes()}
-        return to_yaml({"config": values, "compares": self.compares(), **files, "costs": self.costs()})
-
     def costs(self) -> dict[str, Any] | str:
-        """Memory, arithmetic and time on the device of the run; or why they are not told."""
-        device = self.config.device
-        return costs_here(
-            loading.device_name(device), loading.device_memory(device),
-            lambda hardware: costs(self.config, self._known(), hardware),
-        )  # fmt: skip
-
-    def _known(self) -> EvaluateHeaders:
-        return dataclasses.replace(
+        headers: EvaluateHeaders = dataclasses.replace(
             read_headers(self.config),
             alone=frozenset(reader.name for reader in self.readers if reader.unlike is not None),
             compared=True,
@@ -89,9 +84,9 @@ class EvaluatePlan:
                 one.name: len(one.questions) if isinstance(one, LocalBenchmark) else None for one in self.benchmarks
             },
         )
+        return costs_on(self.config.device, lambda hardware: costs(self.config, headers, hardware))
 
-    def compares(self) -> dict[str, str]:
-        """How each model is compared with the teacher, in words."""
+    def details(self) -> dict[str, Any]:
         teacher, found = self.config.teacher, {}
         readers = {reader.name: reader for reader in self.readers}
         for name in self.config.models:
@@ -102,29 +97,21 @@ class EvaluatePlan:
             else:
                 reason = self.not_beside_teacher(readers[name])
                 found[name] = f"not token by token: {reason}" if reason else "token by token"
-        return found
+        return {"compares": found}
 
     def reads(self) -> dict[str, str]:
-        """The models and files that a run reads, by what they are for."""
         found = {f"model {name}": model.url or model.model for name, model in self.config.models.items()}
-        data = self.config.data
-        if data is not None:
-            files = open_source(data).files if is_local(data.path) else []
-            found["data"] = ", ".join(map(str, files)) or f"{data.path} on the hub"
+        if self.config.data is not None:
+            found["data"] = files_of(self.config.data)
         for benchmark in self.benchmarks:
             found[f"task {benchmark.name}"] = ", ".join(benchmark.files) or "lm-eval"
         return {**redact(found), **{f"{name}'s run": run for name, run in self.runs.items()}}
 
     def writes(self) -> dict[str, str]:
-        """The files that a run writes, by what they are."""
         out = Path(self.config.out)
         found = {"run": str(out / "run.json"), "results": str(out / "results.json")}
         found["report"] = f"{out / 'report.html'}, {out / 'report.md'}"
-        if self.config.tasks:
-            found["items"] = str(out / "items")
-        if out.exists():
-            found["note"] = f"{out} exists: it needs --resume or --overwrite"
-        return found
+        return {**found, "items": str(out / "items")} if self.config.tasks else found
 
 
 NO_DISTRIBUTION = "it is behind an address, and a server does not tell its whole distribution"
@@ -139,7 +126,7 @@ def make_plan(config: EvaluateConfig) -> EvaluatePlan:
             models that are to be compared differ.
         ConfigError: settings contradict what the headers say.
     """
-    given, config = config, _resolve(config)
+    given, (config, batch_tokens, logits_bytes) = config, _resolve(config)
     _check_outside(config)
     readers = _readers(config, given)
     if config.data is not None and is_local(config.data.path):
@@ -151,31 +138,24 @@ def make_plan(config: EvaluateConfig) -> EvaluatePlan:
         if model.url is not None
     }
     runs = {name: run for name, model in config.models.items() if (run := _run_of(name, model)) is not None}
-    return EvaluatePlan(config, readers, served, benchmarks, runs)
+    return EvaluatePlan(config, readers, served, benchmarks, runs, batch_tokens, logits_bytes)
 
 
-def _resolve(config: EvaluateConfig) -> EvaluateConfig:
-    import torch
-
+def _resolve(config: EvaluateConfig) -> tuple[EvaluateConfig, int, int]:
+    """Returns the settings with every "auto" resolved, and the budgets: tokens of a batch, and bytes of logits."""
     device = loading.resolve_device(config.device, "device")
-    half = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
-    values: dict[str, Any] = {"device": device}
+    dtype = "bfloat16" if has_bfloat16(device) else "float32"
+    length = 2 if config.data is None else config.data.length
+    batch_tokens = max(length, BATCH_TOKENS) if config.batch_tokens == "auto" else config.batch_tokens
+    check_row(
+        "batch_tokens", batch_tokens, length, length if config.data is None else format_setting(config, "data.length")
+    )
+    logits_bytes = LOGITS_BYTES if config.logits_bytes == "auto" else config.logits_bytes
+    values: dict[str, Any] = {"device": device, "batch_tokens": batch_tokens, "logits_bytes": logits_bytes}
     for name, model in config.models.items():
         if model.dtype == "auto":
-            values[f"models.{name}.dtype"] = "bfloat16" if half else "float32"
-    if config.logits_bytes == "auto":
-        values["logits_bytes"] = LOGITS_BYTES
-    length = 2 if config.data is None else config.data.length
-    if config.batch_tokens == "auto":
-        values["batch_tokens"] = max(length, BATCH_TOKENS)
-    elif config.batch_tokens < length:
-        raise ConfigError(
-            "batch_tokens is less than a row",
-            {"batch_tokens": config.batch_tokens, "data.length": format_setting(config, "data.length")},
-            why="A row goes through a model whole.",
-            fix=f"Set it to at least {length}.",
-        )
-    return replace(config, values)
+            values[f"models.{name}.dtype"] = dtype
+    return replace(config, values), batch_tokens, logits_bytes
 
 
 def _check_outside(config: EvaluateConfig) -> None:
@@ -191,22 +171,24 @@ def _check_outside(config: EvaluateConfig) -> None:
 def _benchmarks(config: EvaluateConfig) -> tuple[Benchmark, ...]:
     """The tasks, opened: each under a name of its own, and none of whose files lies where the results go."""
     found: dict[str, tuple[Benchmark, Any]] = {}
+
+    def in_short(task: Any) -> str:
+        return ", ".join(
+            f"{key}={value}" for key, value in task.model_dump(exclude_none=True, exclude={"kind"}).items()
+        )
+
     for task in expand(config.tasks):
         one = open_benchmark(task)
         if one.name in found:
             raise ConfigError(
                 f"two tasks are called {one.name}",
-                {"first": _in_short(found[one.name][1]), "second": _in_short(task)},
+                {"first": in_short(found[one.name][1]), "second": in_short(task)},
                 why="Results and items are kept by name, so those of one would take the place of the other's.",
                 fix="Give one a name of its own: {kind: …, name: …, …}.",
             )
         check_outside(config.out, {f"{one.name}: {Path(file).name}": file for file in one.files})
         found[one.name] = one, task
     return tuple(one for one, _ in found.values())
-
-
-def _in_short(task: Any) -> str:
-    return ", ".join(f"{key}={value}" for key, value in task.model_dump(exclude_none=True, exclude={"kind"}).items())
 
 
 def _readers(config: EvaluateConfig, given: EvaluateConfig) -> tuple[ModelReader, ...]:
@@ -223,7 +205,13 @@ def _readers(config: EvaluateConfig, given: EvaluateConfig) -> tuple[ModelReader
     unlike = {name: _unlike(first, name, tokenizers) for name in here}
     widths = {name: found.get_text_config().vocab_size for name, found in configs.items()}
     for name, model in here.items():
-        _check_width(required_vocab_size(tokenizers[name]), widths[name], name, model)
+        check_vocabulary(
+            tokenizers[name],
+            configs[name],
+            name,
+            tokenizer_name=model.tokenizer or f"its own, by default ({model.model})",
+            fix=f"Set models.{name}.tokenizer to the one that the model was trained with.",
+        )
         if config.data is not None:
             loading.check_length(config.data.length, configs[name], name, format_setting(given, "data.length"))
     compared = {widths[name] for name in here if unlike[name] is None}
@@ -265,19 +253,6 @@ def _unlike(first: str, name: str, tokenizers: dict[str, PreTrainedTokenizerBase
     return None
 
 
-def _check_width(needed: int, width: int, name: str, model: ModelConfig) -> None:
-    if needed > width:
-        raise MismatchError(
-            f"the tokenizer has tokens that {name} has no column for",
-            {
-                "tokenizer": f"{needed} tokens: {model.tokenizer or f'its own, by default ({model.model})'}",
-                f"head of {name}": f"{width} columns",
-            },
-            why="The model would read and predict ids that it does not have.",
-            fix=f"Set models.{name}.tokenizer to the one that the model was trained with.",
-        )
-
-
 def _templates(
     config: EvaluateConfig, tokenizers: dict[str, PreTrainedTokenizerBase], unlike: dict[str, str | None]
 ) -> dict[str, str | None]:
@@ -300,12 +275,8 @@ def _templates(
     found = {name: shared if unlike[name] is None else own[name] for name in own}
     for name, template in found.items():
         if template is None:
-            raise MissingError(
-                f"the tokenizer of {name} has no chat template",
-                {"tokenizer": tokenizers[name].name_or_path, "data.format": config.data.format},
-                why="Without one nobody knows how a conversation becomes text for the model.",
-                fix="Give the tokenizer a chat_template.jinja, or use data.format=prompt_completion or text.",
-            )
+            values = {"tokenizer": tokenizers[name].name_or_path, "data.format": config.data.format}
+            raise no_template(values, of=f"the tokenizer of {name}")
     return found
 
 

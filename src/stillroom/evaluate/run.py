@@ -5,8 +5,6 @@ import json
 import platform
 import shlex
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
 from os import cpu_count
 from pathlib import Path
 from typing import Any
@@ -29,8 +27,8 @@ from stillroom.models.hidden_states import verify
 from stillroom.recipe import YAMLError, from_yaml
 from stillroom.runs import RunFolder, check_place, redact, versions, write_json
 from stillroom.tokenizers import fingerprint
+from stillroom.verbs import Report, recorded
 
-Report = Callable[[str, Mapping[str, Any]], None]
 FREE_TO_CHANGE = ("out", "device", "batch_tokens", "logits_bytes")
 """Settings that change no score, but for rounding."""
 
@@ -63,14 +61,10 @@ def run(
         folder.update(status="started")
         for old in (FOLDER, FAILURES):  # of an evaluation that is made again
             shutil.rmtree(folder.path / old, ignore_errors=True)
-        try:
+        with recorded(folder):
             found = _evaluate(plan, _command(given), folder.path, report)
             write_json(folder.path / "results.json", found.model_dump(mode="json"))
             reports = _write_report(found, folder.path, report)
-        except BaseException as error:
-            with suppress(OSError):  # what went wrong is told by the error that is under way
-                folder.update(status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-            raise
         failed = {task.name: task.failed for task in found.tasks if task.failed}
         folder.update(status="failed" if failed else "done", **_facts(found), failed_tasks=failed, reports=reports)
         return folder.record

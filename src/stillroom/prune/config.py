@@ -1,6 +1,6 @@
 """The settings of `stillroom prune`: model -> smaller model."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import model_validator
 
@@ -35,6 +35,8 @@ class _Model(Config):
 
 class PruneConfig(PruningConfig, _Model):
     """`stillroom prune`: cut a smaller model out of a bigger one, with no training."""
+
+    verb: ClassVar[str | None] = "prune"
 
     data: DataConfig | None = None
     """The text on which it is measured what matters, where `layers` or `width` need that; and how `held_out` is

@@ -5,85 +5,68 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from stillroom.config import format_setting, is_local, replace
 from stillroom.data.config import AnyData
-from stillroom.data.dataset import Documents, cache_folder, cache_path, prepared
+from stillroom.data.dataset import Documents, cache_folder, prepared
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
-from stillroom.errors import ConfigError, MismatchError, MissingError
-from stillroom.estimates.dry_run import costs_here
+from stillroom.errors import ConfigError
 from stillroom.models import loading
 from stillroom.prune.config import PruneConfig
 from stillroom.prune.costs import BATCH_TOKENS, PruneHeaders, costs, read_headers
 from stillroom.pruning.plan import PruningPlan, plan_pruning
-from stillroom.recipe import to_yaml
-from stillroom.runs import check_outside, redact
-from stillroom.tokenizers import load_tokenizer, required_vocab_size, template_of
+from stillroom.runs import check_outside
+from stillroom.tokenizers import load_tokenizer
+from stillroom.verbs import VerbPlan, check_vocabulary, costs_on, files_of, required_template, tokenized_file
 
 
 @dataclass(frozen=True)
-class PrunePlan:
-    config: PruneConfig
-    """With every "auto" resolved, but for a dtype that is the model's own."""
+class PrunePlan(VerbPlan[PruneConfig]):
+    """What a cut will do. A dtype that is the model's own stays "auto" in its config."""
+
     cut: PruningPlan
     tokenizer: PreTrainedTokenizerBase
     template: str | None
     """The chat template that rows go through, where they do."""
     data: AnyData | None
-    """What is measured on; None where nothing is measured."""
+    """The text that is measured on; None where nothing is measured."""
     held_out: AnyData | None
+    batch_tokens: int
+    """Tokens that go through the model at once."""
 
-    def __str__(self) -> str:
-        """The resolved settings, what is cut, and what a run reads and writes, as YAML."""
-        config = redact(self.config.model_dump(mode="json"))
-        files = {"reads": self.reads(), "writes": self.writes()}
-        return to_yaml({"config": config, "cut": self.cut.facts(), **files, "costs": self.costs()})
+    def details(self) -> dict[str, Any]:
+        return {"cut": self.cut.facts()}
 
     def costs(self) -> dict[str, Any] | str:
-        """Memory, arithmetic and time on the device of the run, and the smaller model's size; or why they are not
-        told."""
-        device = self.config.device
-        return costs_here(
-            loading.device_name(device), loading.device_memory(device),
-            lambda hardware: costs(self.config, self._known(), hardware),
-        )  # fmt: skip
-
-    def _known(self) -> PruneHeaders:
         data, held_out = (self._documents(data) for data in (self.data, self.held_out))
-        return dataclasses.replace(
+        headers: PruneHeaders = dataclasses.replace(
             read_headers(self.config),
             num_tokens=None if data is None else float((data.lengths[: self.config.documents] - 1).sum()),
             num_held_out=None if held_out is None else float((held_out.lengths - 1).sum()),
         )
+        return costs_on(self.config.device, lambda hardware: costs(self.config, headers, hardware))
 
     def _documents(self, data: AnyData | None) -> Documents | None:
-        """Those that are tokenised already."""
+        """Returns a data set that is tokenized already."""
         if data is None or not is_local(data.path):
             return None
         return prepared(data, self.tokenizer, template=self.template)
 
     def reads(self) -> dict[str, str]:
-        """The models and files that a run reads, by what they are for."""
-        found = {"model": self.config.model}
-        for name, data in (("data", self.data), ("held_out", self.held_out)):
-            if data is not None:
-                files = open_source(data).files if is_local(data.path) else []
-                found[name] = ", ".join(map(str, files)) or f"{data.path} on the hub"
-        return found
+        named = (("data", self.data), ("held_out", self.held_out))
+        return {"model": self.config.model, **{name: files_of(data) for name, data in named if data is not None}}
 
     def writes(self) -> dict[str, str]:
-        """The files that a run writes, by what they are."""
-        out, found = Path(self.config.out), {}
-        for name, data in (("tokenised data", self.data), ("tokenised held-out data", self.held_out)):
-            if data is not None and is_local(data.path):
-                path = cache_path(data, self.tokenizer, self.template)
-                found[name] = f"{path} ({'there already' if path.exists() else 'new'})"
-        found |= {"run": str(out / "run.json"), "model": str(out / "model")}
-        if out.exists():
-            found["note"] = f"{out} exists: it needs --resume or --overwrite"
-        return found
+        named = (("tokenised data", self.data), ("tokenised held-out data", self.held_out))
+        tokenized = {
+            name: tokenized_file(data, self.tokenizer, self.template)
+            for name, data in named
+            if data is not None and is_local(data.path)
+        }
+        out = Path(self.config.out)
+        return {**tokenized, "run": str(out / "run.json"), "model": str(out / "model")}
 
 
 def make_plan(config: PruneConfig) -> PrunePlan:
@@ -94,13 +77,13 @@ def make_plan(config: PruneConfig) -> PrunePlan:
         MismatchError: the model cannot be cut so, or has no column for a token of its tokenizer.
         ConfigError: settings contradict what the headers say.
     """
-    given, config = config, _resolve(config)
+    given, (config, batch_tokens) = config, _resolve(config)
     own = loading.read_config(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     cut = plan_pruning(config, own, "model")
     if cut.measured and config.data is None:
         raise ConfigError(
             "there is no text to measure on",
-            {"data": "null", "to be measured": _what(cut)},
+            {"data": "null", "to be measured": "layers" if cut.layers is None else "heads and channels"},
             why="What matters to a model shows on text alone.",
             fix="Give `data`, such as data={path: text.jsonl, format: text, length: 1024}; or name the layers.",
         )
@@ -114,8 +97,11 @@ def make_plan(config: PruneConfig) -> PrunePlan:
     tokenizer = load_tokenizer(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     template = None
     if config.data is not None:
-        _check_data(config, given, own, tokenizer)
-        template = _template(config, tokenizer)
+        loading.check_length(config.data.length, own, "model", format_setting(given, "data.length"))
+        fix = "Put the tokenizer that the model was trained with into its folder."
+        check_vocabulary(tokenizer, own, "the model", tokenizer_name=config.model, fix=fix)
+        if needs_template(config.data):
+            template = required_template(tokenizer, config.data, tokenizer_name=config.model)
     check_outside(
         config.out,
         {
@@ -124,52 +110,23 @@ def make_plan(config: PruneConfig) -> PrunePlan:
             "held_out.path": config.held_out.path if config.held_out else None,
         },
     )
-    plan = PrunePlan(config, cut, tokenizer, template, _measured_on(config, cut), config.held_out_data)
+    plan = PrunePlan(config, cut, tokenizer, template, _measured_on(config, cut), config.held_out_data, batch_tokens)
     for data in (plan.data, plan.held_out):
         if data is not None and is_local(data.path):
             open_source(data)  # which says where it is not there
     return plan
 
 
-def _what(cut: PruningPlan) -> str:
-    return "layers" if cut.layers is None else "heads and channels"
-
-
-def _resolve(config: PruneConfig) -> PruneConfig:
+def _resolve(config: PruneConfig) -> tuple[PruneConfig, int]:
+    """Returns the settings with every "auto" resolved that headers need not tell, and the tokens of a batch."""
     values: dict[str, object] = {"device": loading.resolve_device(config.device, "device")}
+    batch_tokens = BATCH_TOKENS if config.batch_tokens == "auto" else config.batch_tokens
     if config.data is not None:
         values["data.cache"] = str(cache_folder(config.data))
         if config.batch_tokens == "auto":
-            values["batch_tokens"] = max(config.data.length, BATCH_TOKENS)
-    return replace(config, values)
-
-
-def _check_data(
-    config: PruneConfig, given: PruneConfig, own: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    assert config.data is not None
-    loading.check_length(config.data.length, own, "model", format_setting(given, "data.length"))
-    if required_vocab_size(tokenizer) > own.vocab_size:
-        raise MismatchError(
-            "the tokenizer has tokens that the model has no column for",
-            {"tokenizer": f"{required_vocab_size(tokenizer)} tokens", "the model's head": f"{own.vocab_size} columns"},
-            why="The model would read ids that it does not have.",
-            fix="Put the tokenizer that the model was trained with into its folder.",
-        )
-
-
-def _template(config: PruneConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    assert config.data is not None
-    if not needs_template(config.data):
-        return None
-    if (template := template_of(tokenizer)) is None:
-        raise MissingError(
-            "the tokenizer has no chat template",
-            {"tokenizer": config.model, "data.format": config.data.format},
-            why="Without one nobody knows how a conversation becomes text for the model.",
-            fix="Give the tokenizer a chat_template.jinja, or use data.format=prompt_completion or text.",
-        )
-    return template
+            batch_tokens = max(config.data.length, BATCH_TOKENS)
+            values["batch_tokens"] = batch_tokens
+    return replace(config, values), batch_tokens
 
 
 def _measured_on(config: PruneConfig, cut: PruningPlan) -> AnyData | None:

@@ -2,8 +2,6 @@
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,8 @@ from stillroom.pruning.importance import loss_nats, text_batches
 from stillroom.pruning.prune import PruneMask, choose_mask, prune_model, report, write_mask
 from stillroom.runs import RunFolder, check_place, writing
 from stillroom.tokenizers import fingerprint, template_fingerprint
+from stillroom.verbs import Report, recorded
 
-Report = Callable[[str, Mapping[str, Any]], None]
 FREE_TO_CHANGE = ("out", "data.cache", "device", "batch_tokens")
 """Settings that change nothing of what is chosen, but for rounding."""
 
@@ -51,14 +49,15 @@ def run(
             report("note", {"text": f"the cut in {folder.path} is done already"})
             return folder.record
         try:
-            _prune(plan, folder, report)
-        except BaseException as error:
-            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            with suppress(OSError):  # what went wrong is told by the error that is under way
-                folder.update(status=status)
-            if isinstance(error, torch.OutOfMemoryError):
-                raise _out_of_memory(plan.config, error) from error
-            raise
+            with recorded(folder):
+                _prune(plan, folder, report)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                "the device has too little memory to measure the model",
+                {"batch_tokens": plan.config.batch_tokens, "device": str(error).split(". ")[0][:160]},
+                why="The model and what its layers give out must fit.",
+                fix="Lower batch_tokens, or set dtype=bfloat16 or device=cpu, and go on with --resume.",
+            ) from error
         return folder.record
 
 
@@ -114,15 +113,14 @@ def _prepare(data: AnyData, plan: PrunePlan, say: Report) -> Documents:
 
 
 def _batches(plan: PrunePlan, documents: Documents, number: int | None = None):
-    data, batch_tokens = plan.config.data, plan.config.batch_tokens
+    data = plan.config.data
     assert data is not None
-    assert batch_tokens != "auto"
     return text_batches(
         documents,
         number=number,
         length=data.length,
         pack=data.pack,
-        batch_tokens=batch_tokens,
+        batch_tokens=plan.batch_tokens,
         pad_token=plan.tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
     )
 
@@ -167,12 +165,3 @@ def _save(folder: Path, model: PreTrainedModel, plan: PrunePlan, cut: PruneMask)
             temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _out_of_memory(config: PruneConfig, error: Exception) -> OutOfMemoryError:
-    return OutOfMemoryError(
-        "the device has too little memory to measure the model",
-        {"batch_tokens": config.batch_tokens, "device": str(error).split(". ")[0][:160]},
-        why="The model and what its layers give out must fit.",
-        fix="Lower batch_tokens, or set dtype=bfloat16 or device=cpu, and go on with --resume.",
-    )

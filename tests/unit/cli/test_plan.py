@@ -24,6 +24,7 @@ def recipe(tmp_path):
         (tmp_path / name / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     path = tmp_path / "recipe.yaml"
     path.write_text(f"""
+verb: distill
 student: {{model: {tmp_path}/student}}
 teacher: {{kind: model, model: {tmp_path}/teacher}}
 data: {{path: nowhere.jsonl, format: text, length: 4096}}
@@ -111,6 +112,21 @@ def test_what_cannot_be_meant_is_refused(capsys, recipe, words, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model=x"], "nothing says which verb this is a recipe of"),
+        (["verb=chat", "model=x"], "`chat` is no verb that can be planned"),
+        ([], "there is nothing to plan"),
+    ],
+)
+def test_a_plan_does_not_guess_the_verb(capsys, words, message):
+    assert main(["plan", *words]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "stillroom plan verb=distill" in shown
+
+
 def test_nothing_to_plan_and_json_elsewhere_are_refused(capsys):
     assert main(["plan"]) == 2
     assert main(["plan", "storage", "prompts=0", "vocab=1", "length=1"]) == 2
@@ -119,7 +135,7 @@ def test_nothing_to_plan_and_json_elsewhere_are_refused(capsys):
 
 
 def test_a_capture(capsys, recipe, tmp_path):
-    words = [f"teacher.model={recipe.parent}/teacher", "data={path: x.jsonl, format: text, length: 4096}",
+    words = ["verb=capture", f"teacher.model={recipe.parent}/teacher", "data={path: x.jsonl, format: text, length: 4096}",
              f"out={tmp_path}/x", "hidden={layers: [3, 9]}", "data_tokens=1e6"]  # fmt: skip
     found = planned(capsys, *words)
     kept = found["this store, a position"]
@@ -147,9 +163,9 @@ def of_verb(verb, folder):
     data = "data={path: x.jsonl, format: text, length: 4096}"
     return {
         "distill": [f"{folder}/recipe.yaml", "data_tokens=1e6"],
-        "capture": [f"teacher.model={folder}/teacher", data, "out=x"],
-        "evaluate": [f"models={{teacher: {folder}/teacher, distilled: {folder}/student}}", data, "out=x"],
-        "prune": [f"model={folder}/teacher", "layers={kind: best, count: 14}", data, "out=x"],
+        "capture": ["verb=capture", f"teacher.model={folder}/teacher", data, "out=x"],
+        "evaluate": ["verb=evaluate", f"models={{teacher: {folder}/teacher, distilled: {folder}/student}}", data, "out=x"],
+        "prune": ["verb=prune", f"model={folder}/teacher", "layers={kind: best, count: 14}", data, "out=x"],
     }[verb]
 
 
@@ -161,7 +177,7 @@ def test_an_evaluation_and_a_cut_are_planned_too(capsys, recipe):
     found = planned(capsys, *of_verb("prune", recipe.parent))
     assert found["plan"] == "prune"
     assert found["parameters"]["smaller model"]["value"] < found["parameters"]["model"]["value"] == 7_615_616_512
-    assert main(["plan", f"model={recipe.parent}/teacher", "layers=29", "out=x"]) == 2
+    assert main(["plan", "verb=prune", f"model={recipe.parent}/teacher", "layers=29", "out=x"]) == 2
     assert "layers that are not there" in capsys.readouterr().err
     assert main(["plan", *of_verb("evaluate", recipe.parent), "num_devices=2"]) == 2
     assert "no use for num_devices" in capsys.readouterr().err
