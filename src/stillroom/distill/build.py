@@ -53,8 +53,8 @@ def build_teacher(
         return None
     if isinstance(teacher, ServerTeacherConfig):
         assert documents is not None
-        assert plan.columns is not None
-        served = ServerTeacher(teacher, plan.tokenizer, documents, plan.columns)
+        assert plan.vocab_size is not None
+        served = ServerTeacher(teacher, plan.tokenizer, documents, plan.vocab_size)
         served.engine.check()
         return served
     if isinstance(teacher, StoreTeacherConfig):
@@ -212,16 +212,13 @@ def build_stream(
     ranks: RankGroup = SINGLE_RANK,
 ) -> BatchStream:
     """The steps of at most ``tokens`` positions over some documents, read as ``data`` says."""
-    micro_tokens = plan.config.batch.micro_tokens
-    assert micro_tokens != "auto"
-    assert data.length != "auto"
     return BatchStream(
         documents,
-        length=data.length,
+        length=plan.length,
         pack=data.pack,
         shuffle=data.shuffle,
         tokens=tokens,
-        micro_tokens=micro_tokens,
+        micro_tokens=plan.micro_tokens,
         seed=plan.config.seed,
         epochs=epochs,
         pad_token=pad_token(plan),
@@ -245,12 +242,11 @@ def build_state(
 ) -> TrainState:
     """The state before the first step. It seeds torch's own generator."""
     config = plan.config
-    assert config.logits_bytes != "auto"
     module = StudentStep(
         student.model,
         build_objectives(config.objectives),
-        vocab_size=plan.columns,
-        logits_bytes=config.logits_bytes,
+        vocab_size=plan.vocab_size,
+        logits_bytes=plan.logits_bytes,
         precision=getattr(torch, config.precision),
         hidden=[HiddenLoss(spec, seed=config.seed + number) for number, spec in enumerate(specs)],
         hidden_weights=hidden_weights(config.objectives),

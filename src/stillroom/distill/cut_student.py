@@ -70,17 +70,15 @@ def _revision(plan: DistillPlan) -> str | None:
 def _batches(plan: DistillPlan, documents: DocumentSet) -> list:
     config, cut = plan.config, plan.cut
     assert cut is not None
-    assert config.data.length != "auto"
-    assert config.batch.micro_tokens != "auto"
     if not cut.measured:
         return []
     return list(
         text_batches(
             documents,
             number=cut.cut.documents,
-            length=config.data.length,
+            length=plan.length,
             pack=config.data.pack,
-            batch_tokens=config.batch.micro_tokens,
+            batch_tokens=plan.micro_tokens,
             pad_token=plan.tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
         )
     )

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from stillroom.config import is_local, replace
+from stillroom.config import BATCH_TOKENS, LOGITS_BYTES, is_local, replace
 from stillroom.data.config import AnyData, StoredDataConfig
-from stillroom.data.dataset import cache_folder, cache_path, prepared
+from stillroom.data.dataset import cache_folder, prepared
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.distill.config import DistillConfig
@@ -29,87 +29,75 @@ from stillroom.distill.stored_plan import (
 )
 from stillroom.distill.student_plan import cut_from, origin_of, student_parts
 from stillroom.distributed.init import SINGLE_PROCESS, DistContext
-from stillroom.errors import ConfigError, MismatchError, MissingError
+from stillroom.errors import ConfigError, MismatchError
 from stillroom.estimates.architecture import read_architecture
-from stillroom.estimates.dry_run import costs_here
-from stillroom.losses.fused_linear import CHUNK_BYTES
 from stillroom.models import loading
 from stillroom.models.folder import check_folder
 from stillroom.models.quantization import check_quantizable
 from stillroom.pruning.plan import PruningPlan
-from stillroom.recipe import to_yaml
 from stillroom.runs import check_outside
 from stillroom.store.reader import Store
 from stillroom.teachers.config import LiveTeacherConfig, ServerTeacherConfig, StoreTeacherConfig
 from stillroom.tokenizers import compare, load_tokenizer, required_vocab_size, template_fingerprint, template_of
+from stillroom.verbs import (
+    VerbPlan,
+    check_vocabulary,
+    costs_on,
+    files_of,
+    has_bfloat16,
+    no_template,
+    tokenized_file,
+)
 
 
 @dataclass(frozen=True)
-class DistillPlan:
-    config: DistillConfig
-    """With every "auto" resolved."""
+class DistillPlan(VerbPlan[DistillConfig]):
     tokenizer: PreTrainedTokenizerBase
     """The student's."""
     template: str | None
     """The chat template that rows go through, where they do."""
+    student_config: PretrainedConfig
     fresh: PretrainedConfig | None
     """The config of a new student with random weights."""
     teacher_config: PretrainedConfig | None
     held_out: AnyData | StoredDataConfig | None
     """The settings of the held-out data: those of the training data, at another path and in its own order."""
+    length: int
+    """Tokens of a row."""
+    micro_tokens: int
+    """Tokens that go through the student at once."""
+    logits_bytes: int
+    """The budget for logits that are held at a time."""
+    vocab_size: int | None
+    """The columns of the heads that are compared; None is all."""
     store: Store | None = None
-    """What the student learns from offline."""
+    """The store that the student learns from."""
     held_out_store: Store | None = None
     hidden: HiddenPlan | None = None
-    """What the objectives of inner states compare."""
+    """The layers that the objectives over hidden states compare."""
     cut: PruningPlan | None = None
-    """What a student that starts as a part of its teacher keeps of it."""
-    student_config: PretrainedConfig | None = None
-
-    @property
-    def columns(self) -> int | None:
-        """How many columns of the student's head are compared; None is all."""
-        teacher = self.config.teacher
-        if self.store is not None:
-            return self.store.manifest.num_columns
-        assert not isinstance(teacher, StoreTeacherConfig)  # which would have a store
-        if teacher is None:
-            return None
-        if isinstance(teacher, ServerTeacherConfig):
-            return required_vocab_size(self.tokenizer)
-        assert teacher.columns != "auto"
-        return teacher.columns
+    """The part of its teacher that a pruned student starts as."""
 
     @property
     def cut_from(self) -> str | None:
-        """The model that a student is cut from, where it is."""
+        """The model that a student is pruned from, where it is."""
         return cut_from(self.config)
 
-    def __str__(self) -> str:
-        """The resolved settings, what is cut and compared, and what a run reads and writes, as YAML."""
+    def details(self) -> dict[str, Any]:
         cut = {} if self.cut is None else {"cut": self.cut.facts()}
-        maps = {} if self.hidden is None else {"layers": self.hidden.texts()}
-        config = self.config.model_dump(mode="json")
-        files = {"reads": self.reads(), "writes": self.writes()}
-        return to_yaml({"config": config, **cut, **maps, **files, "costs": self.costs()})
+        return cut if self.hidden is None else {**cut, "layers": self.hidden.texts()}
 
     def costs(self) -> dict[str, Any] | str:
-        """Memory, arithmetic and time on the device of the run; or why they are not told."""
-        device = self.config.device
-        return costs_here(
-            loading.device_name(device), loading.device_memory(device),
-            lambda hardware: costs(self.config, self._known(), hardware),
-        )  # fmt: skip
+        return costs_on(self.config.device, lambda hardware: costs(self.config, self._known(), hardware))
 
     def known(self) -> DistillHeaders | None:
-        """What headers tell of the models; None where an architecture is not known."""
+        """Returns what headers tell of the models; None where an architecture is not known."""
         try:
             return self._known()
         except ConfigError:
             return None
 
     def _known(self) -> DistillHeaders:
-        assert self.student_config is not None
         return DistillHeaders(
             read_architecture(self.student_config.to_dict(), "the student"),
             None if self.teacher_config is None else read_architecture(self.teacher_config.to_dict(), "the teacher"),
@@ -129,7 +117,6 @@ class DistillPlan:
         return None if documents is None else float(documents.counts["tokens"])
 
     def reads(self) -> dict[str, str]:
-        """The models and files that a run reads, by what they are for."""
         config, found = self.config, {}
         if isinstance(config.teacher, LiveTeacherConfig):
             found["teacher"] = _model_text(config.teacher.model)
@@ -145,28 +132,21 @@ class DistillPlan:
             found["cut from"] = _model_text(source)
         if config.student.tokenizer is not None:
             found["tokenizer"] = config.student.tokenizer
-        for name, data in self._data():
-            files = open_source(data).files if is_local(data.path) else []
-            found[name] = ", ".join(map(str, files)) or f"{data.path} on the hub"
-        return found
+        return {**found, **{name: files_of(data) for name, data in self._data()}}
 
     def writes(self) -> dict[str, str]:
-        """The files that a run writes, by what they are."""
         found = {}
         for name, data in self._data():
             found[f"tokenised {name}"] = f"in {cache_folder(data)}"
             if is_local(data.path):
-                path = cache_path(data, self.tokenizer, self.template)
-                found[f"tokenised {name}"] = f"{path} ({'there already' if path.exists() else 'new'})"
+                found[f"tokenised {name}"] = tokenized_file(data, self.tokenizer, self.template)
         out = Path(self.config.out)
-        found |= {
+        return {
+            **found,
             "run": f"{out / 'run.json'}, {out / 'metrics.jsonl'}",
             "checkpoints": str(out / "checkpoints"),
             "model": str(out / "model"),
         }
-        if out.exists():
-            found["note"] = f"{out} exists: it needs --resume or --overwrite"
-        return found
 
     def _data(self) -> list[tuple[str, AnyData]]:
         named = (("data", self.config.data), ("held_out", self.held_out))
@@ -186,6 +166,9 @@ def make_plan(config: DistillConfig, context: DistContext = SINGLE_PROCESS) -> D
     given, config = config, _resolve_device(config)
     _check_outside(config, given)
     store, held_out_store, config = _stores(config, given)
+    length, micro_tokens = _row(config)
+    logits_bytes = LOGITS_BYTES if config.logits_bytes == "auto" else config.logits_bytes
+    config = replace(config, {"batch.micro_tokens": micro_tokens, "logits_bytes": logits_bytes})
     tokenizer, teacher_tokenizer = _tokenizers(config, store)
     teacher_config = None
     if isinstance(teacher := config.teacher, LiveTeacherConfig):
@@ -196,13 +179,15 @@ def make_plan(config: DistillConfig, context: DistContext = SINGLE_PROCESS) -> D
             check_quantizable(teacher_config, teacher.quantization, "the teacher")
     cut, fresh, student_config = student_parts(config, teacher_config, tokenizer)
     whose_tokenizer = _whose_tokenizer(config)
-    _check_vocabulary(student_config, tokenizer, "student", whose_tokenizer)
-    if teacher_config is not None:
-        _check_vocabulary(teacher_config, tokenizer, "teacher", whose_tokenizer)
-        config = _resolve_columns(config, student_config, teacher_config, tokenizer)
-    _check_length(config, student_config, teacher_config, shown_length(config, given))
+    fix = "Use the tokenizer that the model was trained with, or set vocab_size in student.init.settings."
+    for who, model in (("the student", student_config), ("the teacher", teacher_config)):
+        if model is not None:
+            check_vocabulary(tokenizer, model, who, tokenizer_name=whose_tokenizer, fix=fix)
+            loading.check_length(length, model, who.removeprefix("the "), shown_length(config, given))
+    config, vocab_size = _vocab_size(config, student_config, teacher_config, tokenizer)
     if store is not None:
         check_columns(store, student_config, tokenizer, whose_tokenizer)
+        vocab_size = store.manifest.num_columns
         whose, template = None, stored_template(store, tokenizer, teacher_tokenizer)
     else:
         whose, template = _template(config.data, tokenizer, teacher_tokenizer)
@@ -215,16 +200,37 @@ def make_plan(config: DistillConfig, context: DistContext = SINGLE_PROCESS) -> D
     config, hidden = plan_hidden(config, student_config, teacher_config, store, origin)
     if hidden is not None and held_out_store is not None:
         plan_hidden(config, student_config, None, held_out_store, origin)  # which is measured on the same layers
-    measured_on = _held_out(config)
     plan = DistillPlan(
-        config, tokenizer, template, fresh, teacher_config, measured_on, store, held_out_store, hidden, cut,
+        config,
+        tokenizer,
+        template,
         student_config,
-    )  # fmt: skip
+        fresh,
+        teacher_config,
+        _held_out(config),
+        length,
+        micro_tokens,
+        logits_bytes,
+        vocab_size,
+        store,
+        held_out_store,
+        hidden,
+        cut,
+    )
     for _, data in plan._data():
         if is_local(data.path):
             open_source(data)  # which says where it is not there
     room = memory_of_a_process(config.device)
     return dataclasses.replace(plan, config=resolve_parallel(config, plan.known(), context, room))
+
+
+def _row(config: DistillConfig) -> tuple[int, int]:
+    """Returns the tokens of a row, and those that go through the student at once, once a store said its length."""
+    length, micro_tokens = config.data.length, config.batch.micro_tokens
+    assert isinstance(length, int)  # a store has filled it in
+    if micro_tokens == "auto":
+        micro_tokens = min(config.batch.tokens, max(length, BATCH_TOKENS))
+    return length, micro_tokens
 
 
 def _check_outside(config: DistillConfig, given: DistillConfig) -> None:
@@ -257,10 +263,7 @@ def _stores(config: DistillConfig, given: DistillConfig) -> tuple[Store | None, 
     store = open_store(config.teacher.path, config, given)
     check_missing(store, config.objectives)
     length = store.manifest.length if config.data.length == "auto" else config.data.length
-    values: dict[str, Any] = {"data.length": length}
-    if config.batch.micro_tokens == "auto":
-        values["batch.micro_tokens"] = min(config.batch.tokens, max(length, 16384))
-    config = replace(config, values)
+    config = replace(config, {"data.length": length})
     held_out = None
     if config.held_out is not None:
         held_out = open_store(config.held_out.path, config, given)
@@ -269,21 +272,15 @@ def _stores(config: DistillConfig, given: DistillConfig) -> tuple[Store | None, 
 
 
 def _resolve_device(config: DistillConfig) -> DistillConfig:
-    import torch
-
     device = loading.resolve_device(config.device, "device")
-    half = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+    dtype = "bfloat16" if has_bfloat16(device) else "float32"
     values: dict[str, Any] = {"device": device}
     if not isinstance(config.data, StoredDataConfig):
         values["data.cache"] = str(cache_folder(config.data))
     if config.precision == "auto":
-        values["precision"] = "bfloat16" if half else "float32"
+        values["precision"] = dtype
     if isinstance(config.teacher, LiveTeacherConfig) and config.teacher.dtype == "auto":
-        values["teacher.dtype"] = "bfloat16" if half else "float32"
-    if config.batch.micro_tokens == "auto" and config.data.length != "auto":
-        values["batch.micro_tokens"] = min(config.batch.tokens, max(config.data.length, 16384))
-    if config.logits_bytes == "auto":
-        values["logits_bytes"] = CHUNK_BYTES
+        values["teacher.dtype"] = dtype
     return replace(config, values)
 
 
@@ -316,10 +313,6 @@ def _tokenizers(
     return chosen, of_teacher
 
 
-def _width(config: PretrainedConfig) -> int:
-    return config.get_text_config().vocab_size
-
-
 def _whose_tokenizer(config: DistillConfig) -> str:
     """The student's tokenizer, as an error names it."""
     student = config.student
@@ -330,24 +323,17 @@ def _whose_tokenizer(config: DistillConfig) -> str:
     return f"the {'store' if isinstance(config.teacher, StoreTeacherConfig) else 'teacher'}'s, by default"
 
 
-def _check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, who: str, whose: str) -> None:
-    if required_vocab_size(tokenizer) > _width(config):
-        raise MismatchError(
-            f"the tokenizer has tokens that the {who} has no column for",
-            {
-                "tokenizer": f"{required_vocab_size(tokenizer)} tokens: {whose}",
-                f"{who}'s head": f"{_width(config)} columns",
-            },
-            why="The model would read and predict ids that it does not have; it is never resized behind your back.",
-            fix="Use the tokenizer that the model was trained with, or set vocab_size in student.init.settings.",
-        )
-
-
-def _resolve_columns(
-    config: DistillConfig, student: PretrainedConfig, teacher: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
-) -> DistillConfig:
-    assert isinstance(config.teacher, LiveTeacherConfig)
-    widths, needed = (_width(student), _width(teacher)), required_vocab_size(tokenizer)
+def _vocab_size(
+    config: DistillConfig,
+    student: PretrainedConfig,
+    teacher: PretrainedConfig | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[DistillConfig, int | None]:
+    """Returns how many columns of the heads are compared (None: all of the student's), and the settings with it."""
+    needed = required_vocab_size(tokenizer)
+    if not isinstance(config.teacher, LiveTeacherConfig) or teacher is None:
+        return config, needed if isinstance(config.teacher, ServerTeacherConfig) else None
+    widths = student.get_text_config().vocab_size, teacher.get_text_config().vocab_size
     columns = config.teacher.columns
     if columns == "auto":
         columns = widths[0] if widths[0] == widths[1] else needed
@@ -362,16 +348,7 @@ def _resolve_columns(
             why="Each compared column must be in both heads, and each token must have one.",
             fix="Set teacher.columns=auto.",
         )
-    return replace(config, {"teacher.columns": columns})
-
-
-def _check_length(
-    config: DistillConfig, student: PretrainedConfig, teacher: PretrainedConfig | None, shown: object
-) -> None:
-    assert config.data.length != "auto"
-    loading.check_length(config.data.length, student, "student", shown)
-    if teacher is not None:
-        loading.check_length(config.data.length, teacher, "teacher", shown)
+    return replace(config, {"teacher.columns": columns}), columns
 
 
 def _template(
@@ -392,16 +369,8 @@ def _template(
     whose = choice if choice != "auto" else "student" if ours else "teacher"
     template = ours if whose == "student" else theirs
     if template is None:
-        raise MissingError(
-            "the tokenizer has no chat template",
-            {
-                "data.template": choice,
-                "teacher": "has one" if theirs else "none",
-                "student": "has one" if ours else "none",
-            },
-            why="Without one nobody knows how a conversation becomes text for these models.",
-            fix="Give the tokenizer a chat_template.jinja, or use data.format=prompt_completion or text.",
-        )
+        values = {"data.template": choice, "teacher": "has one" if theirs else "none"}
+        raise no_template({**values, "student": "has one" if ours else "none"})
     return whose, template
 
 

@@ -80,7 +80,7 @@ class Preflight:
             "student_columns": _width(student),
             "teacher_columns": None if plan.teacher_config is None else _width(plan.teacher_config),
             "stored_columns": None if plan.store is None else plan.store.manifest.num_columns,
-            "columns": plan.columns or _width(student),
+            "columns": plan.vocab_size or _width(student),
             "device": config.device,
         }
 
@@ -162,14 +162,14 @@ class Preflight:
             return None
         length, end = plan.config.data.length, plan.tokenizer.eos_token_id
         assert length != "auto"
-        assert plan.columns is not None  # there is a teacher
+        assert plan.vocab_size is not None  # there is a teacher
         with self._enough_memory("a text of the student's own"):
             nats, num_tokens = on_policy_kl(
                 self.state.module,
                 self.teacher,
                 self.documents,
                 self.drawn.tolist(),
-                columns=plan.columns,
+                columns=plan.vocab_size,
                 length=length,
                 end=end if isinstance(end, int) else None,
                 seed=plan.config.seed,

@@ -1,7 +1,7 @@
 """`stillroom distill`: student + (live teacher or none) + data -> model."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -47,10 +47,11 @@ from stillroom.tokenizers import fingerprint, template_fingerprint
 from stillroom.tracking import check, track
 from stillroom.training.checkpoint import Checkpoints, TrainState
 from stillroom.training.hidden_objective import layers_of
-from stillroom.training.loop import Measure, Report, Scheduled, train
+from stillroom.training.loop import Measure, Scheduled, train
 from stillroom.training.prefetch import Prefetcher
 from stillroom.training.student import Student
 from stillroom.training.validation import measure_held_out
+from stillroom.verbs import Report, recorded
 
 FREE_TO_CHANGE = (
     "tracking", "checkpoints.every", "checkpoints.keep", "out", "batch.micro_tokens", "logits_bytes", "device",
@@ -241,27 +242,23 @@ def _train(
         tracker.log({f"{kind}/{k}": v for kind, pairs in flat.items() for k, v in pairs.items()}, values["step"])
 
     try:
-        if plan.cut is not None and measure is not None and "held_out_before" not in folder.record:
-            _measure_before(measure, folder, record, report)
-        train(
-            state,
-            asked,
-            num_steps=num_steps,
-            clip=config.optimizer.clip,
-            checkpoints=checkpoints,
-            checkpoint_every=config.checkpoints.every,
-            measure=measure,
-            measure_every=None if config.held_out is None else config.held_out.every,
-            keep_best=config.checkpoints.best,
-            record=record,
-            report=report,
-            objectives=partial(_now, config.objectives) if scheduled(config.objectives) else None,
-        )
-    except BaseException as error:
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        with suppress(OSError):  # what went wrong is told by the error that is under way
-            folder.update(status=status, **_results(state))
-        raise
+        with recorded(folder, partial(_results, state)):
+            if plan.cut is not None and measure is not None and "held_out_before" not in folder.record:
+                _measure_before(measure, folder, record, report)
+            train(
+                state,
+                asked,
+                num_steps=num_steps,
+                clip=config.optimizer.clip,
+                checkpoints=checkpoints,
+                checkpoint_every=config.checkpoints.every,
+                measure=measure,
+                measure_every=None if config.held_out is None else config.held_out.every,
+                keep_best=config.checkpoints.best,
+                record=record,
+                report=report,
+                objectives=partial(_now, config.objectives) if scheduled(config.objectives) else None,
+            )
     finally:
         state.stream.close()
         if metrics is not None:
@@ -291,8 +288,7 @@ def _measure(
     data: AnyData | StoredDataConfig,
     stop: Callable[[], bool],
 ) -> dict[str, float] | None:
-    assert plan.config.batch.micro_tokens != "auto"
-    tokens = plan.config.batch.micro_tokens * state.ranks.world_size
+    tokens = plan.micro_tokens * state.ranks.world_size
     steps = build_stream(plan, documents, data, tokens=tokens, epochs=1, ranks=state.ranks)
     return measure_held_out(state.module, teacher, steps, plan.config.device, stop, state.ranks)
 
