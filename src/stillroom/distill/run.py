@@ -113,7 +113,7 @@ def _run(
             return folder.record
         if world.world_size > 1:
             here = {"train": context.num_trainers, "teach": context.num_teachers}
-            folder.update(status="started", launchers=launchers, ranks=here)
+            folder.update(status="started", launchers=launchers, processes=here)
         if context.is_teacher:
             return teach(plan, context)
         data: Documents | Store | None = plan.store
