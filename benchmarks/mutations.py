@@ -266,7 +266,7 @@ def main() -> int:
     if args.list:
         return 0
     os.environ |= ENVIRONMENT
-    for module in IMPORTED:
+    for module in IMPORTED:  # not at the top of this file, which processes that are spawned by tests import again
         importlib.import_module(module)
     results = {}
     with TemporaryDirectory() as folder:
