@@ -20,14 +20,13 @@ from stillroom.cli.report import BetweenConfig
 from stillroom.cli.store import JoinConfig, MergeConfig
 from stillroom.config import Config, PathText, explain, load, replace
 from stillroom.distill.config import DistillConfig
-from stillroom.distill.hidden_config import Distance
-from stillroom.distill.objective_config import LogitObjective
 from stillroom.doctor.config import DoctorConfig
 from stillroom.errors import ConfigError, MissingError
 from stillroom.estimates.hardware import Hardware
 from stillroom.estimates.kinds import Storage
 from stillroom.evaluate.config import EvaluateConfig
 from stillroom.evaluate.tasks.description import ExactMatch, LastWord, MinimalPairs, MultipleChoice
+from stillroom.losses.config import Distance, LogitObjective
 from stillroom.prune.config import PruneConfig
 from stillroom.pruning.config import Layers
 from stillroom.recipe import differences, to_yaml
@@ -736,14 +735,14 @@ def test_explaining_reaches_every_config_class_of_the_package():
 
 
 def test_each_objectives_settings_are_its_loss_functions_keyword_arguments():
-    from stillroom.losses import LOSSES
+    from stillroom.losses.config import LOSSES
 
     seen = set()
     for member in typing.get_args(LogitObjective):
         for kind in typing.get_args(member.model_fields["kind"].annotation):
             keywords = {
                 name: p
-                for name, p in inspect.signature(LOSSES[kind]).parameters.items()
+                for name, p in inspect.signature(LOSSES[kind].load()).parameters.items()
                 if p.kind is inspect.Parameter.KEYWORD_ONLY
             }
             settings = {n: f for n, f in member.model_fields.items() if n not in ("kind", "weight", "token_weight")}
@@ -756,7 +755,7 @@ def test_each_objectives_settings_are_its_loss_functions_keyword_arguments():
 
 
 def test_each_distances_settings_are_its_functions_keyword_arguments():
-    from stillroom.losses import DISTANCES
+    from stillroom.losses.config import DISTANCES
 
     members = typing.get_args(typing.get_args(Distance)[0])
     seen = set()
@@ -764,7 +763,7 @@ def test_each_distances_settings_are_its_functions_keyword_arguments():
         (kind,) = typing.get_args(member.model_fields["kind"].annotation)
         keywords = {
             name: p.default
-            for name, p in inspect.signature(DISTANCES[kind]).parameters.items()
+            for name, p in inspect.signature(DISTANCES[kind].load()).parameters.items()
             if p.kind is inspect.Parameter.KEYWORD_ONLY and name != "chunk_bytes"  # which changes no result
         }
         settings = {n: f.get_default() for n, f in member.model_fields.items() if n != "kind"}

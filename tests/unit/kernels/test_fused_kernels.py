@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stillroom.kernels import numba_fused
-from stillroom.kernels.terms import MEASURES, Term
-from stillroom.losses import LOSSES, LogitBlock
+from stillroom.kernels import MEASURES, Term, numba_fused
 from stillroom.losses import metrics as all_measures
+from stillroom.losses.block import LogitBlock
+from stillroom.losses.config import LOSSES
 
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
 PARAMETERS = {
@@ -113,7 +113,7 @@ def in_float64(student: Tensor, teacher: Tensor | None, labels: Tensor, term: Te
     if term.name != "logit_mse":
         arguments["temperature"] = term.temperature
     block = LogitBlock(student.double(), None if teacher is None else teacher.double(), labels)
-    return LOSSES[term.name](block, **arguments)
+    return LOSSES[term.name].load()(block, **arguments)
 
 
 def assert_near(found: Tensor, wanted: Tensor, tolerance: float = 2e-6):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from reference import naive_logits, objective, problem
 
-from stillroom.losses import LogitBlock, linear_losses
+from stillroom.losses.block import LogitBlock
+from stillroom.losses.fused_linear import linear_losses
 from stillroom.losses.metrics import confidence, correct, top1_agreement, top10_overlap
 
 
