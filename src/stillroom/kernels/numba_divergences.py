@@ -13,7 +13,8 @@ OUTER = {
 
 
 FORWARD_KL, REVERSE_KL, ADAPTIVE_KL, JENSEN_SHANNON, SKEW_KL, SKEW_REVERSE_KL, ALPHA_BETA, TOTAL_VARIATION = range(8)
-"""The numbers of the divergences."""
+CROSS_ENTROPY, LOGIT_MSE, FROM_TARGETS, WITH_BUCKET = range(8, 12)
+"""The numbers of the terms. The two last ones are forward KL from the entries of a sparse signal."""
 
 
 def over_tile(formula: Callable) -> Callable:

@@ -14,8 +14,17 @@ from numba import njit
 from torch import Tensor
 
 from stillroom.kernels import MEASURES, Term
-from stillroom.kernels import numba_divergences as divergences
-from stillroom.kernels.numba_divergences import ADAPTIVE_KL, FORWARD_KL, divergence, forward_kl_alone, head_share
+from stillroom.kernels.numba_divergences import (
+    ADAPTIVE_KL,
+    CROSS_ENTROPY,
+    FORWARD_KL,
+    FROM_TARGETS,
+    LOGIT_MSE,
+    WITH_BUCKET,
+    divergence,
+    forward_kl_alone,
+    head_share,
+)
 from stillroom.kernels.numba_math import (
     COPY,
     INNER,
@@ -32,22 +41,9 @@ from stillroom.kernels.numba_math import (
 )
 from stillroom.kernels.threads import over_rows
 
-CROSS_ENTROPY, LOGIT_MSE, FROM_TARGETS, WITH_BUCKET = range(8, 12)
-"""The numbers of the other terms, after those of the divergences."""
-
-KINDS = {
-    "forward_kl": FORWARD_KL,
-    "reverse_kl": divergences.REVERSE_KL,
-    "adaptive_kl": ADAPTIVE_KL,
-    "jensen_shannon": divergences.JENSEN_SHANNON,
-    "skew_kl": divergences.SKEW_KL,
-    "skew_reverse_kl": divergences.SKEW_REVERSE_KL,
-    "alpha_beta": divergences.ALPHA_BETA,
-    "total_variation": divergences.TOTAL_VARIATION,
-    "cross_entropy": CROSS_ENTROPY,
-    "logit_mse": LOGIT_MSE,
-}
-"""The losses that can be computed here with a dense teacher, and their numbers."""
+LOSSES = "forward_kl reverse_kl adaptive_kl jensen_shannon skew_kl skew_reverse_kl alpha_beta total_variation"
+KINDS = {name: number for number, name in enumerate([*LOSSES.split(), "cross_entropy", "logit_mse"])}
+"""The losses that can be computed here with a dense teacher, and their numbers in numba_divergences.py."""
 
 OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
 

@@ -18,7 +18,7 @@ class Selection:
     """The exact entries, most probable first. Where ``log_probs`` is −inf there is none."""
     log_probs: Float[Tensor, "n k"]
     log_rests: dict[float, Float[Tensor, " n"]] = field(default_factory=dict)
-    """By temperature: log of the mass that the exact entries leave out, summed over it, so exact however small."""
+    """The log of the mass that the exact entries leave out, by temperature; summed, and so exact however small."""
     draws: Int[Tensor, "n m"] | None = None
     """Drawn ids, with repetitions; −1 where there is none."""
     draw_log_probs: Float[Tensor, "n m"] | None = None

@@ -120,7 +120,8 @@ def _row(
         arguments += (_arguments(KINDS[i], a[i], b[i], student, teacher, vocab_size, of_student, BLOCK),)
         counts += (tl.load(weights + i * num_rows + row) * temperatures[SLOTS[i]],)
     rows = (student, teacher, vocab_size, token, of_student, of_teacher)
-    log_t_of_token = _log_prob_of(token, teacher, vocab_size, of_teacher)
+    y = tl.load(teacher + token, mask=(token >= 0) & (token < vocab_size), other=float("nan"))
+    log_t_of_token = _log_prob(tl.where(y < LOWEST, LOWEST, y), of_teacher, 1.0, 0)
     values, sums, measured = _pass(
         rows, inverses, counts, arguments, SUMS, KINDS, SLOTS, HAS_TEACHER, True, GRADIENT and CLOSED, BLOCK
     )
@@ -196,14 +197,6 @@ def _log_prob(x, of_row, inverse, k: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _log_prob_of(token, logits, vocab_size, of_row):
-    """The log-probability of a token at temperature 1; NaN where it is outside the vocabulary."""
-    x = tl.load(logits + token, mask=(token >= 0) & (token < vocab_size), other=float("nan"))
-    return _log_prob(tl.where(x < LOWEST, LOWEST, x), of_row, 1.0, 0)
-
-
-@triton.jit
-@no_type_check
 def _arguments(KIND: tl.constexpr, a, b, student, teacher, vocab_size, of_student, BLOCK: tl.constexpr):
     """The two numbers of a term in this row."""
     if KIND == "cross_entropy":  # the label's share, and that of every possible column
@@ -256,9 +249,13 @@ def _pass(
         new_terms = ()
         for i in tl.static_range(len(KINDS)):
             if KINDS[i] == "cross_entropy":
-                value, term = _cross_entropy(x, columns == token, outcomes[SLOTS[i]], arguments[i])
+                # −y log s and −y, with the target y of each token
+                term = -(tl.where(columns == token, arguments[i][0], 0.0) + tl.where(x > LOWEST, arguments[i][1], 0.0))
+                value = term * outcomes[SLOTS[i]][1]
             elif KINDS[i] == "logit_mse":
-                value, term = _logit_mse(x, y, arguments[i])
+                gap = tl.where((x <= LOWEST) | (y <= LOWEST), 0.0, x - y - arguments[i][0])
+                value = gap * gap * arguments[i][1]
+                term = gap * (2 * arguments[i][1])
             else:
                 value, term = _divergence(KINDS[i], outcomes[SLOTS[i]], arguments[i][0], arguments[i][1])
             new_values += (values[i] + value,)
@@ -272,41 +269,12 @@ def _pass(
             measured = (measured[0] + s * log_s, measured[1] + t * log_t, measured[2] + tl.minimum(t, s))
         if WRITE:
             tl.store(student + columns, tl.where(live, gradient, 0.0), mask=inside)
-    return _totals(values), _sums(grad_terms, sums), _totals(measured)
-
-
-@triton.jit
-@no_type_check
-def _totals(lanes):
     totals = ()
-    for i in tl.static_range(len(lanes)):
-        totals += (tl.sum(lanes[i], 0),)
-    return totals
-
-
-@triton.jit
-@no_type_check
-def _sums(lanes, known):
-    """The sums of the logit gradient terms; ``known`` ones are taken over."""
-    totals = ()
-    for i in tl.static_range(len(lanes)):
-        totals += (tl.sum(lanes[i], 0) if known[i] is None else known[i],)
-    return totals
-
-
-@triton.jit
-@no_type_check
-def _cross_entropy(x, is_token, outcome, shares):
-    """``−y log s`` and the gradient terms ``−y``, where y is the target of each token."""
-    term = -(tl.where(is_token, shares[0], 0.0) + tl.where(x > LOWEST, shares[1], 0.0))
-    return term * outcome[1], term
-
-
-@triton.jit
-@no_type_check
-def _logit_mse(x, y, mean_and_share):
-    gap = tl.where((x <= LOWEST) | (y <= LOWEST), 0.0, x - y - mean_and_share[0])
-    return gap * gap * mean_and_share[1], gap * (2 * mean_and_share[1])
+    term_sums = ()
+    for i in tl.static_range(len(KINDS)):
+        totals += (tl.sum(values[i], 0),)
+        term_sums += (tl.sum(grad_terms[i], 0) if sums[i] is None else sums[i],)
+    return totals, term_sums, (tl.sum(measured[0], 0), tl.sum(measured[1], 0), tl.sum(measured[2], 0))
 
 
 @triton.jit
@@ -345,7 +313,9 @@ def _over_mixture(log_t, log_s, share_of_teacher):
     """``log(t / m)`` and ``log(s / m)``: see :func:`stillroom.losses.divergences.over_mixture`."""
     gap = log_t - log_s
     share_of_smaller = tl.where(gap > 0, 1 - share_of_teacher, share_of_teacher)
-    down = -_log1p(share_of_smaller * _expm1(-tl.abs(gap)))
+    z = share_of_smaller * _expm1(-tl.abs(gap))
+    u = 1 + z
+    down = -tl.where(u == 1, z, tl.log(u) * (z / tl.where(u == 1, 1.0, u - 1)))  # log(1 + z) (Kahan)
     return down + tl.minimum(gap, 0.0), down - tl.maximum(gap, 0.0)
 
 
@@ -361,11 +331,3 @@ def _expm1(x):
     p = 1 / 6 + z * p
     p = 1 / 2 + z * p
     return tl.where(near, z + z * z * p, tl.exp(x) - 1)
-
-
-@triton.jit
-@no_type_check
-def _log1p(x):
-    """``log(1 + x)``; a factor corrects the rounding of 1 + x (Kahan)."""
-    u = 1 + x
-    return tl.where(u == 1, x, tl.log(u) * (x / tl.where(u == 1, 1.0, u - 1)))

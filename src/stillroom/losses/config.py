@@ -40,7 +40,7 @@ def _table(*entries: LossEntry) -> dict[str, LossEntry]:
 
 
 def _between(at_zero: str, at_one: str) -> AfterValidator:
-    """A share strictly between 0 and 1, at whose ends the loss would be another."""
+    """A share strictly between 0 and 1; at both ends the loss would be another one."""
 
     def check(value: float) -> float:
         if not 0 < value < 1:
@@ -64,17 +64,17 @@ class Schedule(Config):
 
 
 class ByEntropy(Config):
-    """Each token counts by how unsure teacher or student is of it (at temperature 1), in a straight line."""
+    """A token weight that is linear in the entropy of the teacher or the student (at temperature 1)."""
 
     kind: Literal["teacher_entropy", "student_entropy"]
     certain: NotNegative = 0.0
-    """What a token counts where the entropy is 0."""
+    """The weight of a token where the entropy is 0."""
     uncertain: NotNegative = 1.0
-    """What a token would count where it is log(columns), which is all columns alike."""
+    """The weight of a token where the entropy is log(vocabulary size), which is a uniform distribution."""
 
 
 class ByColumn(Config):
-    """Each token counts what data.weight says of its row."""
+    """A token weight that data.weight gives to each row."""
 
     kind: Literal["data"]
 
@@ -88,7 +88,7 @@ class LogitObjective(Config):
     weight: NotNegative | Schedule = 1.0
     """Its share in the sum of objectives; or how the share changes over the run."""
     token_weight: Annotated[ByEntropy | ByColumn, Field(discriminator="kind")] | None = None
-    """What each token counts in it; null counts all alike. What is reported is without it."""
+    """The weight of each token in it; null weights all alike. Reported values are without it."""
 
     @property
     def needs_teacher(self) -> bool:
@@ -98,7 +98,7 @@ class LogitObjective(Config):
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """Those at which the signal must be known; the ends of a schedule stand for all between."""
+        """The temperatures at which the signal must be known; for a schedule, its two ends."""
         temperature = getattr(self, "temperature", 1.0)
         return (temperature.start, temperature.stop) if isinstance(temperature, Schedule) else (temperature,)
 
@@ -115,23 +115,23 @@ class _Tempered(LogitObjective):
 
 
 class ForwardKL(_Tempered):
-    """KL(teacher ‖ student): cover all that the teacher may say."""
+    """KL(teacher ‖ student): mass-covering."""
 
     kind: Literal["forward_kl"]
     missing: Literal["bucket", "renormalise", "zero", "label"] = "bucket"
-    """Of a truncated store, what the teacher is taken to say of all that was left out: it is one outcome of known mass
-    (exact, a lower bound of the whole); it is shared out among the entries (biased, as most tools do); nothing; or the
-    data's next token."""
+    """The target for everything that a truncated store left out: it is one outcome of known mass (exact, a lower bound
+    of the whole); its mass is distributed over the entries (biased, as most tools do), dropped, or put on the data's
+    next token."""
 
 
 class ReverseKL(_Tempered):
-    """KL(student ‖ teacher): seek what the teacher is likely to say."""
+    """KL(student ‖ teacher): mode-seeking."""
 
     kind: Literal["reverse_kl"]
 
 
 class JensenShannon(_Tempered):
-    """Generalised Jensen-Shannon: both KLs from the mixture of teacher and student."""
+    """Generalized Jensen-Shannon: both KLs from the mixture of teacher and student."""
 
     kind: Literal["jensen_shannon"]
     beta: Annotated[float, _between("forward_kl", "reverse_kl")] = 0.5
@@ -159,7 +159,7 @@ class AdaptiveKL(_Tempered):
 
     kind: Literal["adaptive_kl"]
     mu: Annotated[float, _between("reverse_kl", "forward_kl")] = 0.5
-    """The head is the teacher's likeliest tokens that hold this mass."""
+    """The head is the smallest set of the teacher's top tokens that holds this mass."""
 
 
 class AlphaBeta(_Tempered):
@@ -167,13 +167,13 @@ class AlphaBeta(_Tempered):
 
     kind: Literal["alpha_beta"]
     alpha: AboveZero = 0.5
-    """Power of the teacher's probabilities: more weighs where the teacher is sure."""
+    """Power of the teacher's probabilities: a larger one emphasizes where the teacher is sure."""
     beta: AboveZero = 0.5
-    """Power of the student's probabilities: more weighs where the student is sure."""
+    """Power of the student's probabilities: a larger one emphasizes where the student is sure."""
 
 
 class TotalVariation(_Tempered):
-    """Half the summed difference of the probabilities: 1 less what speculative decoding accepts."""
+    """Half the summed difference of the probabilities: 1 less the mass that speculative decoding accepts."""
 
     kind: Literal["total_variation"]
 
@@ -185,21 +185,21 @@ class LogitMSE(LogitObjective):
 
 
 class HingeRanking(LogitObjective):
-    """Keep the order of the teacher's likeliest tokens, with a margin."""
+    """Keep the order of the teacher's top tokens, with a margin."""
 
     kind: Literal["hinge_ranking"]
     k: Annotated[int, Field(ge=2)] = 16
-    """How many of the teacher's likeliest tokens are put in order."""
+    """The number of the teacher's top tokens that are put in order."""
     margin: Annotated[float, Field(gt=0)] = 1.0
-    """How far, in logits, each is to be before those behind it."""
+    """The distance in logits between each of them and those behind it."""
 
 
 class LogisticRanking(LogitObjective):
-    """Keep the order of the teacher's likeliest tokens, smoothly."""
+    """Keep the order of the teacher's top tokens, smoothly."""
 
     kind: Literal["logistic_ranking"]
     k: Annotated[int, Field(ge=2)] = 16
-    """How many of the teacher's likeliest tokens are put in order."""
+    """The number of the teacher's top tokens that are put in order."""
 
 
 class CrossEntropy(_Tempered):
@@ -207,44 +207,34 @@ class CrossEntropy(_Tempered):
 
     kind: Literal["cross_entropy"]
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Label smoothing: this share of the target is spread over all columns."""
+    """Label smoothing: this share of the target is spread over all tokens."""
 
 
 LOSSES = _table(
     LossEntry("divergences:forward_kl", ForwardKL, "T² KL(t‖s) = T² Σ t (log t − log s)", (), signal="sampled"),
     LossEntry("divergences:reverse_kl", ReverseKL, "T² KL(s‖t) = T² Σ s (log s − log t)", ()),
-    LossEntry(
-        "divergences:jensen_shannon", JensenShannon,
-        "T² (β KL(t‖m) + (1 − β) KL(s‖m)), m = β t + (1 − β) s", ("beta",),
-    ),
+    LossEntry("divergences:jensen_shannon", JensenShannon,
+              "T² (β KL(t‖m) + (1 − β) KL(s‖m)), m = β t + (1 − β) s", ("beta",)),
     LossEntry("divergences:skew_kl", SkewKL, "T² KL(t‖m), m = α t + (1 − α) s", ("alpha",)),
     LossEntry("divergences:skew_reverse_kl", SkewReverseKL, "T² KL(s‖m), m = α s + (1 − α) t", ("alpha",)),
-    LossEntry(
-        "divergences:adaptive_kl", AdaptiveKL,
-        "T² (g KL(t‖s) + (1 − g) KL(s‖t)), g the head's share of Σ abs(t − s)", ("mu",),
-    ),
-    LossEntry(
-        "divergences:alpha_beta", AlphaBeta,
-        "T²/(αβ) Σ [α/c t^c + β/c s^c − t^α s^β], c = α + β", ("alpha", "beta"),
-    ),
+    LossEntry("divergences:adaptive_kl", AdaptiveKL,
+              "T² (g KL(t‖s) + (1 − g) KL(s‖t)), g the head's share of Σ abs(t − s)", ("mu",)),
+    LossEntry("divergences:alpha_beta", AlphaBeta,
+              "T²/(αβ) Σ [α/c t^c + β/c s^c − t^α s^β], c = α + β", ("alpha", "beta")),
     LossEntry("divergences:total_variation", TotalVariation, "T² ½ Σ abs(t − s)", ()),
     LossEntry("logits:logit_mse", LogitMSE, "1/v Σ (a − b)², each less its mean", (), signal="dense"),
-    LossEntry(
-        "logits:hinge_ranking", HingeRanking,
-        "mean over pairs i before j of the teacher's k likeliest: max(0, margin − (a_i − a_j))",
-    ),
+    LossEntry("logits:hinge_ranking", HingeRanking,
+              "mean over pairs i before j of the teacher's k likeliest: max(0, margin − (a_i − a_j))"),
     LossEntry("logits:logistic_ranking", LogisticRanking, "mean over the same pairs: log(1 + exp(a_j − a_i))"),
-    LossEntry(
-        "logits:cross_entropy", CrossEntropy,
-        "−T² Σ y log s; smoothed by ε, y is 1 − ε on the next token and ε/v more on each column", ("smoothing",),
-        signal="none",
-    ),
+    LossEntry("logits:cross_entropy", CrossEntropy,
+              "−T² Σ y log s; smoothed by ε, y is 1 − ε on the next token and ε/v more on each column", ("smoothing",),
+              signal="none"),
 )  # fmt: skip
 """Every loss of next-token distributions by its ``kind`` in a recipe."""
 
 
 class Auto(Config):
-    """What suits student and teacher."""
+    """A choice by student and teacher."""
 
     kind: Literal["auto"]
 
@@ -262,7 +252,7 @@ class Last(Config):
 
     kind: Literal["last"]
     count: Positive
-    """How many."""
+    """The number of layers."""
 
 
 class Every(Config):
@@ -314,7 +304,7 @@ class Linear(Config):
     shared: bool = False
     """One for all pairs of layers, and not one for each."""
     start: Literal["orthogonal", "identity", "least_squares"] = "orthogonal"
-    """What it starts from: random and orthogonal; the student's channels in the teacher's first places (for a student
+    """Its start: random and orthogonal; the student's channels in the teacher's first places (for a student
     cut from this teacher, in the places that they had); or what fits the states of the first step best."""
 
 
@@ -354,7 +344,7 @@ class ChannelKL(Config):
 
 
 class LinearCKA(Config):
-    """1 less the linear centred kernel alignment within each document; needs no projector."""
+    """1 less the linear centered kernel alignment within each document; needs no projector."""
 
     kind: Literal["linear_cka"]
 
@@ -371,21 +361,15 @@ class AttentionRelation(Config):
 DISTANCES = _table(
     LossEntry("hidden:mse", MSE, "Σ (s − t)² / d"),
     LossEntry("hidden:normalized_mse", NormalizedMSE, "Σ (s − t)² / Σ t²"),
-    LossEntry(
-        "hidden:channel_scaled_mse", ChannelScaledMSE,
-        "Σ ((s − t)/σ)² / d, σ the channel's own size in the teacher's first step",
-    ),
+    LossEntry("hidden:channel_scaled_mse", ChannelScaledMSE,
+              "Σ ((s − t)/σ)² / d, σ the channel's own size in the teacher's first step"),
     LossEntry("hidden:cosine", Cosine, "1 − cos(s, t)"),
     LossEntry("hidden:channel_kl", ChannelKL, "T² KL(softmax(t/T) ‖ softmax(s/T)) over the channels"),
-    LossEntry(
-        "relations:linear_cka", LinearCKA,
-        "1 − ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖), X and Y the states of a document, centered (arXiv 1905.00414)",
-    ),
-    LossEntry(
-        "relations:attention_relation", AttentionRelation,
-        "Σ over queries, keys, values of the mean over heads of KL(teacher's ‖ student's softmax of xᵢ·xⱼ/√w over the "
-        "document's kept positions j ≤ i) (MiniLMv2, arXiv 2012.15828)",
-    ),
+    LossEntry("relations:linear_cka", LinearCKA,
+              "1 − ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖), X and Y the states of a document, centered (arXiv 1905.00414)"),
+    LossEntry("relations:attention_relation", AttentionRelation,
+              "Σ over queries, keys, values of the mean over heads of KL(teacher's ‖ student's softmax of xᵢ·xⱼ/√w "
+              "over the document's kept positions j ≤ i) (MiniLMv2, arXiv 2012.15828)"),
 )  # fmt: skip
 """Every distance of hidden states by its name in a recipe."""
 PROJECTION_FREE = ("linear_cka", "attention_relation")
@@ -400,28 +384,28 @@ else:
 
 
 class HiddenObjective(Config):
-    """The teacher's inner states, layer by layer."""
+    """The teacher's hidden states, layer by layer."""
 
     distance: Distance = NormalizedMSE(kind="normalized_mse")
-    """How far apart two states are; by name alone, or with its settings."""
+    """The distance between two states; by name alone, or with its settings."""
     layers: LayerMap = Auto(kind="auto")
-    """Which layers are compared: auto, uniform, kept, {last: 3}, {every: 2}; or pairs of the student's and the
+    """The layers that are compared: auto, uniform, kept, {last: 3}, {every: 2}; or pairs of the student's and the
     teacher's, counted from 0, such as [[0, 1], [2, 5], [final_norm, final_norm]]; `embeddings` is what the first layer
     reads, `final_norm` what the head reads. auto is kept where the student was cut from this teacher, and else
     uniform."""
     projector: Projector = Auto(kind="auto")
-    """What takes the student's states to the teacher's width: linear, or null for nothing; auto is linear where the
+    """The map of the student's states to the teacher's width: linear, or null for nothing; auto is linear where the
     widths differ and the distance needs them to agree."""
     normalise: Literal["rms", "layer_norm"] | None = None
-    """Before they are compared, each state is divided by its own root mean square; or centred and scaled to a variance
+    """Before they are compared, each state is divided by its own root mean square; or centered and scaled to a variance
     of 1."""
     weights_by_layer: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(strict=False)] | None = None
-    """What each pair counts, in the map's order; null is their mean."""
+    """The weight of each pair, in the map's order; null is their mean."""
     kind: Literal["hidden"]
     weight: NotNegative | Schedule = 1.0
     """Its share in the sum of objectives; or how the share changes over the run."""
     token_weight: ByColumn | None = None
-    """What each token counts in it, by data.weight; null counts all alike. What is reported is without it."""
+    """The weight of each token in it, by data.weight; null weights all alike. Reported values are without it."""
 
     @model_validator(mode="after")
     def _hidden_fits_together(self) -> Any:

@@ -21,7 +21,7 @@ RELATION_BYTES = 16 * 2**20
 """The default budget for the attention relations that are held at once."""
 
 NUM_TENSORS = 9
-"""How many tensors of a chunk's shape the attention relation holds at most."""
+"""The most tensors of a chunk's shape that the attention relation holds."""
 
 
 def linear_cka(pair: Pair) -> Float[Tensor, " n"]:
@@ -47,12 +47,15 @@ class _LinearCKA(torch.autograd.Function):
         values = student.new_empty(len(student), dtype=dtype)
         gradient = torch.empty_like(student, dtype=dtype) if ctx.needs_input_grad[0] else None
         with no_autocast(student):
-            for positions in _cka_chunks(groups, student.shape[1] + teacher.shape[1], values.itemsize):
-                x, y = (states[positions].to(dtype) for states in (student, teacher))
-                value, slope = _one_minus_cka(x, y)
-                values[positions] = value.unsqueeze(-1)
-                if gradient is not None:
-                    gradient[positions] = slope
+            for group in groups:
+                m, width = group.shape[1], student.shape[1] + teacher.shape[1]
+                bytes_each = values.itemsize * m * (2 * width + 3 * min(m, width))
+                for positions in group.split(max(1, CKA_BYTES // bytes_each)):
+                    x, y = (states[positions].to(dtype) for states in (student, teacher))
+                    value, slope = _one_minus_cka(x, y)
+                    values[positions] = value.unsqueeze(-1)
+                    if gradient is not None:
+                        gradient[positions] = slope
         ctx.groups = groups
         ctx.save_for_backward(gradient)
         return values
@@ -65,16 +68,6 @@ class _LinearCKA(torch.autograd.Function):
         for positions in ctx.groups:
             total[positions] = upstream[positions].sum(-1, keepdim=True)
         return gradient * total.unsqueeze(-1), None, None
-
-
-def _cka_chunks(groups: Sequence[Tensor], width: int, itemsize: int) -> list[Tensor]:
-    """Splits the groups into parts for which the budget is enough."""
-    parts = []
-    for positions in groups:
-        m = positions.shape[1]
-        bytes_each = itemsize * m * (2 * width + 3 * min(m, width))
-        parts.extend(positions.split(max(1, CKA_BYTES // bytes_each)))
-    return parts
 
 
 def _one_minus_cka(
@@ -170,7 +163,7 @@ class _Relation(torch.autograd.Function):
         ctx.work = groups, heads, chunk_bytes
         nats = student.new_empty(len(student), dtype=accumulator(student.dtype))
         with no_autocast(student):
-            for positions, size in _relation_chunks(groups, heads, chunk_bytes, nats.itemsize):
+            for positions, size in _chunks(groups, heads, chunk_bytes, nats.itemsize):
                 s, t = (_split(x, positions, heads, nats.dtype) for x in (student, teacher))
                 for rows in _rows(positions.shape[1], size):
                     found = channel_forward_kl(_scores(s, rows), _scores(t, rows))[0]
@@ -184,7 +177,7 @@ class _Relation(torch.autograd.Function):
         groups, heads, chunk_bytes = ctx.work
         gradient = torch.empty_like(student)
         with no_autocast(student):
-            for positions, size in _relation_chunks(groups, heads, chunk_bytes, upstream.itemsize):
+            for positions, size in _chunks(groups, heads, chunk_bytes, upstream.itemsize):
                 s, t = (_split(x, positions, heads, upstream.dtype) for x in (student, teacher))
                 weights = upstream[positions] / (heads * s.shape[-1] ** 0.5)
                 weights = weights.repeat_interleave(heads, 0).unsqueeze(-1)
@@ -197,7 +190,7 @@ class _Relation(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
-def _relation_chunks(groups: Sequence[Tensor], heads: int, chunk_bytes: int, itemsize: int) -> list[tuple[Tensor, int]]:
+def _chunks(groups: Sequence[Tensor], heads: int, chunk_bytes: int, itemsize: int) -> list[tuple[Tensor, int]]:
     """The positions of documents that are worked on at once, [g, m], and the number of their rows that are: all m,
     unless there is one document."""
     chunks = []

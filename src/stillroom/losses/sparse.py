@@ -78,7 +78,7 @@ class Seen(NamedTuple):
     log_s: Float[Tensor, "r k+1"]
     t: Float[Tensor, "r k+1"]
     s: Float[Tensor, "r k+1"]
-    """Where a position has fewer than k entries, all four are 0."""
+    """All four are 0 where a position has fewer than k entries."""
     others: Float[Tensor, "r v"]
     """The student's probabilities of the other ids, 0 on the kept ones. The caller may change this tensor."""
 
