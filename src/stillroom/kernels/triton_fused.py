@@ -35,7 +35,6 @@ SUM_OF_GRAD_TERMS: dict[str, float | None] = {
 
 KINDS = frozenset(SUM_OF_GRAD_TERMS)
 """The losses that can be computed here."""
-
 BLOCK = 2048
 """The number of logits that a program loads together."""
 

@@ -28,7 +28,6 @@ from stillroom.signals import Signal, Sparse
 
 CHUNK_BYTES = 256 * 2**20
 """The default budget for the two buffers of logits."""
-
 BLOCK_BYTES = 2 * 2**20
 """The budget for one tensor of the element-wise part, on a CPU: it should stay in the cache between two operations."""
 

@@ -16,10 +16,8 @@ from stillroom.signals import Attention
 
 CKA_BYTES = 64 * 2**20
 """The budget for the matrices of the documents that are worked on at once; one document is never divided."""
-
 RELATION_BYTES = 16 * 2**20
 """The default budget for the attention relations that are held at once."""
-
 NUM_TENSORS = 9
 """The most tensors of a chunk's shape that the attention relation holds."""
 
