@@ -18,7 +18,7 @@ from collections.abc import Callable
 import throughput
 from results import machine, save
 
-from stillroom.losses import DISTANCES
+from stillroom.losses.config import DISTANCES
 
 SIDES = ("logits", *DISTANCES)
 VOCABULARIES = (128_000, 4_096)
@@ -29,8 +29,9 @@ def step_of(side: str) -> Callable[[], float]:
     import torch
 
     from stillroom.batch import Batch
-    from stillroom.losses import Objective, forward_kl
+    from stillroom.losses.divergences import forward_kl
     from stillroom.losses.fused_linear import CHUNK_BYTES
+    from stillroom.losses.objective import Objective
     from stillroom.teachers.live import LiveTeacher
     from stillroom.training.hidden_objective import HiddenLoss, HiddenSpec, layers_of
     from stillroom.training.step import StudentStep

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.functional import kl_div, linear
 
 from stillroom.lm_head import LMHead
-from stillroom.losses import LOSSES, Objective, linear_losses
-from stillroom.losses.fused_linear import CHUNK_BYTES, Buffers
+from stillroom.losses.config import LOSSES
+from stillroom.losses.fused_linear import CHUNK_BYTES, Buffers, linear_losses
+from stillroom.losses.objective import Objective
 from stillroom.signals import Dense, Signal, Sparse
 
 ARGUMENTS: dict[str, dict[str, float]] = {
@@ -96,7 +97,7 @@ def problem(
 
 
 def objective(name: str) -> Objective:
-    return Objective(name, LOSSES[name], 1.0, ARGUMENTS.get(name, {}))
+    return Objective(name, LOSSES[name].load(), 1.0, ARGUMENTS.get(name, {}))
 
 
 def ours(name: str, signal: Callable[[Problem], Signal | None] = Problem.dense) -> Job:

@@ -6,7 +6,7 @@ from typing import Any
 
 from loss_jobs import NEEDS_NO_TEACHER, PEER_TASKS, SAMPLES_24, TOP_50, own_jobs
 
-from stillroom.losses import LOSSES
+from stillroom.losses.config import LOSSES
 
 MIB, GIB = 2**20, 2**30
 

@@ -45,7 +45,7 @@ from results import machine, save
 from throughput import resident_bytes
 from torch import Tensor
 
-from stillroom.losses import LOSSES
+from stillroom.losses.config import LOSSES
 
 OFTEN = ("four", "forward_kl", NEEDS_NO_TEACHER, TOP_50, SAMPLES_24)
 BASES = ("four", "forward_kl", NEEDS_NO_TEACHER, *PEER_TASKS)

@@ -26,7 +26,8 @@ from stillroom.data.config import TextData
 from stillroom.data.dataset import Documents, prepare
 from stillroom.kernels import selection
 from stillroom.lm_head import LMHead
-from stillroom.losses import LOSSES, Objective
+from stillroom.losses.config import LOSSES
+from stillroom.losses.objective import Objective
 from stillroom.models import loading
 from stillroom.models.hidden_states import last_hidden_states, lm_head
 from stillroom.store.codec.codec import Codec
@@ -344,7 +345,7 @@ def step_time(model: Any, documents: Documents, repeats: int) -> dict[str, Any]:
         store = capture(model, documents, 400, DEFAULT, Path(folder) / "store")
 
         def epoch(name: str) -> Callable[[], None]:
-            objective = Objective(name, LOSSES[name])
+            objective = Objective(name, LOSSES[name].load())
             step = StudentStep(student, (objective,), vocab_size=4096, logits_bytes=256 * 2**20)
             teacher = StoredTeacher(store) if name == "forward_kl" else None
 

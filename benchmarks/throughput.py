@@ -75,8 +75,10 @@ def stillroom_step() -> Callable[[], float]:
     import torch
 
     from stillroom.batch import Batch
-    from stillroom.losses import Objective, cross_entropy, forward_kl
+    from stillroom.losses.divergences import forward_kl
     from stillroom.losses.fused_linear import CHUNK_BYTES
+    from stillroom.losses.logits import cross_entropy
+    from stillroom.losses.objective import Objective
     from stillroom.teachers.live import LiveTeacher
     from stillroom.training.step import StudentStep
 

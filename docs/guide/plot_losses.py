@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stillroom.losses import LOSSES, LogitBlock
+from stillroom.losses.block import LogitBlock
+from stillroom.losses.config import LOSSES
 
 FOLDER = Path(__file__).parent
 COLUMNS = torch.arange(64, dtype=torch.float64)
@@ -59,7 +60,7 @@ def losses_of(students: Tensor, name: str, **arguments) -> Tensor:
 
     def value(token: int) -> Tensor:
         block = LogitBlock(students.clone(), teacher().repeat(n, 1), torch.full((n,), token))
-        return LOSSES[name](block, **arguments)[0]
+        return LOSSES[name].load()(block, **arguments)[0]
 
     if name != "cross_entropy":
         return value(0)
@@ -82,7 +83,7 @@ def lands(found: Fit) -> str:
 
 def pull(name: str, student: Tensor) -> Tensor:
     """How a step of gradient descent would move each logit, [v]: minus the gradient. The next token is column 18."""
-    _, gradient = LOSSES[name](LogitBlock(student[None].clone(), teacher()[None], torch.tensor([18])))
+    _, gradient = LOSSES[name].load()(LogitBlock(student[None].clone(), teacher()[None], torch.tensor([18])))
     return -gradient[0]
 
 

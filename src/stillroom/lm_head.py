@@ -1,4 +1,4 @@
-"""Head: from a hidden state to logits, with everything that a model family does on the way."""
+"""LMHead: from a hidden state to logits, with every transformation that model families apply on the way."""
 
 from dataclasses import dataclass
 
@@ -25,26 +25,26 @@ class LMHead:
     def vocab_size(self) -> int:
         return self.weight.shape[0]
 
-    def columns(self, asked: int | None) -> int:
-        """How many columns are meant by ``asked``: all for None.
+    def checked_vocab_size(self, requested: int | None) -> int:
+        """The number of logits to use: ``requested``, or all where it is None.
 
         Raises:
-            MismatchError: the head has fewer, or none is asked for.
+            MismatchError: the head has fewer, or fewer than one is requested.
         """
-        columns = self.vocab_size if asked is None else asked
-        if not 0 < columns <= self.vocab_size:
+        vocab_size = self.vocab_size if requested is None else requested
+        if not 0 < vocab_size <= self.vocab_size:
             raise MismatchError(
-                f"{columns} columns cannot be taken from the head",
-                {"asked for": f"{columns} columns", "the head has": f"{self.vocab_size} columns"},
+                f"{vocab_size} columns cannot be taken from the head",
+                {"asked for": f"{vocab_size} columns", "the head has": f"{self.vocab_size} columns"},
                 why="The others would be whatever lies in memory.",
                 fix="Compare at most the columns that both heads have.",
             )
-        return columns
+        return vocab_size
 
     def logits(self, hidden: Float[Tensor, "n d"], vocab_size: int | None = None) -> Float[Tensor, "n c"]:
         """The first ``vocab_size`` logits (all by default), float32, or float64 where ``hidden`` is. No gradients."""
-        columns = self.columns(vocab_size)
-        out = torch.empty(len(hidden), columns, dtype=accumulator(hidden.dtype), device=hidden.device)
+        size = (len(hidden), self.checked_vocab_size(vocab_size))
+        out = torch.empty(size, dtype=accumulator(hidden.dtype), device=hidden.device)
         with torch.no_grad():
             logits_into(out, hidden, self)
         return out
@@ -57,10 +57,10 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def logits_into(out: Float[Tensor, "n c"], hidden: Float[Tensor, "n d"], head: LMHead) -> None:
     """Writes the first ``c`` logits of each row into ``out``."""
-    columns = out.shape[1]
-    multiply_into(out, hidden, head.weight[:columns])
+    vocab_size = out.shape[1]
+    multiply_into(out, hidden, head.weight[:vocab_size])
     if head.bias is not None:
-        out += head.bias[:columns]
+        out += head.bias[:vocab_size]
     if head.scale != 1.0:
         out *= head.scale
     if head.softcap is not None:
@@ -86,7 +86,7 @@ def add_product(
     """``total += left @ right``, accumulated in the type of ``total`` and ``left``; ``right`` may be narrower.
 
     Args:
-        first: nothing is in ``total`` yet: it counts as 0, whatever it holds.
+        first: ``total`` counts as 0, whatever it holds.
     """
     if right.dtype == total.dtype:
         total.addmm_(left, right, beta=0 if first else 1)

@@ -1,7 +1,7 @@
-"""Signals: what the teacher said about each position."""
+"""Signals: the teacher's output at each position."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from stillroom.lm_head import LMHead, logits_into
 
 @dataclass(frozen=True)
 class Dense:
-    """Everything: the teacher's last hidden states and its head, from which its logits are formed chunk by chunk."""
+    """The teacher's last hidden states and its head, from which its logits are computed chunk by chunk."""
 
     hidden: Float[Tensor, "n d"]
     head: LMHead
@@ -42,7 +42,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Logits:
-    """Everything, multiplied out: only for tests and tiny vocabularies."""
+    """All logits at once, for tests and tiny vocabularies only."""
 
     logits: Float[Tensor, "n v"]
 
@@ -70,9 +70,9 @@ class Logits:
 class Sparse:
     """A few entries of the teacher's distribution at each position, in one of two meanings.
 
-    *Truncated* (``sampled`` off): the entries are exact, and what was left out is one further outcome of known mass,
-    the bucket. *Sampled*: the entries are an unbiased estimate of the whole distribution, so nothing is left out in
-    expectation, and their sum is 1 in expectation only.
+    If it is *truncated* (``sampled`` off), the entries are exact, and all other ids are one further outcome of known
+    mass, the bucket. If it is *sampled*, the entries are an unbiased estimate of the whole distribution, so nothing is
+    left out in expectation, and their sum is 1 in expectation only.
     """
 
     ids: Int[Tensor, "n k"]
@@ -80,15 +80,15 @@ class Sparse:
     log_probs: Float[Tensor, "n k"]
     """log of each entry's probability or weight; −inf where a position has fewer than k."""
     log_rests: Mapping[float, Float[Tensor, " n"]] = field(default_factory=dict)
-    """Truncated: by temperature, log of the mass left out *at that temperature*, −inf where nothing is. Has 1.0."""
+    """If truncated: by temperature, log of the mass left out *at that temperature*, or −inf. It contains 1.0."""
     entropy: Float[Tensor, " n"] | None = None
-    """The teacher's entropy in nats. Sampled, and always there: ``−Σ w log t`` over the entries, whose mean it is; so
-    the noise of the draws cancels in a divergence, and where student and teacher are equal nothing is left."""
+    """The teacher's entropy in nats. A sampled signal always has it, as ``−Σ w log t`` over the entries, whose mean it
+    is; so the noise of the draws cancels in a divergence, which is exactly 0 where student and teacher are equal."""
     label_log_probs: Float[Tensor, " n"] | None = None
     """log of the teacher's probability of the data's own next token, where it was kept."""
     sampled: bool = False
     vocab_size: int | None = None
-    """The columns over which the distribution was taken; None where nobody said."""
+    """The number of tokens that the distribution is over; None where it is not known."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -119,18 +119,9 @@ class Sparse:
         return tempered(self.log_probs, log_rest, temperature), log_rest
 
     def _map(self, change) -> "Sparse":
-        def optional(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else change(tensor)
-
-        return Sparse(
-            change(self.ids),
-            change(self.log_probs),
-            {temperature: change(rest) for temperature, rest in self.log_rests.items()},
-            optional(self.entropy),
-            optional(self.label_log_probs),
-            self.sampled,
-            self.vocab_size,
-        )
+        changed = {name: tensor for name, tensor in vars(self).items() if isinstance(tensor, Tensor)}
+        changed = {name: change(tensor) for name, tensor in changed.items()}
+        return replace(self, log_rests={t: change(rest) for t, rest in self.log_rests.items()}, **changed)
 
 
 def tempered(
@@ -144,7 +135,7 @@ def tempered(
 
 
 def untempered(temperature: float, known: str) -> MismatchError:
-    """The error of a temperature at which a sparse signal does not know what it left out."""
+    """The error of a temperature at which the mass that a sparse signal left out is not known."""
     return MismatchError(
         f"the stored signal cannot be used at temperature {temperature}",
         {"asked for": temperature, "stored": known},
@@ -155,11 +146,11 @@ def untempered(temperature: float, known: str) -> MismatchError:
 
 
 Signal = Dense | Logits | Sparse
-"""What a teacher said of the next token."""
+"""The teacher's distribution of the next token."""
 
 
 class Attention(NamedTuple):
-    """What a block's attention reads: its projections, before positions are turned into them."""
+    """The projections of a layer's attention, before rotary position embeddings."""
 
     queries: Float[Tensor, "n q"]
     keys: Float[Tensor, "n k"]
@@ -168,7 +159,7 @@ class Attention(NamedTuple):
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """Inner states of a model at some of its layers."""
+    """Hidden states of a model at some of its layers."""
 
     states: Mapping[Layer, Float[Tensor, "n d"]] = field(default_factory=dict)
     attention: Mapping[int, Attention] = field(default_factory=dict)
@@ -182,15 +173,15 @@ class HiddenStates:
 
 
 class TeacherOutput(NamedTuple):
-    """All that a teacher told of the same positions."""
+    """All outputs of a teacher at the same positions."""
 
     signal: Signal | None = None
-    """Of the next token."""
+    """Its distribution of the next token."""
     hidden: HiddenStates | None = None
-    """Its inner states, where they are asked for."""
+    """Its hidden states, where they are requested."""
 
     def to(self, device: torch.device | str) -> "TeacherOutput":
-        """The same on a device."""
+        """The same output on a device."""
         signal, hidden = self
         return TeacherOutput(
             None if signal is None else signal.to(device), None if hidden is None else hidden.to(device)

@@ -1,4 +1,4 @@
-"""Statistics: how sure a measured score is, and whether two models differ by more than chance.
+"""Statistics: the uncertainty of a measured score, and whether two models differ by more than chance.
 
 Models are compared on the same items, so what counts is the difference on each item (a paired test): items that are
 hard for both say nothing about which is better.
@@ -14,11 +14,11 @@ from numpy.typing import ArrayLike
 from stillroom.errors import MismatchError
 
 NUM_RESAMPLES = 10_000
-"""Of a bootstrap."""
+"""The number of resamples of a bootstrap."""
 RESAMPLE_BYTES = 64 * 2**20
 """The budget for the resamples that are drawn at a time."""
 Z_95 = 1.959963984540054
-"""The normal distribution has 95 % of its mass within so many standard deviations."""
+"""The number of standard deviations that hold 95 % of the normal distribution."""
 SIGNIFICANCE = 0.05
 FEWEST_ITEMS = 6
 """With fewer no winner is named: a fair coin falls on one side five times in a row, either one, in 1 of 16 trials."""
@@ -27,7 +27,7 @@ FEW_DISCORDANT = 25
 
 
 class Mean(NamedTuple):
-    """A mean with what is known of its error; the fields are those of a Number in the results."""
+    """A mean with its error; the fields are those of a Number in the results."""
 
     value: float
     error: float | None
@@ -54,7 +54,7 @@ class Compared(NamedTuple):
 
 
 def standard_error(values: ArrayLike) -> float:
-    """Of the mean of at least two independent values: √(Σ (x − mean)² / (n − 1) / n)."""
+    """The standard error of the mean of at least two independent values: √(Σ (x − mean)² / (n − 1) / n)."""
     x = np.asarray(values, dtype=np.float64)
     return float(x.std(ddof=1) / math.sqrt(len(x)))
 
@@ -73,9 +73,9 @@ def mean(values: ArrayLike) -> Mean:
     if not _zero_one(x):
         return Mean(value, error, value - Z_95 * error, value + Z_95 * error)
     shrink = 1 + Z_95**2 / n
-    centre = (value + Z_95**2 / (2 * n)) / shrink
+    center = (value + Z_95**2 / (2 * n)) / shrink
     half = Z_95 / shrink * math.sqrt(value * (1 - value) / n + (Z_95 / (2 * n)) ** 2)
-    return Mean(value, error, min(max(centre - half, 0.0), value), max(min(centre + half, 1.0), value))
+    return Mean(value, error, min(max(center - half, 0.0), value), max(min(center + half, 1.0), value))
 
 
 def paired_bootstrap(
@@ -105,8 +105,8 @@ def paired_bootstrap(
 def resampled_totals(columns: ArrayLike, seed: int) -> np.ndarray:
     """The sums of k numbers of each of n items over 10,000 resamples of the items, float64 [10000, k].
 
-    Any function of sums has its bootstrap from these: a ratio, the exponent of a mean, a share. The same seed and
-    number of items give the same resamples, so what different models' numbers give can be subtracted in pairs.
+    They give the bootstrap of any function of sums: a ratio, the exponent of a mean, a share. The same seed and number
+    of items give the same resamples, so results of different models can be subtracted in pairs.
 
     Args:
         columns: [n, k].
@@ -125,7 +125,7 @@ def resampled_totals(columns: ArrayLike, seed: int) -> np.ndarray:
 
 
 def interval(resampled: np.ndarray, value: float) -> tuple[float, float]:
-    """The 95 % percentile interval of what resamples gave, stretched to hold the value itself."""
+    """The 95 % percentile interval of resampled values, extended to include the value itself."""
     low, high = np.percentile(resampled, [2.5, 97.5])
     return min(float(low), value), max(float(high), value)
 
@@ -162,15 +162,15 @@ def difference(
     unit: str = "points",
     items: str = "questions",
 ) -> Compared:
-    """Compares two models on the same items, and says in words what came out.
+    """Compares two models on the same items, and states the result in words.
 
-    A winner is named only where the interval leaves out zero, McNemar's test (for scores of 0 and 1) does not call it
-    chance, and there are items enough.
+    A winner is named only where the interval excludes zero, McNemar's test (for scores of 0 and 1) does not call it
+    chance, and there are enough items.
 
     Args:
         what: the metric, or task and metric.
-        unit: of the scores; points are hundredths.
-        items: what they are, in the plural.
+        unit: the unit of the scores; points are hundredths.
+        items: a word for them, in the plural.
 
     Raises:
         MismatchError: the scores are not of the same items, or there are none.
@@ -193,7 +193,7 @@ def compared(
     unit: str = "points",
     items: str = "questions",
 ) -> Compared:
-    """Says in words what a comparison on the same items came to.
+    """States the result of a comparison on the same items in words.
 
     Args:
         numbers: a less b, and its 95 % interval.
@@ -203,16 +203,11 @@ def compared(
     count = f"{num_items:,} {items}"
     if not beyond_chance or num_items < FEWEST_ITEMS:
         sentence = f"{a_name} and {b_name} do not differ beyond chance: {_in_words(numbers, unit)}, {count}"
-    elif (value > 0) == higher_is_better:
-        sentence = f"{a_name} beats {b_name} by {_in_words(_positive(numbers), unit)}, {count}"
     else:
-        sentence = f"{b_name} beats {a_name} by {_in_words(_positive(numbers), unit)}, {count}"
+        winner, loser = (a_name, b_name) if (value > 0) == higher_is_better else (b_name, a_name)
+        positive = numbers if value > 0 else (-value, -high, -low)
+        sentence = f"{winner} beats {loser} by {_in_words(positive, unit)}, {count}"
     return Compared(what, a_name, b_name, value, low, high, num_items, p_value, sentence)
-
-
-def _positive(numbers: tuple[float, float, float]) -> tuple[float, float, float]:
-    value, low, high = numbers
-    return numbers if value > 0 else (-value, -high, -low)
 
 
 def _in_words(numbers: tuple[float, float, float], unit: str) -> str:

@@ -14,13 +14,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stillroom.batch import Batch
 from stillroom.lm_head import LMHead
-from stillroom.losses import LOSSES, Objective
+from stillroom.losses.config import LOSSES
+from stillroom.losses.objective import Objective
 from stillroom.signals import Attention, Dense, HiddenStates, TeacherOutput
 from stillroom.training.hidden_objective import HiddenLoss, HiddenSpec
 from stillroom.training.step import StudentStep
 
 OBJECTIVES = [
-    Objective(name, LOSSES[name], weight)
+    Objective(name, LOSSES[name].load(), weight)
     for name, weight in (("forward_kl", 0.5), ("jensen_shannon", 0.3), ("cross_entropy", 0.2))
 ]
 

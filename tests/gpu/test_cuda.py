@@ -5,8 +5,10 @@ import torch
 
 from stillroom.batch import Batch
 from stillroom.lm_head import LMHead
-from stillroom.losses import Objective, cross_entropy, forward_kl, linear_losses, reverse_kl
-from stillroom.losses.fused import fused_for
+from stillroom.losses.divergences import forward_kl, reverse_kl
+from stillroom.losses.fused_linear import kernel_for, linear_losses
+from stillroom.losses.logits import cross_entropy
+from stillroom.losses.objective import Objective
 from stillroom.signals import Dense
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -46,7 +48,7 @@ def losses_and_gradients(inputs, softcap: float | None, **options):
 def test_losses_and_gradients_equal_float64_on_the_cpu(dtype, tolerance, chunk_bytes, softcap):
     """Without a softcap by the kernel, with one on tensors."""
     rounded = problem(dtype, "cpu")
-    by_kernel = fused_for(OBJECTIVES, [], rounded[3], dtype=torch.float32, device=torch.device("cuda"))
+    by_kernel = kernel_for(OBJECTIVES, [], rounded[3], dtype=torch.float32, device=torch.device("cuda"))
     assert by_kernel is not None
     wanted = losses_and_gradients([x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else
                                    Dense(x.hidden.double(), LMHead(x.head.weight.double(), softcap=30.0)) if

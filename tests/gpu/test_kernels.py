@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from stillroom.kernels.terms import MEASURES, Term
-from stillroom.losses import LOSSES, LogitBlock, metrics
+from stillroom.kernels import MEASURES, Term
+from stillroom.losses import metrics
+from stillroom.losses.block import LogitBlock
+from stillroom.losses.config import LOSSES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -37,7 +39,7 @@ def term(name: str, temperature: float = 1.0) -> Term:
 def wanted(one: Term, student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor):
     tempered = {} if one.name == "logit_mse" else {"temperature": one.temperature}
     block = LogitBlock(student.double().cpu(), teacher.double().cpu(), labels.cpu())
-    return LOSSES[one.name](block, **tempered, **PARAMETERS.get(one.name, {}))
+    return LOSSES[one.name].load()(block, **tempered, **PARAMETERS.get(one.name, {}))
 
 
 def relative_error(found: torch.Tensor, right: torch.Tensor) -> float:

@@ -1,6 +1,5 @@
 """The Config base: reading, overriding, refusing, explaining."""
 
-import inspect
 import json
 import pkgutil
 import typing
@@ -21,8 +20,6 @@ from stillroom.cli.report import BetweenConfig
 from stillroom.cli.store import JoinConfig, MergeConfig
 from stillroom.config import Config, PathText, explain, load, replace
 from stillroom.distill.config import DistillConfig
-from stillroom.distill.hidden_config import Distance
-from stillroom.distill.objective_config import LogitObjective
 from stillroom.doctor.config import DoctorConfig
 from stillroom.errors import ConfigError, MissingError
 from stillroom.estimates.hardware import Hardware
@@ -731,48 +728,6 @@ def test_explaining_reaches_every_config_class_of_the_package():
     files = (MultipleChoice, MinimalPairs, ExactMatch, LastWord)  # descriptions of tasks, which the guide explains
     told = set[type[Config]]().union(*map(reachable, (*verbs, *files)))
     assert {c for c in told if not c.__name__.startswith("_")} == found
-
-
-# --- the objectives and their functions ------------------------------------------------------------------------------
-
-
-def test_each_objectives_settings_are_its_loss_functions_keyword_arguments():
-    from stillroom.losses import LOSSES
-
-    seen = set()
-    for member in typing.get_args(LogitObjective):
-        for kind in typing.get_args(member.model_fields["kind"].annotation):
-            keywords = {
-                name: p
-                for name, p in inspect.signature(LOSSES[kind]).parameters.items()
-                if p.kind is inspect.Parameter.KEYWORD_ONLY
-            }
-            settings = {n: f for n, f in member.model_fields.items() if n not in ("kind", "weight", "token_weight")}
-            assert set(settings) == set(keywords), kind
-            assert {n: f.get_default() for n, f in settings.items()} == {n: p.default for n, p in keywords.items()}, (
-                kind
-            )
-            seen.add(kind)
-    assert seen == set(LOSSES)
-
-
-def test_each_distances_settings_are_its_functions_keyword_arguments():
-    from stillroom.losses import DISTANCES
-
-    members = typing.get_args(typing.get_args(Distance)[0])
-    seen = set()
-    for member in members:
-        (kind,) = typing.get_args(member.model_fields["kind"].annotation)
-        keywords = {
-            name: p.default
-            for name, p in inspect.signature(DISTANCES[kind]).parameters.items()
-            if p.kind is inspect.Parameter.KEYWORD_ONLY and name != "chunk_bytes"  # which changes no result
-        }
-        settings = {n: f.get_default() for n, f in member.model_fields.items() if n != "kind"}
-        assert set(settings) == set(keywords), kind
-        assert all(value in ("auto", keywords[name]) for name, value in settings.items()), kind
-        seen.add(kind)
-    assert seen == set(DISTANCES)
 
 
 def test_a_recipe_may_name_its_verb_and_another_verb_refuses_it(tmp_path):

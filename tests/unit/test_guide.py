@@ -10,9 +10,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from stillroom.distill.objective_config import ByEntropy, ObjectiveConfig, Schedule
 from stillroom.errors import MismatchError
-from stillroom.losses import LOSSES, check_sparse
+from stillroom.losses.config import LOSSES, ByEntropy, ObjectiveConfig, Schedule
+from stillroom.losses.sparse import check_sparse
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guide"
 TEXT = (GUIDE / "losses.md").read_text(encoding="utf-8")
@@ -61,7 +61,7 @@ def test_every_table_has_every_loss_once(heading):
 @pytest.mark.parametrize("row", rows("What they take"), ids=lambda row: row[0])
 def test_the_settings_and_defaults_are_those_of_the_loss_and_of_the_recipe(row):
     (name,) = names(row[0])
-    parameters = inspect.signature(LOSSES[name]).parameters.values()
+    parameters = inspect.signature(LOSSES[name].load()).parameters.values()
     told = settings(row[1])
     assert told == {p.name: p.default for p in parameters if p.name != "block"}
     assert told == {field: CONFIGS[name].model_fields[field].default for field in told}

@@ -13,14 +13,14 @@ from stillroom.data.config import AnyData, StoredDataConfig
 from stillroom.data.dataloader import BatchStream, DocumentSet, RankSlice
 from stillroom.distill.cut_student import prune_student
 from stillroom.distill.hidden_plan import StudentOrigin
-from stillroom.distill.objective_config import HiddenObjective
-from stillroom.distill.objectives import build_objectives, hidden_weights, needs_teacher
 from stillroom.distill.plan import DistillPlan
 from stillroom.distributed.config import FsdpConfig
 from stillroom.distributed.group import SINGLE_RANK, RankGroup
 from stillroom.distributed.init import SINGLE_PROCESS, DistContext
 from stillroom.distributed.sharding import let_go, materialize_sharded, replicate, shard_teacher, shard_trained
 from stillroom.errors import StorageError
+from stillroom.losses.config import HiddenObjective
+from stillroom.losses.objective import build_objectives, hidden_weights, needs_teacher
 from stillroom.models import loading, safetensors_io
 from stillroom.models.hidden_states import verify
 from stillroom.pruning.prune import PruneMask, read_mask, write_mask

@@ -6,8 +6,8 @@ from pydantic import Field, model_validator
 
 from stillroom.config import Config, PathText, Positive
 from stillroom.data.config import ChatData, HeldOutConfig, PromptCompletionData, StoredDataConfig, TextData
-from stillroom.distill.objective_config import ByColumn, ObjectiveConfig
 from stillroom.distributed.config import AutoParallelConfig, ParallelConfig
+from stillroom.losses.config import ByColumn, ObjectiveConfig
 from stillroom.teachers.config import LiveTeacherConfig, ServerTeacherConfig, StoreTeacherConfig
 from stillroom.training.config import AdamWConfig, BatchConfig, CheckpointConfig, PrunedStudentConfig, StudentConfig
 

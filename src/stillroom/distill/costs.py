@@ -4,8 +4,6 @@ from dataclasses import replace
 
 from stillroom.distill.config import DistillConfig
 from stillroom.distill.headers import DistillHeaders, read_headers
-from stillroom.distill.hidden_config import Every, Last, Pairs, Uniform
-from stillroom.distill.objective_config import HiddenObjective
 from stillroom.errors import ConfigError
 from stillroom.estimates.activations import layer_bytes
 from stillroom.estimates.adapters import adapter_parameters
@@ -17,6 +15,7 @@ from stillroom.estimates.memory import HEAP_SHARE, Adapters, Load, Parallel, Tea
 from stillroom.estimates.report import CostReport
 from stillroom.estimates.sections import ARITHMETIC, add_memory, add_parameters, add_time, amount, fit
 from stillroom.estimates.storage import stored
+from stillroom.losses.config import Every, HiddenObjective, Last, Pairs, Uniform
 from stillroom.pruning.config import BestLayers, PruningConfig
 from stillroom.teachers.config import LiveTeacherConfig, ServerTeacherConfig, StoreTeacherConfig
 

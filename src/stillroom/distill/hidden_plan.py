@@ -7,11 +7,10 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from stillroom.distill.config import DistillConfig
-from stillroom.distill.hidden_config import Linear
 from stillroom.distill.layer_maps import Side, check_objective, pair_layers, pairs_text, resolve_layers, side_of
-from stillroom.distill.objective_config import ByColumn, HiddenObjective
-from stillroom.distill.objectives import names
 from stillroom.errors import MismatchError
+from stillroom.losses.config import ByColumn, HiddenObjective, Linear
+from stillroom.losses.objective import names
 from stillroom.store.reader import Store
 from stillroom.training.hidden_objective import HiddenSpec
 

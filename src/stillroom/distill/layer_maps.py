@@ -9,10 +9,19 @@ from transformers import PretrainedConfig
 
 from stillroom.config import replace
 from stillroom.distill.config import DistillConfig
-from stillroom.distill.hidden_config import PROJECTION_FREE, Auto, Every, Kept, LayerMap, Linear, Pairs, Uniform
-from stillroom.distill.objective_config import HiddenObjective
 from stillroom.errors import ConfigError, MismatchError
 from stillroom.layers import Layer, check_layers, evenly
+from stillroom.losses.config import (
+    PROJECTION_FREE,
+    Auto,
+    Every,
+    HiddenObjective,
+    Kept,
+    LayerMap,
+    Linear,
+    Pairs,
+    Uniform,
+)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from stillroom.data.dataloader import DocumentSet, collate
-from stillroom.losses import Objective, reverse_kl
+from stillroom.losses.divergences import reverse_kl
+from stillroom.losses.objective import Objective
 from stillroom.models.hidden_states import backbone, lm_head
 from stillroom.teachers.live import LiveTeacher
 from stillroom.training.step import StudentStep

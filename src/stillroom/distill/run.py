@@ -21,8 +21,6 @@ from stillroom.distill.build import (
     fit_to,
 )
 from stillroom.distill.config import DistillConfig
-from stillroom.distill.objective_config import ObjectiveConfig
-from stillroom.distill.objectives import build_objectives, hidden_weights, needs_teacher, scheduled
 from stillroom.distill.plan import DistillPlan, make_plan
 from stillroom.distributed.config import FsdpConfig
 from stillroom.distributed.failures import FailureReport, reported_once
@@ -35,6 +33,8 @@ from stillroom.distributed.init import (
     restart_count,
 )
 from stillroom.errors import Interrupted, MismatchError
+from stillroom.losses.config import ObjectiveConfig
+from stillroom.losses.objective import build_objectives, hidden_weights, needs_teacher, scheduled
 from stillroom.models import loading
 from stillroom.runs import Metrics, RunFolder, RunFolderView, check_place, deferred_interrupts, versions
 from stillroom.store.reader import Store

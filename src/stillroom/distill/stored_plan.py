@@ -9,10 +9,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from stillroom.config import format_setting
 from stillroom.distill.config import DistillConfig
-from stillroom.distill.objective_config import HiddenObjective, LogitObjective, ObjectiveConfig
 from stillroom.errors import ConfigError, DataError, MismatchError
-from stillroom.losses import check_sparse
-from stillroom.losses.sparse import NEEDS_NO_TEACHER
+from stillroom.losses.config import LOSSES, HiddenObjective, LogitObjective, ObjectiveConfig
+from stillroom.losses.sparse import check_sparse
 from stillroom.store.config import SAMPLED, Full, QuantisedSignal, TopK, known_temperatures, side_columns
 from stillroom.store.reader import Store
 from stillroom.teachers.config import ServerTeacherConfig
@@ -107,7 +106,7 @@ def check_missing(store: Store, objectives: Sequence[ObjectiveConfig]) -> None:
 
 def _check_temperature(objective: LogitObjective, signal: QuantisedSignal, name: str) -> None:
     """Raises MismatchError where a temperature changes over the run, which a few entries cannot follow."""
-    if len(objective.temperatures) == 1 or objective.kind in NEEDS_NO_TEACHER:
+    if len(objective.temperatures) == 1 or LOSSES[objective.kind].signal == "none":
         return
     start, stop = objective.temperatures
     raise MismatchError(

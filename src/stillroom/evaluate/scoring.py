@@ -13,10 +13,11 @@ from stillroom.batch import Batch
 from stillroom.data.dataloader import in_batches
 from stillroom.data.dataset import CountedDocuments
 from stillroom.errors import NonFiniteError, OutOfMemoryError
-from stillroom.losses import Objective, cross_entropy, forward_kl, linear_losses, reverse_kl
-from stillroom.losses.fused_linear import Buffers
+from stillroom.losses.divergences import forward_kl, reverse_kl
+from stillroom.losses.fused_linear import Buffers, linear_losses
+from stillroom.losses.logits import cross_entropy
 from stillroom.losses.metrics import accepted_mass, confidence, correct, student_entropy, top1_agreement, top10_overlap
-from stillroom.losses.objective import Measure
+from stillroom.losses.objective import Measure, Objective
 from stillroom.models.hidden_states import last_hidden_states, lm_head
 from stillroom.signals import Dense
 

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from stillroom.batch import Batch
 from stillroom.evaluate.scoring import Limits
-from stillroom.losses import Objective, cross_entropy, linear_losses
-from stillroom.losses.fused_linear import Buffers
+from stillroom.losses.fused_linear import Buffers, linear_losses
+from stillroom.losses.logits import cross_entropy
+from stillroom.losses.objective import Objective
 from stillroom.models.hidden_states import last_hidden_states, lm_head
 
 MOST_S = 5.0

@@ -1,33 +1,40 @@
-"""Divergences on a CPU: the summand of each column and the logit gradient. Needs numba."""
+"""Divergences from a dense teacher on a CPU: the summands and the logit gradient terms. Needs numba."""
 
 from collections.abc import Callable
 
 import numpy as np
 from numba import njit
 
-from stillroom.kernels.numba_math import INNER, SCALAR, STRETCH, SUMS, exp, expm1, f32, i32, largest, log1p, shifted
+from stillroom.kernels.numba_math import COPY, INNER, SCALAR, SUMS, TILE, exp, expm1, f32, i32, largest, log1p, shifted
 
-OUTER = {key: value for key, value in SUMS.items() if key != "cache"}  # each is a part of what calls it, which is kept
+OUTER = {
+    key: value for key, value in SUMS.items() if key != "cache"
+}  # each is compiled into its caller, which is cached
 
 
-def over_columns(formula: Callable) -> Callable:
-    """A function of a stretch of columns: it gives the sums of summands and of pulls, and the pulls into ``out``.
+FORWARD_KL, REVERSE_KL, ADAPTIVE_KL, JENSEN_SHANNON, SKEW_KL, SKEW_REVERSE_KL, ALPHA_BETA, TOTAL_VARIATION = range(8)
+CROSS_ENTROPY, LOGIT_MSE, FROM_TARGETS, WITH_BUCKET = range(8, 12)
+"""The numbers of the terms. The two last ones are forward KL from the entries of a sparse signal."""
 
-    Its ``norms`` are scale, and reference and log_sum of student and of teacher, as ``softmax`` gives them.
+
+def over_tile(formula: Callable) -> Callable:
+    """A function of a tile: it returns the sums of summands and of gradient terms, and writes the terms into ``out``.
+
+    Its ``norms`` are scale, and reference and log_sum of student and of teacher, as ``softmax`` returns them.
     """
 
     @njit(**OUTER)
-    def columns(student, teacher, norms, s, t, a, b, out):
-        value, pulls = f32(0), f32(0)
+    def tile(student, teacher, norms, s, t, a, b, out):
+        value, grad_terms = f32(0), f32(0)
         for j in range(len(out)):
             x, y = logs(student[j], teacher[j], norms)
-            summand, pull = formula(x, y, s[j], t[j], a, b)
+            summand, term = formula(x, y, s[j], t[j], a, b)
             value += summand
-            pulls += pull
-            out[j] = pull
-        return value, pulls
+            grad_terms += term
+            out[j] = term
+        return value, grad_terms
 
-    return columns
+    return tile
 
 
 @njit(**SCALAR)
@@ -38,39 +45,39 @@ def logs(student, teacher, norms):
 
 @njit(**SCALAR)
 def of_teacher(x, y, s, t, _a, _b):
-    pull = s - t
-    return t * (y - x) + pull, pull
+    term = s - t
+    return t * (y - x) + term, term
 
 
-forward_kl = over_columns(of_teacher)
+forward_kl = over_tile(of_teacher)
 
 
 @njit(**OUTER)
 def forward_kl_in_place(student, teacher, norms, s, t, of_s, of_t, factor):
-    """The sum of summands; s and t are yet to be multiplied by their factors.
+    """The sum of summands; ``factor · (s − t)``, which is the gradient already, replaces the student's logits.
 
-    ``factor · (s − t)``, which is the gradient as it stands, takes the student's place.
+    ``s`` and ``t`` have yet to be multiplied by ``of_s`` and ``of_t``.
     """
     value = f32(0)
     for j in range(len(student)):
         x, y = logs(student[j], teacher[j], norms)
-        summand, pull = of_teacher(x, y, s[j] * of_s, t[j] * of_t, f32(0), f32(0))
+        summand, term = of_teacher(x, y, s[j] * of_s, t[j] * of_t, f32(0), f32(0))
         value += summand
-        student[j] = pull * factor
+        student[j] = term * factor
     return value
 
 
-@over_columns
+@over_tile
 @njit(**SCALAR)
 def reverse_kl(x, y, s, t, _a, _b):
-    pull = s * (x - y)
-    return pull + (t - s), pull
+    term = s * (x - y)
+    return term + (t - s), term
 
 
-@over_columns
+@over_tile
 @njit(**SCALAR)
 def adaptive_kl(x, y, s, t, share, _b):
-    """``share`` is that of forward KL."""
+    """``share`` is the share of forward KL."""
     away, reverse, other = s - t, s * (x - y), f32(1) - share
     return share * (t * (y - x) + away) + other * (reverse - away), share * away + other * reverse
 
@@ -85,15 +92,15 @@ def over_mixture(x, y, share_of_teacher):
     return (down if up else down + gap), (down - gap if up else down)
 
 
-@over_columns
+@over_tile
 @njit(**SCALAR)
 def jensen_shannon(x, y, s, t, beta, _b):
     of_t, of_s = over_mixture(x, y, beta)
-    pull = of_s * s * (f32(1) - beta)
-    return of_t * t * beta + pull, pull
+    term = of_s * s * (f32(1) - beta)
+    return of_t * t * beta + term, term
 
 
-@over_columns
+@over_tile
 @njit(**SCALAR)
 def skew_kl(x, y, s, t, alpha, _b):
     of_t, _ = over_mixture(x, y, alpha)
@@ -101,7 +108,7 @@ def skew_kl(x, y, s, t, alpha, _b):
     return of_t * t + (s - t) * other, -expm1(of_t) * s * other
 
 
-@over_columns
+@over_tile
 @njit(**SCALAR)
 def skew_reverse_kl(x, y, s, t, alpha, _b):
     other = f32(1) - alpha
@@ -115,7 +122,7 @@ def product(x, a, y, b):
     return exp(x * a + y * b)
 
 
-@over_columns
+@over_tile
 @njit(**SCALAR)
 def alpha_beta(x, y, _s, _t, alpha, beta):
     total = alpha + beta
@@ -125,16 +132,65 @@ def alpha_beta(x, y, _s, _t, alpha, beta):
     return value, gap * (f32(1) / alpha)
 
 
-@over_columns
+@over_tile
 @njit(**SCALAR)
 def total_variation(_x, _y, s, t, _a, _b):
     gap, half = s - t, f32(0.5) * s
     return f32(0.5) * abs(gap), (half if gap > f32(0) else (-half if gap < f32(0) else f32(0)))
 
 
+@njit(**INNER)
+def tile(kind, *tiles):
+    if kind == FORWARD_KL:
+        return forward_kl(*tiles)
+    if kind == REVERSE_KL:
+        return reverse_kl(*tiles)
+    if kind == ADAPTIVE_KL:
+        return adaptive_kl(*tiles)
+    if kind == JENSEN_SHANNON:
+        return jensen_shannon(*tiles)
+    if kind == SKEW_KL:
+        return skew_kl(*tiles)
+    if kind == SKEW_REVERSE_KL:
+        return skew_reverse_kl(*tiles)
+    if kind == ALPHA_BETA:
+        return alpha_beta(*tiles)
+    return total_variation(*tiles)
+
+
+@njit(**INNER)
+def divergence(kind, student, teacher, norms, s, t, a, b, factor, out):
+    """The value of a row; ``factor · (w − s Σ w)`` with the logit gradient terms w goes into ``out``."""
+    value, grad_terms = 0.0, 0.0
+    for start in range(0, len(student), TILE):
+        here = slice(start, start + TILE)
+        of_value, of_terms = tile(kind, student[here], teacher[here], norms, s[here], t[here], a, b, out[here])
+        value += of_value
+        grad_terms += of_terms
+    finish(out, s, f32(grad_terms), factor)
+    return 0.0 if value < 0 else value
+
+
+@njit(**INNER)
+def forward_kl_alone(student, teacher, norms, s, t, of_s, of_t, factor):
+    """The value; ``factor`` times the gradient replaces the student's logits. It saves one pass over the row."""
+    value = 0.0
+    for start in range(0, len(student), TILE):
+        here = slice(start, start + TILE)
+        value += forward_kl_in_place(student[here], teacher[here], norms, s[here], t[here], of_s, of_t, factor)
+    return 0.0 if value < 0 else value
+
+
+@njit(**COPY)
+def finish(grad_terms, s, total, factor):
+    """Replaces the logit gradient terms w by ``factor · (w − s Σ w)``."""
+    for j in range(len(grad_terms)):
+        grad_terms[j] = (grad_terms[j] - s[j] * total) * factor
+
+
 @njit(**SUMS)
 def sum_from(row, border):
-    """The sum of what is at least ``border``, over a stretch."""
+    """The sum of all numbers of a tile that are at least ``border``."""
     total = f32(0)
     for j in range(len(row)):
         total += row[j] if row[j] >= border else f32(0)
@@ -144,14 +200,14 @@ def sum_from(row, border):
 @njit(**INNER)
 def mass_from(row, border):
     total = 0.0
-    for start in range(0, len(row), STRETCH):
-        total += sum_from(row[start : start + STRETCH], border)
+    for start in range(0, len(row), TILE):
+        total += sum_from(row[start : start + TILE], border)
     return total
 
 
 @njit(**SUMS)
 def gaps(t, s, border):
-    """Σ |t − s| over a stretch, and over what is above the border in it."""
+    """Σ |t − s| over the tokens of a tile with t above the border, and over all of them."""
     above, total = f32(0), f32(0)
     for j in range(len(t)):
         gap = abs(t[j] - s[j])
@@ -162,11 +218,14 @@ def gaps(t, s, border):
 
 @njit(**INNER)
 def head_share(t, s, mass):
-    """``Σ_head |t − s| / Σ |t − s|``; the head is the likeliest of t, as few as hold the mass, of equals the first.
+    """``Σ_head |t − s| / Σ |t − s|``; the head is the smallest set of top tokens that holds the mass, first of equals.
 
-    Its border is found by halving, in the bits of the numbers: these are in the same order.
+    Its border is found by bisection in the bits of the numbers, which are in the same order.
     """
-    low, high = i32(0), i32(f32(largest(t)).view(np.int32) + i32(1))  # bits of numbers that hold enough, and do not
+    low, high = (
+        i32(0),
+        i32(f32(largest(t)).view(np.int32) + i32(1)),
+    )  # bits of a border with enough mass above it, and of one without
     if mass_from(t, f32(0)) <= mass:
         high = low
     while high - low > 1:
@@ -177,12 +236,12 @@ def head_share(t, s, mass):
             high = middle
     border = i32(low).view(np.float32)
     above, total = 0.0, 0.0
-    for start in range(0, len(t), STRETCH):
-        of_above, of_total = gaps(t[start : start + STRETCH], s[start : start + STRETCH], border)
+    for start in range(0, len(t), TILE):
+        of_above, of_total = gaps(t[start : start + TILE], s[start : start + TILE], border)
         above += of_above
         total += of_total
     left = mass - mass_from(t, i32(low + 1).view(np.float32))
-    for j in range(len(t)):  # of equals at the border the first ones
+    for j in range(len(t)):  # the first of equals at the border
         if left <= 0 or border == 0:
             break
         if t[j] == border:

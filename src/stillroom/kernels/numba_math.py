@@ -1,14 +1,14 @@
 """Exponentials, logarithms and softmax of a row of float32, for kernels on a CPU. Needs numba.
 
-Loops go by index, branches are choices between values, and the largest of a row is found in integers: so all of it is
-compiled to vector instructions. Sums are reassociated within a stretch of columns, and added up in float64 over
-stretches. Polynomials are those of the Cephes library, good to about one unit in the last place.
+Loops go by index, branches are choices between values, and the largest of a row is found in integers, so that all of it
+is compiled to vector instructions. Sums are reassociated within a tile of a row, and added up in float64 over tiles.
+Polynomials are those of the Cephes library, good to about one unit in the last place.
 """
 
 import numpy as np
 from numba import njit
 
-from stillroom.kernels import terms
+from stillroom import kernels
 
 INNER = {"cache": True, "nogil": True, "error_model": "numpy", "_nrt": False, "fastmath": False}  # else a caller's
 
@@ -20,21 +20,21 @@ COPY = {**INNER, "fastmath": {"contract"}}
 
 SUMS = {**INNER, "fastmath": {"reassoc", "nsz", "contract"}}
 
-STRETCH = 4096
-"""Columns whose summands are added up in float32."""
+TILE = 4096
+"""The number of logits whose summands are added up in float32."""
 
 f32, i32 = np.float32, np.int32
 
-LOWEST_LOGIT = f32(terms.LOWEST_LOGIT)
+LOWEST_LOGIT = f32(kernels.LOWEST_LOGIT)
 
 LOWEST = f32(-87.33)
-"""The exponential of anything below is taken for 0; it would be below the least normal number."""
+"""The exponential of anything below is taken as 0; it would be below the least normal number."""
 
 HIGHEST = f32(40)
-"""So much may a logit be above what exponentials are taken from."""
+"""The most that a logit may be above the reference of the exponentials."""
 
 ROUND = f32(1.5 * 2**23)
-"""Added to a small number and taken away again, it leaves the nearest whole one, whose bits are the last of the sum."""
+"""Added to a small number and subtracted again, it leaves the nearest integer, whose bits are the last of the sum."""
 
 LEAST = f32(1.1754944e-38)
 
@@ -43,7 +43,7 @@ LOG2_E, LN_2_HIGH, LN_2_LOW, SQRT_HALF = f32(1.44269504), f32(0.693359375), f32(
 
 @njit(**EXACT)
 def split(x):
-    """Of ``x = i ln 2 + r`` with a whole number i and a small r: ``2^i`` and ``exp(r) − 1``."""
+    """Returns ``2^i`` and ``exp(r) − 1`` for ``x = i ln 2 + r`` with an integer i and a small r."""
     z = x * LOG2_E + ROUND
     i = z - ROUND
     scale = i32((i32(f32(z).view(np.int32)) << i32(23)) + i32(0x3F800000)).view(np.float32)
@@ -60,22 +60,22 @@ def split(x):
 
 @njit(**EXACT)
 def exp(x):
-    """Of a number of at most 88."""
-    scale, less_one = split(LOWEST if x < LOWEST else x)  # what is not a number stays so
+    """The exponential of a number of at most 88."""
+    scale, less_one = split(LOWEST if x < LOWEST else x)  # NaN stays NaN
     e = less_one * scale + scale
     return f32(0) if x < LOWEST else e
 
 
 @njit(**EXACT)
 def expm1(x):
-    """Of a number of at most 88."""
+    """``exp(x) − 1`` of a number of at most 88."""
     scale, less_one = split(LOWEST if x < LOWEST else x)
     return less_one * scale + (scale - f32(1))
 
 
 @njit(**EXACT)
 def log1p(x):
-    """Of a number from −1 to 0; at −1 it counts as the least normal number's."""
+    """``log(1 + x)`` of a number from −1 to 0; at −1, the logarithm of the least normal number."""
     u = f32(1) + x
     lost = x - (u - f32(1))
     u = u if u > LEAST else LEAST
@@ -101,7 +101,7 @@ def log1p(x):
 
 @njit(**SCALAR)
 def ordered(bits):
-    """Integers in the order of the floating-point numbers that the bits stand for; its own inverse."""
+    """Integers in the order of the floating-point numbers with these bits; it is its own inverse."""
     return i32(bits ^ i32((bits >> i32(31)) & i32(0x7FFFFFFF)))
 
 
@@ -126,7 +126,7 @@ def shifted(logit, scale, most):
 
 @njit(**SUMS)
 def exponentials(row, bits, scale, reference, out):
-    """``exp(scale · row − reference)`` of a stretch; returns the sum, and the largest ``ordered`` bits."""
+    """``exp(scale · row − reference)`` of a tile; returns the sum, and the largest ``ordered`` bits."""
     total, top = f32(0), ordered(bits[0])
     for j in range(len(row)):
         e = exp(shifted(row[j], scale, reference))
@@ -138,33 +138,42 @@ def exponentials(row, bits, scale, reference, out):
 
 @njit(**INNER)
 def all_exponentials(row, scale, reference, out):
-    """The same of the whole row; the largest as a number."""
+    """The same for the whole row; returns the largest as a number."""
     bits, total, top = row.view(np.int32), 0.0, ordered(i32(f32(-np.inf).view(np.int32)))
-    for start in range(0, len(row), STRETCH):
-        here = slice(start, start + STRETCH)
-        of_stretch, top_of_stretch = exponentials(row[here], bits[here], scale, reference, out[here])
-        total += of_stretch
-        top = max(top, top_of_stretch)
+    for start in range(0, len(row), TILE):
+        here = slice(start, start + TILE)
+        of_tile, top_of_tile = exponentials(row[here], bits[here], scale, reference, out[here])
+        total += of_tile
+        top = max(top, top_of_tile)
     return total, i32(ordered(i32(top))).view(np.float32)
 
 
 @njit(**INNER)
 def softmax(row, scale, out, whole):
-    """Of ``scale · row``, into ``out``; its logarithm is ``(scale · row − reference) − log_sum`` with what it returns.
+    """The softmax of ``scale · row``, into ``out``; returns reference, log_sum and factor.
 
-    Where it is not to be ``whole``, the factor that it returns is yet to be multiplied with. The reference is the
-    largest of the first stretch: so the row is read from memory while its exponentials are taken, and not before.
-    Where others are much larger, they are taken anew.
+    The logarithm of the softmax is ``(scale · row − reference) − log_sum``. Unless ``whole``, ``out`` has yet to be
+    multiplied by the factor. The reference is the largest of the first tile, so that the row is read from memory only
+    once; where others are much larger, the exponentials are computed again.
     """
-    reference = finite(largest(row[:STRETCH])) * scale
+    reference = finite(largest(row[:TILE])) * scale
     total, top = all_exponentials(row, scale, reference, out)
     if not shifted(top, scale, reference) < HIGHEST:
         reference = finite(top) * scale
         total, _ = all_exponentials(row, scale, reference, out)
     log_sum = f32(np.log(total))
-    factor = f32(np.exp(-np.float64(log_sum)))  # of the rounded sum: so that logs and probabilities agree
+    factor = f32(np.exp(-np.float64(log_sum)))  # from the rounded sum, so that logs and probabilities agree
     if not whole:
         return reference, log_sum, factor
     for j in range(len(out)):
         out[j] *= factor
     return reference, log_sum, f32(1)
+
+
+@njit(**SUMS)
+def sum_of(row):
+    """The sum of a tile."""
+    total = f32(0)
+    for j in range(len(row)):
+        total += row[j]
+    return total

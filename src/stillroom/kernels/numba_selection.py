@@ -1,16 +1,16 @@
 """Selections on a CPU, one row at a time while it lies in the cache. Needs numba.
 
-What they do is defined by :func:`stillroom.selection.likeliest` and :func:`stillroom.selection.head_and_sample`, whose
-tensor forms run on every other device.
+They compute the same as ``top_indices`` and ``head_and_sample`` of ``selection.py``, whose tensor forms run on every
+other device.
 """
 
 import numpy as np
 from numba import njit
 
-from stillroom.kernels.numba_math import SUMS, f32, i32, largest, ordered, softmax
+from stillroom.kernels.numba_math import f32, i32, largest, ordered, softmax, sum_of
 
 BLOCK = 64
-"""Columns of which the sum and the largest are taken together."""
+"""The number of columns whose sum and maximum are taken together."""
 
 OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
 
@@ -18,8 +18,8 @@ INNER = {**OPTIONS, "_nrt": False}
 
 
 @njit(**INNER)
-def summarise(row, sums, tops):
-    """The sum and the largest of each block of a row; returns the largest of all."""
+def summarize(row, sums, tops):
+    """Computes the sum and the maximum of each block of a row; returns the largest of all."""
     bits, top = row.view(np.int32), ordered(i32(f32(-np.inf).view(np.int32)))
     for b in range(len(sums)):
         here = slice(b * BLOCK, b * BLOCK + BLOCK)
@@ -32,26 +32,18 @@ def summarise(row, sums, tops):
 
 @njit(**INNER)
 def largest_of(bits):
-    """In the order that ``ordered`` gives."""
+    """The largest in the order that ``ordered`` gives."""
     most = ordered(bits[0])
     for j in range(len(bits)):
         most = max(most, ordered(bits[j]))
     return most
 
 
-@njit(**SUMS)
-def sum_of(block):
-    total = np.float32(0)
-    for j in range(len(block)):
-        total += block[j]
-    return total
-
-
 @njit(**INNER)
 def find_largest(row, tops, bound, most, ids, values):
-    """Fills in the ``most`` largest of a row that are at least ``bound``, largest first; returns how many they are.
+    """Fills in the ``most`` largest of a row that are at least ``bound``, largest first; returns their number.
 
-    Among equals lower columns come first.
+    Among equals, lower columns come first.
     """
     count = 0
     for b in range(len(tops)):
@@ -74,7 +66,7 @@ def find_largest(row, tops, bound, most, ids, values):
 
 @njit(**INNER)
 def take_head(row, sums, tops, top, least, ids, values):
-    """Takes the likeliest entries out of a row: those that are at least ``least``, but always one."""
+    """Moves the top entries that are at least ``least``, but always one, out of a row."""
     if top < least:
         count = find_largest(row, tops, top, 1, ids, values)
     else:
@@ -87,14 +79,14 @@ def take_head(row, sums, tops, top, least, ids, values):
 
 
 @njit(**INNER)
-def draw(row, sums, first, unit, rest, ids, values):
-    """The columns in which the points ``first``, ``first + unit``, … below ``rest`` of the cumulative sum lie."""
+def draw(row, sums, first, unit, mass, ids, values):
+    """Finds the columns of the points ``first``, ``first + unit``, … below ``mass`` in the cumulative sum."""
     below, b, last, count = 0.0, 0, len(sums) - 1, 0
     while last > 0 and sums[last] == 0:
         last -= 1
     for i in range(len(ids)):
         point = first + i * unit
-        if point >= rest:
+        if point >= mass:
             break
         while b < last and below + sums[b] <= point:
             below += sums[b]
@@ -113,26 +105,25 @@ def draw(row, sums, first, unit, rest, ids, values):
 
 @njit(**OPTIONS)
 def largest_of_rows(rows, ids, values):
-    """The largest of each row, [n, k] to be filled, k at most the row's columns."""
+    """Fills in the k largest of each row, [n, k], with k at most the row's length."""
     num_blocks = (rows.shape[1] + BLOCK - 1) // BLOCK
     sums, tops = np.empty(num_blocks, np.float32), np.empty(num_blocks, np.float32)
     for i in range(len(rows)):
-        summarise(rows[i], sums, tops)
+        summarize(rows[i], sums, tops)
         find_largest(rows[i], tops, np.float32(-np.inf), ids.shape[1], ids[i], values[i])
 
 
 @njit(**OPTIONS)
-def head_and_draws(rows, least, uniforms, ids, values, rests, units, draw_ids, draw_values):
-    """Of the softmax of each row: head, mass of the tail, weight of a draw, and draws.
+def head_and_draws(rows, least, uniforms, ids, values, residuals, units, draw_ids, draw_values):
+    """Fills in the head of each row's softmax, the mass of its tail, the weight of a draw, and draws.
 
-    A row that is no distribution, with a logit that is not a number or +∞, or with −∞ alone, has a first value and a
-    unit that are not numbers.
+    A row that is no distribution, with a NaN or +∞, or with −∞ alone, has NaN as its first value and unit.
 
     Args:
         rows: logits, [n, v].
         least, uniforms: [n].
         ids, values: [n, h], zeros, to be filled; a value of 0 is no entry.
-        rests, units: [n], to be filled.
+        residuals, units: [n], to be filled.
         draw_ids, draw_values: [n, m], −1 and 1, to be filled.
     """
     num_blocks = (rows.shape[1] + BLOCK - 1) // BLOCK
@@ -140,14 +131,14 @@ def head_and_draws(rows, least, uniforms, ids, values, rests, units, draw_ids, d
     row = np.empty(rows.shape[1], np.float32)
     for i in range(len(rows)):
         if not -np.inf < largest(rows[i]) < np.inf:
-            values[i, 0] = units[i] = rests[i] = np.nan
+            values[i, 0] = units[i] = residuals[i] = np.nan
             continue
         softmax(rows[i], np.float32(1), row, True)
-        top = summarise(row, sums, tops)
+        top = summarize(row, sums, tops)
         take_head(row, sums, tops, top, least[i], ids[i], values[i])
-        rest = 0.0
+        mass = 0.0
         for total in sums:
-            rest += total
-        unit = max(rest / draw_ids.shape[1], least[i], 1e-30)
-        rests[i], units[i] = rest, unit
-        draw(row, sums, uniforms[i] * unit, unit, rest, draw_ids[i], draw_values[i])
+            mass += total
+        unit = max(mass / draw_ids.shape[1], least[i], 1e-30)
+        residuals[i], units[i] = mass, unit
+        draw(row, sums, uniforms[i] * unit, unit, mass, draw_ids[i], draw_values[i])

@@ -1,4 +1,4 @@
-"""Selection: which entries of the teacher's distribution are kept. Tensors in, tensors out, on any device."""
+"""Selection of the entries of the teacher's distribution that are kept; tensors in, tensors out, on any device."""
 
 import math
 from dataclasses import dataclass, field
@@ -12,26 +12,26 @@ from stillroom.kernels.threads import over_rows
 
 @dataclass
 class Selection:
-    """What is kept of ``n`` positions, not yet quantised."""
+    """The entries that are kept of ``n`` positions, not yet quantized."""
 
     ids: Int[Tensor, "n k"]
-    """The exact entries, likeliest first. Where ``log_probs`` is −inf there is none."""
+    """The exact entries, most probable first. Where ``log_probs`` is −inf there is none."""
     log_probs: Float[Tensor, "n k"]
     log_rests: dict[float, Float[Tensor, " n"]] = field(default_factory=dict)
-    """By temperature: log of the mass that the exact entries leave out, summed over it, so right however small."""
+    """The log of the mass that the exact entries leave out, by temperature; summed, and so exact however small."""
     draws: Int[Tensor, "n m"] | None = None
     """Drawn ids, with repetitions; −1 where there is none."""
     draw_log_probs: Float[Tensor, "n m"] | None = None
     """log of each drawn id's own probability; 0 where there is none."""
     log_unit: Float[Tensor, " n"] | None = None
-    """log of what each draw weighs."""
+    """log of the weight of each draw."""
     entropy: Float[Tensor, " n"] | None = None
     label_log_probs: Float[Tensor, " n"] | None = None
 
     def is_defined(self) -> bool:
-        """Whether there was a distribution at every position: no logit not a number or +∞, and not −∞ alone."""
-        found = (self.log_probs, self.draw_log_probs, self.log_unit)
-        return not any(x is not None and bool(x.isnan().any()) for x in found)
+        """Whether there was a distribution at every position: no logit was NaN or +∞, and not all were −∞."""
+        kept = (self.log_probs, self.draw_log_probs, self.log_unit)
+        return not any(x is not None and bool(x.isnan().any()) for x in kept)
 
 
 def top_indices(values: Float[Tensor, "n v"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
@@ -40,9 +40,13 @@ def top_indices(values: Float[Tensor, "n v"], k: int) -> tuple[Float[Tensor, "n 
     The k blocks with the largest maxima hold them all, so only those are searched: one cheap pass over the row instead
     of a selection from all of it.
     """
-    if _on_cpu(values) and k > 0:
-        return _top_indices_on_cpu(values, k)
     n, v = values.shape
+    if _on_cpu(values) and k > 0:
+        from stillroom.kernels.numba_selection import largest_of_rows
+
+        ids, largest = torch.zeros(n, min(k, v), dtype=torch.long), torch.empty(n, min(k, v))
+        over_rows(largest_of_rows, values, ids, largest)
+        return largest, ids
     size = 1 << round(math.log2(v) / 2)
     num_blocks = v // size
     if num_blocks * size != v or num_blocks < 2 * k:
@@ -50,40 +54,40 @@ def top_indices(values: Float[Tensor, "n v"], k: int) -> tuple[Float[Tensor, "n 
     blocks = values.view(n, num_blocks, size)
     which = blocks.amax(-1).topk(k).indices
     inside = blocks.gather(1, which.unsqueeze(-1).expand(-1, -1, size)).view(n, k * size)
-    found, places = inside.topk(k)
-    return found, which.gather(1, places // size) * size + places % size
+    largest, places = inside.topk(k)
+    return largest, which.gather(1, places // size) * size + places % size
 
 
 def top_k(logits: Float[Tensor, "n v"], k: int, temperatures: tuple[float, ...] = (1.0,)) -> Selection:
-    """The k likeliest entries, and the mass left out at each temperature. The logits are changed."""
+    """The top k entries, and the mass left out at each temperature. The logits are changed."""
     values, ids = top_indices(logits, k)
     total = logits.logsumexp(-1)
     kept = values - total.unsqueeze(-1)
     logits.scatter_(-1, ids, -torch.inf)
-    return Selection(ids, kept, _log_rests(logits, values, temperatures))
+    return Selection(ids, kept, _log_residuals(logits, values, temperatures))
 
 
 def top_p(logits: Float[Tensor, "n v"], mass: float, most: int, temperatures: tuple[float, ...] = (1.0,)) -> Selection:
-    """The likeliest entries until they hold ``mass``, ``most`` at the most. The logits are changed."""
+    """The top entries until they hold ``mass``, ``most`` at the most. The logits are changed."""
     values, ids = top_indices(logits, most)
     kept = values - logits.logsumexp(-1).unsqueeze(-1)
     before = kept.exp().cumsum(-1).roll(1, -1)
     before[:, 0] = 0
     kept = kept.masked_fill(before >= mass, -torch.inf)
-    there = kept > -torch.inf
-    logits.scatter_(-1, torch.where(there, ids, ids[:, :1]), -torch.inf)
-    return Selection(ids, kept, _log_rests(logits, values.masked_fill(~there, -torch.inf), temperatures))
+    defined = kept > -torch.inf
+    logits.scatter_(-1, torch.where(defined, ids, ids[:, :1]), -torch.inf)
+    return Selection(ids, kept, _log_residuals(logits, values.masked_fill(~defined, -torch.inf), temperatures))
 
 
-def _log_rests(
+def _log_residuals(
     others: Float[Tensor, "n v"], kept: Float[Tensor, "n k"], temperatures: tuple[float, ...]
 ) -> dict[float, Tensor]:
-    """log(mass of the others / mass of all) at each temperature, so that what is kept is right too, however small."""
-    rests = {}
+    """log(mass of the others / mass of all) at each temperature, exact however little is left out."""
+    residuals = {}
     for temperature in temperatures:
-        rest = (others / temperature if temperature != 1.0 else others).logsumexp(-1)
-        rests[temperature] = torch.nn.functional.logsigmoid(rest - (kept / temperature).logsumexp(-1))
-    return rests
+        residual = (others / temperature if temperature != 1.0 else others).logsumexp(-1)
+        residuals[temperature] = torch.nn.functional.logsigmoid(residual - (kept / temperature).logsumexp(-1))
+    return residuals
 
 
 def sampled(logits: Float[Tensor, "n v"], uniforms: Float[Tensor, "n m"]) -> Selection:
@@ -100,37 +104,45 @@ def sampled(logits: Float[Tensor, "n v"], uniforms: Float[Tensor, "n m"]) -> Sel
 def head_and_sample(
     logits: Float[Tensor, "n v"], head: int, most_draws: int, least: float, uniforms: Float[Tensor, " n"]
 ) -> Selection:
-    """The ``head`` likeliest entries that are at least ``least``, exactly, and draws from the tail.
+    """The top ``head`` entries that are at least ``least``, exactly, and draws from the tail. Changes the logits.
 
-    The logits may be changed. The draws are systematic: of a tail of mass r, points ``(u + 0) w, (u + 1) w, …`` below r
-    fall on the tail's cumulative distribution, with one uniform number u and weight ``w = max(least, r / most_draws)``.
-    So a tail token of probability p is drawn ``p / w`` times in expectation (and never a whole time more or less), for
-    an expected weight of exactly p.
+    The draws are systematic: in a tail of mass r, points ``(u + 0) w, (u + 1) w, …`` below r fall on the tail's
+    cumulative distribution, with one uniform number u and weight ``w = max(least, r / most_draws)``. So a tail token of
+    probability p is drawn ``p / w`` times in expectation (and never a whole time more or less), for an expected weight
+    of exactly p.
     """
+    n = len(logits)
     if _on_cpu(logits) and head > 0:
-        return _head_and_sample_on_cpu(logits, head, most_draws, least, uniforms)
+        from stillroom.kernels.numba_selection import head_and_draws
+
+        size = n, min(head, logits.shape[1])
+        ids, values = torch.zeros(size, dtype=torch.long), torch.zeros(size)
+        tails, units, lowest = torch.empty(n), torch.empty(n), torch.full((n,), least)
+        draws, of_draws = torch.full((n, most_draws), -1), torch.ones(n, most_draws)
+        over_rows(head_and_draws, logits, lowest, uniforms.float(), ids, values, tails, units, draws, of_draws)
+        return Selection(ids, values.log_(), {1.0: tails.log()}, draws, of_draws.log_(), units.log())
     probabilities = torch.softmax(logits, -1, out=logits)
     values, ids = top_indices(probabilities, head)
-    there = values >= least
-    there[:, 0] = True
-    probabilities.scatter_(-1, torch.where(there, ids, ids[:, :1]), 0)
-    rest = _blocks(probabilities).sum((-1, -2))
-    unit = (rest / most_draws).clamp(min=max(least, 1e-30))
+    defined = values >= least
+    defined[:, 0] = True
+    probabilities.scatter_(-1, torch.where(defined, ids, ids[:, :1]), 0)
+    tail = _blocks(probabilities).sum((-1, -2))
+    unit = (tail / most_draws).clamp(min=max(least, 1e-30))
     steps = torch.arange(most_draws, device=logits.device)
     points = (uniforms.unsqueeze(-1) + steps) * unit.unsqueeze(-1)
-    beyond = points >= rest.unsqueeze(-1)
+    beyond = points >= tail.unsqueeze(-1)
     draws = _inverse_cdf(probabilities, points)
     draw_log_probs = probabilities.gather(1, draws).log_().masked_fill_(beyond, 0)
     draws.masked_fill_(beyond, -1)
-    kept = values.log().masked_fill_(~there, -torch.inf)
-    return Selection(ids, kept, {1.0: rest.log()}, draws, draw_log_probs, unit.log())
+    kept = values.log().masked_fill_(~defined, -torch.inf)
+    return Selection(ids, kept, {1.0: tail.log()}, draws, draw_log_probs, unit.log())
 
 
 def subtracted_rests(log_probs: Float[Tensor, "n k"], vocab_size: int) -> Float[Tensor, " n"]:
-    """log of the mass that entries leave out, where nobody could sum it: ``log(1 − Σ p)``, −inf where all are kept.
+    """log of the mass that entries leave out, where it cannot be summed: ``log(1 − Σ p)``, −inf where all are kept.
 
-    Float32 log-probabilities do not tell a mass below ``k · 2⁻²⁴`` from none, so entries that leave ids out leave out
-    at least that much: were it nothing, a student who says anything else would be infinitely far away.
+    Float32 log-probabilities do not distinguish a mass below ``k · 2⁻²⁴`` from 0, so entries that leave ids out leave
+    out at least that much: with 0, any mass of the student on other ids would cost infinitely much.
     """
     log_probs = log_probs.double()
     counts = (log_probs > -torch.inf).sum(-1)
@@ -142,36 +154,13 @@ def _on_cpu(values: Float[Tensor, "n v"]) -> bool:
     return values.device.type == "cpu" and values.dtype == torch.float32 and values.shape[1] > 0
 
 
-def _top_indices_on_cpu(values: Float[Tensor, "n v"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    from stillroom.kernels.numba_selection import largest_of_rows
-
-    n, k = len(values), min(k, values.shape[1])
-    ids, found = torch.zeros(n, k, dtype=torch.long), torch.empty(n, k)
-    over_rows(largest_of_rows, values, ids, found)
-    return found, ids
-
-
-def _head_and_sample_on_cpu(
-    logits: Float[Tensor, "n v"], head: int, most_draws: int, least: float, uniforms: Float[Tensor, " n"]
-) -> Selection:
-    from stillroom.kernels.numba_selection import head_and_draws
-
-    n, head = len(logits), min(head, logits.shape[1])
-    ids, values = torch.zeros(n, head, dtype=torch.long), torch.zeros(n, head)
-    rests, units = torch.empty(n), torch.empty(n)
-    draws, of_draws = torch.full((n, most_draws), -1), torch.ones(n, most_draws)
-    lowest = torch.full((n,), least)
-    over_rows(head_and_draws, logits, lowest, uniforms.float(), ids, values, rests, units, draws, of_draws)
-    return Selection(ids, values.log_(), {1.0: rests.log()}, draws, of_draws.log_(), units.log())
-
-
 def entropy(logits: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:
     """The entropy of each row's distribution, in nats."""
     return torch.special.entr(torch.softmax(logits, -1)).sum(-1)
 
 
 def _blocks(rows: Float[Tensor, "n v"]) -> Float[Tensor, "n b s"]:
-    """Each row in blocks of about √v, filled up with zeros."""
+    """Splits each row into blocks of about √v, padded with zeros."""
     n, v = rows.shape
     size = 1 << round(math.log2(v) / 2)
     if v % size:
@@ -180,9 +169,9 @@ def _blocks(rows: Float[Tensor, "n v"]) -> Float[Tensor, "n b s"]:
 
 
 def _inverse_cdf(probabilities: Float[Tensor, "n v"], points: Float[Tensor, "n m"]) -> Int[Tensor, "n m"]:
-    """The column in which each point of the cumulative sum lies: first the block, then the place in it.
+    """The column of each point in the cumulative sum: first the block, then the place in it.
 
-    A column of probability 0 is never given, but where the whole row is 0.
+    A column of probability 0 is never returned, unless the whole row is 0.
     """
     blocks = _blocks(probabilities)
     size = blocks.shape[2]

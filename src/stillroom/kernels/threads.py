@@ -1,4 +1,4 @@
-"""Threads: rows of tensors divided among as many as torch uses, for kernels that hold no lock."""
+"""Threads: rows of tensors divided among as many threads as torch uses, for kernels that release the GIL."""
 
 import os
 from collections.abc import Callable
@@ -26,12 +26,12 @@ def over_rows(kernel: Callable[..., None], *tensors: Tensor) -> None:
     try:
         part(edges[0], edges[1])
     finally:
-        wait(others)  # none is at work on tensors that the caller believes free
+        wait(others)  # or one could still work on tensors that the caller believes free
     for other in others:
-        other.result()  # which raises what a part raised
+        other.result()  # raises the error of a part
 
 
 @cache
-def _pool(_process: int) -> ThreadPoolExecutor:
-    """Of this process: a forked one inherits no threads."""
+def _pool(_process: int) -> ThreadPoolExecutor:  # kept: it is cached
+    """The pool of a process; a forked one inherits no threads."""
     return ThreadPoolExecutor(64, thread_name_prefix="stillroom-rows")

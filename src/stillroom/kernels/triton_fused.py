@@ -1,12 +1,12 @@
 """The element-wise part of the fused losses on a CUDA device, in Triton: one program a row, all terms at once.
 
-A row is swept two or three times. The first sweep takes the largest logit and the sum of exponentials at each
-temperature; the second the values, the measures, and the sums of the pulls ``w``; the third writes the gradient
-``Σ c (w − s Σ w)``. Where ``Σ w`` of every term is known beforehand, the second sweep writes it already.
+There are two or three passes over a row. The first computes the largest logit and the sum of exponentials at each
+temperature; the second the values, the measures, and the sums of the logit gradient terms ``w``; the third writes the
+gradient ``Σ c (w − s Σ w)``. Where ``Σ w`` of every term is known beforehand, the second pass writes it already.
 
-The formulas are those of the losses' own modules, in float32. Where student and teacher are equal, all that is compared
-is equal to the last bit, and the results are exactly 0: both go through the same operations, and the compiler may not
-contract a product and a sum on one side only (``enable_fp_fusion``).
+The formulas are those of the losses' own modules, in float32. Where student and teacher are equal, the results are
+exactly 0: both go through the same operations, and the compiler may not contract a product and a sum on one side only
+(``enable_fp_fusion``).
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stillroom.kernels.terms import LOWEST_LOGIT, MEASURES, Term
+from stillroom.kernels import LOWEST_LOGIT, MEASURES, Term
 
-SUM_OF_PULLS: dict[str, float | None] = {
+SUM_OF_GRAD_TERMS: dict[str, float | None] = {
     "forward_kl": 0.0,
     "reverse_kl": None,
     "jensen_shannon": None,
@@ -28,19 +28,17 @@ SUM_OF_PULLS: dict[str, float | None] = {
     "skew_reverse_kl": None,
     "alpha_beta": None,
     "total_variation": None,
-    "logit_mse": 0.0,  # so that the gradient is the pulls themselves
+    "logit_mse": 0.0,  # so that the gradient is the terms themselves
     "cross_entropy": -1.0,
 }
-"""Where it is the same for all logits; None where it must be taken."""
+"""``Σ w`` where it is the same for all logits; None where it must be computed."""
 
-KINDS = frozenset(SUM_OF_PULLS)
+KINDS = frozenset(SUM_OF_GRAD_TERMS)
 """The losses that can be computed here."""
-
 BLOCK = 2048
-"""Columns that a program takes together."""
+"""The number of logits that a program loads together."""
 
 OPTIONS = {"num_warps": 16, "enable_fp_fusion": False}
-"""Without fusion: see above."""
 
 LOWEST = tl.constexpr(LOWEST_LOGIT)
 
@@ -58,16 +56,16 @@ def fused(
 ) -> tuple[Float[Tensor, "terms r"], Float[Tensor, "measures r"]]:
     """The value of each term in nats, unweighted, and ``MEASURES`` (at temperature 1; NaN where there is no teacher).
 
-    With ``gradient`` the sum over terms of weight · gradient takes the place of the student's logits; in a row whose
-    weights are all 0 it is exactly 0. What depends on a next token that is none of the columns is NaN.
+    With ``gradient`` the sum over terms of weight · gradient replaces the student's logits; in a row whose weights are
+    all 0 it is exactly 0. Values of a label outside the vocabulary are NaN.
 
     Args:
-        student: float32 logits, like the teacher's. Columns lie side by side; rows may lie further apart.
+        student: float32 logits, like the teacher's. The last dimension is contiguous; rows may have any stride.
         teacher: None only where every term is cross-entropy.
     """
     num_rows, vocab_size = student.shape
     temperatures = tuple(dict.fromkeys((1.0, *(float(term.temperature) for term in terms))))
-    sums = tuple(SUM_OF_PULLS[term.name] for term in terms)
+    sums = tuple(SUM_OF_GRAD_TERMS[term.name] for term in terms)
     nats = student.new_empty(len(terms), num_rows)
     measures = student.new_empty(len(MEASURES), num_rows)
     launch: Any = _row[(num_rows,)]
@@ -106,7 +104,7 @@ def _row(
     temperatures, inverses, a, b, KINDS: tl.constexpr, SLOTS: tl.constexpr, SUMS: tl.constexpr,
     CLOSED: tl.constexpr, HAS_TEACHER: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All that is asked of one row. A slot is a temperature; slot 0 is 1.0."""
+    """Computes one row. A slot is a temperature; slot 0 is 1.0."""
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     teacher += row * teacher_stride
@@ -121,12 +119,13 @@ def _row(
         arguments += (_arguments(KINDS[i], a[i], b[i], student, teacher, vocab_size, of_student, BLOCK),)
         counts += (tl.load(weights + i * num_rows + row) * temperatures[SLOTS[i]],)
     rows = (student, teacher, vocab_size, token, of_student, of_teacher)
-    log_t_of_token = _log_prob_of(token, teacher, vocab_size, of_teacher)
-    values, sums, measured = _sweep(
+    y = tl.load(teacher + token, mask=(token >= 0) & (token < vocab_size), other=float("nan"))
+    log_t_of_token = _log_prob(tl.where(y < LOWEST, LOWEST, y), of_teacher, 1.0, 0)
+    values, sums, measured = _pass(
         rows, inverses, counts, arguments, SUMS, KINDS, SLOTS, HAS_TEACHER, True, GRADIENT and CLOSED, BLOCK
     )
     if GRADIENT and not CLOSED:
-        _sweep(rows, inverses, counts, arguments, sums, KINDS, SLOTS, HAS_TEACHER, False, True, BLOCK)
+        _pass(rows, inverses, counts, arguments, sums, KINDS, SLOTS, HAS_TEACHER, False, True, BLOCK)
 
     for i in tl.static_range(len(KINDS)):
         value = tl.where(values[i] < 0, 0.0, values[i])
@@ -145,7 +144,7 @@ def _row(
 @triton.jit
 @no_type_check
 def _load(logits, columns, inside):
-    """−inf, and what lies outside, is the lowest logit; what is not a number stays so."""
+    """Loads logits; −inf and logits outside the row become the lowest logit, NaN stays NaN."""
     x = tl.load(logits + columns, mask=inside, other=LOWEST)
     return tl.where(x < LOWEST, LOWEST, x)
 
@@ -162,8 +161,8 @@ def _zeros(number: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 @no_type_check
 def _summary(logits, vocab_size, inverses, BLOCK: tl.constexpr):
-    """Of a row: the largest logit, its first column, the log of the sum of exponentials in each slot, and how many
-    columns are possible."""
+    """The largest logit of a row, its first column, the log of the sum of exponentials in each slot, and the number of
+    possible tokens."""
     lanes = tl.arange(0, BLOCK)
     largest = tl.full([BLOCK], LOWEST, tl.float32)
     first = lanes
@@ -197,16 +196,8 @@ def _log_prob(x, of_row, inverse, k: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _log_prob_of(token, logits, vocab_size, of_row):
-    """At temperature 1; NaN where the token is none of the columns."""
-    x = tl.load(logits + token, mask=(token >= 0) & (token < vocab_size), other=float("nan"))
-    return _log_prob(tl.where(x < LOWEST, LOWEST, x), of_row, 1.0, 0)
-
-
-@triton.jit
-@no_type_check
 def _arguments(KIND: tl.constexpr, a, b, student, teacher, vocab_size, of_student, BLOCK: tl.constexpr):
-    """The two numbers that a term needs to know in this row."""
+    """The two numbers of a term in this row."""
     if KIND == "cross_entropy":  # the label's share, and that of every possible column
         return 1 - a, a / tl.maximum(of_student[3], 1)
     elif KIND == "logit_mse":  # noqa: RET505 (Triton compiles what follows a return, too)
@@ -227,15 +218,15 @@ def _arguments(KIND: tl.constexpr, a, b, student, teacher, vocab_size, of_studen
 
 @triton.jit
 @no_type_check
-def _sweep(
+def _pass(
     rows, inverses, counts, arguments, sums, KINDS: tl.constexpr, SLOTS: tl.constexpr, HAS_TEACHER: tl.constexpr,
     SUM: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Once over a row. With SUM: each term's value, its sum of pulls where ``sums`` has None, and Σ s log s, Σ t log t
-    and Σ min(t, s) at temperature 1. With WRITE: the gradient takes the place of the student's logits."""
+    """One pass over a row. With SUM it computes each term's value, its ``Σ w`` where ``sums`` has None, and Σ s log s,
+    Σ t log t and Σ min(t, s) at temperature 1. With WRITE the gradient replaces the student's logits."""
     student, teacher, vocab_size, token, of_student, of_teacher = rows
     values = _zeros(len(KINDS), BLOCK)
-    pulls = _zeros(len(KINDS), BLOCK)
+    grad_terms = _zeros(len(KINDS), BLOCK)
     measured = _zeros(3, BLOCK)
     live = False
     for i in tl.static_range(len(KINDS)):
@@ -254,76 +245,51 @@ def _sweep(
             outcomes += ((log_t, log_s, tl.exp(log_t), tl.exp(log_s)),)
         gradient = tl.zeros([BLOCK], tl.float32)
         new_values = ()
-        new_pulls = ()
+        new_terms = ()
         for i in tl.static_range(len(KINDS)):
             if KINDS[i] == "cross_entropy":
-                value, pull = _cross_entropy(x, columns == token, outcomes[SLOTS[i]], arguments[i])
+                # −y log s and −y, with the target y of each token
+                term = -(tl.where(columns == token, arguments[i][0], 0.0) + tl.where(x > LOWEST, arguments[i][1], 0.0))
+                value = term * outcomes[SLOTS[i]][1]
             elif KINDS[i] == "logit_mse":
-                value, pull = _logit_mse(x, y, arguments[i])
+                gap = tl.where((x <= LOWEST) | (y <= LOWEST), 0.0, x - y - arguments[i][0])
+                value = gap * gap * arguments[i][1]
+                term = gap * (2 * arguments[i][1])
             else:
-                value, pull = _divergence(KINDS[i], outcomes[SLOTS[i]], arguments[i][0], arguments[i][1])
+                value, term = _divergence(KINDS[i], outcomes[SLOTS[i]], arguments[i][0], arguments[i][1])
             new_values += (values[i] + value,)
-            new_pulls += (pulls[i] + pull,)
+            new_terms += (grad_terms[i] + term,)
             if WRITE:
-                gradient += counts[i] * (pull - outcomes[SLOTS[i]][3] * sums[i])
+                gradient += counts[i] * (term - outcomes[SLOTS[i]][3] * sums[i])
         if SUM:
             values = new_values
-            pulls = new_pulls
+            grad_terms = new_terms
             log_t, log_s, t, s = outcomes[0]
             measured = (measured[0] + s * log_s, measured[1] + t * log_t, measured[2] + tl.minimum(t, s))
         if WRITE:
             tl.store(student + columns, tl.where(live, gradient, 0.0), mask=inside)
-    return _totals(values), _pulls(pulls, sums), _totals(measured)
-
-
-@triton.jit
-@no_type_check
-def _totals(lanes):
     totals = ()
-    for i in tl.static_range(len(lanes)):
-        totals += (tl.sum(lanes[i], 0),)
-    return totals
-
-
-@triton.jit
-@no_type_check
-def _pulls(lanes, known):
-    """The sums of pulls, but those that are known."""
-    totals = ()
-    for i in tl.static_range(len(lanes)):
-        totals += (tl.sum(lanes[i], 0) if known[i] is None else known[i],)
-    return totals
-
-
-@triton.jit
-@no_type_check
-def _cross_entropy(x, is_token, outcome, shares):
-    """``−y log s`` and the pulls ``−y``, where y is what the label says of each column."""
-    pull = -(tl.where(is_token, shares[0], 0.0) + tl.where(x > LOWEST, shares[1], 0.0))
-    return pull * outcome[1], pull
-
-
-@triton.jit
-@no_type_check
-def _logit_mse(x, y, mean_and_share):
-    gap = tl.where((x <= LOWEST) | (y <= LOWEST), 0.0, x - y - mean_and_share[0])
-    return gap * gap * mean_and_share[1], gap * (2 * mean_and_share[1])
+    term_sums = ()
+    for i in tl.static_range(len(KINDS)):
+        totals += (tl.sum(values[i], 0),)
+        term_sums += (tl.sum(grad_terms[i], 0) if sums[i] is None else sums[i],)
+    return totals, term_sums, (tl.sum(measured[0], 0), tl.sum(measured[1], 0), tl.sum(measured[2], 0))
 
 
 @triton.jit
 @no_type_check
 def _divergence(KIND: tl.constexpr, outcome, a, b):
-    """Summands and pulls of a divergence, as its own module has them."""
+    """Summands and logit gradient terms of a divergence, by the formulas of losses/divergences.py."""
     log_t, log_s, t, s = outcome
     if KIND == "forward_kl":
         return t * (log_t - log_s) + (s - t), s - t
     elif KIND == "reverse_kl":  # noqa: RET505
-        pull = s * (log_s - log_t)
-        return (pull - s) + t, pull
+        term = s * (log_s - log_t)
+        return (term - s) + t, term
     elif KIND == "jensen_shannon":
         t_over_m, s_over_m = _over_mixture(log_t, log_s, a)
-        pull = (1 - a) * (s * s_over_m)
-        return a * (t * t_over_m) + pull, pull
+        term = (1 - a) * (s * s_over_m)
+        return a * (t * t_over_m) + term, term
     elif KIND == "skew_kl":
         t_over_m, s_over_m = _over_mixture(log_t, log_s, a)
         return t * t_over_m + (1 - a) * (s - t), (a - 1) * (s * _expm1(t_over_m))
@@ -343,10 +309,12 @@ def _divergence(KIND: tl.constexpr, outcome, a, b):
 @triton.jit
 @no_type_check
 def _over_mixture(log_t, log_s, share_of_teacher):
-    """``log(t / m)`` and ``log(s / m)``: see :mod:`stillroom.losses.mixtures`."""
+    """``log(t / m)`` and ``log(s / m)``: see :func:`stillroom.losses.divergences.over_mixture`."""
     gap = log_t - log_s
     share_of_smaller = tl.where(gap > 0, 1 - share_of_teacher, share_of_teacher)
-    down = -_log1p(share_of_smaller * _expm1(-tl.abs(gap)))
+    z = share_of_smaller * _expm1(-tl.abs(gap))
+    u = 1 + z
+    down = -tl.where(u == 1, z, tl.log(u) * (z / tl.where(u == 1, 1.0, u - 1)))  # log(1 + z) (Kahan)
     return down + tl.minimum(gap, 0.0), down - tl.maximum(gap, 0.0)
 
 
@@ -362,11 +330,3 @@ def _expm1(x):
     p = 1 / 6 + z * p
     p = 1 / 2 + z * p
     return tl.where(near, z + z * z * p, tl.exp(x) - 1)
-
-
-@triton.jit
-@no_type_check
-def _log1p(x):
-    """``log(1 + x)``; what is rounded off in 1 + x is made good by a factor (Kahan)."""
-    u = 1 + x
-    return tl.where(u == 1, x, tl.log(u) * (x / tl.where(u == 1, 1.0, u - 1)))

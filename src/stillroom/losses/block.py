@@ -1,4 +1,4 @@
-"""Block: a few rows of logits, from which every loss takes the log-probabilities it needs."""
+"""LogitBlock: a few rows of logits, from which every loss takes the log-probabilities it needs."""
 
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -6,18 +6,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stillroom.kernels.terms import LOWEST_LOGIT
+from stillroom.errors import MismatchError
+from stillroom.kernels import LOWEST_LOGIT
 from stillroom.signals import Sparse
 
 
 class LogitBlock:
-    """Student's and teacher's logits of ``r`` positions over the same ``v`` columns, and their next tokens.
+    """Student's and teacher's logits of ``r`` positions over the same vocabulary of ``v`` tokens, and the labels.
 
-    In the place of the teacher's logits there may be a ``sparse`` signal of the same positions. ``data_weights`` are
-    what the data say that each position counts.
+    A ``sparse`` signal of the same positions may replace the teacher's logits. ``data_weights`` are the weights that
+    the data give to each position.
 
-    What several losses share (log-probabilities at one temperature, say) is computed once. The logits are float32 or
-    float64 and are changed: −inf becomes a very low finite number.
+    Log-probabilities that several losses share are computed once. The logits are float32 or float64 and are changed:
+    −inf becomes a very low finite number.
     """
 
     def __init__(
@@ -33,10 +34,21 @@ class LogitBlock:
         self._logits = {"student": student_logits.clamp_(min=LOWEST_LOGIT)}
         if teacher_logits is not None:
             self._logits["teacher"] = teacher_logits.clamp_(min=LOWEST_LOGIT)
-        self._known: dict[tuple[str, str, float], Tensor] = {}
+        self._cache: dict[tuple[str, str, float], Tensor] = {}
 
     def logits(self, who: Literal["student", "teacher"]) -> Float[Tensor, "r v"]:
-        """The logits themselves, not to be changed."""
+        """The logits themselves, not to be changed.
+
+        Raises:
+            MismatchError: the teacher's are needed, and there is no teacher or a sparse signal of it.
+        """
+        if who not in self._logits:
+            raise MismatchError(
+                "the teacher's logits are needed and not there",
+                {"needed": "all logits", "given": "no signal" if self.sparse is None else "a few entries"},
+                why="This loss or measure compares student and teacher over the whole vocabulary.",
+                fix="Give a dense signal, or leave out the loss or measure.",
+            )
         return self._logits[who]
 
     def student(self, temperature: float = 1.0) -> Float[Tensor, "r v"]:
@@ -48,23 +60,23 @@ class LogitBlock:
         return self._log("teacher", temperature)
 
     def student_probabilities(self, temperature: float = 1.0) -> Float[Tensor, "r v"]:
-        return self._plain("student", temperature)
+        return self._probabilities("student", temperature)
 
     def teacher_probabilities(self, temperature: float = 1.0) -> Float[Tensor, "r v"]:
-        return self._plain("teacher", temperature)
+        return self._probabilities("teacher", temperature)
 
-    def _log(self, who: str, temperature: float) -> Tensor:
+    def _log(self, who: Literal["student", "teacher"], temperature: float) -> Tensor:
         key = ("log", who, temperature)
-        if key not in self._known:
-            logits = self._logits[who]
-            self._known[key] = torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
-        return self._known[key]
+        if key not in self._cache:
+            logits = self.logits(who)
+            self._cache[key] = torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+        return self._cache[key]
 
-    def _plain(self, who: str, temperature: float) -> Tensor:
+    def _probabilities(self, who: Literal["student", "teacher"], temperature: float) -> Tensor:
         key = ("plain", who, temperature)
-        if key not in self._known:
-            self._known[key] = self._log(who, temperature).exp()
-        return self._known[key]
+        if key not in self._cache:
+            self._cache[key] = self._log(who, temperature).exp()
+        return self._cache[key]
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from stillroom.losses.sparse import Missing
 
 
 class Outcomes(NamedTuple):
-    """Teacher ``t`` and student ``s`` over the same outcomes. An outcome that neither holds possible has t = s = 0."""
+    """Teacher ``t`` and student ``s`` over the same outcomes. An outcome that is impossible for both has t = s = 0."""
 
     log_t: Float[Tensor, "r m"]
     log_s: Float[Tensor, "r m"]
@@ -25,22 +25,28 @@ class Outcomes(NamedTuple):
 Pointwise = Callable[[Outcomes], tuple[Tensor, Tensor]]
 """``D(t ‖ s) = Σ_j φ(t_j, s_j)`` as a pure function of the outcomes.
 
-It gives the summands φ_j and the *pulls* ``s_j ∂φ/∂s_j``, [r, m], tensors of their own. Multiples of s − t or
-s, whose sums are constant, may be added to either: so that summands are at least 0, and both exactly 0 where t = s.
+It returns the summands φ_j and the *logit gradient terms* ``w_j = s_j ∂φ/∂s_j``, new tensors [r, m]. Multiples of s − t
+or s, whose sums are constant, may be added to either, so that summands are at least 0 and both exactly 0 where t = s.
 """
 
 
 def diverge(
     block: LogitBlock, divergence: Pointwise, temperature: float
 ) -> tuple[Float[Tensor, " r"], Float[Tensor, "r v"]]:
-    """``T² · D`` of the distributions at temperature T, and its gradient ``T (w − s Σ w)`` with the pulls w.
+    """``T² · D`` of the distributions at temperature T, and its gradient ``T (w − s Σ w)`` in the student's logits.
 
-    Of a truncated sparse signal the outcomes are its entries and, as one further outcome, all the others together. So
-    an f-divergence is at most the full one (data-processing inequality), and reaches it as entries are added. The α-β
-    divergence with α + β other than 1 and the adaptive KL are none, and may come out larger.
+    The outcomes of a truncated sparse signal are its entries and, as one further outcome, all the others together; an
+    id among these has its share of that outcome's w, in proportion to its probability. So an f-divergence is at most
+    the full one (data-processing inequality), and reaches it as entries are added. The α-β divergence with α + β other
+    than 1 and the adaptive KL are no f-divergences, and may be larger.
     """
     if block.sparse is not None:
-        nats, gradient = _truncated(block, divergence, temperature)
+        seen = sparse.see(block, block.sparse, temperature)
+        summands, grad_terms = divergence(Outcomes(seen.log_t, seen.log_s, seen.t, seen.s))
+        nats, total = summands.sum(-1), grad_terms.sum(-1, keepdim=True)
+        residual = seen.s[:, -1:].clamp(min=torch.finfo(seen.s.dtype).tiny)
+        gradient = seen.others.mul_(grad_terms[:, -1:] / residual - total)
+        gradient.scatter_add_(-1, seen.ids, (grad_terms - seen.s * total)[:, :-1])
     else:
         outcomes = Outcomes(
             block.teacher(temperature),
@@ -55,25 +61,8 @@ def diverge(
     return (nats, gradient) if temperature == 1.0 else (nats.mul_(temperature**2), gradient.mul_(temperature))
 
 
-def _truncated(block: LogitBlock, divergence: Pointwise, temperature: float) -> tuple[Tensor, Tensor]:
-    """An id among the others has the pull of them all in proportion to its probability."""
-    assert block.sparse is not None
-    seen = sparse.see(block, block.sparse, temperature)
-    outcomes = Outcomes(seen.log_t, seen.log_s, seen.t, seen.s)
-    summands, pulls = divergence(outcomes)
-    total = pulls.sum(-1, keepdim=True)
-    rest = seen.s[:, -1:].clamp(min=torch.finfo(seen.s.dtype).tiny)
-    gradient = seen.others.mul_(pulls[:, -1:] / rest - total)
-    gradient.scatter_add_(-1, seen.ids, (pulls - seen.s * total)[:, :-1])
-    return summands.sum(-1), gradient
-
-
 def between(name: str, value: float, low: str, high: str) -> None:
-    """Checks that a share lies strictly between 0 and 1.
-
-    Raises:
-        ConfigError: it does not; the error says what the loss would be at each end.
-    """
+    """Raises ConfigError unless 0 < value < 1; ``low`` and ``high`` are the losses at the ends."""
     if not 0 < value < 1:
         raise ConfigError(
             f"{name} must lie strictly between 0 and 1",
@@ -88,10 +77,10 @@ def forward_kl(
 ) -> tuple[Float[Tensor, " r"], Float[Tensor, "r v"]]:
     """``T² · KL(t ‖ s) = T² · Σ t (log t − log s)`` at temperature T; gradient ``T (s − t)``.
 
-    It covers all that the teacher may say. From a sampled signal it is right in expectation.
+    It is mass-covering. From a sampled signal it is right in expectation.
 
     Args:
-        missing: of a truncated signal, what the teacher is taken to say of all that was left out: see
+        missing: the target that is assumed for everything that a truncated signal left out: see
             :func:`sparse.completed`.
     """
     if block.sparse is not None and (block.sparse.sampled or missing != "bucket"):
@@ -102,21 +91,21 @@ def forward_kl(
 def reverse_kl(block: LogitBlock, *, temperature: float = 1.0) -> tuple[Float[Tensor, " r"], Float[Tensor, "r v"]]:
     """``T² · KL(s ‖ t) = T² · Σ s (log s − log t)`` at temperature T; gradient ``T · s (log s − log t − KL(s ‖ t))``.
 
-    It seeks what the teacher is likely to say.
+    It is mode-seeking.
     """
     return diverge(block, of_student, temperature)
 
 
 def of_teacher(o: Outcomes) -> tuple[Tensor, Tensor]:
-    """KL(t ‖ s). ``s − t`` is in each summand: so every one is at least 0, and the normalisers' rounding cancels."""
-    pulls = o.s - o.t
-    return torch.addcmul(pulls, o.t, o.log_t - o.log_s), pulls
+    """KL(t ‖ s). Each summand includes ``s − t``, so it is at least 0, and the rounding of the normalizers cancels."""
+    grad_terms = o.s - o.t
+    return torch.addcmul(grad_terms, o.t, o.log_t - o.log_s), grad_terms
 
 
 def of_student(o: Outcomes) -> tuple[Tensor, Tensor]:
-    """KL(s ‖ t), with ``t − s`` in each summand."""
-    pulls = (o.log_s - o.log_t).mul_(o.s)
-    return (pulls - o.s).add_(o.t), pulls
+    """KL(s ‖ t); each summand includes ``t − s``."""
+    grad_terms = (o.log_s - o.log_t).mul_(o.s)
+    return (grad_terms - o.s).add_(o.t), grad_terms
 
 
 def jensen_shannon(
@@ -134,8 +123,8 @@ def jensen_shannon(
 
     def divergence(o: Outcomes) -> tuple[Tensor, Tensor]:
         log_t, log_s = over_mixture(o, beta)
-        pulls = log_s.mul_(o.s).mul_(1 - beta)
-        return log_t.mul_(o.t).mul_(beta).add_(pulls), pulls
+        grad_terms = log_s.mul_(o.s).mul_(1 - beta)
+        return log_t.mul_(o.t).mul_(beta).add_(grad_terms), grad_terms
 
     return diverge(block, divergence, temperature)
 
@@ -166,7 +155,7 @@ def skew_reverse_kl(
     """``T² · KL(s ‖ m)`` with ``m = α s + (1 − α) t``; gradient ``T (w − s Σ w)`` with
     ``w = s (log(s / m) + α (1 − s / m))``.
 
-    Reverse KL that stays finite where the teacher holds a token impossible (DistiLLM, arXiv 2402.03898).
+    Reverse KL that stays finite where a token is impossible for the teacher (DistiLLM, arXiv 2402.03898).
 
     Raises:
         ConfigError: alpha is not strictly between 0 and 1.
@@ -195,12 +184,12 @@ def total_variation(block: LogitBlock, *, temperature: float = 1.0) -> tuple[Flo
     At T = 1 it is 1 less the mass that speculative decoding accepts (arXiv 2310.08461). A symmetric and bounded
     distance; it has no unit.
     """
-    return diverge(block, variation, temperature)
 
+    def divergence(o: Outcomes) -> tuple[Tensor, Tensor]:
+        gap = o.s - o.t
+        return gap.abs().div_(2), gap.sign_().mul_(o.s).div_(2)
 
-def variation(o: Outcomes) -> tuple[Tensor, Tensor]:
-    gap = o.s - o.t
-    return gap.abs().div_(2), gap.sign_().mul_(o.s).div_(2)
+    return diverge(block, divergence, temperature)
 
 
 def alpha_beta(
@@ -209,9 +198,9 @@ def alpha_beta(
     """``T² / (α β) · Σ [α / c · t^c + β / c · s^c − t^α s^β]`` with ``c = α + β``; gradient ``T (w − s Σ w)`` with
     ``w = (s^c − t^α s^β) / α``.
 
-    A larger α weighs where the teacher is sure, a larger β where the student is. It tends to forward KL for α = 1,
-    β → 0, to reverse KL for α → 0, β = 1, and is four times the squared Hellinger distance for α = β = ½ (ABKD, arXiv
-    2505.04560).
+    A larger α emphasizes where the teacher is confident, a larger β where the student is. It tends to forward KL for
+    α = 1, β → 0, to reverse KL for α → 0, β = 1, and is four times the squared Hellinger distance for α = β = ½ (ABKD,
+    arXiv 2505.04560).
 
     Raises:
         ConfigError: alpha or beta is not above 0.
@@ -238,7 +227,7 @@ def alpha_beta(
 
 
 HALVINGS = 10
-"""After so many, what the head's border lies between is a factor of at most 2 ** (log2(2 v) / 1024)."""
+"""After so many halvings, the bounds of the head's border differ by a factor of at most 2 ** (log2(2 v) / 1024)."""
 
 
 def adaptive_kl(
@@ -247,9 +236,9 @@ def adaptive_kl(
     """``T² (g KL(t ‖ s) + (1 − g) KL(s ‖ t))`` with ``g = Σ_head |t − s| / Σ |t − s|``; gradient that of the two with g
     held fixed.
 
-    The head is the teacher's likeliest tokens, as few as hold the mass μ. Forward KL mends the head first and reverse
-    KL the tail; each position takes more of what it needs (arXiv 2404.02657). Of a truncated signal, what was left out
-    is one outcome.
+    The head is the smallest set of the teacher's top tokens that holds the mass μ. Forward KL corrects the head first
+    and reverse KL the tail; each position takes more of what it needs (arXiv 2404.02657). Everything that a truncated
+    signal left out is one outcome.
 
     Raises:
         ConfigError: mu is not strictly between 0 and 1.
@@ -261,18 +250,18 @@ def adaptive_kl(
         total = gap.sum(-1, keepdim=True)
         of_head = gap.mul_(head_of(o.t, mu)).sum(-1, keepdim=True)
         share = torch.where(total > 0, of_head / total.clamp(min=torch.finfo(total.dtype).tiny), 0.5).clamp_(max=1)
-        summands, pulls = of_teacher(o)
-        others, other_pulls = of_student(o)
-        return torch.lerp(others, summands, share), torch.lerp(other_pulls, pulls, share)
+        summands, grad_terms = of_teacher(o)
+        others, other_terms = of_student(o)
+        return torch.lerp(others, summands, share), torch.lerp(other_terms, grad_terms, share)
 
     return diverge(block, divergence, temperature)
 
 
 def head_of(t: Float[Tensor, "r m"], mass: float) -> Bool[Tensor, "r m"]:
-    """The likeliest outcomes of each row, as few as hold ``mass``; of equals at the border the first ones.
+    """Marks the smallest set of each row's top outcomes that holds ``mass``; of equals at the border, the first ones.
 
-    The border's probability is between the largest and ``(1 − mass) / 2m`` (what is less likely than that holds too
-    little to matter). It is halved in on, and only what is left between is sorted.
+    The border's probability is between the largest and ``(1 − mass) / 2m`` (all outcomes below that hold too little to
+    matter). It is found by bisection, and only the outcomes that are left between the bounds are sorted.
     """
     high = t.amax(-1, keepdim=True)
     low = torch.minimum(high, torch.full_like(high, (1 - mass) / (2 * t.shape[1])))

@@ -15,22 +15,21 @@ from stillroom.losses.divergences import Outcomes, of_teacher
 from stillroom.signals import Attention
 
 EPS = 1e-6
-"""The least mean square that a row is divided by, as in most models' norms: a row below an RMS of 1e-3 counts as small,
-and one of zeros stays finite."""
+"""The least mean square that a row is divided by, as in most models' norms, so that a row of zeros stays finite."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What student and teacher hold at the same ``n`` kept positions of one layer each."""
+    """The states of student and teacher at the same ``n`` kept positions of one layer each."""
 
     student: Float[Tensor, "n d"] | Attention
-    """After the projector, so of the teacher's width; queries, keys and values for the attention relation."""
+    """States after the projector, with the teacher's width; queries, keys and values for the attention relation."""
     teacher: Float[Tensor, "n e"] | Attention
-    """``e`` is ``d``, but for the linear CKA and the attention relation, which compare any widths."""
+    """``e`` is ``d``, except for linear CKA and the attention relation, which compare any widths."""
     documents: Int[Tensor, " n"]
-    """Which document each position belongs to: equal numbers stand side by side."""
+    """The document of each position; equal numbers are adjacent."""
     scale: Float[Tensor, " d"] | None = None
-    """What each channel's difference is divided by, for the channel-scaled MSE."""
+    """The divisor of each channel's difference, for the channel-scaled MSE."""
 
     def states(self) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
         """Student's and teacher's states, in float32, or float64 where the student's are. The teacher has no gradient.
@@ -61,7 +60,7 @@ gives a value that is not finite.
 
 
 def mean_square(states: Float[Tensor, "n d"]) -> Float[Tensor, "n 1"]:
-    """Of each row, over its channels."""
+    """The mean square of each row over its channels."""
     return states.square().mean(-1, keepdim=True)
 
 
@@ -71,9 +70,9 @@ def no_autocast(tensor: Tensor) -> torch.autocast:
 
 
 def by_length(documents: Int[Tensor, " n"]) -> list[Int[Tensor, "g m"]]:
-    """For each length ``m`` that occurs, the positions of all ``g`` documents that are so long.
+    """The positions of all ``g`` documents of length ``m``, for each length ``m`` that occurs.
 
-    Nothing is padded, so what is computed of a document knows nothing of the others. There are at most √(2n) lengths.
+    Nothing is padded, so each document is independent of the others. There are at most √(2n) lengths.
     """
     _, counts = torch.unique_consecutive(documents, return_counts=True)
     starts = counts.cumsum(0) - counts
@@ -88,9 +87,9 @@ Normalize = Literal["rms", "layer_norm"]
 
 def normalized(states: Float[Tensor, "n d"], by: Normalize) -> Float[Tensor, "n d"]:
     """Each row divided by its RMS over channels (``rms``), or centred and divided by its standard deviation
-    (``layer_norm``), as models' norms do it: ``EPS`` is added to the mean square, so a row of zeros stays one.
+    (``layer_norm``), as in models' norms: ``EPS`` is added to the mean square, so a row of zeros stays a row of zeros.
 
-    In float32, or float64 where the states are.
+    The result is float32, or float64 where the states are.
     """
     states = states.to(accumulator(states.dtype))
     if by == "layer_norm":
@@ -109,7 +108,7 @@ def mse(pair: Pair) -> Float[Tensor, " n"]:
 
 
 def normalized_mse(pair: Pair) -> Float[Tensor, " n"]:
-    """``Σ (s − t)² / Σ t²``: of each position, by the teacher's own mean square there.
+    """``Σ (s − t)² / Σ t²``, each position by the teacher's own mean square there.
 
     A mean square below ``EPS`` counts as ``EPS``, so the value is continuous, and finite where the teacher's state is
     0.
@@ -119,7 +118,7 @@ def normalized_mse(pair: Pair) -> Float[Tensor, " n"]:
 
 
 def channel_scaled_mse(pair: Pair) -> Float[Tensor, " n"]:
-    """``1/d Σ ((s − t) / scale)²``: so a few channels with massive activations do not outweigh all others.
+    """``1/d Σ ((s − t) / scale)²``, so that a few channels with massive activations do not outweigh all others.
 
     Raises:
         MismatchError: the pair has no scale.
@@ -138,8 +137,8 @@ def channel_scaled_mse(pair: Pair) -> Float[Tensor, " n"]:
 def channel_scale(sum_of_squares: Float[Tensor, " d"], count: int) -> Float[Tensor, " d"]:
     """The RMS of each channel over ``count`` positions, and at least a tenth of the median of those that are not 0.
 
-    So a channel in which the teacher says next to nothing is not blown up, and a massive one does not move the floor.
-    Where all are 0 it is 1.
+    So a channel in which the teacher is almost silent is not blown up, and a massive one does not move the floor.
+    Where all are 0 the scale is 1.
 
     Raises:
         NonFiniteError: a sum is not finite, or there are no positions.
@@ -183,7 +182,7 @@ def channel_forward_kl(student: Float[Tensor, "*r c"], teacher: Float[Tensor, "*
 
 
 class _ChannelKL(torch.autograd.Function):
-    """With the gradient as a formula, which is exactly 0 where student and teacher are equal."""
+    """Has the gradient as a formula, which is exactly 0 where student and teacher are equal."""
 
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Measures: numbers for each position that are reported and never minimised."""
+"""Measures: numbers for each position that are reported and never minimized."""
 
 import torch
 from jaxtyping import Float
@@ -11,15 +11,15 @@ from stillroom.losses.block import LogitBlock
 
 
 def student_entropy(block: LogitBlock) -> Float[Tensor, " r"]:
-    """``−Σ s log s``: how unsure the student is, in nats."""
+    """``−Σ s log s``: the entropy of the student's distribution, in nats."""
     return -(block.student_probabilities() * block.student()).sum(-1)
 
 
 def teacher_entropy(block: LogitBlock) -> Float[Tensor, " r"]:
-    """``−Σ t log t``: how unsure the teacher is, in nats.
+    """``−Σ t log t``: the entropy of the teacher's distribution, in nats.
 
     Raises:
-        MismatchError: the signal is sparse and does not tell it, or is a sample, whose noise would be in it.
+        MismatchError: the signal is sparse and does not contain it, or is a sample, whose noise would be in it.
     """
     signal = block.sparse
     if signal is None:
@@ -35,16 +35,19 @@ def teacher_entropy(block: LogitBlock) -> Float[Tensor, " r"]:
 
 
 def top1_agreement(block: LogitBlock) -> Float[Tensor, " r"]:
-    """1 where student and teacher hold the same token for the likeliest, else 0. A sparse signal names it first."""
+    """1 where student and teacher have the same top token, else 0. A sparse signal's first entry is the top one."""
     student = block.student()
-    top_indices = block.teacher().argmax(-1) if block.sparse is None else block.sparse.ids[:, 0]
-    return (student.argmax(-1) == top_indices).to(student.dtype)
+    top_of_teacher = block.teacher().argmax(-1) if block.sparse is None else block.sparse.ids[:, 0]
+    return (student.argmax(-1) == top_of_teacher).to(student.dtype)
 
 
 def top10_overlap(block: LogitBlock) -> Float[Tensor, " r"]:
-    """``|top 10 of t ∩ top 10 of s| / 10``: the share of the teacher's ten likeliest tokens that are the student's too.
+    """``|top 10 of t ∩ top 10 of s| / 10``: the share of the teacher's top ten tokens that are the student's too.
 
-    Of fewer than ten columns, all.
+    A vocabulary of fewer than ten tokens is compared whole.
+
+    Raises:
+        MismatchError: there is no dense teacher.
     """
     k = min(10, block.vocab_size)
     (_, student), (_, teacher) = (top_indices(block.logits(who), k) for who in ("student", "teacher"))
@@ -53,21 +56,21 @@ def top10_overlap(block: LogitBlock) -> Float[Tensor, " r"]:
 
 
 def confidence(block: LogitBlock) -> Float[Tensor, " r"]:
-    """``max s``: the student's probability of the token that it holds for the likeliest."""
+    """``max s``: the student's probability of its top token."""
     logits = block.logits("student")
     return (logits.amax(-1) - logits.logsumexp(-1)).exp()
 
 
 def correct(block: LogitBlock) -> Float[Tensor, " r"]:
-    """1 where the token that the student holds for the likeliest is the data's next token, else 0."""
+    """1 where the student's top token is the data's next token, else 0."""
     logits = block.logits("student")
     return (logits.argmax(-1) == block.labels).to(logits.dtype)
 
 
 def accepted_mass(block: LogitBlock) -> Float[Tensor, " r"]:
-    """``Σ min(t, s)``: how often speculative decoding would take what the student drafts; 1 less the total variation.
+    """``Σ min(t, s)``: the rate at which speculative decoding accepts the student's drafts; 1 less the total variation.
 
-    Of a truncated signal, with all that it left out as one outcome: at most too high.
+    Everything that a truncated signal left out is one outcome, which can only make it higher.
     """
     if block.sparse is not None:
         seen = sparse.see(block, block.sparse, 1.0)

@@ -1,8 +1,9 @@
-"""An objective is a loss with its weight; reduction turns nats per position into the one number that is minimized."""
+"""An objective is a loss with its weight: built from a recipe's settings, reduced to the number to minimize."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -11,11 +12,16 @@ from torch import Tensor
 
 from stillroom.batch import Batch
 from stillroom.errors import MismatchError
+from stillroom.kernels import Term
 from stillroom.losses.block import LogitBlock, Loss
+from stillroom.losses.config import LOSSES, ByEntropy, HiddenObjective, ObjectiveConfig, Schedule
 from stillroom.losses.metrics import student_entropy, teacher_entropy
 
 Measure = Callable[[LogitBlock], Tensor]
 """A number for each position that is only reported, such as agreement."""
+
+TokenWeight = Callable[[LogitBlock], Tensor]
+"""The weight of each position of a block, [r]. It is a constant to the gradient."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +32,79 @@ class Objective:
     loss: Loss
     weight: float = 1.0
     arguments: dict[str, Any] = field(default_factory=dict)
-    token_weight: Measure | None = None
-    """What each position counts in it besides; 1 by default."""
+    token_weight: TokenWeight | None = None
+    """A further weight of each position in this objective; 1 by default."""
+
+    @cached_property
+    def term(self) -> Term | None:
+        """The loss and its arguments as kernels know them; None where no kernel knows the loss.
+
+        Raises:
+            ConfigError: the loss does not accept its arguments.
+        """
+        function = f"{self.loss.__module__.rpartition('.')[2]}:{getattr(self.loss, '__qualname__', '')}"
+        name, entry = next(((n, e) for n, e in LOSSES.items() if e.function == function), ("", None))
+        if entry is None or entry.kernel_numbers is None:
+            return None
+        logits = torch.zeros(1, 1)
+        self.loss(LogitBlock(logits, logits.clone(), torch.zeros(1, dtype=torch.long)), **self.arguments)  # the check
+        values = {n: f.default for n, f in entry.settings.model_fields.items()} | self.arguments
+        return Term(name, values.get("temperature", 1.0), *(values[number] for number in entry.kernel_numbers))
 
 
-TokenWeight = Callable[[LogitBlock], Tensor]
-"""What each position of a block counts, [r]. It is a number like any other to the gradient, which does not pass it."""
+def names(configs: Sequence[ObjectiveConfig]) -> list[str]:
+    """The name of each objective: its kind, with a number behind it where several have the same kind."""
+    kinds = [config.kind for config in configs]
+    return [kind if kinds.count(kind) == 1 else f"{kind}_{kinds[:i].count(kind)}" for i, kind in enumerate(kinds)]
+
+
+def build_objectives(configs: Sequence[ObjectiveConfig], progress: float = 1.0) -> tuple[Objective, ...]:
+    """Builds an Objective for each of the settings that compare next-token distributions.
+
+    Args:
+        progress: how far the run has come, from 0 at its first step to 1 at its last, for settings with a schedule.
+    """
+    objectives = []
+    for name, config in zip(names(configs), configs, strict=True):
+        if isinstance(config, HiddenObjective):
+            continue
+        values = {field: value_at(getattr(config, field), progress) for field in type(config).model_fields}
+        kind, weight, by = (values.pop(field) for field in ("kind", "weight", "token_weight"))
+        token_weight = None if by is None else by_data
+        if isinstance(by, ByEntropy):
+            who = "teacher" if by.kind == "teacher_entropy" else "student"
+            token_weight = by_entropy(who, certain=by.certain, uncertain=by.uncertain)
+        objectives.append(Objective(name, LOSSES[kind].load(), weight, values, token_weight))
+    return tuple(objectives)
+
+
+def hidden_weights(configs: Sequence[ObjectiveConfig], progress: float = 1.0) -> dict[str, float]:
+    """The weight of each objective that compares hidden states, by its name."""
+    named = zip(names(configs), configs, strict=True)
+    return {name: value_at(config.weight, progress) for name, config in named if isinstance(config, HiddenObjective)}
+
+
+def value_at(setting: Any, progress: float) -> Any:
+    """The value of a setting at a point of the run."""
+    if not isinstance(setting, Schedule):
+        return setting
+    share = min(progress / setting.over, 1.0)
+    if setting.kind == "cosine":
+        share = (1 - math.cos(math.pi * share)) / 2
+    return setting.start + (setting.stop - setting.start) * share
+
+
+def scheduled(configs: Sequence[ObjectiveConfig]) -> bool:
+    """Whether anything in them changes over the run."""
+    return any(isinstance(value, Schedule) for c in configs for value in (c.weight, getattr(c, "temperature", None)))
+
+
+def needs_teacher(configs: Sequence[ObjectiveConfig]) -> bool:
+    return any(config.needs_teacher for config in configs)
 
 
 def by_entropy(who: Literal["student", "teacher"], *, certain: float, uncertain: float) -> TokenWeight:
-    """``certain + (uncertain − certain) · H / log v`` with the entropy H at temperature 1 over v columns."""
+    """``certain + (uncertain − certain) · H / log v`` with the entropy H at temperature 1 over v tokens."""
 
     def weight(block: LogitBlock) -> Float[Tensor, " r"]:
         entropy = student_entropy(block) if who == "student" else teacher_entropy(block)
@@ -62,7 +131,7 @@ def by_data(block: LogitBlock) -> Float[Tensor, " r"]:
 
 
 def position_weights(batch: Batch, num_kept_of_step: int) -> Float[Tensor, " kept"]:
-    """What each kept position of a micro-batch counts: one over the kept positions of the *whole* optimizer step.
+    """The weight of each kept position of a micro-batch: one over the kept positions of the *whole* optimizer step.
 
     ``num_kept_of_step`` counts all micro-batches (and all ranks), so the sum over them is the step's mean, however the
     step was split.
@@ -72,5 +141,5 @@ def position_weights(batch: Batch, num_kept_of_step: int) -> Float[Tensor, " kep
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """The type that sums over a step are held in: float64, but for Apple's devices, which have none."""
+    """The type that sums over a step are held in: float64, except on Apple's devices, which have none."""
     return torch.float32 if device.type == "mps" else torch.float64

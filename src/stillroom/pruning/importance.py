@@ -21,8 +21,9 @@ from stillroom.data.dataloader import DocumentSet, in_batches
 from stillroom.errors import NonFiniteError
 from stillroom.layers import Layer
 from stillroom.lm_head import accumulator
-from stillroom.losses import Objective, cross_entropy
 from stillroom.losses.fused_linear import Buffers, linear_losses
+from stillroom.losses.logits import cross_entropy
+from stillroom.losses.objective import Objective
 from stillroom.models import hidden_states
 from stillroom.models.hidden_states import backbone, last_hidden_states, lm_head
 from stillroom.pruning.families import Family, describe, head_dim

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from stillroom.layers import Layer, in_order
 from stillroom.lm_head import accumulator
-from stillroom.losses import DISTANCES
+from stillroom.losses.config import DISTANCES
 from stillroom.losses.hidden import Normalize, Pair, normalized
 from stillroom.signals import HiddenStates
 
@@ -83,8 +83,9 @@ class HiddenLoss(nn.Module):
         with torch.autocast(documents.device.type, enabled=False):
             total = torch.zeros((), dtype=weights.dtype, device=documents.device)
             plain = torch.zeros_like(total)
+            distance = DISTANCES[spec.distance].load()
             for number, count in enumerate(counts):
-                values = DISTANCES[spec.distance](self._pair(number, student, teacher, documents), **spec.arguments)
+                values = distance(self._pair(number, student, teacher, documents), **spec.arguments)
                 total = total + count * (values * weights.to(values.dtype)).sum()
                 plain = plain + count * values.detach().sum()
         return total, plain

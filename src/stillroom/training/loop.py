@@ -14,8 +14,7 @@ from stillroom.batch import Batch
 from stillroom.distributed.group import RankGroup
 from stillroom.distributed.sharding import squares, summed_later
 from stillroom.errors import NonFiniteError, OutOfMemoryError
-from stillroom.losses import Objective
-from stillroom.losses.objective import widest_float
+from stillroom.losses.objective import Objective, widest_float
 from stillroom.models.dtensor import local_part
 from stillroom.runs import deferred_interrupts, ended
 from stillroom.teachers.base import Teacher

@@ -164,7 +164,12 @@ def of_verb(verb, folder):
     return {
         "distill": [f"{folder}/recipe.yaml", "data_tokens=1e6"],
         "capture": ["verb=capture", f"teacher.model={folder}/teacher", data, "out=x"],
-        "evaluate": ["verb=evaluate", f"models={{teacher: {folder}/teacher, distilled: {folder}/student}}", data, "out=x"],
+        "evaluate": [
+            "verb=evaluate",
+            f"models={{teacher: {folder}/teacher, distilled: {folder}/student}}",
+            data,
+            "out=x",
+        ],
         "prune": ["verb=prune", f"model={folder}/teacher", "layers={kind: best, count: 14}", data, "out=x"],
     }[verb]
 

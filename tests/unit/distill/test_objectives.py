@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from stillroom.distill.objective_config import ByEntropy, CrossEntropy, ForwardKL, ReverseKL, Schedule
-from stillroom.distill.objectives import build_objectives, needs_teacher, scheduled, value_at
-from stillroom.losses import LOSSES, LogitBlock
+from stillroom.losses.block import LogitBlock
+from stillroom.losses.config import LOSSES, ByEntropy, CrossEntropy, ForwardKL, ReverseKL, Schedule
+from stillroom.losses.objective import build_objectives, needs_teacher, scheduled, value_at
 
 
 @pytest.mark.parametrize("config", [ForwardKL, ReverseKL, CrossEntropy])
@@ -13,7 +13,7 @@ def test_each_kind_is_its_loss(config):
     (kind,) = config.model_fields["kind"].annotation.__args__
     (objective,) = build_objectives([config(kind=kind, weight=0.25, temperature=3.0)])
     assert objective.name == kind
-    assert objective.loss is LOSSES[kind]
+    assert objective.loss is LOSSES[kind].load()
     assert objective.weight == 0.25
     assert objective.arguments["temperature"] == 3.0
     assert set(objective.arguments) == set(config.model_fields) - {"kind", "weight", "token_weight"}

@@ -258,8 +258,8 @@ def test_the_stores_own_template_was_changed(plan, of_chats, student, chat_token
 @pytest.mark.parametrize(
     ("signal", "objective", "words"),
     [
-        ("{kind: sampled}", "{kind: reverse_kl}", "reverse_kl cannot be learnt from sampled targets"),
-        ("{kind: head_and_sample}", "{kind: reverse_kl}", "reverse_kl cannot be learnt from sampled targets"),
+        ("{kind: sampled}", "{kind: reverse_kl}", "reverse_kl cannot be learned from sampled targets"),
+        ("{kind: head_and_sample}", "{kind: reverse_kl}", "reverse_kl cannot be learned from sampled targets"),
         ("{kind: head_and_sample}", "{kind: forward_kl, temperature: 2}", "cannot be used at temperature 2.0"),
         (TOP_K, "{kind: forward_kl, temperature: 1.5}", "cannot be used at temperature 1.5"),
         (TOP_K, "{kind: reverse_kl, temperature: 4}", "cannot be used at temperature 4.0"),
@@ -401,7 +401,7 @@ def test_a_refused_run_leaves_nothing(recipe, stored, tmp_path):
 @pytest.mark.parametrize(
     ("objective", "says"),
     [
-        ("{kind: logit_mse}", "logit_mse cannot be learnt from a few entries"),
+        ("{kind: logit_mse}", "logit_mse cannot be learned from a few entries"),
         (
             "{kind: forward_kl, temperature: {kind: linear, start: 2.0, stop: 1.0}}",
             "cannot follow a temperature that changes",

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stillroom.kernels import numba_fused
-from stillroom.kernels.terms import MEASURES, Term
-from stillroom.losses import LOSSES, LogitBlock
+from stillroom.kernels import MEASURES, Term, numba_fused
 from stillroom.losses import metrics as all_measures
+from stillroom.losses.block import LogitBlock
+from stillroom.losses.config import LOSSES
 
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
 PARAMETERS = {
@@ -113,7 +113,7 @@ def in_float64(student: Tensor, teacher: Tensor | None, labels: Tensor, term: Te
     if term.name != "logit_mse":
         arguments["temperature"] = term.temperature
     block = LogitBlock(student.double(), None if teacher is None else teacher.double(), labels)
-    return LOSSES[term.name](block, **arguments)
+    return LOSSES[term.name].load()(block, **arguments)
 
 
 def assert_near(found: Tensor, wanted: Tensor, tolerance: float = 2e-6):
@@ -263,16 +263,16 @@ def test_compiles_for_a_device(tmp_path, monkeypatch):
     constants = {
         "KINDS": kinds,
         "SLOTS": tuple(i % 2 for i in range(len(kinds))),
-        "SUMS": tuple(triton_fused.SUM_OF_PULLS[kind] for kind in kinds),
+        "SUMS": tuple(triton_fused.SUM_OF_GRAD_TERMS[kind] for kind in kinds),
         "CLOSED": False,
         "HAS_TEACHER": True,
         "GRADIENT": True,
         "BLOCK": 1024,
     }
     types = dict.fromkeys(("student", "teacher", "weights", "nats", "measures"), "*fp32")
-    types |= dict.fromkeys(("student_stride", "teacher_stride", "num_rows", "num_columns"), "i32")
+    types |= dict.fromkeys(("student_stride", "teacher_stride", "num_rows", "vocab_size"), "i32")
     types |= {"temperatures": ("fp32",) * 2, "inverses": ("fp32",) * 2, "a": ("fp32",) * len(kinds)}
-    types |= {"b": types["a"], "next_tokens": "*i64"} | dict.fromkeys(constants, "constexpr")
+    types |= {"b": types["a"], "labels": "*i64"} | dict.fromkeys(constants, "constexpr")
     signature = {name: types[name] for name in triton_fused._row.arg_names}
     compiled = triton.compile(
         ASTSource(triton_fused._row, signature, constants),

@@ -1,6 +1,6 @@
 """The losses as the textbook has them, in float64, and the table of losses that every test of this folder runs over.
 
-A loss that is added to ``stillroom.losses.LOSSES`` joins all these tests by one line in ``LOSSES`` below.
+A loss that is added to ``stillroom.losses.config.LOSSES`` joins all these tests by one line in ``LOSSES`` below.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,9 +13,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stillroom import losses
 from stillroom.lm_head import LMHead
-from stillroom.losses import LogitBlock, Objective
+from stillroom.losses import config
+from stillroom.losses.block import LogitBlock
+from stillroom.losses.objective import Objective
 from stillroom.signals import Dense
 
 TEMPERATURES = (0.25, 1.0, 2.0, 7.5)
@@ -173,7 +174,7 @@ every_case_not_saturated = pytest.mark.parametrize(
 
 
 def objective(name: str, weight: float = 1.0, **arguments) -> Objective:
-    return Objective(name, losses.LOSSES[name], weight, arguments)
+    return Objective(name, config.LOSSES[name].load(), weight, arguments)
 
 
 SEVERAL = [
@@ -186,7 +187,7 @@ SEVERAL = [
 
 def value_and_gradient(name: str, student: Tensor, teacher: Tensor, labels: Tensor, **arguments: float):
     """What the package says of ``[r, v]`` logits, which it may change: so it gets copies."""
-    return losses.LOSSES[name](LogitBlock(student.clone(), teacher.clone(), labels), **arguments)
+    return config.LOSSES[name].load()(LogitBlock(student.clone(), teacher.clone(), labels), **arguments)
 
 
 def naive_nats(name: str, student: Tensor, teacher: Tensor, labels: Tensor, **arguments: float) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from reference import adaptive_kl, alpha_beta, jensen_shannon, kl, skew_kl, skew_reverse_kl, softmax, total_variation
 from torch import Tensor
 
-from stillroom import losses
-from stillroom.losses import LogitBlock
+from stillroom.losses import config
+from stillroom.losses.block import LogitBlock
 from stillroom.signals import Sparse
 
 STORED = (1.0, 2.0)
@@ -80,7 +80,7 @@ def naive_sampled(student: Tensor, signal: Sparse) -> Tensor:
 def value_and_gradient(name: str, student: Tensor, signal: Sparse, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """What the package says of student's logits [n, v], which it may change: so it gets a copy."""
     labels = torch.zeros(len(student), dtype=torch.long)
-    return losses.LOSSES[name](LogitBlock(student.clone(), None, labels, signal), temperature=temperature)
+    return config.LOSSES[name].load()(LogitBlock(student.clone(), None, labels, signal), temperature=temperature)
 
 
 def random_logits(n: int = 5, v: int = 9, seed: int = 0, spread: float = 3.0) -> tuple[Tensor, Tensor]:

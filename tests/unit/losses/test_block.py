@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from stillroom.losses import LogitBlock
+from stillroom.losses.block import LogitBlock
 
 tokens = torch.zeros(2, dtype=torch.long)
 

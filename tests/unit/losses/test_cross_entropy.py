@@ -7,7 +7,8 @@ import torch
 from reference import value_and_gradient
 from torch.nn import functional
 
-from stillroom.losses import LogitBlock, cross_entropy
+from stillroom.losses.block import LogitBlock
+from stillroom.losses.logits import cross_entropy
 
 
 def test_even_odds_cost_the_log_of_their_number():

@@ -20,8 +20,8 @@ from reference import (
     value_and_gradient,
 )
 
-from stillroom import losses
-from stillroom.losses import LogitBlock
+from stillroom.losses import config
+from stillroom.losses.block import LogitBlock
 
 every_divergence = pytest.mark.parametrize("name", DIVERGENCES)
 one_token = torch.zeros(1, dtype=torch.long)
@@ -38,7 +38,7 @@ def at(name: str, temperature: float) -> dict[str, float]:
 
 
 def test_the_table_has_every_loss():
-    assert set(LOSSES) == set(losses.LOSSES)
+    assert set(LOSSES) == set(config.LOSSES)
 
 
 @every_case
@@ -91,14 +91,14 @@ def test_temperature_squared_is_on_the_loss_and_on_its_gradient(name, temperatur
 def test_gradient_belongs_to_the_caller(name, arguments):
     """It may be changed without changing what the block gives to the next loss."""
     block = LogitBlock(*random_logits())
-    _, gradient = losses.LOSSES[name](block, **arguments)
+    _, gradient = config.LOSSES[name].load()(block, **arguments)
     wanted = gradient.clone()
     gradient.fill_(float("nan"))
     for other, row in LOSSES.items():
-        others = losses.LOSSES[other](block, **row.settings[0])[1]
+        others = config.LOSSES[other].load()(block, **row.settings[0])[1]
         assert others.isfinite().all()
         others.fill_(float("nan"))
-    torch.testing.assert_close(losses.LOSSES[name](block, **arguments)[1], wanted, rtol=0, atol=0)
+    torch.testing.assert_close(config.LOSSES[name].load()(block, **arguments)[1], wanted, rtol=0, atol=0)
 
 
 @every_case

@@ -6,11 +6,13 @@ import torch
 from stillroom.errors import MismatchError
 from stillroom.kernels.selection import top_indices
 from stillroom.lm_head import LMHead
-from stillroom.losses import LOSSES, LogitBlock, Objective, fused, linear_losses, metrics
-from stillroom.losses.fused_linear import Buffers
-from stillroom.losses.objective import Measure, by_data, by_entropy
+from stillroom.losses import config, fused_linear, metrics
+from stillroom.losses.block import LogitBlock
+from stillroom.losses.fused_linear import Buffers, linear_losses
+from stillroom.losses.objective import Measure, Objective, by_data, by_entropy
 from stillroom.signals import Logits, Signal, Sparse
 
+LOSSES = {name: entry.load() for name, entry in config.LOSSES.items()}
 ALL: list[Measure] = [
     metrics.top1_agreement,
     metrics.accepted_mass,
@@ -32,7 +34,7 @@ TEMPERED = [Objective("a", LOSSES["forward_kl"], 1.0, {"temperature": 2.0})]
 
 
 def problem(n: int = 9, d: int = 5, v: int = 4103) -> tuple[torch.Tensor, ...]:
-    """Hidden states, a head, the teacher's logits, next tokens, what the data say of each; more than one stretch."""
+    """Hidden states, a head, the teacher's logits, next tokens, what the data say of each; more than one tile."""
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(n, d, generator=g), torch.randn(v, d, generator=g)
     teacher = 3 * torch.randn(n, v, generator=g)
@@ -80,7 +82,7 @@ def assert_equals_tensors(objectives, signal: Signal | None, wanted: list[Measur
 
 def chosen(objectives, signal: Signal | None, wanted: list[Measure], dtype=torch.float32) -> bool:
     device = torch.device("cpu")
-    return fused.fused_for(objectives, wanted, signal, dtype=dtype, device=device) is not None
+    return fused_linear.kernel_for(objectives, wanted, signal, dtype=dtype, device=device) is not None
 
 
 @pytest.mark.parametrize("objectives", DENSE, ids=lambda some: "+".join(o.loss.__name__ for o in some))
@@ -111,7 +113,7 @@ def test_of_equals_at_the_border_the_head_has_the_first():
     """As many as are needed: of four equally likely, two hold 0.4."""
     teacher, student = torch.zeros(1, 4), torch.tensor([[2.0, 0.0, 1.0, 0.0]])
     objectives = [Objective("a", LOSSES["adaptive_kl"], 1.0, {"mu": 0.4})]
-    kernels = fused.fused_for(objectives, [], Logits(teacher), dtype=torch.float32, device=torch.device("cpu"))
+    kernels = fused_linear.kernel_for(objectives, [], Logits(teacher), dtype=torch.float32, device=torch.device("cpu"))
     assert kernels is not None
     token, weights = torch.zeros(1, dtype=torch.long), torch.ones(1, 1)
     nats, _ = kernels(student.clone(), teacher, token, None, weights, gradient=False)
@@ -152,7 +154,7 @@ def test_of_a_student_that_leaves_next_to_nothing_beside_the_entries():
     student, token = torch.full((1, 300), -100.0), torch.zeros(1, dtype=torch.long)
     student[0, :4] = 0
     signal = Sparse(torch.arange(4)[None], torch.full((1, 4), 0.125).log(), {1.0: torch.tensor([0.5]).log()})
-    kernels = fused.fused_for([Objective("a", LOSSES["forward_kl"])], [], signal, dtype=torch.float32,
+    kernels = fused_linear.kernel_for([Objective("a", LOSSES["forward_kl"])], [], signal, dtype=torch.float32,
                               device=torch.device("cpu"))  # fmt: skip
     assert kernels is not None
     gradient = student.clone()
@@ -164,7 +166,7 @@ def test_entropy_does_not_depend_on_what_all_logits_have_in_common():
     """Of a sure position it lies in the logarithm of the sum, which is nothing beside large logits."""
     near = torch.tensor([[0.0, -12.0, -60.0]])
     objectives = [Objective("a", LOSSES["cross_entropy"])]
-    kernels = fused.fused_for(objectives, [metrics.student_entropy], None, dtype=torch.float32,
+    kernels = fused_linear.kernel_for(objectives, [metrics.student_entropy], None, dtype=torch.float32,
                               device=torch.device("cpu"))  # fmt: skip
     assert kernels is not None
     token, weights = torch.zeros(1, dtype=torch.long), torch.ones(1, 1)

@@ -21,7 +21,8 @@ from reference import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stillroom.lm_head import LMHead
-from stillroom.losses import fused_linear, linear_losses
+from stillroom.losses import fused_linear
+from stillroom.losses.fused_linear import linear_losses
 from stillroom.losses.metrics import top1_agreement
 from stillroom.signals import Dense
 

@@ -8,7 +8,8 @@ from reference import SEVERAL, SMOOTH, Problem, every_case, naive_total, objecti
 from torch.autograd import gradcheck
 
 from stillroom.lm_head import LMHead
-from stillroom.losses import Objective, linear_losses
+from stillroom.losses.fused_linear import linear_losses
+from stillroom.losses.objective import Objective
 
 TRANSFORMATIONS = [{}, {"scale": 0.25}, {"softcap": 2.0}, {"scale": 3.0, "softcap": 5.0}]
 

@@ -14,7 +14,7 @@ from reference import (
 
 from stillroom import lm_head as head_module
 from stillroom.lm_head import LMHead
-from stillroom.losses import linear_losses
+from stillroom.losses.fused_linear import linear_losses
 from stillroom.signals import Dense
 
 

@@ -6,8 +6,11 @@ import pytest
 import torch
 from reference import naive_logits, objective, problem
 
-from stillroom.losses import LogitBlock, linear_losses
-from stillroom.losses.metrics import confidence, correct, top1_agreement, top10_overlap
+from stillroom.errors import MismatchError
+from stillroom.losses.block import LogitBlock
+from stillroom.losses.fused_linear import linear_losses
+from stillroom.losses.metrics import confidence, correct, student_entropy, top1_agreement, top10_overlap
+from stillroom.signals import Sparse
 
 
 def test_top1_agreement_of_a_few_rows():
@@ -43,6 +46,27 @@ def test_a_measure_changes_neither_loss_nor_gradient():
     assert torch.equal(plain.total, measured.total)
     for a, b in zip(p.gradients(plain.total), p.gradients(measured.total), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("transformation", [{}, {"softcap": 2.0}])
+def test_a_measure_without_any_objective_has_the_loss_0_and_the_gradient_0(transformation):
+    p = problem()
+    head = p.head(**transformation)
+    found = linear_losses(p.hidden, head, [], p.labels, p.weights, measures=[student_entropy])
+    beside = linear_losses(
+        p.hidden, head, [objective("cross_entropy")], p.labels, p.weights, measures=[student_entropy]
+    )
+    assert torch.equal(found.measures, beside.measures)
+    assert found.total.item() == 0
+    assert all(not gradient.any() for gradient in p.gradients(found.total))
+
+
+def test_top10_overlap_without_a_dense_teacher_is_refused():
+    entries = Sparse(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2), {1.0: torch.zeros(1)})
+    for sparse, given in ((None, "no signal"), (entries, "a few entries")):
+        with pytest.raises(MismatchError, match="the teacher's logits are needed") as raised:
+            top10_overlap(LogitBlock(torch.zeros(1, 12), None, torch.zeros(1, dtype=torch.long), sparse))
+        assert raised.value.values["given"] == given
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from reference import Problem, objective, problem, properties
 
 from stillroom.batch import Batch
-from stillroom.losses import linear_losses
+from stillroom.losses.fused_linear import linear_losses
 from stillroom.losses.objective import position_weights, widest_float
 from stillroom.signals import Dense
 

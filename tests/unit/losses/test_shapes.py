@@ -13,9 +13,12 @@ SETUP = """
 import torch
 from stillroom.batch import Batch
 from stillroom.lm_head import LMHead
-from stillroom.losses import LogitBlock, Objective, cross_entropy, forward_kl, linear_losses, reverse_kl
+from stillroom.losses.block import LogitBlock
+from stillroom.losses.divergences import forward_kl, reverse_kl
+from stillroom.losses.fused_linear import linear_losses
+from stillroom.losses.logits import cross_entropy
+from stillroom.losses.objective import Objective, position_weights
 from stillroom.losses.metrics import top1_agreement
-from stillroom.losses.objective import position_weights
 from stillroom.signals import Dense
 
 tokens = torch.arange(8).view(2, 4)

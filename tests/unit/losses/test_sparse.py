@@ -20,9 +20,10 @@ from sparse_reference import (
     value_and_gradient,
 )
 
-from stillroom import losses
 from stillroom.errors import MismatchError
-from stillroom.losses import LogitBlock, check_sparse
+from stillroom.losses import config, divergences, logits
+from stillroom.losses.block import LogitBlock
+from stillroom.losses.sparse import check_sparse
 from stillroom.signals import Sparse
 
 with_corners = ("total_variation",)  # whose gradient has the size of a probability however near t and s are
@@ -334,7 +335,7 @@ def test_what_was_left_out_is_put_where_the_rule_says(missing, temperature):
         wanted.append(temperature**2 * (y[on] * (y[on].log() - log_s[i][on])).sum())
     (wanted_gradient,) = torch.autograd.grad(torch.stack(wanted).sum(), leaf)
     block = LogitBlock(student.clone(), None, labels, signal)
-    nats, gradient = losses.forward_kl(block, temperature=temperature, missing=missing)
+    nats, gradient = divergences.forward_kl(block, temperature=temperature, missing=missing)
     torch.testing.assert_close(nats, torch.stack(wanted).detach(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-10, atol=1e-12)
 
@@ -342,7 +343,7 @@ def test_what_was_left_out_is_put_where_the_rule_says(missing, temperature):
 def test_rankings_take_the_order_from_the_entries():
     student, teacher = random_logits(6, 9)
     for name in ("hinge_ranking", "logistic_ranking"):
-        few = losses.LOSSES[name](LogitBlock(student.clone(), None, no_tokens(6), truncated(teacher, 4)), k=4)
+        few = config.LOSSES[name].load()(LogitBlock(student.clone(), None, no_tokens(6), truncated(teacher, 4)), k=4)
         whole = dense(name, student, teacher, no_tokens(6), k=4)
         assert all(torch.equal(a, b) for a, b in zip(few, whole, strict=True))
 
@@ -351,13 +352,13 @@ def test_rankings_take_the_order_from_the_entries():
 def test_losses_that_a_sample_cannot_teach_are_refused(name):
     block = LogitBlock(random_logits()[0], None, no_tokens(5), a_sample())
     with pytest.raises(MismatchError, match="cannot be learnt"):
-        losses.LOSSES[name](block)
+        config.LOSSES[name].load()(block)
 
 
 def test_the_distance_of_logits_needs_them_all():
     block = LogitBlock(random_logits()[0], None, no_tokens(5), truncated(random_logits()[1], 3))
-    with pytest.raises(MismatchError, match="logit_mse cannot be learnt from a few entries"):
-        losses.logit_mse(block)
+    with pytest.raises(MismatchError, match="logit_mse cannot be learned from a few entries"):
+        logits.logit_mse(block)
 
 
 def test_targets_and_bucket_sum_to_one():
@@ -378,7 +379,7 @@ def a_sample(**changes) -> Sparse:
 @pytest.mark.parametrize(
     ("name", "temperature", "signal", "says"),
     [
-        ("reverse_kl", 1.0, a_sample(), "cannot be learnt from sampled targets"),
+        ("reverse_kl", 1.0, a_sample(), "cannot be learned from sampled targets"),
         ("forward_kl", 2.0, a_sample(), "cannot be used at temperature 2.0"),
         ("forward_kl", 3.0, truncated(random_logits()[1], 2), "cannot be used at temperature 3.0"),
         ("reverse_kl", 2.0, truncated(random_logits()[1], 2, (1.0,)), "cannot be used at temperature 2.0"),

@@ -8,9 +8,11 @@ from reference import naive_logits, objective, problem
 from sparse_reference import sample, truncated
 
 from stillroom.errors import ConfigError, MismatchError
-from stillroom.losses import LOSSES, LogitBlock, Objective, linear_losses
+from stillroom.losses.block import LogitBlock
+from stillroom.losses.config import LOSSES
+from stillroom.losses.fused_linear import linear_losses
 from stillroom.losses.metrics import accepted_mass, student_entropy, teacher_entropy
-from stillroom.losses.objective import by_data, by_entropy
+from stillroom.losses.objective import Objective, by_data, by_entropy
 from stillroom.signals import Sparse
 
 
@@ -49,7 +51,7 @@ def test_by_data_counts_what_the_batch_says():
     p = problem()
     of_data = torch.rand(11, generator=torch.Generator().manual_seed(3))
     of_data[2] = 0
-    weighed = Objective("forward_kl", LOSSES["forward_kl"], 1.0, {}, by_data)
+    weighed = Objective("forward_kl", LOSSES["forward_kl"].load(), 1.0, {}, by_data)
     found, gradients = total_and_gradients(p, [weighed], data_weights=of_data, chunk_bytes=1)
     assert (gradients[0][2] == 0).all()
     p.weights = p.weights * of_data
@@ -77,7 +79,7 @@ def test_accepted_mass_is_one_less_the_total_variation():
     for signal in (None, truncated(teacher, 5)):
         dense = teacher.clone() if signal is None else None
         block = LogitBlock(student.clone(), dense, torch.zeros(6, dtype=torch.long), signal)
-        variation, _ = LOSSES["total_variation"](block)
+        variation, _ = LOSSES["total_variation"].load()(block)
         torch.testing.assert_close(accepted_mass(block), 1 - variation, rtol=1e-12, atol=1e-12)
 
 
@@ -107,7 +109,7 @@ def test_an_entropy_that_the_signal_does_not_tell_is_refused():
 def test_at_the_ends_the_error_names_the_loss_that_is_meant(name, arguments, names):
     logits = torch.zeros(1, 3)
     with pytest.raises(ConfigError, match=names):
-        LOSSES[name](LogitBlock(logits.clone(), logits.clone(), torch.zeros(1, dtype=torch.long)), **arguments)
+        LOSSES[name].load()(LogitBlock(logits.clone(), logits.clone(), torch.zeros(1, dtype=torch.long)), **arguments)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def test_at_the_ends_the_error_names_the_loss_that_is_meant(name, arguments, nam
 def test_near_its_ends_a_family_is_the_loss_of_that_end(name, arguments, other, factor):
     student, teacher = torch.randn(2, 5, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     none = torch.zeros(5, dtype=torch.long)
-    found = LOSSES[name](LogitBlock(student.clone(), teacher.clone(), none), **arguments)
-    wanted = LOSSES[other](LogitBlock(student.clone(), teacher.clone(), none))
+    found = LOSSES[name].load()(LogitBlock(student.clone(), teacher.clone(), none), **arguments)
+    wanted = LOSSES[other].load()(LogitBlock(student.clone(), teacher.clone(), none))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a * factor, b, rtol=1e-3, atol=1e-4)

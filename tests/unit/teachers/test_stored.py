@@ -23,7 +23,9 @@ from stillroom.data.dataloader import BatchStream
 from stillroom.distill.config import DistillConfig
 from stillroom.distill.run import run
 from stillroom.errors import DataError
-from stillroom.losses import Objective, cross_entropy, forward_kl, reverse_kl
+from stillroom.losses.divergences import forward_kl, reverse_kl
+from stillroom.losses.logits import cross_entropy
+from stillroom.losses.objective import Objective
 from stillroom.runs import read_metrics
 from stillroom.signals import Logits, Sparse, TeacherOutput
 from stillroom.store.config import HeadAndSample, Sampled

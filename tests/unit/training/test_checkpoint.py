@@ -17,7 +17,8 @@ from conftest import build_documents, build_model, build_stream
 from stillroom.config import load
 from stillroom.distill.config import DistillConfig
 from stillroom.errors import DataError, MismatchError, StorageError
-from stillroom.losses import Objective, forward_kl
+from stillroom.losses.divergences import forward_kl
+from stillroom.losses.objective import Objective
 from stillroom.teachers.live import LiveTeacher
 from stillroom.training.checkpoint import Checkpoints, TrainState
 from stillroom.training.config import AdamWConfig

@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 
 from conftest import build_batch, build_documents, build_model, build_stream
 from stillroom.batch import Batch
-from stillroom.losses import DISTANCES, Objective, forward_kl
+from stillroom.losses.config import DISTANCES
+from stillroom.losses.divergences import forward_kl
+from stillroom.losses.objective import Objective
 from stillroom.models import loading
 from stillroom.teachers.live import LiveTeacher
 from stillroom.training.checkpoint import Checkpoints, TrainState

@@ -12,7 +12,9 @@ import torch
 from conftest import build_documents, build_model, build_stream
 from stillroom.data.dataloader import BatchStream
 from stillroom.errors import Interrupted, NonFiniteError
-from stillroom.losses import Objective, cross_entropy, forward_kl
+from stillroom.losses.divergences import forward_kl
+from stillroom.losses.logits import cross_entropy
+from stillroom.losses.objective import Objective
 from stillroom.teachers.live import LiveTeacher
 from stillroom.training.checkpoint import Checkpoints, TrainState
 from stillroom.training.config import AdamWConfig

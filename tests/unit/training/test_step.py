@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 
 from conftest import FAMILIES, build_batch, build_documents, build_model, build_stream
 from stillroom.batch import Batch
-from stillroom.losses import Objective, cross_entropy, forward_kl, reverse_kl
+from stillroom.losses.divergences import forward_kl, reverse_kl
+from stillroom.losses.logits import cross_entropy
+from stillroom.losses.objective import Objective
 from stillroom.teachers.live import LiveTeacher
 from stillroom.training.checkpoint import Checkpoints, TrainState
 from stillroom.training.config import AdamWConfig

@@ -14,7 +14,9 @@ from stillroom.distill.build import student_dtype
 from stillroom.distill.config import DistillConfig
 from stillroom.distill.student_plan import new_config
 from stillroom.errors import ConfigError, MismatchError
-from stillroom.losses import Objective, cross_entropy, forward_kl
+from stillroom.losses.divergences import forward_kl
+from stillroom.losses.logits import cross_entropy
+from stillroom.losses.objective import Objective
 from stillroom.models import loading
 from stillroom.models.hidden_states import verify
 from stillroom.teachers.live import LiveTeacher

@@ -6,7 +6,9 @@ from transformers import PreTrainedModel
 
 from conftest import build_documents, build_model, build_stream
 from stillroom.data.dataset import Documents
-from stillroom.losses import Objective, cross_entropy, forward_kl, reverse_kl
+from stillroom.losses.divergences import forward_kl, reverse_kl
+from stillroom.losses.logits import cross_entropy
+from stillroom.losses.objective import Objective
 from stillroom.teachers.live import LiveTeacher
 from stillroom.training.step import StudentStep
 from stillroom.training.validation import measure_held_out

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stillroom.losses import DISTANCES
+from stillroom.losses.config import DISTANCES
 from stillroom.losses.hidden import Pair
 from stillroom.signals import Attention
 
@@ -44,7 +44,7 @@ def values(name: str, student: States, teacher: States, lengths: Sequence[int] =
     ours, theirs = ((x[0] if len(x) == 1 else Attention(*x)) for x in (student, teacher))
     scale = scale_of(teacher[0].shape[1]) if name == "channel_scaled_mse" else None
     pair = Pair(ours, theirs, documents_of(lengths), scale)
-    return DISTANCES[name](pair, **(ARGUMENTS.get(name, {}) | arguments))
+    return DISTANCES[name].load()(pair, **(ARGUMENTS.get(name, {}) | arguments))
 
 
 def values_and_gradients(

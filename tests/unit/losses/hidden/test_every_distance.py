@@ -14,7 +14,7 @@ from distances import (
 )
 from torch.autograd import gradcheck
 
-from stillroom.losses import DISTANCES
+from stillroom.losses.config import DISTANCES
 
 KLS = ("channel_kl", "attention_relation")
 

@@ -5,7 +5,7 @@ import torch
 from distances import BY_POSITION, documents_of, random_states
 
 from stillroom.errors import MismatchError, NonFiniteError
-from stillroom.losses import DISTANCES
+from stillroom.losses.config import DISTANCES
 from stillroom.losses.hidden import Pair, channel_scale, channel_scaled_mse, cosine, normalized, normalized_mse
 
 ONE = torch.zeros(1, dtype=torch.long)
@@ -39,7 +39,7 @@ def test_cosine_in_closed_form(student, teacher, distance):
 def test_widths_that_differ_are_an_error(name):
     pair = Pair(torch.zeros(3, 4), torch.zeros(3, 6), torch.zeros(3, dtype=torch.long), torch.ones(4))
     with pytest.raises(MismatchError) as error:
-        DISTANCES[name](pair)
+        DISTANCES[name].load()(pair)
     assert str(error.value) == (
         "the states of student and teacher have different widths\n"
         "  student: 4 channels     teacher: 6 channels\n"
