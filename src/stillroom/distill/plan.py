@@ -13,8 +13,7 @@ from stillroom.data.dataset import cache_folder, cache_path, prepared
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.distill.config import DistillConfig
-from stillroom.distill.costs import costs
-from stillroom.distill.headers import DistillHeaders
+from stillroom.distill.estimate import costs
 from stillroom.distill.hidden_plan import HiddenPlan, plan_hidden
 from stillroom.distill.parallel import memory_of_a_process, resolve_parallel
 from stillroom.distill.stored_plan import (
@@ -30,8 +29,8 @@ from stillroom.distill.stored_plan import (
 from stillroom.distill.student_plan import cut_from, origin_of, student_parts
 from stillroom.distributed.init import SINGLE_PROCESS, DistContext
 from stillroom.errors import ConfigError, MismatchError, MissingError
-from stillroom.estimates.architecture import read_architecture
-from stillroom.estimates.dry_run import costs_here
+from stillroom.estimates.headers import Headers
+from stillroom.estimates.sections import costs_here
 from stillroom.losses.fused_linear import CHUNK_BYTES
 from stillroom.models import loading
 from stillroom.models.folder import check_folder
@@ -101,21 +100,19 @@ class DistillPlan:
             lambda hardware: costs(self.config, self._known(), hardware),
         )  # fmt: skip
 
-    def known(self) -> DistillHeaders | None:
-        """What headers tell of the models; None where an architecture is not known."""
+    def known(self) -> Headers | None:
+        """What headers tell of the models; None where a size is not known."""
         try:
             return self._known()
         except ConfigError:
             return None
 
-    def _known(self) -> DistillHeaders:
+    def _known(self) -> Headers:
         assert self.student_config is not None
-        return DistillHeaders(
-            read_architecture(self.student_config.to_dict(), "the student"),
-            None if self.teacher_config is None else read_architecture(self.teacher_config.to_dict(), "the teacher"),
-            None if self.store is None else self.store.manifest.model_dump(),
-            self._num_tokens(),
-            self.config.data.pack,
+        return Headers.of(
+            {"student": self.student_config, "teacher": self.teacher_config},
+            store=None if self.store is None else self.store.manifest.model_dump(),
+            num_tokens=self._num_tokens(),
         )
 
     def _num_tokens(self) -> float | None:
@@ -194,7 +191,7 @@ def make_plan(config: DistillConfig, context: DistContext = SINGLE_PROCESS) -> D
         )
         if teacher.quantization is not None:
             check_quantizable(teacher_config, teacher.quantization, "the teacher")
-    cut, fresh, student_config = student_parts(config, teacher_config, tokenizer)
+    cut, fresh, student_config = student_parts(config.student, teacher_config, tokenizer)
     whose_tokenizer = _whose_tokenizer(config)
     _check_vocabulary(student_config, tokenizer, "student", whose_tokenizer)
     if teacher_config is not None:

@@ -11,9 +11,10 @@ from stillroom.config import format_setting, is_local, replace
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.errors import ConfigError, MismatchError, MissingError
-from stillroom.estimates.dry_run import costs_here
+from stillroom.estimates.headers import Headers
+from stillroom.estimates.sections import costs_here
 from stillroom.evaluate.config import EvaluateConfig, ModelConfig
-from stillroom.evaluate.costs import BATCH_TOKENS, LOGITS_BYTES, EvaluateHeaders, costs, read_headers
+from stillroom.evaluate.estimate import BATCH_TOKENS, LOGITS_BYTES, costs, read_headers
 from stillroom.evaluate.tasks.config import expand
 from stillroom.evaluate.tasks.local_benchmark import LocalBenchmark
 from stillroom.evaluate.tasks.run import Benchmark, open_benchmark
@@ -80,11 +81,10 @@ class EvaluatePlan:
             lambda hardware: costs(self.config, self._known(), hardware),
         )  # fmt: skip
 
-    def _known(self) -> EvaluateHeaders:
+    def _known(self) -> Headers:
         return dataclasses.replace(
             read_headers(self.config),
             alone=frozenset(reader.name for reader in self.readers if reader.unlike is not None),
-            compared=True,
             questions={
                 one.name: len(one.questions) if isinstance(one, LocalBenchmark) else None for one in self.benchmarks
             },

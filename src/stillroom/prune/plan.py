@@ -13,10 +13,11 @@ from stillroom.data.dataset import Documents, cache_folder, cache_path, prepared
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.errors import ConfigError, MismatchError, MissingError
-from stillroom.estimates.dry_run import costs_here
+from stillroom.estimates.headers import Headers
+from stillroom.estimates.sections import costs_here
 from stillroom.models import loading
 from stillroom.prune.config import PruneConfig
-from stillroom.prune.costs import BATCH_TOKENS, PruneHeaders, costs, read_headers
+from stillroom.prune.estimate import BATCH_TOKENS, costs, read_headers
 from stillroom.pruning.plan import PruningPlan, plan_pruning
 from stillroom.recipe import to_yaml
 from stillroom.runs import check_outside, redact
@@ -50,7 +51,7 @@ class PrunePlan:
             lambda hardware: costs(self.config, self._known(), hardware),
         )  # fmt: skip
 
-    def _known(self) -> PruneHeaders:
+    def _known(self) -> Headers:
         data, held_out = (self._documents(data) for data in (self.data, self.held_out))
         return dataclasses.replace(
             read_headers(self.config),

@@ -16,11 +16,11 @@ def test_devices_are_known_by_their_own_names():
 def test_a_device_has_the_memory_that_it_says():
     small = Hardware.called("NVIDIA A100-SXM4-40GB", 42_400_000_000)
     assert small is not None
-    assert small.found().memory_bytes == 42_400_000_000
+    assert small.resolved().memory_bytes == 42_400_000_000
 
 
 def test_figures_of_ones_own_take_the_place_of_the_tables():
-    own = load(Hardware, None, ["device=H100", "tflops=700", "memory_gb=94", "price=1.5"]).found()
+    own = load(Hardware, None, ["device=H100", "tflops=700", "memory_gb=94", "price=1.5"]).resolved()
     assert (own.flops, own.memory_bytes, own.price) == (700e12, 94_000_000_000, 1.5)
 
 
