@@ -199,7 +199,7 @@ def test_frozen_parameters_have_no_gradients_and_no_moments(capsys, recipe):
     assert frozen["time on H100"]["tokens a second"]["value"] > whole["time on H100"]["tokens a second"]["value"]
 
 
-def test_a_family_without_attention_is_refused_by_name(capsys, recipe, tmp_path):
+def test_a_family_without_attention_is_refused_by_name(capsys, recipe):
     student = "student={init: {kind: config, family: mamba, settings: {vocab_size: 96}}, tokenizer: x}"
     assert main(["plan", str(recipe), student]) == 2
     assert "memory and time of a mamba are not known" in capsys.readouterr().err

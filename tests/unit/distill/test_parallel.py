@@ -37,7 +37,8 @@ def context(students: int, teachers: int = 0) -> DistContext:
 
 
 def resolved(config: DistillConfig, size: int, memory_gb: float, student: Any = SMALL, teachers: int = 0) -> Any:
-    return resolve_parallel(config, Headers({"student": student, "teacher": SMALL}), context(size, teachers), int(memory_gb * GB))
+    headers = Headers({"student": student, "teacher": SMALL})
+    return resolve_parallel(config, headers, context(size, teachers), int(memory_gb * GB))
 
 
 def test_one_process_is_alone_with_a_whole_teacher():
