@@ -188,7 +188,12 @@ def costs(config: DistillConfig, headers: Headers, hardware: Hardware, title: st
     report.add("parameters", "trained", load.trained, "count")
     if "teacher" in headers.models:
         add_parameters(report, "teacher", headers.models["teacher"])
-    _add_memory(report, load, hardware)
+    need = memory(load)
+    comes = dict.fromkeys(need.comes, f"at the {need.moment} of a step")
+    fits, sentence = fit(add_memory(report, {**need.stays, **need.comes}, hardware, comes), hardware)
+    report.advice.append(sentence)
+    if not fits:
+        report.advice.append(nearest(load, hardware.resolved().memory_bytes))
     _add_time(report, config, headers, load, hardware)
     _assume(report, config, load)
     if isinstance(config.teacher, StoreTeacherConfig) and headers.store is None:
@@ -196,18 +201,6 @@ def costs(config: DistillConfig, headers: Headers, hardware: Hardware, title: st
             f"no store is at {config.teacher.path} yet: {ENTRIES:.0f} entries a position are assumed"
         )
     return report
-
-
-def _add_memory(report: CostReport, load: Load, hardware: Hardware) -> None:
-    found = memory(load)
-    total = add_memory(
-        report, {**found.stays, **found.comes}, hardware,
-        dict.fromkeys(found.comes, f"at the {found.moment} of a step"),
-    )  # fmt: skip
-    fits, sentence = fit(total, hardware)
-    report.advice.append(sentence)
-    if not fits:
-        report.advice.append(nearest(load, hardware.resolved().memory_bytes))
 
 
 def _add_time(report: CostReport, config: DistillConfig, headers: Headers, load: Load, hardware: Hardware) -> None:
@@ -223,33 +216,21 @@ def _add_time(report: CostReport, config: DistillConfig, headers: Headers, load:
     if asked:
         report.add(ARITHMETIC, "teacher, forward", asked, "FLOP")
     each = (trained.total + asked) * (STORE_STEP if isinstance(config.teacher, StoreTeacherConfig) else 1.0)
-    tokens, why = _num_tokens(config, headers, hardware)
+    of_pass = hardware.data_tokens or headers.num_tokens
+    tokens, why = None, "the data are not tokenised yet: data_tokens=… tells how many are in one pass"
+    if config.steps is not None:
+        tokens, why = config.steps * config.batch.tokens, f"{config.steps:,} steps of at most {config.batch.tokens:,}"
+    elif of_pass is not None and config.epochs is not None:
+        tokens, why = config.epochs * of_pass, f"{config.epochs} x {of_pass:,.0f}"
     add_time(report, hardware, each, tokens, why)
     if load.teacher is not None and tokens is not None:
-        _compare(report, config, load, trained.total, asked, tokens, hardware)
-
-
-def _num_tokens(config: DistillConfig, headers: Headers, hardware: Hardware) -> tuple[float | None, str]:
-    if config.steps is not None:
-        return config.steps * config.batch.tokens, f"{config.steps:,} steps of at most {config.batch.tokens:,}"
-    of_pass = hardware.data_tokens or headers.num_tokens
-    assert config.epochs is not None  # a config has either
-    if of_pass is None:
-        return None, "the data are not tokenised yet: data_tokens=… tells how many are in one pass"
-    return config.epochs * of_pass, f"{config.epochs} x {of_pass:,.0f}"
+        _compare(report, load, trained.total, asked, tokens, config.epochs or 1, hardware)
 
 
 def _compare(
-    report: CostReport,
-    config: DistillConfig,
-    load: Load,
-    trained: float,
-    asked: float,
-    tokens: float,
-    hardware: Hardware,
+    report: CostReport, load: Load, trained: float, asked: float, tokens: float, epochs: int, hardware: Hardware
 ) -> None:
-    """Asking the teacher live beside asking it once."""
-    epochs = config.epochs or 1
+    """A live teacher beside one whose output is stored once."""
     of_pass = tokens / epochs
     found = live_or_offline(asked, trained, of_pass, epochs, hardware.students)
     section = "live or offline"
