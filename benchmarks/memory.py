@@ -99,13 +99,10 @@ def work(name: str, folder: Path) -> dict[str, Any]:
     """Measures and predicts one run, in a process of its own."""
     from stillroom.config import load
     from stillroom.distill.config import DistillConfig
-    from stillroom.distill.costs import load_of
-    from stillroom.distill.headers import DistillHeaders, student_values
+    from stillroom.distill.estimate import load_of, read_headers
     from stillroom.distill.run import run
-    from stillroom.estimates.architecture import read_architecture
     from stillroom.estimates.hardware import Hardware
     from stillroom.estimates.memory import memory
-    from stillroom.estimates.weights import read_model
 
     run(load(DistillConfig, None, [*settings(name, folder, TINY), "steps=1"]))
     gc.collect()
@@ -121,15 +118,7 @@ def work(name: str, folder: Path) -> dict[str, Any]:
 
     config = load(DistillConfig, None, settings(name, folder, STUDENT))
     run(config, report=report)
-    source = read_model(f"{folder}/teacher").config
-    stored = folder / "captured" / "store" / "manifest.json"
-    offline = config.teacher is not None and config.teacher.kind == "store"
-    known = DistillHeaders(
-        read_architecture(student_values(config, source)),
-        read_architecture(source) if config.teacher is not None and not offline else None,
-        json.loads(stored.read_text()) if offline else None,
-    )
-    told = memory(load_of(config, known, Hardware(device="CPU")))
+    told = memory(load_of(config, read_headers(config), Hardware(device="CPU")))
     returning = "MALLOC_MMAP_THRESHOLD_" in os.environ
     total = told.total - (told.stays["freed and kept"] if returning else 0)
     return {

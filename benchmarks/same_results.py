@@ -4,9 +4,9 @@ python benchmarks/same_results.py --source OLD/src --out before.json    # of the
 python benchmarks/same_results.py --against before.json                 # prints each difference; exits 1 where any is
 
 Both must be made on one machine with the same packages, on its CPU. Only the command line is used, so the code before
-may be laid out in another way. Each command has a process of its own: `torchrun` starts one run, and all others are forked
-from this process, which has imported everything, since the imports take longer than a run. Times, paths, versions, peaks
-of memory and sentences for people are not compared.
+may be laid out in another way. Each command has a process of its own: `torchrun` starts one run, and all others are
+forked from this process, which has imported everything, since the imports take longer than a run. Times, paths,
+versions, peaks of memory and sentences for people are not compared.
 """
 
 import argparse

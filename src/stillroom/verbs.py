@@ -14,9 +14,9 @@ from stillroom.data.config import AnyData
 from stillroom.data.dataset import cache_path
 from stillroom.data.sources import open_source
 from stillroom.errors import ConfigError, MismatchError, MissingError
-from stillroom.estimates.dry_run import costs_here
 from stillroom.estimates.hardware import Hardware
 from stillroom.estimates.report import CostReport
+from stillroom.estimates.sections import costs_here
 from stillroom.models import loading
 from stillroom.recipe import to_yaml
 from stillroom.runs import RunFolder, RunFolderView, redact

@@ -23,7 +23,7 @@ from stillroom.distill.config import DistillConfig
 from stillroom.doctor.config import DoctorConfig
 from stillroom.errors import ConfigError, MissingError
 from stillroom.estimates.hardware import Hardware
-from stillroom.estimates.kinds import Storage
+from stillroom.estimates.storage import Storage
 from stillroom.evaluate.config import EvaluateConfig
 from stillroom.evaluate.tasks.description import ExactMatch, LastWord, MinimalPairs, MultipleChoice
 from stillroom.prune.config import PruneConfig

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from stillroom.capture.config import CaptureConfig, Part, TeacherConfig, Transformers
-from stillroom.capture.costs import LOGITS_BYTES, CaptureHeaders, costs, kinds
+from stillroom.capture.estimate import LOGITS_BYTES, costs, kinds
 from stillroom.capture.hidden import size_text
 from stillroom.capture.workers import WorkerShare, own_device, part_of, worker_share
 from stillroom.config import BATCH_TOKENS, format_setting, is_local, replace
@@ -15,7 +15,7 @@ from stillroom.data.dataset import Documents, cache_folder, prepared
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.errors import ConfigError
-from stillroom.estimates.architecture import read_architecture
+from stillroom.estimates.headers import Headers
 from stillroom.estimates.report import bytes_text
 from stillroom.layers import check_layers
 from stillroom.models import loading
@@ -73,13 +73,10 @@ class CapturePlan(VerbPlan[CaptureConfig]):
         device = engine.device if isinstance(engine, Transformers) else "cpu"
         return costs_on(device, lambda hardware: costs(self.config, self._known(), hardware))
 
-    def _known(self) -> CaptureHeaders:
-        teacher = None if self.teacher_config is None else self.teacher_config.to_dict()
+    def _known(self) -> Headers:
         sure = self._share is not None and self.config.generate is None
-        return CaptureHeaders(
-            None if teacher is None else read_architecture(teacher, "the teacher"),
-            self._share.positions if self._share is not None and sure else None,
-        )
+        positions = self._share.positions if self._share is not None and sure else None
+        return Headers.of({"teacher": self.teacher_config}, num_tokens=positions)
 
     @cached_property
     def _documents(self) -> Documents | None:

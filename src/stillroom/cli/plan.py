@@ -8,8 +8,8 @@ from stillroom.cli.arguments import Arguments, first_key
 from stillroom.config import explain, load
 from stillroom.errors import ConfigError
 from stillroom.estimates.hardware import Hardware
-from stillroom.estimates.kinds import Storage, storage_report
 from stillroom.estimates.report import CostReport
+from stillroom.estimates.storage import Storage, storage_report
 from stillroom.recipe import override, read_recipe
 
 USAGE = """\
@@ -19,7 +19,7 @@ usage: stillroom plan RECIPE.yaml [key=value …] [--json]
 
 What a run of `distill`, `capture`, `evaluate` or `prune` will need: parameters, memory by part, arithmetic, time, cost
 and storage; whether it fits, and the nearest settings with which it does; whether to ask the teacher live or once. From
-configs and the headers of weights alone, in a second: nothing is loaded, and of models on the hub only these small
+configs and the headers of weights alone, in seconds: no weights are loaded, and of models on the hub only these small
 files are read.
 Every assumption is printed. Settings below are the plan's own, and all others are the recipe's:
 
@@ -66,7 +66,7 @@ def _report(words: Sequence[str], overrides: Sequence[str]) -> CostReport:
         what = "there is nothing to plan" if not values and not rest else "nothing says which verb this is a recipe of"
         raise _what(what if verb is None else f"`{verb}` is no verb that can be planned", recipe or "no recipe")
     config = load(getattr(import_module(f"stillroom.{verb}.config"), VERBS[verb]), recipe, rest)
-    module = import_module(f"stillroom.{verb}.costs")
+    module = import_module(f"stillroom.{verb}.estimate")
     return module.costs(config, module.read_headers(config), hardware, f"{verb} {recipe or ''}".rstrip())
 
 

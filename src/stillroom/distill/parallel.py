@@ -5,14 +5,13 @@ from typing import Any
 
 from stillroom.config import replace
 from stillroom.distill.config import DistillConfig
-from stillroom.distill.costs import load_of
-from stillroom.distill.headers import DistillHeaders
+from stillroom.distill.estimate import load_of
 from stillroom.distributed.config import AutoParallelConfig, FsdpConfig, NoParallelConfig
 from stillroom.distributed.init import DistContext
 from stillroom.errors import ConfigError, OutOfMemoryError
-from stillroom.estimates.advice import nearest
 from stillroom.estimates.hardware import Hardware
-from stillroom.estimates.memory import memory
+from stillroom.estimates.headers import Headers
+from stillroom.estimates.memory import memory, nearest
 from stillroom.estimates.report import bytes_text
 from stillroom.teachers.config import LiveTeacherConfig
 
@@ -21,12 +20,12 @@ SPARE = 0.1
 
 
 def resolve_parallel(
-    config: DistillConfig, known: DistillHeaders | None, context: DistContext, memory_bytes: int
+    config: DistillConfig, known: Headers | None, context: DistContext, memory_bytes: int
 ) -> DistillConfig:
     """The settings with every "auto" of ``parallel`` and ``teacher.placement`` resolved.
 
     Args:
-        known: what headers tell of the models; None where an architecture is not known, and nothing is foreseen.
+        known: what headers tell of the models; None where a size is not known, and nothing is foreseen.
         memory_bytes: of one process.
 
     Raises:
@@ -53,7 +52,7 @@ def resolve_parallel(
     return config
 
 
-def _kind(config: DistillConfig, known: DistillHeaders | None, size: int, memory_bytes: int) -> str:
+def _kind(config: DistillConfig, known: Headers | None, size: int, memory_bytes: int) -> str:
     if known is None:
         return "fsdp"
     needed = memory(load_of(config, known, _hardware(config, size, "ddp"))).total
@@ -61,7 +60,7 @@ def _kind(config: DistillConfig, known: DistillHeaders | None, size: int, memory
 
 
 def _resolve_teacher(
-    config: DistillConfig, known: DistillHeaders | None, context: DistContext, memory_bytes: int
+    config: DistillConfig, known: Headers | None, context: DistContext, memory_bytes: int
 ) -> DistillConfig:
     teacher = config.teacher
     if not isinstance(teacher, LiveTeacherConfig) or teacher.placement != "auto":
@@ -70,13 +69,13 @@ def _resolve_teacher(
         return replace(config, {"teacher.placement": "whole"})
     placement = "sharded" if isinstance(config.parallel, FsdpConfig) and context.num_trainers > 1 else "whole"
     if teacher.ranks is not None:
-        weights = 0.0 if known is None or known.teacher is None else known.teacher.parameters.total
+        weights = 0.0 if known is None else known.models["teacher"].total
         fits = weights * (2 if teacher.dtype == "bfloat16" else 4) <= (1 - 2 * SPARE) * memory_bytes
         placement = "whole" if fits or context.num_teachers <= 1 else "sharded"
     return replace(config, {"teacher.placement": placement})
 
 
-def _check_room(config: DistillConfig, known: DistillHeaders, size: int, memory_bytes: int) -> None:
+def _check_room(config: DistillConfig, known: Headers, size: int, memory_bytes: int) -> None:
     load = load_of(config, known, _hardware(config, size, config.parallel.kind))
     needed = memory(load).total
     if needed > memory_bytes * (1 + SPARE) and not getattr(config.parallel, "offload", False):

@@ -13,8 +13,7 @@ from stillroom.data.dataset import cache_folder, prepared
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.distill.config import DistillConfig
-from stillroom.distill.costs import costs
-from stillroom.distill.headers import DistillHeaders
+from stillroom.distill.estimate import costs
 from stillroom.distill.hidden_plan import HiddenPlan, plan_hidden
 from stillroom.distill.parallel import memory_of_a_process, resolve_parallel
 from stillroom.distill.stored_plan import (
@@ -30,7 +29,7 @@ from stillroom.distill.stored_plan import (
 from stillroom.distill.student_plan import cut_from, origin_of, student_parts
 from stillroom.distributed.init import SINGLE_PROCESS, DistContext
 from stillroom.errors import ConfigError, MismatchError
-from stillroom.estimates.architecture import read_architecture
+from stillroom.estimates.headers import Headers
 from stillroom.models import loading
 from stillroom.models.folder import check_folder
 from stillroom.models.quantization import check_quantizable
@@ -90,20 +89,18 @@ class DistillPlan(VerbPlan[DistillConfig]):
     def costs(self) -> dict[str, Any] | str:
         return costs_on(self.config.device, lambda hardware: costs(self.config, self._known(), hardware))
 
-    def known(self) -> DistillHeaders | None:
-        """Returns what headers tell of the models; None where an architecture is not known."""
+    def known(self) -> Headers | None:
+        """Returns what headers tell of the models; None where a size is not known."""
         try:
             return self._known()
         except ConfigError:
             return None
 
-    def _known(self) -> DistillHeaders:
-        return DistillHeaders(
-            read_architecture(self.student_config.to_dict(), "the student"),
-            None if self.teacher_config is None else read_architecture(self.teacher_config.to_dict(), "the teacher"),
-            None if self.store is None else self.store.manifest.model_dump(),
-            self._num_tokens(),
-            self.config.data.pack,
+    def _known(self) -> Headers:
+        return Headers.of(
+            {"student": self.student_config, "teacher": self.teacher_config},
+            store=None if self.store is None else self.store.manifest.model_dump(),
+            num_tokens=self._num_tokens(),
         )
 
     def _num_tokens(self) -> float | None:
@@ -177,7 +174,7 @@ def make_plan(config: DistillConfig, context: DistContext = SINGLE_PROCESS) -> D
         )
         if teacher.quantization is not None:
             check_quantizable(teacher_config, teacher.quantization, "the teacher")
-    cut, fresh, student_config = student_parts(config, teacher_config, tokenizer)
+    cut, fresh, student_config = student_parts(config.student, teacher_config, tokenizer)
     whose_tokenizer = _whose_tokenizer(config)
     fix = "Use the tokenizer that the model was trained with, or set vocab_size in student.init.settings."
     for who, model in (("the student", student_config), ("the teacher", teacher_config)):

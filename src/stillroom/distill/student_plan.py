@@ -1,5 +1,6 @@
 """Where a student comes from: a model that is there, a new one, or a part of its teacher; as far as configs tell."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -14,19 +15,28 @@ from stillroom.pruning.prune import read_mask
 from stillroom.store.reader import Store
 from stillroom.teachers.config import LiveTeacherConfig
 from stillroom.tokenizers import required_vocab_size
-from stillroom.training.config import NewStudentConfig, PrunedStudentConfig
+from stillroom.training.config import NewStudentConfig, PrunedStudentConfig, StudentConfig
 
 
 def student_parts(
-    config: DistillConfig, teacher: PretrainedConfig | None, tokenizer: PreTrainedTokenizerBase
+    student: StudentConfig,
+    teacher: PretrainedConfig | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    read: Callable[[str], PretrainedConfig] | None = None,
 ) -> tuple[PruningPlan | None, PretrainedConfig | None, PretrainedConfig]:
     """What is cut of the teacher (None where nothing is), the config of a new student with random weights (None for
-    others), and the student's config."""
-    student, init = config.student, config.student.init
+    others), and the student's config.
 
-    def read(name: str) -> PretrainedConfig:
+    Args:
+        teacher: the config of a live teacher.
+        tokenizer: the student's; None where only its sizes are wanted.
+        read: gives the config of a model by its name; None loads it as a run does.
+    """
+
+    def load(name: str) -> PretrainedConfig:
         return loading.read_config(name, revision=student.revision, trust_remote_code=student.trust_remote_code)
 
+    read, init = read or load, student.init
     if init is None:
         assert student.model is not None
         return None, None, read(student.model)
@@ -41,7 +51,7 @@ def student_parts(
 
 
 def new_config(
-    init: NewStudentConfig, pattern: PretrainedConfig | None, tokenizer: PreTrainedTokenizerBase
+    init: NewStudentConfig, pattern: PretrainedConfig | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> PretrainedConfig:
     """The config of a new student: the pattern's (or the family's own) with ``init.settings``, for ``tokenizer``."""
     if pattern is None:
@@ -52,10 +62,19 @@ def new_config(
                 why="The family decides which layers a new model has.",
                 fix="Use the model_type of a config.json, such as llama, qwen2, qwen3, mistral or gemma2.",
             )
-        pattern = AutoConfig.for_model(init.family, vocab_size=required_vocab_size(tokenizer))
+        vocab_size = init.settings.get("vocab_size") if tokenizer is None else required_vocab_size(tokenizer)
+        if vocab_size is None:
+            raise ConfigError(
+                "the vocabulary of the student is not known",
+                {"student.init.family": init.family, "student.init.settings.vocab_size": "missing"},
+                why="It is the tokenizer's, which is not read for a plan, and embeddings and head follow from it.",
+                fix="Set student.init.settings.vocab_size, or use --dry-run, which reads the tokenizer.",
+            )
+        pattern = AutoConfig.for_model(init.family, vocab_size=vocab_size)
     config = loading.configure(pattern, init.settings)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, name, getattr(tokenizer, name))
+    if tokenizer is not None:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
     return config
 
 

@@ -1,16 +1,101 @@
-"""The settings of a plan that no recipe has: on what a run is made, and what is assumed of it."""
+"""The settings of a plan that no recipe has: on what a run is made and what is assumed of it.
 
+The devices are those that can be rented, as their makers' data sheets have them; prices are assumptions.
+"""
+
+import difflib
+import os
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from stillroom.config import Config
 from stillroom.errors import ConfigError
-from stillroom.estimates.devices import DEVICES, PRICES_NOTE, Device, find_device
-from stillroom.estimates.estimate import UTILISATION
-from stillroom.estimates.memory import DRIVER_BYTES, HEAP_SHARE, Parallel
+
+Parallel = Literal["none", "ddp", "fsdp"]
+
+UTILIZATION = 0.35
+"""Assumed share of a device's bfloat16 peak that training reaches."""
+
+DRIVER_BYTES = 2**30
+"""Assumed of a GPU: its context, the libraries' workspaces and what the allocator cannot use."""
+
+HEAP_SHARE = 0.5
+"""Assumed of a CPU: what glibc keeps of memory that came and went, as a share of the activations. It depends on how
+pieces of all sizes come and go, and was 0.2 to 1.8 in the six runs of benchmarks/memory.py, to which this is
+fitted; where glibc is told to give all back, it is nothing."""
+
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Device:
+    name: str
+    flops: float
+    """Floating-point operations a second in bfloat16, dense (float32 on a CPU)."""
+    memory_bytes: int
+    price: float | None
+    """US dollars an hour; None where nothing is assumed."""
+    note: str = ""
+    """What its figures rest on, where that is no data sheet."""
+
+
+PRICES_NOTE = "prices are rough on-demand ones of 2025, assumed and not quoted: set price to yours"
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("H100", 989.4e12, 80 * GB, 2.50),
+        Device("H200", 989.4e12, 141 * GB, 3.50),
+        Device("A100", 311.9e12, 80 * GB, 1.60),
+        Device("L40S", 362.05e12, 48 * GB, 0.90),
+        Device("RTX4090", 165.2e12, 24 * GB, 0.45),
+        Device("B200", 2250e12, 180 * GB, 5.00),
+        Device("MI300X", 1307.4e12, 192 * GB, 2.50),
+    )
+}
+"""SXM or OAM modules where there are several forms. A GB is 10⁹ bytes: what is there besides is left to the driver."""
+
+CPU_FLOPS_A_CORE = 160e9
+"""Assumed: 2.5 GHz and 64 operations a cycle (two units of 16 numbers that multiply and add), in float32."""
+
+CPU_REACHED = "48 to 91"
+"""GFLOP/s a core that runs of this project reached on two machines (LOG.md); the assumed utilization makes it 56."""
+
+
+def this_cpu() -> Device:
+    """The processor of this machine, with its memory."""
+    cores = os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    note = (
+        f"CPU is this machine: {cores} cores of an assumed {CPU_FLOPS_A_CORE / 1e9:.0f} GFLOP/s, and its memory; "
+        f"measured runs reached {CPU_REACHED} GFLOP/s a core (LOG.md), so set tflops or utilisation to yours"
+    )
+    return Device("CPU", cores * CPU_FLOPS_A_CORE, memory, None, note)
+
+
+def find_device(name: str) -> Device:
+    """A device of the table by its name, in capitals or not.
+
+    Raises:
+        ConfigError: it is not in the table.
+    """
+    plain = name.upper().replace(" ", "").replace("-", "").replace("_", "")
+    if plain == "CPU":
+        return this_cpu()
+    if plain in DEVICES:
+        return DEVICES[plain]
+    known = [*DEVICES, "CPU"]
+    near = difflib.get_close_matches(plain, known, n=1)
+    raise ConfigError(
+        f"`{name}` is not in the table of devices",
+        {**({"did you mean": near[0]} if near else {}), "devices": ", ".join(known)},
+        why="Its speed and memory would be made up.",
+        fix="Name a device of the table, or the one nearest to yours; `memory_gb` and `tflops` replace its figures.",
+    )
+
 
 Devices = Annotated[int, Field(gt=0, le=100_000)]
 
@@ -25,7 +110,7 @@ class Hardware(Config):
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """How these divide the work: DDP, each with all of the model; or FSDP2, each with a part. auto is fsdp where there
     are several."""
-    utilisation: Annotated[float, Field(gt=0, le=1)] = UTILISATION
+    utilisation: Annotated[float, Field(gt=0, le=1)] = UTILIZATION
     """Share of the device's peak that is reached; an assumption."""
     price: Annotated[float, Field(ge=0, le=10_000)] | None = None
     """US dollars for a device and hour; null takes an assumed one."""
@@ -46,7 +131,7 @@ class Hardware(Config):
             raise ValueError("with parallel=none one device does all of the work: several need ddp or fsdp")
         return self
 
-    def found(self) -> Device:
+    def resolved(self) -> Device:
         """The device of the table, with what is set in the place of its figures.
 
         Raises:
@@ -104,7 +189,7 @@ class Hardware(Config):
         Args:
             single: something is computed in float32, also on a GPU.
         """
-        device = self.found()
+        device = self.resolved()
         found = [
             f"{device.name}: {device.flops / 1e12:,.4g} TFLOP/s in {'float32' if self.is_cpu else 'bfloat16, dense'}, "
             f"of which {self.utilisation:.0%} are reached (utilisation)"

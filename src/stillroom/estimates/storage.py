@@ -1,7 +1,14 @@
-"""What a stored signal takes: bytes a position of each kind, with where the figure comes from."""
+"""What stored signals take: bytes of a position for each kind, and the source of the figure; `stillroom plan storage`
+tells it with no model at all."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from stillroom.config import Config
+from stillroom.estimates.report import CostReport
 
 MEASURED = "measured, benchmarks/store.json"
 
@@ -21,7 +28,7 @@ class Kind:
 class _Measured:
     """The store as it was measured, on one teacher."""
 
-    columns: int
+    vocab_size: int
     top_k: float
     """Bytes of an entry of a top-k signal, with all that the signal has besides."""
     drawn: float
@@ -46,24 +53,24 @@ DRAWN_IDS = 12 / 50
 """Different ids among draws with replacement (docs/guide/capture.md)."""
 
 
-def id_bytes(columns: int) -> int:
-    """Of a token's id in a plain column."""
-    return 2 if columns <= 2**16 else 4
+def id_bytes(vocab_size: int) -> int:
+    """Bytes of a token's id in a plain column."""
+    return 2 if vocab_size <= 2**16 else 4
 
 
-def full(columns: int, itemsize: int = 2) -> Kind:
+def full(vocab_size: int, itemsize: int = 2) -> Kind:
     """Every logit, in bfloat16 or with another size of a number."""
     name = {2: "every logit, bfloat16", 4: "every logit, float32"}[itemsize]
-    return Kind(name, columns * itemsize, f"{columns:,} · {itemsize} bytes")
+    return Kind(name, vocab_size * itemsize, f"{vocab_size:,} · {itemsize} bytes")
 
 
-def plain_top_k(columns: int, k: int) -> Kind:
+def plain_top_k(vocab_size: int, k: int) -> Kind:
     """Ids and log-probabilities in bfloat16, as plain columns."""
-    k, each = min(k, columns), id_bytes(columns)
+    k, each = min(k, vocab_size), id_bytes(vocab_size)
     return Kind(f"top {k}, plain columns", k * (each + 2), f"{k} · (id of {each} bytes + bfloat16)")
 
 
-def stored(columns: int, kind: str = "head_and_sample", entries: int | None = None) -> Kind:
+def stored(vocab_size: int, kind: str = "head_and_sample", entries: int | None = None) -> Kind:
     """This project's store: signal, tables, tokens and keep.
 
     Args:
@@ -71,12 +78,12 @@ def stored(columns: int, kind: str = "head_and_sample", entries: int | None = No
         entries: `k` of top_k, `most` of top_p (which then is an upper bound), `draws` of sampled, `head` + `draws` of
             head_and_sample. None is that kind's default.
     """
-    store = SMALL if columns <= SMALL_VOCABULARY else LARGE
-    at = f"{store.columns:,} columns"
-    rest = id_bytes(columns) + KEEP_AND_ARROW
+    store = SMALL if vocab_size <= SMALL_VOCABULARY else LARGE
+    at = f"{store.vocab_size:,} columns"
+    rest = id_bytes(vocab_size) + KEEP_AND_ARROW
     if kind in ("top_k", "top_p"):
         default = {"top_k": 50, "top_p": 100}[kind]
-        entries = min(columns, default if entries is None else entries)
+        entries = min(vocab_size, default if entries is None else entries)
         source = f"{MEASURED if (kind, entries) == ('top_k', 50) else EXTRAPOLATED}, {at}"
         most = "at most " if kind == "top_p" else ""
         return Kind(f"store, {most}top {entries}", entries * store.top_k + TABLES["top_k"] + rest, source)
@@ -97,11 +104,73 @@ def hidden_states(width: int, num_layers: int, form: str = "int8") -> Kind:
     return Kind(f"hidden states, {form}", num_layers * each, f"{source} bytes")
 
 
-def signal_kinds(columns: int) -> Sequence[Kind]:
+def signal_kinds(vocab_size: int) -> Sequence[Kind]:
     """The ways of keeping a signal that are set beside each other."""
     return [
-        full(columns),
-        *(plain_top_k(columns, k) for k in (50, 128)),
-        *(stored(columns, "top_k", k) for k in (50, 128)),
-        stored(columns),
+        full(vocab_size),
+        *(plain_top_k(vocab_size, k) for k in (50, 128)),
+        *(stored(vocab_size, "top_k", k) for k in (50, 128)),
+        stored(vocab_size),
     ]
+
+
+# --- stillroom plan storage ------------------------------------------------------------------------------------------
+class Storage(Config):
+    """What is to be stored: prompts times length positions, each of a distribution over the vocabulary."""
+
+    prompts: Annotated[int, Field(gt=0, le=10**15)]
+    """Texts."""
+    vocab: Annotated[int, Field(gt=0, le=10**8)]
+    """Columns of the teacher's head."""
+    length: Annotated[int, Field(gt=0, le=10**9)]
+    """Tokens of each text."""
+    width: Annotated[int, Field(gt=0, le=10**7)] | None = None
+    """Hidden channels of the teacher, for inner states."""
+    layers: Annotated[int, Field(gt=0, le=10**4)] | None = None
+    """How many of its layers are kept."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Storage":
+        if (self.width is None) != (self.layers is None):
+            raise ValueError("hidden states need both `width` and `layers`")
+        return self
+
+
+def storage_report(config: Storage) -> CostReport:
+    """Positions, logits, and the bytes of each way of keeping them."""
+    report = CostReport("storage")
+    positions = config.prompts * config.length
+    logits = positions * config.vocab
+    report.add("of these texts", "positions", positions, "count", f"{config.prompts:,} x {config.length:,}")
+    report.add("of these texts", "logits", f"{logits:.3g} ({_binary(logits)})", "text", f"x {config.vocab:,}")
+    add_kinds(report, "stored", config.vocab, positions)
+    if config.width is not None and config.layers is not None:
+        for form in ("int8", "bfloat16"):
+            kind = hidden_states(config.width, config.layers, form)
+            report.add(
+                "hidden states", kind.name, kind.bytes_per_position * positions, "bytes", f"{kind.source} a position"
+            )
+    report.assumptions += [
+        "every position is stored: where prompts are not learnt, only answers are",
+        "the store was measured with a teacher of 4,096 columns, and at 128,256 with made-up ones of 4.5 nats; "
+        "up to 32,768 columns the first is taken and beyond the second; a sure teacher takes less",
+    ]
+    return report
+
+
+def add_kinds(report: CostReport, section: str, vocab_size: int, positions: float | None) -> None:
+    """The ways of keeping a signal beside each other: of all positions, or of one where their number is not known."""
+    for kind in signal_kinds(vocab_size):
+        if positions is None:
+            report.add(section, kind.name, kind.bytes_per_position, "each", kind.source)
+        else:
+            each = f"{kind.bytes_per_position:,.1f} bytes a position: {kind.source}"
+            report.add(section, kind.name, kind.bytes_per_position * positions, "bytes", each)
+
+
+def _binary(number: float) -> str:
+    for unit in ("", "Ki", "Mi", "Gi", "Ti"):
+        if number < 1024:
+            return f"{number:.2f} {unit}"
+        number /= 1024
+    return f"{number:.2f} Pi"

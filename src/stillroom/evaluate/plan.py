@@ -12,7 +12,7 @@ from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.errors import ConfigError, MismatchError, MissingError
 from stillroom.evaluate.config import EvaluateConfig, ModelConfig
-from stillroom.evaluate.costs import EvaluateHeaders, costs, read_headers
+from stillroom.evaluate.estimate import costs, read_headers
 from stillroom.evaluate.tasks.config import expand
 from stillroom.evaluate.tasks.local_benchmark import LocalBenchmark
 from stillroom.evaluate.tasks.run import Benchmark, open_benchmark
@@ -76,10 +76,9 @@ class EvaluatePlan(VerbPlan[EvaluateConfig]):
         return f"of {teacher}, {NO_DISTRIBUTION}" if teacher in self.served else reader.unlike
 
     def costs(self) -> dict[str, Any] | str:
-        headers: EvaluateHeaders = dataclasses.replace(
+        headers = dataclasses.replace(
             read_headers(self.config),
             alone=frozenset(reader.name for reader in self.readers if reader.unlike is not None),
-            compared=True,
             questions={
                 one.name: len(one.questions) if isinstance(one, LocalBenchmark) else None for one in self.benchmarks
             },

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from transformers.utils.hub import cached_file
 
 from stillroom.config import is_local
-from stillroom.estimates.weights import numbers_of
+from stillroom.estimates.headers import numbers_of
 from stillroom.models.folder import check_folder
 
 

@@ -15,7 +15,7 @@ from stillroom.data.sources import open_source
 from stillroom.errors import ConfigError
 from stillroom.models import loading
 from stillroom.prune.config import PruneConfig
-from stillroom.prune.costs import BATCH_TOKENS, PruneHeaders, costs, read_headers
+from stillroom.prune.estimate import BATCH_TOKENS, costs, read_headers
 from stillroom.pruning.plan import PruningPlan, plan_pruning
 from stillroom.runs import check_outside
 from stillroom.tokenizers import load_tokenizer
@@ -41,7 +41,7 @@ class PrunePlan(VerbPlan[PruneConfig]):
 
     def costs(self) -> dict[str, Any] | str:
         data, held_out = (self._documents(data) for data in (self.data, self.held_out))
-        headers: PruneHeaders = dataclasses.replace(
+        headers = dataclasses.replace(
             read_headers(self.config),
             num_tokens=None if data is None else float((data.lengths[: self.config.documents] - 1).sum()),
             num_held_out=None if held_out is None else float((held_out.lengths - 1).sum()),

@@ -7,14 +7,14 @@ import pytest
 from published import PUBLISHED
 from stillroom.config import load
 from stillroom.distill.config import DistillConfig
-from stillroom.distill.headers import DistillHeaders
 from stillroom.distill.parallel import resolve_parallel
 from stillroom.distributed.group import RankGroup
 from stillroom.distributed.init import DistContext
 from stillroom.errors import ConfigError, OutOfMemoryError
-from stillroom.estimates.architecture import read_architecture
+from stillroom.estimates.headers import Headers
+from stillroom.estimates.model_size import model_size
 
-SMALL, BIG = (read_architecture(PUBLISHED[name][0], "the model") for name in ("Qwen2 1.5B", "Llama 3.1 70B"))
+SMALL, BIG = (model_size(PUBLISHED[name][0], "the model") for name in ("Qwen2 1.5B", "Llama 3.1 70B"))
 GB = 10**9
 
 
@@ -37,7 +37,8 @@ def context(students: int, teachers: int = 0) -> DistContext:
 
 
 def resolved(config: DistillConfig, size: int, memory_gb: float, student: Any = SMALL, teachers: int = 0) -> Any:
-    return resolve_parallel(config, DistillHeaders(student, SMALL), context(size, teachers), int(memory_gb * GB))
+    headers = Headers({"student": student, "teacher": SMALL})
+    return resolve_parallel(config, headers, context(size, teachers), int(memory_gb * GB))
 
 
 def test_one_process_is_alone_with_a_whole_teacher():

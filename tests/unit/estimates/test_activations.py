@@ -11,11 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from published import sizes
 from stillroom.batch import Batch
-from stillroom.estimates.activations import layer_bytes, passing_bytes
-from stillroom.estimates.architecture import read_architecture
+from stillroom.estimates.memory import layer_bytes, passing_bytes
+from stillroom.estimates.model_size import model_size
 from stillroom.models.hidden_states import last_hidden_states
 
 LENGTH, ROWS = 128, 2
+FITTED, OTHERS = 0.03, 0.1
+"""How far the formulas are off for the families that they were fitted to, and for others."""
 SIZES = {"vocab_size": 96, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0, **sizes(128, 352, 2, 4, 2)}
 CASES = {
     "llama": ("llama", {}, {}),
@@ -27,8 +29,16 @@ CASES = {
     "gemma2": ("gemma2", {"head_dim": 32}, {}),
     "phi3": ("phi3", {}, {}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, {}),
+    "olmo2": ("olmo2", {}, {}),
+    "granite": ("granite", {}, {}),
+    "gpt_neox": ("gpt_neox", {}, {}),
+    "starcoder2": ("starcoder2", {"residual_dropout": 0.0, "embedding_dropout": 0.0}, {}),
     "gpt2": ("gpt2", {"n_embd": 128, "n_head": 4, "vocab_size": 96, "bos_token_id": 0, "eos_token_id": 1}, {}),
 }
+
+
+def tolerance(name):
+    return OTHERS if name in ("olmo2", "granite", "gpt_neox", "starcoder2") else FITTED
 
 
 def saved_bytes(values, layers: int, *, masked: bool = False, half: bool = False, frozen: bool = False) -> int:
@@ -65,8 +75,8 @@ def test_a_layer_keeps_what_pytorch_saves(name):
     family, own, how = CASES[name]
     values = {"model_type": family, **({} if family == "gpt2" else SIZES), **own}
     saved = (saved_bytes(values, 3, **how) - saved_bytes(values, 2, **how)) / (ROWS * LENGTH)
-    model = read_architecture(AutoConfig.for_model(**values).to_dict())
-    assert layer_bytes(model, LENGTH, **how) == pytest.approx(saved, rel=0.03)
+    model = model_size(AutoConfig.for_model(**values))
+    assert layer_bytes(model, LENGTH, **how) == pytest.approx(saved, rel=tolerance(name))
 
 
 class Live(TorchDispatchMode):
@@ -109,5 +119,5 @@ def test_a_layer_without_a_gradient_needs_what_is_there_at_once(name, half):
     with torch.no_grad(), Live() as live:
         live.seen.update(there)
         last_hidden_states(model, batch)
-    each = passing_bytes(read_architecture(config.to_dict()), length, 2 if half else 4, masked=how.get("masked", False))
-    assert ROWS * length * each == pytest.approx(live.most, rel=0.03)
+    each = passing_bytes(model_size(config), length, 2 if half else 4, masked=how.get("masked", False))
+    assert ROWS * length * each == pytest.approx(live.most, rel=tolerance(name))

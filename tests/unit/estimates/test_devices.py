@@ -3,8 +3,7 @@
 import pytest
 
 from stillroom.errors import ConfigError
-from stillroom.estimates.devices import CPU_FLOPS_A_CORE, DEVICES, find_device
-from stillroom.estimates.estimate import UTILISATION
+from stillroom.estimates.hardware import CPU_FLOPS_A_CORE, DEVICES, UTILIZATION, find_device
 
 
 def test_names_are_read_as_people_write_them():
@@ -21,7 +20,7 @@ def test_the_cpu_is_this_machine_and_has_no_price():
 
 def test_a_cpu_is_as_fast_as_what_was_measured():
     """GFLOP/s a core of five runs in LOG.md, whose plan is right within a factor of 1.7."""
-    planned = CPU_FLOPS_A_CORE * UTILISATION / 1e9
+    planned = CPU_FLOPS_A_CORE * UTILIZATION / 1e9
     assert all(1 / 1.7 < planned / reached < 1.7 for reached in (65, 53, 48, 91, 52))
 
 

@@ -4,19 +4,18 @@ import pytest
 
 from published import PUBLISHED
 from stillroom.estimates import storage
-from stillroom.estimates.architecture import read_architecture
-from stillroom.estimates.devices import DEVICES, Device
-from stillroom.estimates.estimate import estimate, live_or_offline
-from stillroom.estimates.flops import forward_flops, training_flops
+from stillroom.estimates.flops import estimate, forward_flops, live_or_offline, training_flops
+from stillroom.estimates.hardware import DEVICES, Device
+from stillroom.estimates.model_size import model_size
 
-TEACHER, STUDENT = (read_architecture(PUBLISHED[f"Llama 3.1 {size}"][0]) for size in ("405B", "70B"))
+TEACHER, STUDENT = (model_size(PUBLISHED[f"Llama 3.1 {size}"][0]) for size in ("405B", "70B"))
 
 
 def test_time_is_flops_over_what_the_devices_do():
-    device = Device("x", flops=1e12, memory_bytes=1, bandwidth=1.0, price=2.0)
-    found = estimate(7.2e15, device, num_devices=4, utilisation=0.5)
+    device = Device("x", flops=1e12, memory_bytes=1, price=2.0)
+    found = estimate(7.2e15, device, num_devices=4, utilization=0.5)
     assert (found.time_s, found.device_hours, found.cost) == (3600.0, 4.0, 8.0)
-    assert estimate(1.0, Device("x", 1e12, 1, 1.0, None)).cost is None
+    assert estimate(1.0, Device("x", 1e12, 1, None)).cost is None
 
 
 def test_the_published_case_of_405b_into_70b_on_500m_tokens():

@@ -6,8 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from published import PUBLISHED, sizes
-from stillroom.estimates.architecture import read_architecture
-from stillroom.estimates.flops import attention_flops, forward_flops, training_flops
+from stillroom.estimates.flops import attention_flops, forward_flops, layers_flops, training_flops
+from stillroom.estimates.model_size import model_size
 
 LENGTH = 64
 
@@ -22,7 +22,7 @@ def counted():
         model(ids, use_cache=False)
     with FlopCounterMode(display=False) as whole:
         model(ids, use_cache=False).logits.sum().backward()
-    return read_architecture({"model_type": "llama", **values}), forward.get_total_flops(), whole.get_total_flops()
+    return model_size({"model_type": "llama", **values}), forward.get_total_flops(), whole.get_total_flops()
 
 
 def test_forward_and_backward_are_what_pytorch_counts(counted):
@@ -33,14 +33,23 @@ def test_forward_and_backward_are_what_pytorch_counts(counted):
 
 
 def test_the_head_is_multiplied_once_more_only_without_checkpointing():
-    model = read_architecture(PUBLISHED["Qwen2 7B"][0])
+    model = model_size(PUBLISHED["Qwen2 7B"][0])
     plain, recomputing = (training_flops(model, 4096, checkpointing=on) for on in (False, True))
     assert plain.total == 3 * forward_flops(model, 4096)
     assert recomputing.total - plain.total == forward_flops(model, 4096) - 2 * 152064 * 3584
 
 
 def test_adapters_halve_the_backward_pass_of_the_products():
-    model = read_architecture(PUBLISHED["Qwen2 7B"][0])
+    model = model_size(PUBLISHED["Qwen2 7B"][0])
     attention = attention_flops(model, 4096)
-    frozen = training_flops(model, 4096, adapter_parameters=0)
-    assert frozen.backward == 2.0 * model.matmul_parameters + 2 * attention
+    frozen = training_flops(model, 4096, frozen=model.frozen((), adapters=True))
+    assert frozen.backward == 2.0 * model.matmul_entries + 2 * attention
+
+
+def test_a_frozen_layer_has_no_products_by_its_weights():
+    model = model_size(PUBLISHED["Qwen2 7B"][0])
+    names = model.frozen(["*layers.3.*"], adapters=False)
+    plain, frozen = training_flops(model, 4096), training_flops(model, 4096, frozen=names)
+    layer = layers_flops(model, 4096, 1) - attention_flops(model, 4096) / 28
+    assert plain.backward - frozen.backward == pytest.approx(layer)
+    assert plain.forward == frozen.forward

@@ -6,13 +6,11 @@ import pytest
 
 from published import PUBLISHED
 from stillroom.errors import ConfigError
-from stillroom.estimates.adapters import adapter_parameters
-from stillroom.estimates.advice import nearest
-from stillroom.estimates.architecture import read_architecture
-from stillroom.estimates.memory import Adapters, Load, TeacherLoad, memory
+from stillroom.estimates.memory import Load, TeacherLoad, memory, nearest
+from stillroom.estimates.model_size import model_size
 
-STUDENT, TEACHER = (read_architecture(PUBLISHED[name][0]) for name in ("Qwen2 1.5B", "Qwen2 7B"))
-P = STUDENT.parameters.total
+STUDENT, TEACHER = (model_size(PUBLISHED[name][0]) for name in ("Qwen2 1.5B", "Qwen2 7B"))
+P = STUDENT.total
 LOAD = Load(STUDENT, 4096, 16384, half=True, teacher=TeacherLoad(TEACHER, 2))
 
 
@@ -20,15 +18,17 @@ def test_what_stays_is_a_sum_by_hand():
     stays = memory(LOAD).stays
     assert stays["student's weights"] == 4 * P
     assert stays["optimizer's states"] == 8 * P
-    assert stays["teacher's weights"] == 2 * TEACHER.parameters.total
+    assert stays["teacher's weights"] == 2 * TEACHER.total
     assert memory(replace(LOAD, states="int8")).stays["optimizer's states"] == 2 * P
 
 
 @pytest.mark.parametrize(("kind", "each"), [("int8", 1.0), ("fp8", 1.0), ("nf4", 0.5 + 1 / 64 + 4 / (64 * 256))])
-def test_a_quantised_teacher_has_small_layers_and_whole_ends(kind, each):
-    own = TEACHER.parameters
+def test_a_quantized_teacher_has_small_layers_and_whole_ends(kind, each):
+    own = TEACHER.parts
     stays = memory(replace(LOAD, teacher=TeacherLoad(TEACHER, 2, quantization=kind))).stays
-    assert stays["teacher's weights"] == each * (own.attention + own.mlp) + 2 * (own.embeddings + own.head + own.norms)
+    assert stays["teacher's weights"] == each * (own["attention"] + own["mlp"]) + 2 * (
+        own["embeddings"] + own["head"] + own["norms"]
+    )
 
 
 def test_gradients_stay_between_micro_batches():
@@ -54,17 +54,17 @@ def test_logits_are_a_chunk_and_never_all():
 
 
 def test_adapters_alone_have_gradients_and_states():
-    number = adapter_parameters(STUDENT, 16)
+    number = STUDENT.adapter_parameters(16)
     h, k, i = 1536, 256, 8960
     assert number == 28 * 16 * (2 * (h + h) + 2 * (h + k) + 3 * (h + i))
-    found = memory(replace(LOAD, adapters=Adapters(number), micro_batches=2))
+    found = memory(replace(LOAD, adapter_parameters=number, frozen=STUDENT.frozen((), adapters=True), micro_batches=2))
     assert found.stays["student's weights"] == 4 * (P + number)
     assert found.stays["optimizer's states"] == 8 * number
     assert found.comes["gradients"] == 4 * number
     assert "head's gradient" not in found.comes
-    assert adapter_parameters(STUDENT, 16, ["q_proj", "k_proj"]) == 28 * 16 * (h + h + h + k)
+    assert STUDENT.adapter_parameters(16, ["q_proj", "k_proj"]) == 28 * 16 * (h + h + h + k)
     with pytest.raises(ConfigError, match="c_attn"):
-        adapter_parameters(STUDENT, 16, ["c_attn"])
+        STUDENT.adapter_parameters(16, ["c_attn"])
 
 
 def test_fsdp_divides_and_ddp_does_not():
@@ -88,7 +88,7 @@ def test_where_nothing_helps_that_is_said():
 
 
 def test_the_budget_of_logits_by_default_is_that_of_a_run():
-    from stillroom.distill.costs import LOGITS_BYTES
+    from stillroom.distill.estimate import LOGITS_BYTES
     from stillroom.losses.fused_linear import CHUNK_BYTES
 
     assert LOGITS_BYTES == CHUNK_BYTES

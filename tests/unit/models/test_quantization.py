@@ -21,8 +21,8 @@ from stillroom.distill.plan import make_plan
 from stillroom.distributed.group import RankGroup
 from stillroom.distributed.init import DistContext
 from stillroom.errors import MismatchError, MissingError
-from stillroom.estimates.architecture import read_architecture
-from stillroom.estimates.quantized import WEIGHT_BYTES, weights_bytes
+from stillroom.estimates.memory import WEIGHT_BYTES, weights_bytes
+from stillroom.estimates.model_size import model_size
 from stillroom.models import loading, quantization
 from stillroom.models.config import Quantization
 from stillroom.models.hidden_states import lm_head, verify
@@ -157,7 +157,7 @@ def test_four_bits_are_those_of_qlora_on_the_device():
 def test_a_plan_counts_the_bytes_that_are_held(saved_model: SaveModel, kind: Quantization):
     """But for scales of channels, which are few where models are large; here they are counted by hand."""
     model = loaded(saved_model, kind)
-    planned = weights_bytes(read_architecture(model.config.to_dict(), "the teacher"), 4, kind)
+    planned = weights_bytes(model_size(model.config, "the teacher"), 4, kind)
     inner = [p for p in model.parameters() if is_quantized(p)]
     rest = 4 * sum(p.numel() for p in model.parameters() if not is_quantized(p))
     if kind == "nf4":

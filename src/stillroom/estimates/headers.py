@@ -1,16 +1,19 @@
-"""A model's config.json and the headers of its safetensors: from a folder, or these small files alone from the hub."""
+"""What is known of a run before anything is loaded: its models' configs and the headers of their safetensors, from a
+folder, or these small files alone from the hub."""
 
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from stillroom.config import is_local
 from stillroom.errors import DataError, MissingError, StillroomError
-from stillroom.estimates.architecture import Architecture, read_architecture
+from stillroom.estimates.model_size import ModelSize, model_size
 from stillroom.models.folder import read_header
 
 MOST_BESIDE = 1.25
@@ -37,6 +40,37 @@ class ModelFiles:
         return sum(ITEM_BYTES.get(dtype, 1) * count for dtype, count in self.numbers.items())
 
 
+@dataclass(frozen=True)
+class Headers:
+    """What is known of a run's models and data before anything is loaded."""
+
+    models: Mapping[str, ModelSize]
+    """By what they are in the run: student, teacher, model, smaller model; by name in an evaluation. A model behind a
+    server has none."""
+    store: Mapping[str, Any] | None = None
+    """The manifest of a teacher's store."""
+    num_tokens: float | None = None
+    """Tokens in one pass over the data (of a capture, the positions that are stored), where they are tokenized."""
+    num_held_out: float | None = None
+    """Tokens of the held-out data, where they are tokenized."""
+    itemsize: int = 2
+    """Bytes of a number of the weights of a model that is cut."""
+    alone: frozenset[str] | None = None
+    """Models that read the text without the teacher, since their tokenizer is another; None where nobody compared."""
+    questions: Mapping[str, int | None] = field(default_factory=dict)
+    """How many questions each task asks; None where that is not known."""
+
+    @classmethod
+    def of(cls, configs: Mapping[str, PretrainedConfig | None], **known: Any) -> "Headers":
+        """The same of configs that are loaded already; None for a model that is not there.
+
+        Raises:
+            ConfigError: `transformers` cannot build a model without code of its own.
+        """
+        sizes = {name: model_size(config, f"the {name}") for name, config in configs.items() if config is not None}
+        return cls(sizes, **known)
+
+
 def read_model(name: str, revision: str | None = None, whose: str = "the model") -> ModelFiles:
     """The config and the headers of a folder, or of a model on the hub (of which no weights are loaded).
 
@@ -47,26 +81,28 @@ def read_model(name: str, revision: str | None = None, whose: str = "the model")
     return _local(Path(name).expanduser(), whose) if is_local(name) else _from_hub(name, revision, whose)
 
 
-def read_architecture_of(name: str, revision: str | None, whose: str) -> tuple[ModelFiles, Architecture]:
-    """A model's small files, and the architecture that its config tells and its headers bear out.
+def read_sizes(name: str, revision: str | None, whose: str) -> tuple[ModelFiles, ModelSize]:
+    """A model's small files and the size that its config tells and its headers confirm.
 
     Raises:
         MissingError: there is no such model, or it has no config.json or no safetensors.
         DataError: a file is damaged, or the weights are not those of the config.
-        ConfigError: the architecture is not known.
+        ConfigError: `transformers` cannot build the model without code of its own.
     """
     files = read_model(name, revision, whose)
-    model = read_architecture(files.config, whose)
-    there, told = sum(files.numbers.values()), model.parameters.total
+    size, stored = model_size(files.config, whose), sum(files.numbers.values())
     packed = files.config.get("quantization_config") is not None
-    if not packed and not told <= there <= MOST_BESIDE * (told + model.head_matmul_parameters):
+    if not packed and not size.total <= stored <= MOST_BESIDE * (size.total + size.head_entries):
         raise DataError(
             f"the weights of {whose} are not those of its config",
-            {"config.json": f"{told:,} parameters ({model.family})", "headers of the weights": f"{there:,} numbers"},
+            {
+                "config.json": f"{size.total:,} parameters ({size.family})",
+                "headers of the weights": f"{stored:,} numbers",
+            },
             why="One of them is another model's, or a file is missing, so no figure would be right.",
             fix="Download config.json and all *.safetensors of the same model again.",
         )
-    return files, model
+    return files, size
 
 
 def read_config(name: str, revision: str | None, whose: str) -> Mapping[str, Any]:

@@ -7,20 +7,19 @@ import pytest
 from published import PUBLISHED
 from stillroom.config import load
 from stillroom.errors import ConfigError
-from stillroom.estimates.architecture import read_architecture
 from stillroom.estimates.flops import forward_flops
 from stillroom.estimates.hardware import Hardware
+from stillroom.estimates.headers import Headers
+from stillroom.estimates.model_size import model_size
 from stillroom.evaluate.config import EvaluateConfig
-from stillroom.evaluate.costs import LOGITS_BYTES, EvaluateHeaders, costs
+from stillroom.evaluate.estimate import LOGITS_BYTES, costs
 from stillroom.evaluate.plan import make_plan
 from stillroom.losses.fused_linear import CHUNK_BYTES
 from stillroom.recipe import from_yaml
 
-TEACHER, STUDENT = (read_architecture(PUBLISHED[name][0]) for name in ("Qwen2 7B", "Qwen2 1.5B"))
+TEACHER, STUDENT = (model_size(PUBLISHED[name][0]) for name in ("Qwen2 7B", "Qwen2 1.5B"))
 TEXT = "data={path: nowhere.jsonl, format: text, length: 4096}"
-KNOWN = EvaluateHeaders(
-    {"teacher": TEACHER, "distilled": STUDENT, "other": STUDENT}, alone=frozenset(["other"]), compared=True
-)
+KNOWN = Headers({"teacher": TEACHER, "distilled": STUDENT, "other": STUDENT}, alone=frozenset(["other"]))
 
 
 def planned(*words, known=KNOWN, **hardware):
@@ -34,7 +33,7 @@ def values(report, section):
 
 def test_a_model_lies_beside_the_teacher_and_a_batch_of_both():
     parts = values(planned(TEXT), "memory of a device")
-    t, s = TEACHER.parameters.total, STUDENT.parameters.total
+    t, s = TEACHER.total, STUDENT.total
     assert (parts["teacher's weights"], parts["distilled's weights"]) == (2 * t, 2 * s)
     assert parts["last states"] == 2 * 16384 * 2 * (3584 + 1536)
     assert parts["logits"] == 2 * 4 * 151936 * (LOGITS_BYTES // (2 * 4 * 151936))
@@ -49,7 +48,7 @@ def test_the_teacher_reads_once_more_beside_each_that_is_compared():
     t, s = forward_flops(TEACHER, 4096), forward_flops(STUDENT, 4096)
     assert values(report, "time on H100")["arithmetic"] == pytest.approx(1e6 * (2 * t + 2 * s))
     assert not any("--dry-run" in sentence for sentence in report.assumptions)
-    guessed = planned(TEXT, known=replace(KNOWN, alone=frozenset(), compared=False))
+    guessed = planned(TEXT, known=replace(KNOWN, alone=None))
     assert any("--dry-run" in sentence for sentence in guessed.assumptions)
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from stillroom.errors import DataError, MissingError
-from stillroom.estimates.weights import read_model
+from stillroom.estimates.headers import read_model
 
 
 @pytest.fixture
