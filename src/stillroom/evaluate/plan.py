@@ -14,9 +14,8 @@ from stillroom.errors import ConfigError, MismatchError, MissingError
 from stillroom.estimates.dry_run import costs_here
 from stillroom.evaluate.config import EvaluateConfig, ModelConfig
 from stillroom.evaluate.costs import BATCH_TOKENS, LOGITS_BYTES, EvaluateHeaders, costs, read_headers
+from stillroom.evaluate.tasks.benchmarks import Benchmark, LocalBenchmark, open_benchmark
 from stillroom.evaluate.tasks.config import expand
-from stillroom.evaluate.tasks.local_benchmark import LocalBenchmark
-from stillroom.evaluate.tasks.run import Benchmark, open_benchmark
 from stillroom.models import loading
 from stillroom.recipe import to_yaml
 from stillroom.runs import check_outside, redact
@@ -31,8 +30,8 @@ from stillroom.tokenizers import (
 
 
 @dataclass(frozen=True)
-class ModelReader:
-    """A model that reads the held-out text."""
+class LocalModel:
+    """A model that runs in this process, and reads the held-out text where there is one."""
 
     name: str
     config: ModelConfig
@@ -41,9 +40,9 @@ class ModelReader:
     tokenizer: PreTrainedTokenizerBase
     template: str | None
     """The chat template that rows go through, where they do."""
-    columns: int
-    """How many columns of its head make up its distribution."""
-    unlike: str | None
+    vocab_size: int
+    """The ids that make up its distribution; its head may be wider."""
+    mismatch: str | None
     """Why it cannot be compared with the teacher token by token; None where it can, and of the teacher itself."""
 
 
@@ -51,7 +50,7 @@ class ModelReader:
 class EvaluatePlan:
     config: EvaluateConfig
     """With every "auto" resolved."""
-    readers: tuple[ModelReader, ...]
+    local_models: tuple[LocalModel, ...]
     """The models that run in this process, the teacher first."""
     served: dict[str, PreTrainedTokenizerBase | None]
     """The models behind an address, each with its tokenizer where that is known."""
@@ -59,12 +58,12 @@ class EvaluatePlan:
     runs: dict[str, str]
     """By model: the folder of the run that made it, where it is known."""
 
-    def not_beside_teacher(self, reader: ModelReader) -> str | None:
+    def not_beside_teacher(self, reader: LocalModel) -> str | None:
         """Why a model is not compared with the teacher token by token; None where it is."""
         teacher = self.config.teacher
         if teacher is None:
             return "no model is said to be the teacher"
-        return f"of {teacher}, {NO_DISTRIBUTION}" if teacher in self.served else reader.unlike
+        return f"of {teacher}, {NO_DISTRIBUTION}" if teacher in self.served else reader.mismatch
 
     def __str__(self) -> str:
         """The resolved settings, and what a run compares, reads and writes, as YAML."""
@@ -83,7 +82,7 @@ class EvaluatePlan:
     def _known(self) -> EvaluateHeaders:
         return dataclasses.replace(
             read_headers(self.config),
-            alone=frozenset(reader.name for reader in self.readers if reader.unlike is not None),
+            alone=frozenset(reader.name for reader in self.local_models if reader.mismatch is not None),
             compared=True,
             questions={
                 one.name: len(one.questions) if isinstance(one, LocalBenchmark) else None for one in self.benchmarks
@@ -93,12 +92,12 @@ class EvaluatePlan:
     def compares(self) -> dict[str, str]:
         """How each model is compared with the teacher, in words."""
         teacher, found = self.config.teacher, {}
-        readers = {reader.name: reader for reader in self.readers}
+        readers = {reader.name: reader for reader in self.local_models}
         for name in self.config.models:
             if name in self.served:
                 found[name] = f"by tasks alone: {NO_DISTRIBUTION}"
             elif name == teacher:
-                found[name] = f"the teacher, {readers[name].columns} columns"
+                found[name] = f"the teacher, {readers[name].vocab_size} columns"
             else:
                 reason = self.not_beside_teacher(readers[name])
                 found[name] = f"not token by token: {reason}" if reason else "token by token"
@@ -209,7 +208,7 @@ def _in_short(task: Any) -> str:
     return ", ".join(f"{key}={value}" for key, value in task.model_dump(exclude_none=True, exclude={"kind"}).items())
 
 
-def _readers(config: EvaluateConfig, given: EvaluateConfig) -> tuple[ModelReader, ...]:
+def _readers(config: EvaluateConfig, given: EvaluateConfig) -> tuple[LocalModel, ...]:
     here = {name: model for name, model in config.models.items() if model.url is None}
     first = config.teacher if config.teacher in here else next(iter(here), None)
     if first is None:
@@ -230,7 +229,7 @@ def _readers(config: EvaluateConfig, given: EvaluateConfig) -> tuple[ModelReader
     common = compared.pop() if len(compared) == 1 else required_vocab_size(tokenizers[first])
     templates = _templates(config, tokenizers, unlike)
     return tuple(
-        ModelReader(
+        LocalModel(
             name,
             model,
             loading.fingerprint(model.model, configs[name]),
