@@ -219,7 +219,7 @@ def _no_bytes(output: ModelOutput, first: ModelOutput, cuts: bool) -> str | None
 
 def _no_gap(
     measured: Mapping[str, Measured], refused: Mapping[str, Mapping[str, str]], teacher: str, baseline: str | None
-) -> str | None:
+) -> str | None:  # kept: three reasons of one question
     """The reason why no model has a recovered gap; None where there is one to recover."""
     if baseline is None or baseline not in measured:
         return "no model is said to be the baseline" if baseline is None else f"{baseline} does not run here"

@@ -94,7 +94,12 @@ def measure(
     values = {name: float(value[0]) for name, value in of(stacked.sum(0, keepdims=True)).items()}
     draws = of(resampled_totals(stacked, seed)) if units.number > 1 else {}
     shares = {q: (values.pop(f"below_{q}"), draws.pop(f"below_{q}", None)) for q in QUANTILES if q in scores}
-    numbers = {name: _number(value, draws.get(name)) for name, value in values.items()}
+    numbers = {}
+    for name, value in values.items():
+        numbers[name] = Number(value=value)
+        if name in draws and math.isfinite(value):
+            low, high = interval(draws[name], value)
+            numbers[name] = Number(value=value, error=float(draws[name].std()), low=low, high=high)
     for name, (share, drawn) in shares.items():
         numbers[f"{name}_p95_nats"] = _quantile(scores[name], share, drawn)
     return Measured(numbers, draws, units)
@@ -151,13 +156,6 @@ def speculative_tokens(accepted: np.ndarray) -> np.ndarray:
     """``(1 − α^(γ+1)) / (1 − α)`` with γ = 4: the tokens that a step of speculative decoding gives in expectation,
     where each drafted token is accepted with the mean probability α, whatever came before (arXiv 2211.17192, eq. 1)."""
     return sum((accepted**i for i in range(1, DRAFTED + 1)), start=np.ones_like(accepted))
-
-
-def _number(value: float, draws: np.ndarray | None) -> Number:
-    if draws is None or not math.isfinite(value):
-        return Number(value=value)
-    low, high = interval(draws, value)
-    return Number(value=value, error=float(draws.std()), low=low, high=high)
 
 
 def _quantile(values: np.ndarray, share: float, draws: np.ndarray | None) -> Number:

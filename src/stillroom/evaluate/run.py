@@ -80,7 +80,7 @@ def run(
         return folder.record
 
 
-def _write_report(found: Results, out: Path, report: Report) -> list[str]:
+def _write_report(found: Results, out: Path, report: Report) -> list[str]:  # kept: has a test of its own
     """Writes the reports that can be made here; returns their paths."""
     try:
         return [str(path) for path in write_report(found, out, {name: Path(run) for name, run in found.runs.items()})]
@@ -115,9 +115,15 @@ def _evaluate(plan: EvaluatePlan, command: str, out: Path, report: Report) -> Re
     summary: dict[str, Any] = {}
     if evaluation is not None and data is not None:
         not_compared = {local.name: plan.not_beside_teacher(local) for local in plan.local_models}
-        named = {"teacher": config.teacher, "baseline": config.baseline, "path": data.path}
         found = summarize(
-            evaluation.outputs, [*config.models], not_compared, **named, cuts=config.cuts, seed=config.seed
+            evaluation.outputs,
+            [*config.models],
+            not_compared,
+            path=data.path,
+            cuts=config.cuts,
+            teacher=config.teacher,
+            baseline=config.baseline,
+            seed=config.seed,
         )
         summary = dict(vars(found))
     speeds = summary.pop("speeds", {})

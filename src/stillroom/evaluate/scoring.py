@@ -26,7 +26,7 @@ from stillroom.models.hidden_states import last_hidden_states, lm_head
 from stillroom.signals import Dense
 
 Scores = Mapping[str, np.ndarray]
-"""By name, a number of every predicted token, float32 [n], document after document."""
+"""A number of every predicted token by name, float32 [n], document after document."""
 Passes = tuple[tuple[tuple[Objective, ...], dict[str, Measure]], ...]
 
 ALONE = Objective("cross_entropy", cross_entropy)

@@ -59,8 +59,8 @@ def line(model: int) -> str:
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """In it figures are made and turned into SVG. Any letter may be missing in the library's own typeface: it is the
-    page that sets the text."""
+    """A context in which figures are made and turned into SVG. The library's own typeface may lack any letter: it is
+    the page that sets the text."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():

@@ -95,7 +95,7 @@ Template = str
 
 class _Description(Config):
     name: TaskName
-    """What the task is called in the results."""
+    """The name of the task in the results."""
     version: str = "1"
     """Stands with the results; change it when the questions change."""
     items: PathText
@@ -121,7 +121,7 @@ class _Prompted(_Description):
     """The text after each example."""
 
 
-def _two_or_more(choices: str | tuple[str, ...]) -> str | tuple[str, ...]:
+def _two_or_more(choices: str | tuple[str, ...]) -> str | tuple[str, ...]:  # kept: a validator
     if isinstance(choices, tuple) and len(choices) < 2:
         raise ValueError(f"there is nothing to choose among {len(choices)}: give two texts or more, or a column")
     return choices
@@ -142,7 +142,7 @@ class MultipleChoice(_Prompted):
 
 
 class MinimalPairs(_Description):
-    """Of two texts the acceptable one should be likelier."""
+    """The acceptable one of two texts should be likelier."""
 
     kind: Literal["minimal_pairs"]
     good: Template
@@ -151,7 +151,7 @@ class MinimalPairs(_Description):
     """The other text."""
 
 
-def _compiles(pattern: str) -> str:
+def _compiles(pattern: str) -> str:  # kept: a validator
     try:
         re.compile(pattern)
     except re.error as error:
