@@ -37,9 +37,8 @@ def measure(work: Callable[[], list[float]]) -> tuple[float, float, list[float]]
 
 
 def pairs_of(name: str, step: int) -> list[tuple[str, str]]:
-    from stillroom.evaluate.tasks.config import LocalTask
-    from stillroom.evaluate.tasks.description import read_description
-    from stillroom.evaluate.tasks.questions import questions
+    from stillroom.evaluate.tasks.config import LocalTask, read_description
+    from stillroom.evaluate.tasks.local import questions
 
     path = Path(__file__).parents[1] / "recipes" / "tasks" / f"{name}.yaml"
     asked = questions(read_description(LocalTask(kind="local", path=str(path))))[::step]

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stillroom.evaluate.results import TaskResult
+from stillroom.evaluate.tasks.benchmarks import ask, open_benchmark, results
 from stillroom.evaluate.tasks.config import AnyTask
 from stillroom.evaluate.tasks.lm import EvalModel, Report
-from stillroom.evaluate.tasks.run import ask, open_benchmark, results
 
 
 def run_tasks(

@@ -6,7 +6,7 @@ from stillroom.terminal import fitted, harmless, width
 
 BETWEEN = " │ "
 NARROWEST = 24
-"""Columns that an answer takes at the least; a terminal that has fewer for each shows them one after the other."""
+"""The fewest columns of an answer; a terminal that has fewer for each shows them one after the other."""
 
 
 class Column:
@@ -26,7 +26,7 @@ class Column:
     def _fill(self, line: str) -> None:
         """Breaks the last line, at its spaces where it has any."""
         while width(line) > self.columns:
-            cut = _cut(line, self.columns)
+            cut = next((i for i in range(1, len(line)) if width(line[: i + 1]) > self.columns), len(line))
             space = line.rfind(" ", 1, cut + 1)
             if space > 0:
                 self.lines[-1], line = line[:space], line[space + 1 :]
@@ -41,27 +41,8 @@ class Column:
         return len(self.lines) - (not self.done)
 
 
-def _cut(line: str, columns: int) -> int:
-    """How many signs of a line fit, one at the least."""
-    taken = 0
-    for i, sign in enumerate(line):
-        taken += width(sign)
-        if taken > columns:
-            return max(1, i)
-    return len(line)
-
-
-def _ending(text: str, columns: int) -> str:
-    """The text, or its end after an ellipsis: names of models differ at their ends."""
-    if width(text) > columns:
-        while width(text) > columns - 1:
-            text = text[1:]
-        text = f"…{text}"
-    return fitted(text, columns)
-
-
 class SideBySide:
-    """Draws growing columns on a terminal: what to write for each piece that comes.
+    """Draws growing columns on a terminal: gives the text to write for each piece that comes.
 
     Rows that all columns have done with stay as they are; those below are drawn anew. At most ``height`` rows are drawn
     anew, since a terminal cannot go back further: a column that runs ahead by more waits.
@@ -79,11 +60,18 @@ class SideBySide:
     def head(self) -> str:
         """Titles and a rule."""
         each = self._columns[0].columns
-        titles = BETWEEN.join(_ending(harmless(title).replace("\n", " "), each) for title in self._titles)
-        return f"{titles.rstrip()}\n{'─┼─'.join('─' * each for _ in self._titles)}\n"
+        titles = []
+        for title in self._titles:
+            text = harmless(title).replace("\n", " ")
+            if width(text) > each:  # the end stays: names of models differ at their ends
+                while width(text) > each - 1:
+                    text = text[1:]
+                text = f"…{text}"
+            titles.append(fitted(text, each))
+        return f"{BETWEEN.join(titles).rstrip()}\n{'─┼─'.join('─' * each for _ in self._titles)}\n"
 
     def add(self, number: int, text: str, last: bool) -> str:
-        """What to write when a piece of the text of a column has come, and whether it is the last one."""
+        """The text to write for a piece of a column's text; ``last`` says that it is the last one."""
         column = self._columns[number]
         column.add(text)
         column.done = column.done or last
@@ -95,15 +83,12 @@ class SideBySide:
         """Goes back to the first row that may change, wipes from there on, and draws ``most`` rows."""
         back = f"\x1b[{self._drawn - 1}A" if self._drawn > 1 else ""
         last = min(max(len(column.lines) for column in self._columns), self._first + most)
-        rows = [self._row(row) for row in range(self._first, last)]
+        rows = []
+        for row in range(self._first, last):
+            parts = [fitted(one.lines[row] if row < len(one.lines) else "", one.columns) for one in self._columns]
+            rows.append(BETWEEN.join(parts).rstrip(" "))
         text = f"\r{back}\x1b[J" + "\n".join(rows)
         still = [column.num_final for column in self._columns if not column.done]
         final = min([*still, last - 1])
-        self._drawn = last - final
-        self._first = final
+        self._drawn, self._first = last - final, final
         return text
-
-    def _row(self, row: int) -> str:
-        parts = [column.lines[row] if row < len(column.lines) else "" for column in self._columns]
-        filled = [fitted(part, column.columns) for part, column in zip(parts, self._columns, strict=True)]
-        return BETWEEN.join(filled).rstrip(" ")

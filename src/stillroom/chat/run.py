@@ -1,69 +1,242 @@
-"""`stillroom chat`: a prompt -> answers, as they come."""
+"""`stillroom chat`: a prompt -> the models' answers, in pieces as they come."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
 
-from stillroom.chat.answer import Piece, Talker, answers
 from stillroom.chat.config import ChatConfig
-from stillroom.errors import StillroomError
+from stillroom.errors import ConfigError, StillroomError
 from stillroom.models import loading
 from stillroom.tokenizers import load_tokenizer, template_of
 
-Show = Callable[[Iterator[Piece]], None]
-Tell = Callable[[str], None]
+
+class Piece(NamedTuple):
+    """A piece of the answer of a model, by its number."""
+
+    model: int
+    text: str
+    last: bool
+    """The answer is done."""
 
 
-def run(config: ChatConfig, prompts: Iterable[str], show: Show, tell: Tell, *, turn_by_turn: bool = False) -> None:
+def run(
+    config: ChatConfig,
+    prompts: Iterable[str],
+    show: Callable[[Iterator[Piece]], None],
+    notify: Callable[[str], None],
+    *,
+    turn_by_turn: bool = False,
+) -> None:
     """Answers each prompt by all models, and hands the pieces of the answers to ``show``.
 
     Args:
-        tell: is given what else there is to say.
+        notify: is called with every other message.
         turn_by_turn: an error of a turn, and Ctrl-C while it is answered, end this turn alone. It is forgotten.
 
     Raises:
         StillroomError: something that the user can mend.
         KeyboardInterrupt: Ctrl-C; the models have stopped.
     """
-    talkers = [load(config, place) for place in config.models]
-    for talker in talkers:
-        if config.system is not None and template_of(talker.tokenizer) is None:
-            tell(f"{talker.name} has no chat template: `system` is not used for it")
+    models = [
+        load(place, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+        for place in config.models
+    ]
+    for model in models:
+        if config.system is not None and template_of(model.tokenizer) is None:
+            notify(f"{model.name} has no chat template: `system` is not used for it")
+    settings = {key: getattr(config, key) for key in ("system", "max_tokens", "temperature", "top_p", "seed")}
     for prompt in prompts:
         try:
-            _turn(config, talkers, prompt, show)
+            with closing(answers(models, prompt, **settings)) as pieces:
+                show(pieces)
         except (StillroomError, KeyboardInterrupt) as error:
             if not turn_by_turn:
                 raise
-            tell(f"error: {error}" if isinstance(error, StillroomError) else "\nstopped; this turn is forgotten")
+            notify(f"error: {error}" if isinstance(error, StillroomError) else "\nstopped; this turn is forgotten")
 
 
-def _turn(config: ChatConfig, talkers: Sequence[Talker], prompt: str, show: Show) -> None:
-    pieces = answers(
-        talkers,
-        prompt,
-        system=config.system,
-        max_tokens=config.max_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        seed=config.seed,
-    )
-    with closing(pieces):
-        show(pieces)
+@dataclass
+class ChatModel:
+    """A model in conversation, which remembers questions and answers where its tokenizer has a chat template."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def tokens(self, prompt: str, system: str | None) -> Tensor:
+        """The tokens that the model goes on from, ``[1, t]``: the conversation in its template, or the prompt alone."""
+        if template_of(self.tokenizer) is None:
+            tokens = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        else:
+            tokens = self.tokenizer.apply_chat_template(
+                self._with(prompt, system), add_generation_prompt=True, return_tensors="pt", return_dict=False
+            )
+        assert isinstance(tokens, Tensor)
+        if tokens.shape[1] == 0:
+            raise ConfigError(
+                f"the prompt is no token to {self.name}",
+                {"prompt": repr(prompt)},
+                why="A model goes on from what it has read, and its tokenizer makes nothing of this.",
+                fix="Write a prompt.",
+            )
+        return tokens.to(self.model.device)
+
+    def _with(self, prompt: str, system: str | None) -> list[dict[str, str]]:
+        """The conversation with this prompt, which is remembered only when it is answered."""
+        before = [{"role": "system", "content": system}] if system is not None and not self.messages else self.messages
+        return [*before, {"role": "user", "content": prompt}]
+
+    def remember(self, prompt: str, system: str | None, answer: str) -> None:
+        if template_of(self.tokenizer) is not None:
+            self.messages = [*self._with(prompt, system), {"role": "assistant", "content": answer}]
 
 
-def load(config: ChatConfig, place: str) -> Talker:
-    """A model and its tokenizer; the folder of a run means the model in it."""
+def load(place: str, *, device: str, dtype: str, trust_remote_code: bool) -> ChatModel:
+    """Loads a model and its tokenizer; the folder of a run means the model in it.
+
+    Args:
+        device, dtype: see `ChatConfig`; "auto" is resolved here.
+    """
     folder = Path(place).expanduser()
     if (folder / "run.json").is_file() and (folder / "model").is_dir():
         place = str(folder / "model")
-    device = loading.resolve_device(config.device, "device")
-    half = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
-    dtype = ("bfloat16" if half else "float32") if config.dtype == "auto" else config.dtype
-    tokenizer = load_tokenizer(place, trust_remote_code=config.trust_remote_code)
+    device = loading.resolve_device(device, "device")
+    if dtype == "auto":
+        half = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
+        dtype = "bfloat16" if half else "float32"
+    tokenizer = load_tokenizer(place, trust_remote_code=trust_remote_code)
     model = loading.load_model(
-        place, dtype=getattr(torch, dtype), device=device, trust_remote_code=config.trust_remote_code
+        place, dtype=getattr(torch, dtype), device=device, trust_remote_code=trust_remote_code
     ).requires_grad_(False)
-    return Talker(place, model, tokenizer)
+    return ChatModel(place, model, tokenizer)
+
+
+class Draw(LogitsProcessor):
+    """Draws the next token with a generator of its own, and leaves no other to choose.
+
+    `generate` draws by the process's one generator, which two models at work at the same time would share.
+    """
+
+    def __init__(self, temperature: float, top_p: float, generator: torch.Generator) -> None:
+        self.temperature, self.top_p, self.generator = temperature, top_p, generator
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
+        if self.temperature == 0:
+            return scores
+        probabilities = torch.softmax(scores.float() / self.temperature, dim=-1).cpu()
+        if self.top_p < 1:
+            ordered, ids = probabilities.sort(dim=-1, descending=True)
+            before = ordered.cumsum(dim=-1) - ordered
+            probabilities = torch.zeros_like(probabilities).scatter(-1, ids, ordered * (before < self.top_p))
+        token = torch.multinomial(probabilities, 1, generator=self.generator).to(scores.device)
+        return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
+
+
+class _Stop(StoppingCriteria):
+    """Ends an answer once the event is set."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:  # noqa: ARG002
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
+class _Pieces(TextStreamer):
+    """Puts each piece of an answer into a queue."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, number: int, pieces: "queue.SimpleQueue[Any]") -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
+        self.number, self.pieces = number, pieces
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.pieces.put(Piece(self.number, text, stream_end))
+
+
+def answers(
+    models: Sequence[ChatModel],
+    prompt: str,
+    *,
+    system: str | None,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> Generator[Piece]:
+    """The pieces of all models' answers, in the order in which they come. Each model answers in a thread of its own.
+    Closing the generator stops the models and forgets the prompt: a template may want an answer to each question.
+
+    Raises:
+        ConfigError: prompt and answer are longer than a model can read.
+    """
+    pieces: queue.SimpleQueue[Piece | BaseException] = queue.SimpleQueue()
+    stop = threading.Event()
+    prompts = [model.tokens(prompt, system) for model in models]
+    for model, tokens in zip(models, prompts, strict=True):
+        limit, num_tokens = loading.max_length(model.model.config), tokens.shape[1]
+        if limit is not None and num_tokens + max_tokens > limit:
+            fits = num_tokens < limit
+            raise ConfigError(
+                f"{model.name} cannot read prompt and answer",
+                {"prompt, in tokens": num_tokens, "max_tokens": max_tokens, "its max_position_embeddings": limit},
+                why="Positions beyond that have no embedding, or one that the model never saw.",
+                fix=f"Set max_tokens to at most {limit - num_tokens}." if fits else "Write a shorter prompt.",
+            )
+
+    def answer(number: int) -> None:
+        draw = Draw(temperature, top_p, torch.Generator().manual_seed(seed))
+        streamer = _Pieces(models[number].tokenizer, number, pieces)
+        try:
+            _generate(models[number], prompts[number], max_tokens, draw, _Stop(stop), streamer)
+        except BaseException as error:
+            pieces.put(error)
+
+    threads = [threading.Thread(target=answer, args=(i,), daemon=True) for i in range(len(models))]
+    texts, left = [""] * len(models), len(models)
+    try:
+        for thread in threads:
+            thread.start()
+        while left:
+            piece = pieces.get()
+            if isinstance(piece, BaseException):
+                raise piece
+            texts[piece.model] += piece.text
+            left -= piece.last
+            yield piece
+    finally:
+        stop.set()
+        for thread in threads:
+            if thread.ident is not None:  # it was started before somebody interrupted
+                thread.join()
+    for model, text in zip(models, texts, strict=True):
+        model.remember(prompt, system, text)
+
+
+def _generate(
+    chat: ChatModel, tokens: Tensor, max_tokens: int, draw: Draw, stop: _Stop, streamer: TextStreamer
+) -> None:
+    ends = chat.model.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]
+    end = ends[0] if isinstance(ends, list) else ends
+    chat.model.generate(  # pyright: ignore[reportCallIssue]
+        inputs=tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=chat.tokenizer.pad_token_id or end,  # one row is never padded, but `generate` wants a token
+        logits_processor=[draw],
+        stopping_criteria=[stop],
+        streamer=streamer,
+    )

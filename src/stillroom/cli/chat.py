@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from stillroom.chat.config import ChatConfig
 from stillroom.cli.arguments import Arguments
 from stillroom.config import explain, load
-from stillroom.errors import ConfigError, StillroomError
+from stillroom.errors import ConfigError
 from stillroom.terminal import harmless
 
 if TYPE_CHECKING:
-    from stillroom.chat.answer import Piece
+    from stillroom.chat.run import Piece
 
 Written = Callable[[str, bool], str]
 
@@ -41,42 +41,44 @@ def main(arguments: Arguments) -> int:
             fix="Leave it out.",
         )
     words = [f"models={json.dumps(arguments.words, ensure_ascii=False)}"] if arguments.words else []
-    config = load(ChatConfig, None, [*words, *map(_literal, arguments.overrides)])
+    for word in arguments.overrides:
+        key, _, text = word.partition("=")  # prompt=1 and prompt=[x] are texts, though they look like YAML
+        words.append(f"{key}={json.dumps(text, ensure_ascii=False)}" if key in ("prompt", "system") else word)
+    config = load(ChatConfig, None, words)
     try:
         typed = config.prompt is None and sys.stdin.isatty()
-        prompts = _typed() if typed else iter([_given(config)])
+        prompts = _typed() if typed else iter([_given(config.prompt)])
 
         from stillroom.chat.run import run
         from stillroom.models.loading import quiet
 
         quiet()
-        run(config, prompts, lambda pieces: _show(config.models, pieces), _tell, turn_by_turn=typed)
+
+        def notify(text: str) -> None:
+            print(harmless(text), file=sys.stderr)
+
+        run(config, prompts, lambda pieces: _show(config.models, pieces), notify, turn_by_turn=typed)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
     return 0
 
 
-def _literal(word: str) -> str:
-    """A setting that is a text as it stands, though it may look like YAML: prompt=1, prompt=[x]."""
-    key, _, text = word.partition("=")
-    return f"{key}={json.dumps(text, ensure_ascii=False)}" if key in ("prompt", "system") else word
-
-
-def _tell(text: str) -> None:
-    print(harmless(text), file=sys.stderr)
-
-
-def _given(config: ChatConfig) -> str:
+def _given(prompt: str | None) -> str:
     """The prompt of the settings, or stdin's, which ends with a newline that nobody meant."""
-    prompt = re.sub(r"\r?\n\Z", "", sys.stdin.read()) if config.prompt is None else config.prompt
+    prompt = re.sub(r"\r?\n\Z", "", sys.stdin.read()) if prompt is None else prompt
     if not prompt.strip():
-        raise _no_prompt()
+        raise ConfigError(
+            "there is no prompt",
+            {"prompt": "not given", "stdin": "empty"},
+            why="Without a terminal nobody is asked for one.",
+            fix="Write prompt='…', or send it to stdin.",
+        )
     return prompt
 
 
 def _typed() -> Iterator[str]:
-    """What is typed on the terminal, until Ctrl-D."""
+    """The lines that are typed on the terminal, until Ctrl-D."""
     import readline  # noqa: F401  (gives `input` its line editing)
 
     while True:
@@ -89,17 +91,8 @@ def _typed() -> Iterator[str]:
             yield line
 
 
-def _no_prompt() -> StillroomError:
-    return ConfigError(
-        "there is no prompt",
-        {"prompt": "not given", "stdin": "empty"},
-        why="Without a terminal nobody is asked for one.",
-        fix="Write prompt='…', or send it to stdin.",
-    )
-
-
 def _show(names: tuple[str, ...], pieces: "Iterator[Piece]") -> None:
-    """Side by side on a terminal that is wide enough for it; else one after the other."""
+    """Shows answers side by side on a terminal that is wide enough for it; else one after the other."""
     from stillroom.chat.columns import BETWEEN, NARROWEST, SideBySide
 
     size = shutil.get_terminal_size()
@@ -117,15 +110,15 @@ def _show(names: tuple[str, ...], pieces: "Iterator[Piece]") -> None:
         sys.stdout.flush()
 
 
-def _as_it_comes(text: str, last: bool) -> str:
+def _as_it_comes(text: str, last: bool) -> str:  # kept: a callback
     return f"{harmless(text) if sys.stdout.isatty() else text}{chr(10) if last else ''}"
 
 
 def _one_after_the_other(names: tuple[str, ...], pieces: "Iterator[Piece]", written: Sequence[Written]) -> None:
-    """The first answer as it comes; that of a second model when the first is done.
+    """Prints the first answer as it comes; that of a second model when the first is done.
 
     Args:
-        written: of each model, what to write for a piece of its answer, and whether it is the last one.
+        written: a function of each model that gives the text to write for a piece of its answer.
     """
     waiting, now, done = [""] * len(names), 0, [False] * len(names)
 

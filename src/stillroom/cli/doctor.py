@@ -64,9 +64,8 @@ def main(arguments: Arguments) -> int:
 def items_of(path: str) -> "tuple[str, Iterable[TaskTexts]]":
     """The name of the task that a file describes, and its items as texts: each question with each of its answers."""
     from stillroom.doctor.overlap import TaskTexts
-    from stillroom.evaluate.tasks.config import LocalTask
-    from stillroom.evaluate.tasks.description import read_description
-    from stillroom.evaluate.tasks.questions import questions
+    from stillroom.evaluate.tasks.config import LocalTask, read_description
+    from stillroom.evaluate.tasks.local import questions
 
     description = read_description(LocalTask(kind="local", path=path))
     found = questions(description)

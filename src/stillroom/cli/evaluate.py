@@ -12,7 +12,7 @@ def main(arguments: Arguments) -> int:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """The results in a table: a row for each metric and task, a column for each model; and what differs, in words."""
+    """The results in a table: a row for each metric and task, a column for each model; and the differences in words."""
     from stillroom.evaluate.report.words import METRICS, SHARE, metric
 
     names = list(record["config"]["models"])
@@ -29,7 +29,12 @@ def summary(record: dict[str, Any]) -> str:
         rows.append([f"{task}: {about}", *_formatted(names, found["scores"], form)])
         if found["normalised"]:
             rows.append([f"{task}: normalised", *_formatted(names, found["normalised"], ".1%")])
-    lines = _table([["", *names], *rows])
+    rows.insert(0, ["", *names])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     reasons: dict[tuple[str, str], list[str]] = {}
     for name, why in record["refused"].items():
         for key, reason in why.items():
@@ -47,11 +52,3 @@ def summary(record: dict[str, Any]) -> str:
 
 def _formatted(names: list[str], values: dict[str, float], form: str) -> list[str]:
     return [format(values[name], form) if name in values else "-" for name in names]
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in rows
-    ]

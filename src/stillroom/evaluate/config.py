@@ -1,6 +1,6 @@
 """The settings of `stillroom evaluate`: models -> scores and a report."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
@@ -12,7 +12,7 @@ from stillroom.evaluate.tasks.config import TaskConfig
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][\w-]*$")]
 
 ROLES: dict[str, Role] = {"teacher": "teacher", "distilled": "distilled", "baseline": "baseline"}
-"""What a model is by its name alone."""
+"""The role of a model by its name alone."""
 
 
 class ModelConfig(Config):
@@ -40,9 +40,10 @@ class ModelConfig(Config):
     where that is a run's."""
 
 
-def _from_text(value: object) -> Any:
-    """A bare text is the model."""
-    return value if isinstance(value, dict | ModelConfig) else {"model": value}
+ModelOrText = Annotated[
+    ModelConfig, BeforeValidator(lambda value: value if isinstance(value, dict | ModelConfig) else {"model": value})
+]
+"""A model; a bare text is its folder or hub name."""
 
 
 class EvaluateConfig(Config):
@@ -50,7 +51,7 @@ class EvaluateConfig(Config):
 
     verb: ClassVar[str | None] = "evaluate"
 
-    models: Annotated[dict[Name, Annotated[ModelConfig, BeforeValidator(_from_text)]], Field(min_length=1)]
+    models: Annotated[dict[Name, ModelOrText], Field(min_length=1)]
     """What is compared, each under a name that the results call it by: models.teacher=FOLDER models.distilled=FOLDER
     models.baseline=FOLDER, and any others. A bare text is the model; or settings:"""
     data: DataConfig | None = None
@@ -90,7 +91,7 @@ class EvaluateConfig(Config):
         return self
 
     def role(self, name: str) -> Role:
-        """What the model of that name is."""
+        """The role of the model of that name."""
         return self.models[name].role or ROLES.get(name, "other")
 
     @property

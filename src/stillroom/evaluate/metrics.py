@@ -1,4 +1,4 @@
-"""Metrics: from what a model makes of each predicted token to numbers with their errors.
+"""Metrics: the scores of every predicted token become numbers with errors, breakdowns and worst passages.
 
 Tokens of one document are not independent, so intervals are taken over documents: the sums over each document are
 drawn again together (a cluster bootstrap), and every metric is a function of such sums. All models' are drawn alike, so
@@ -8,22 +8,24 @@ differences between them are paired.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, pairwise
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-from stillroom.evaluate.results import Difference, Number
+from stillroom.evaluate.results import Breakdown, Difference, Number, Passage
 from stillroom.evaluate.scoring import Predicted, Scores
 from stillroom.statistics import compared, interval, resampled_totals
 
 BINS = 15
-"""Of the confidence, equally wide, for the calibration error (arXiv 1706.04599)."""
+"""The number of bins of the confidence, equally wide, for the calibration error (arXiv 1706.04599)."""
 DRAFTED = 4
 """Tokens that speculative decoding drafts at a time (γ)."""
 FEWEST_ROWS = 20
 """A text of fewer rows, such as one long file, is drawn again by its pieces instead."""
 QUANTILE = 0.95
 QUANTILES = ("forward_kl", "reverse_kl")
-"""What the 95th percentile over the tokens is given of."""
+"""The scores whose 95th percentile over the tokens is a metric."""
 COMPARED = {
     "cross_entropy_nats": (False, "nats"),
     "bits_per_byte": (False, "bits"),
@@ -31,21 +33,21 @@ COMPARED = {
     "top1_agreement": (True, "points"),
     "accepted_mass": (True, "points"),
 }
-"""The metrics whose differences are told: whether higher is better, and the unit."""
+"""The metrics whose differences are given: whether higher is better, and the unit."""
 
 
 @dataclass(frozen=True)
 class Units:
-    """What is drawn again: the rows of the source; or pieces of at most a row's length, where there are few rows."""
+    """The units of the bootstrap: rows of the source, or, where those are few, pieces of a row's length."""
 
-    of: np.ndarray
+    unit: np.ndarray
     """int64 [n]: the unit of each predicted token."""
     number: int
     noun: str
 
     def sums(self, values: np.ndarray) -> np.ndarray:
-        """Over the tokens of each unit, float64 [units]."""
-        return np.bincount(self.of, weights=values, minlength=self.number)
+        """The sum over the tokens of each unit, float64 [units]."""
+        return np.bincount(self.unit, weights=values, minlength=self.number)
 
 
 def units_of(predicted: Predicted) -> Units:
@@ -61,7 +63,7 @@ class Measured:
 
     numbers: dict[str, Number]
     draws: dict[str, np.ndarray]
-    """By metric, its value of each resample, float64 [resamples]; of metrics that are functions of sums."""
+    """The value of each resample by metric, float64 [resamples], for metrics that are functions of sums."""
     units: Units
 
 
@@ -74,25 +76,30 @@ def measure(
     teacher: Scores | None = None,
     baseline: Scores | None = None,
 ) -> Measured:
-    """All metrics that can be told.
+    """All metrics that the scores give.
 
     Args:
-        num_bytes: what each predicted token stands for; None where that is not known.
+        num_bytes: the bytes of each predicted token; None where they are not known.
         teacher: its own scores of the same tokens, where it is another model.
         baseline: its scores of the same tokens; there is a recovered gap where the teacher's are given too.
     """
     columns = _columns(scores, units, num_bytes, teacher, baseline)
     stacked = np.column_stack([*columns.values()])
     edges = np.cumsum([0, *(1 if c.ndim == 1 else c.shape[1] for c in columns.values())])
+    parts = [*zip(columns, edges[:-1], edges[1:], strict=True)]
 
     def of(totals: np.ndarray) -> dict[str, np.ndarray]:
-        parts = zip(columns, edges[:-1], edges[1:], strict=True)
         return _of_totals({name: totals[:, a:b].squeeze(1) if b - a == 1 else totals[:, a:b] for name, a, b in parts})
 
     values = {name: float(value[0]) for name, value in of(stacked.sum(0, keepdims=True)).items()}
     draws = of(resampled_totals(stacked, seed)) if units.number > 1 else {}
     shares = {q: (values.pop(f"below_{q}"), draws.pop(f"below_{q}", None)) for q in QUANTILES if q in scores}
-    numbers = {name: _number(value, draws.get(name)) for name, value in values.items()}
+    numbers = {}
+    for name, value in values.items():
+        numbers[name] = Number(value=value)
+        if name in draws and math.isfinite(value):
+            low, high = interval(draws[name], value)
+            numbers[name] = Number(value=value, error=float(draws[name].std()), low=low, high=high)
     for name, (share, drawn) in shares.items():
         numbers[f"{name}_p95_nats"] = _quantile(scores[name], share, drawn)
     return Measured(numbers, draws, units)
@@ -101,10 +108,13 @@ def measure(
 def _columns(
     scores: Scores, units: Units, num_bytes: np.ndarray | None, teacher: Scores | None, baseline: Scores | None
 ) -> dict[str, np.ndarray]:
-    """What metrics are functions of, by name: the sums over each unit, float64 [units] or [units, bins]."""
+    """The sums over each unit that metrics are functions of, by name, float64 [units] or [units, bins]."""
     columns = {name: units.sums(values) for name, values in scores.items() if name not in ("confidence", "correct")}
-    columns["tokens"] = np.bincount(units.of, minlength=units.number).astype(np.float64)
-    columns["too_confident"] = _too_confident(scores, units)
+    columns["tokens"] = np.bincount(units.unit, minlength=units.number).astype(np.float64)
+    confidence = scores["confidence"].astype(np.float64)
+    bins = np.clip((confidence * BINS).astype(np.int64), 0, BINS - 1)
+    sums = np.bincount(units.unit * BINS + bins, confidence - scores["correct"], units.number * BINS)
+    columns["too_confident"] = sums.reshape(units.number, BINS)  # Σ (confidence − correct) of each unit in each bin
     if num_bytes is not None:
         columns["bytes"] = units.sums(num_bytes)
     for name in QUANTILES:
@@ -115,14 +125,6 @@ def _columns(
     if teacher is not None and baseline is not None:
         columns["baseline_cross_entropy"] = units.sums(baseline["cross_entropy"])
     return columns
-
-
-def _too_confident(scores: Scores, units: Units) -> np.ndarray:
-    """Σ (confidence − correct) of each unit's tokens in each bin of the confidence, float64 [units, bins]."""
-    confidence = scores["confidence"].astype(np.float64)
-    bins = np.clip((confidence * BINS).astype(np.int64), 0, BINS - 1)
-    sums = np.bincount(units.of * BINS + bins, confidence - scores["correct"], units.number * BINS)
-    return sums.reshape(units.number, BINS)
 
 
 def _of_totals(t: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -156,13 +158,6 @@ def speculative_tokens(accepted: np.ndarray) -> np.ndarray:
     return sum((accepted**i for i in range(1, DRAFTED + 1)), start=np.ones_like(accepted))
 
 
-def _number(value: float, draws: np.ndarray | None) -> Number:
-    if draws is None or not math.isfinite(value):
-        return Number(value=value)
-    low, high = interval(draws, value)
-    return Number(value=value, error=float(draws.std()), low=low, high=high)
-
-
 def _quantile(values: np.ndarray, share: float, draws: np.ndarray | None) -> Number:
     """The 95th percentile of the tokens' values. Its interval is Woodruff's (doi 10.1080/01621459.1952.10483443): that
     of the share of tokens below it, carried over to values."""
@@ -177,7 +172,7 @@ def _quantile(values: np.ndarray, share: float, draws: np.ndarray | None) -> Num
 
 
 def no_gap(teacher: Measured, baseline: Measured) -> str | None:
-    """Why there is no gap between baseline and teacher that a student could recover; None where there is one."""
+    """The reason why there is no gap between baseline and teacher to recover; None where there is one."""
     name = "cross_entropy_nats"
     value = baseline.numbers[name].value - teacher.numbers[name].value
     low = float(np.percentile(baseline.draws[name] - teacher.draws[name], 2.5)) if baseline.draws else value
@@ -185,20 +180,121 @@ def no_gap(teacher: Measured, baseline: Measured) -> str | None:
 
 
 def differences(measured: Mapping[str, Measured], alike: Sequence[str]) -> Iterable[Difference]:
-    """Of every two models, in the metrics that both have: the cross-entropy of those that are ``alike``, which read the
-    same tokens, and the bits per byte of others. Those that are not drawn by the same documents are left out."""
-    names = list(measured)
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            x, y = measured[a], measured[b]
-            both_alike = a in alike and b in alike
-            if x.units.number != y.units.number or not (both_alike or x.units.noun == y.units.noun == "documents"):
+    """The differences of every two models in the metrics that both have: the cross-entropy of those that are ``alike``,
+    which read the same tokens, and the bits per byte of others. Those that are not drawn by the same documents are left
+    out."""
+    for a, b in combinations(measured, 2):
+        x, y = measured[a], measured[b]
+        both_alike = a in alike and b in alike
+        if x.units.number != y.units.number or not (both_alike or x.units.noun == y.units.noun == "documents"):
+            continue
+        left_out = "bits_per_byte" if both_alike else "cross_entropy_nats"
+        for metric, (higher_is_better, unit) in COMPARED.items():
+            if metric == left_out or metric not in x.draws or metric not in y.draws:
                 continue
-            left_out = "bits_per_byte" if both_alike else "cross_entropy_nats"
-            for metric, (higher_is_better, unit) in COMPARED.items():
-                if metric == left_out or metric not in x.draws or metric not in y.draws:
-                    continue
-                value = x.numbers[metric].value - y.numbers[metric].value
-                numbers = (value, *interval(x.draws[metric] - y.draws[metric], value))
-                found = compared(metric, a, b, numbers, x.units.number, None, higher_is_better, unit, x.units.noun)
-                yield Difference.model_validate(found._asdict())
+            value = x.numbers[metric].value - y.numbers[metric].value
+            numbers = (value, *interval(x.draws[metric] - y.draws[metric], value))
+            one = compared(metric, a, b, numbers, x.units.number, None, higher_is_better, unit, x.units.noun)
+            yield Difference.model_validate(one._asdict())
+
+
+# --- where a model differs from its teacher ---------------------------------------------------------------------------
+
+DECILES = 10
+POSITIONS = (0, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+"""The beginnings of the bins of positions."""
+ENTROPIES = (0.0, 0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
+"""The beginnings of the bins of the teacher's entropy, in nats."""
+NUM_PASSAGES = 10
+PASSAGE_TOKENS = 64
+
+
+def breakdowns(
+    predicted: Predicted, teacher_entropy: np.ndarray, forward_kl: Mapping[str, np.ndarray]
+) -> tuple[Breakdown, ...]:
+    """The mean forward KL of each model by the frequency of the token that is predicted, by the number of tokens read
+    before it (in its piece, where its document was split), and by the teacher's entropy."""
+    frequency, frequency_labels = _by_frequency(predicted.tokens)
+    position = np.digitize(predicted.position, POSITIONS) - 1
+    places = [f"{a:,}–{b - 1:,}" for a, b in pairwise([*POSITIONS, 2**31])][: int(position.max()) + 1]
+    entropy = np.clip(np.digitize(teacher_entropy, ENTROPIES) - 1, 0, None)
+    inner = [f"{a:g}–{b:g}" for a, b in pairwise(ENTROPIES[1:])]
+    entropies = (f"under {ENTROPIES[1]:g}", *inner, f"{ENTROPIES[-1]:g} and more")
+    return (
+        _breakdown("token_frequency", frequency, frequency_labels, forward_kl),
+        _breakdown("position", position, tuple(places), forward_kl),
+        _breakdown("teacher_entropy", entropy, entropies, forward_kl),
+    )
+
+
+def _by_frequency(tokens: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The bin of each predicted token, rarest first, and the bins' labels.
+
+    A bin holds a tenth of all predicted tokens, as nearly as may be: every token of one id, and all ids that come
+    equally often, fall into the bin in which the middle of them lies.
+    """
+    counts = np.bincount(tokens)
+    often, num_ids = np.unique(counts[counts > 0], return_counts=True)
+    mass = often * num_ids
+    middle = (np.cumsum(mass) - mass / 2) / mass.sum()
+    decile = np.minimum((middle * DECILES).astype(np.int64), DECILES - 1)
+    _, bins = np.unique(decile, return_inverse=True)
+    labels = []
+    for b in range(int(bins.max()) + 1):
+        least, most = int(often[bins == b].min()), int(often[bins == b].max())
+        labels.append(f"{least:,}×" if least == most else f"{least:,}–{most:,}×")
+    return bins[np.searchsorted(often, counts[tokens])], tuple(labels)
+
+
+def _breakdown(by, bins: np.ndarray, labels: tuple[str, ...], forward_kl: Mapping[str, np.ndarray]) -> Breakdown:
+    counts = np.bincount(bins, minlength=len(labels)).tolist()
+    means = {}
+    for name, values in forward_kl.items():
+        sums = np.bincount(bins, weights=values, minlength=len(labels)).tolist()
+        means[name] = tuple(s / n if n else None for s, n in zip(sums, counts, strict=True))
+    return Breakdown(by=by, labels=labels, num_tokens=tuple(counts), forward_kl_nats=means)
+
+
+def worst_passages(
+    predicted: Predicted, forward_kl: np.ndarray, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Passage, ...]:
+    """The ten passages of at most 64 predicted tokens of one document with the largest sum of forward KL, worst first;
+    none overlaps another. A sum, so that no short document is among them for its shortness."""
+    n = len(predicted)
+    total = np.concatenate(([0.0], np.cumsum(forward_kl, dtype=np.float64)))
+    ends_of_documents = np.searchsorted(predicted.document, predicted.document, side="right")
+    starts = np.arange(n)
+    ends = np.minimum(starts + PASSAGE_TOKENS, ends_of_documents)
+    sums = total[ends] - total[starts]
+    passages = []
+    while len(passages) < NUM_PASSAGES and np.isfinite(best := sums.max()):
+        start = int(np.flatnonzero(sums == best)[0])
+        end, document = int(ends[start]), int(predicted.document[start])
+        values = forward_kl[start:end].astype(np.float64)
+        passages.append(
+            Passage(
+                document=predicted.documents.name(document),
+                first=predicted.documents.first(document) + int(predicted.position[start]) + 1,
+                mean_kl_nats=float(values.mean()),
+                tokens=token_texts(tokenizer, predicted.tokens[start:end].tolist()),
+                kl_nats=tuple(values.tolist()),
+            )
+        )
+        sums[(ends > start) & (starts < end)] = -np.inf
+    return tuple(passages)
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> tuple[str, ...]:
+    """Each token's own part of the text: what it adds to those before it. One that is no whole character, or adds
+    nothing, is given by its name in the vocabulary."""
+
+    texts, before = [], ""
+    names = tokenizer.convert_ids_to_tokens(tokens)
+    for i in range(len(tokens)):
+        now = tokenizer.decode(tokens[: i + 1], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        now = now if isinstance(now, str) else now[0]
+        added = now[len(before) :]
+        whole = added and now.startswith(before) and not added.endswith("\ufffd")
+        texts.append(added if whole else names[i])
+        before = now
+    return tuple(texts)

@@ -13,9 +13,8 @@ from stillroom.data.sources import open_source
 from stillroom.errors import ConfigError, MismatchError, MissingError
 from stillroom.evaluate.config import EvaluateConfig, ModelConfig
 from stillroom.evaluate.estimate import costs, read_headers
+from stillroom.evaluate.tasks.benchmarks import Benchmark, LocalBenchmark, open_benchmark
 from stillroom.evaluate.tasks.config import expand
-from stillroom.evaluate.tasks.local_benchmark import LocalBenchmark
-from stillroom.evaluate.tasks.run import Benchmark, open_benchmark
 from stillroom.models import loading
 from stillroom.runs import check_outside, redact
 from stillroom.tokenizers import (
@@ -38,8 +37,8 @@ from stillroom.verbs import (
 
 
 @dataclass(frozen=True)
-class ModelReader:
-    """A model that reads the held-out text."""
+class LocalModel:
+    """A model that runs in this process, and reads the held-out text where there is one."""
 
     name: str
     config: ModelConfig
@@ -48,15 +47,15 @@ class ModelReader:
     tokenizer: PreTrainedTokenizerBase
     template: str | None
     """The chat template that rows go through, where they do."""
-    columns: int
-    """How many columns of its head make up its distribution."""
-    unlike: str | None
+    vocab_size: int
+    """The ids that make up its distribution; its head may be wider."""
+    mismatch: str | None
     """Why it cannot be compared with the teacher token by token; None where it can, and of the teacher itself."""
 
 
 @dataclass(frozen=True)
 class EvaluatePlan(VerbPlan[EvaluateConfig]):
-    readers: tuple[ModelReader, ...]
+    local_models: tuple[LocalModel, ...]
     """The models that run in this process, the teacher first."""
     served: dict[str, PreTrainedTokenizerBase | None]
     """The models behind an address, each with its tokenizer where that is known."""
@@ -68,17 +67,17 @@ class EvaluatePlan(VerbPlan[EvaluateConfig]):
     logits_bytes: int
     """The budget for logits that are held at a time."""
 
-    def not_beside_teacher(self, reader: ModelReader) -> str | None:
+    def not_beside_teacher(self, reader: LocalModel) -> str | None:
         """Returns why a model is not compared with the teacher token by token; None where it is."""
         teacher = self.config.teacher
         if teacher is None:
             return "no model is said to be the teacher"
-        return f"of {teacher}, {NO_DISTRIBUTION}" if teacher in self.served else reader.unlike
+        return f"of {teacher}, {NO_DISTRIBUTION}" if teacher in self.served else reader.mismatch
 
     def costs(self) -> dict[str, Any] | str:
         headers = dataclasses.replace(
             read_headers(self.config),
-            alone=frozenset(reader.name for reader in self.readers if reader.unlike is not None),
+            alone=frozenset(reader.name for reader in self.local_models if reader.mismatch is not None),
             questions={
                 one.name: len(one.questions) if isinstance(one, LocalBenchmark) else None for one in self.benchmarks
             },
@@ -87,12 +86,12 @@ class EvaluatePlan(VerbPlan[EvaluateConfig]):
 
     def details(self) -> dict[str, Any]:
         teacher, found = self.config.teacher, {}
-        readers = {reader.name: reader for reader in self.readers}
+        readers = {reader.name: reader for reader in self.local_models}
         for name in self.config.models:
             if name in self.served:
                 found[name] = f"by tasks alone: {NO_DISTRIBUTION}"
             elif name == teacher:
-                found[name] = f"the teacher, {readers[name].columns} columns"
+                found[name] = f"the teacher, {readers[name].vocab_size} columns"
             else:
                 reason = self.not_beside_teacher(readers[name])
                 found[name] = f"not token by token: {reason}" if reason else "token by token"
@@ -190,7 +189,7 @@ def _benchmarks(config: EvaluateConfig) -> tuple[Benchmark, ...]:
     return tuple(one for one, _ in found.values())
 
 
-def _readers(config: EvaluateConfig, given: EvaluateConfig) -> tuple[ModelReader, ...]:
+def _readers(config: EvaluateConfig, given: EvaluateConfig) -> tuple[LocalModel, ...]:
     here = {name: model for name, model in config.models.items() if model.url is None}
     first = config.teacher if config.teacher in here else next(iter(here), None)
     if first is None:
@@ -217,7 +216,7 @@ def _readers(config: EvaluateConfig, given: EvaluateConfig) -> tuple[ModelReader
     common = compared.pop() if len(compared) == 1 else required_vocab_size(tokenizers[first])
     templates = _templates(config, tokenizers, unlike)
     return tuple(
-        ModelReader(
+        LocalModel(
             name,
             model,
             loading.fingerprint(model.model, configs[name]),

@@ -1,4 +1,4 @@
-"""Results: what an evaluation found, as results.json holds it. The report is made of this file alone."""
+"""Results: everything that an evaluation found, as results.json holds it. The report is made of this file alone."""
 
 from typing import Literal
 
@@ -26,7 +26,7 @@ class ModelFacts(_Part):
     """A model that was evaluated."""
 
     name: str
-    """As the command calls it: teacher, distilled, baseline or any other."""
+    """The name in the command: teacher, distilled, baseline or any other."""
     role: Role
     model: str
     """Its folder, hub name or address."""
@@ -35,7 +35,7 @@ class ModelFacts(_Part):
     """The fingerprint of its tokenizer; None for a server."""
     num_parameters: int | None
     size_bytes: int | None
-    """Of its weight files."""
+    """The size of its weight files."""
     tokens_per_s: float | None = None
     """Scored in the pass over the held-out text."""
     peak_memory_bytes: int | None = None
@@ -69,7 +69,7 @@ class Difference(_Part):
     p_value: float | None = None
     """McNemar's, for scores of 0 and 1."""
     sentence: str
-    """In words; no winner is named where the interval spans zero."""
+    """The difference in words; no winner is named where the interval spans zero."""
 
 
 class TaskResult(_Part):
@@ -84,31 +84,32 @@ class TaskResult(_Part):
     """The metric that is shown first."""
     higher_is_better: bool = True
     scores: dict[str, dict[str, Number]] = Field(default_factory=dict)
-    """By model and metric, in the units of the metric (shares of 1, not per cent)."""
+    """The numbers by model and metric, in the units of the metric (shares of 1, not per cent)."""
     normalised: dict[str, Number] = Field(default_factory=dict)
-    """By model: 0 at chance and 1 at perfect, where the task has an official normalisation or a known chance level."""
+    """The score by model that is 0 at chance and 1 at perfect, where there is an official normalization or a
+    known chance level."""
     differences: tuple[Difference, ...] = ()
     fingerprint: str | None = None
-    """Of what is asked and what counts as right, of a local task."""
+    """The fingerprint of a local task: of its questions and of the answers that count as right."""
     items: str | None = None
     """The file of per-item results, beside results.json."""
     failed: str | None = None
-    """Why it was not run, where it was not; of models that have scores, it was."""
+    """The reason why it was not run for the models that have no scores."""
 
 
 class Breakdown(_Part):
-    """Where a model differs from the teacher."""
+    """The mean KL of a model to the teacher in bins of tokens."""
 
     by: Literal["token_frequency", "position", "teacher_entropy"]
     labels: tuple[str, ...]
-    """Of the bins, in order."""
+    """The labels of the bins, in order."""
     num_tokens: tuple[int, ...]
     forward_kl_nats: dict[str, tuple[float | None, ...]]
-    """By model, the mean of each bin; None where a bin is empty."""
+    """The mean of each bin by model; None where a bin is empty."""
 
 
 class Passage(_Part):
-    """A stretch of text in which a model is far from the teacher."""
+    """A passage of the text in which a model is far from the teacher."""
 
     document: str
     first: int
@@ -116,7 +117,7 @@ class Passage(_Part):
     mean_kl_nats: float
     tokens: tuple[str, ...]
     kl_nats: tuple[float, ...]
-    """Of the prediction of each token."""
+    """The KL of the prediction of each token."""
 
 
 class Results(_Part):
@@ -126,20 +127,21 @@ class Results(_Part):
     models: tuple[ModelFacts, ...]
     text: Text | None = None
     metrics: dict[str, dict[str, Number]] = Field(default_factory=dict)
-    """By model and metric: cross_entropy_nats, perplexity, bits_per_byte, forward_kl_nats, forward_kl_p95_nats,
-    reverse_kl_nats, reverse_kl_p95_nats, top1_agreement, top10_overlap, accepted_mass, speculative_tokens (expected
-    tokens a step at γ = 4), entropy_nats, entropy_ratio, calibration_error, recovered_gap."""
+    """The numbers by model and metric: cross_entropy_nats, perplexity, bits_per_byte, forward_kl_nats,
+    forward_kl_p95_nats, reverse_kl_nats, reverse_kl_p95_nats, top1_agreement, top10_overlap, accepted_mass,
+    speculative_tokens (expected tokens a step at γ = 4), entropy_nats, entropy_ratio, calibration_error,
+    recovered_gap."""
     refused: dict[str, dict[str, str]] = Field(default_factory=dict)
-    """By model and metric: why it was not measured."""
+    """The reason by model and metric why it was not measured."""
     differences: tuple[Difference, ...] = ()
-    """Of the metrics."""
+    """The differences of the metrics."""
     tasks: tuple[TaskResult, ...] = ()
     breakdowns: tuple[Breakdown, ...] = ()
     worst: dict[str, tuple[Passage, ...]] = Field(default_factory=dict)
-    """By model: the passages in which it is furthest from the teacher."""
+    """The passages by model in which it is furthest from the teacher."""
     runs: dict[str, str] = Field(default_factory=dict)
-    """By model: the folder of the run that made it, whose metrics.jsonl are drawn, where it is known."""
+    """The folder by model of the run that made it, whose metrics.jsonl are drawn, where it is known."""
     command: str
-    """What repeats it."""
+    """The command that repeats the evaluation."""
     versions: dict[str, str] = Field(default_factory=dict)
     machine: dict[str, str | int] = Field(default_factory=dict)

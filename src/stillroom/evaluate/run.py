@@ -11,18 +11,22 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file
 
+from stillroom.config import is_local
 from stillroom.errors import MissingError
-from stillroom.evaluate.config import EvaluateConfig
-from stillroom.evaluate.held_out import HeldOutEval, TextMetrics, summarise
-from stillroom.evaluate.plan import EvaluatePlan, ModelReader, make_plan
+from stillroom.estimates.headers import numbers_of
+from stillroom.evaluate.config import EvaluateConfig, ModelConfig
+from stillroom.evaluate.held_out import HeldOutEval, summarize
+from stillroom.evaluate.plan import EvaluatePlan, LocalModel, make_plan
 from stillroom.evaluate.report import sentences, unit_of, write_report
-from stillroom.evaluate.results import ModelFacts, Results
-from stillroom.evaluate.sizes import sizes
+from stillroom.evaluate.results import ModelFacts, Results, Role
+from stillroom.evaluate.scoring import Limits, Speed
+from stillroom.evaluate.tasks.benchmarks import FAILURES, ask, results
 from stillroom.evaluate.tasks.items import FOLDER
 from stillroom.evaluate.tasks.lm import EvalModel
-from stillroom.evaluate.tasks.run import FAILURES, ask, results
 from stillroom.models import loading
+from stillroom.models.folder import check_folder
 from stillroom.models.hidden_states import verify
 from stillroom.recipe import YAMLError, from_yaml
 from stillroom.runs import RunFolder, check_place, redact, versions, write_json
@@ -36,14 +40,14 @@ FREE_TO_CHANGE = ("out", "device", "batch_tokens", "logits_bytes")
 def run(
     config: EvaluateConfig, *, resume: bool = False, overwrite: bool = False, report: Report = lambda *_: None
 ) -> dict[str, Any]:
-    """Measures every model, and writes ``out/results.json`` and the reports; returns what run.json says.
+    """Measures every model, and writes ``out/results.json`` and the reports; returns the record of run.json.
 
     Where a task failed, all others are there, ``status`` is failed, and ``failed_tasks`` says which and why.
 
     Args:
         resume: where an evaluation in ``out`` was interrupted, or a task failed, make it again from its beginning.
         overwrite: delete what is in ``out`` first.
-        report: is told of what is done, for a progress line.
+        report: is called with each event and its values, for a progress line.
 
     Raises:
         StillroomError: something that the user can mend.
@@ -70,7 +74,7 @@ def run(
         return folder.record
 
 
-def _write_report(found: Results, out: Path, report: Report) -> list[str]:
+def _write_report(found: Results, out: Path, report: Report) -> list[str]:  # kept: has a test of its own
     """Writes the reports that can be made here; returns their paths."""
     try:
         return [str(path) for path in write_report(found, out, {name: Path(run) for name, run in found.runs.items()})]
@@ -80,88 +84,105 @@ def _write_report(found: Results, out: Path, report: Report) -> list[str]:
 
 
 def _evaluate(plan: EvaluatePlan, command: str, out: Path, report: Report) -> Results:
-    """Asks one model after the other, so that no more are held at a time than one and the teacher beside it."""
-    reading = HeldOutEval(plan, report) if plan.config.data is not None and plan.readers else None
-    said: dict[str, dict[str, Any]] = {benchmark.name: {} for benchmark in plan.benchmarks}
-    for reader in plan.readers:
-        model = _load(plan, reader)
-        if reading is not None:
-            reading.read(reader, model)
-        _ask(plan, EvalModel(reader.name, model, reader.tokenizer, None, reader.config.model), said, out, report)
-        del model
+    """Loads one model after the other, so that no more are held at a time than one and the teacher beside it."""
+    config, data = plan.config, plan.config.data
+    evaluation = None
+    if data is not None and plan.local_models:
+        limits = Limits(plan.batch_tokens, plan.logits_bytes, config.device)
+        evaluation = HeldOutEval(data, plan.local_models, config.teacher, limits, report)
+    answers: dict[str, dict[str, Any]] = {benchmark.name: {} for benchmark in plan.benchmarks}
+    for local in plan.local_models:
+        model = _load(local, config.device, pack=data is not None and data.pack)
+        if evaluation is not None:
+            evaluation.score(local, model)
+        lm = EvalModel(local.name, model, local.tokenizer, None, local.config.model)
+        for benchmark in plan.benchmarks:
+            answers[benchmark.name][local.name] = ask(benchmark, lm, out, report)
+        del model, lm
         gc.collect()  # a model may be part of a cycle
     for name, tokenizer in plan.served.items():
-        served = plan.config.models[name]
-        _ask(plan, EvalModel(name, None, tokenizer, served.url, served.model), said, out, report)
-    found = None if reading is None else summarise(plan, reading.reads)
+        lm = EvalModel(name, None, tokenizer, config.models[name].url, config.models[name].model)
+        for benchmark in plan.benchmarks:
+            answers[benchmark.name][name] = ask(benchmark, lm, out, report)
+    summary: dict[str, Any] = {}
+    if evaluation is not None and data is not None:
+        not_compared = {local.name: plan.not_beside_teacher(local) for local in plan.local_models}
+        found = summarize(
+            evaluation.outputs,
+            [*config.models],
+            not_compared,
+            path=data.path,
+            cuts=config.cuts,
+            teacher=config.teacher,
+            baseline=config.baseline,
+            seed=config.seed,
+        )
+        summary = dict(vars(found))
+    speeds = summary.pop("speeds", {})
     tasks = []
     for benchmark in plan.benchmarks:
-        answers = {name: said[benchmark.name][name] for name in plan.config.models}
-        tasks += results(benchmark, answers, out, plan.config.seed)
+        by_model = {name: answers[benchmark.name][name] for name in config.models}
+        tasks += results(benchmark, by_model, out, config.seed)
+    here = {local.name: local for local in plan.local_models}
     return Results(
-        models=_model_facts(plan, found),
-        text=found and found.text,
-        metrics=found.metrics if found else {},
-        refused=found.refused if found else {},
-        differences=found.differences if found else (),
+        models=tuple(
+            _model_facts(name, config.role(name), model, here.get(name), speeds.get(name))
+            for name, model in config.models.items()
+        ),
+        **summary,
         tasks=tuple(tasks),
-        breakdowns=found.breakdowns if found else (),
-        worst=found.worst if found else {},
         runs=plan.runs,
         command=command,
         versions=versions(),
-        machine=_machine(plan.config.device),
+        machine={
+            "platform": platform.platform(),
+            "num_cores": cpu_count() or 1,
+            "device": config.device,
+            "working_folder": str(Path.cwd()),
+            **({"device_name": torch.cuda.get_device_name(config.device)} if config.device.startswith("cuda") else {}),
+        },
     )
 
 
-def _load(plan: EvaluatePlan, reader: ModelReader) -> PreTrainedModel:
-    asked = reader.config
+def _load(local: LocalModel, device: str, *, pack: bool) -> PreTrainedModel:
     model = loading.load_model(
-        asked.model,
-        dtype=getattr(torch, asked.dtype),
-        device=plan.config.device,
-        attention=None if asked.attention == "auto" else asked.attention,
-        revision=asked.revision,
-        trust_remote_code=asked.trust_remote_code,
+        local.config.model,
+        dtype=getattr(torch, local.config.dtype),
+        device=device,
+        attention=None if local.config.attention == "auto" else local.config.attention,
+        revision=local.config.revision,
+        trust_remote_code=local.config.trust_remote_code,
     ).requires_grad_(False)
-    verify(model, reader.name, pack=plan.config.data is not None and plan.config.data.pack)
+    verify(model, local.name, pack=pack)
     return model
 
 
-def _ask(plan: EvaluatePlan, model: EvalModel, said: dict[str, dict[str, Any]], out: Path, report: Report) -> None:
-    for benchmark in plan.benchmarks:
-        said[benchmark.name][model.name] = ask(benchmark, model, out, report)
+def _model_facts(
+    name: str, role: Role, model: ModelConfig, local: LocalModel | None, speed: Speed | None
+) -> ModelFacts:
+    if local is None:
+        facts: dict[str, Any] = {"model": str(redact(f"{model.model} at {model.url}")), "tokenizer": None}
+        facts |= {"fingerprint": f"served as {model.model}", "num_parameters": None, "size_bytes": None}
+    else:
+        facts = {"model": model.model, "fingerprint": local.fingerprint, "tokenizer": fingerprint(local.tokenizer)}
+        facts |= _sizes(model.model, model.revision) | ({} if speed is None else speed._asdict())
+    return ModelFacts(name=name, role=role, **facts)
 
 
-def _model_facts(plan: EvaluatePlan, found: TextMetrics | None) -> tuple[ModelFacts, ...]:
-    readers = {reader.name: reader for reader in plan.readers}
-    facts = []
-    for name, model in plan.config.models.items():
-        reader, role = readers.get(name), plan.config.role(name)
-        if reader is None:
-            where = f"served as {model.model}"
-            facts.append(
-                ModelFacts(
-                    name=name, role=role, model=str(redact(f"{model.model} at {model.url}")), fingerprint=where,
-                    tokenizer=None, num_parameters=None, size_bytes=None,
-                )
-            )  # fmt: skip
-            continue
-        size, speed = sizes(model.model, model.revision), found and found.speeds[name]
-        facts.append(
-            ModelFacts(
-                name=name,
-                role=role,
-                model=model.model,
-                fingerprint=reader.fingerprint,
-                tokenizer=fingerprint(reader.tokenizer),
-                num_parameters=size.num_parameters,
-                size_bytes=size.size_bytes,
-                tokens_per_s=speed and speed.tokens_per_s,
-                peak_memory_bytes=speed and speed.peak_memory_bytes,
-            )
-        )
-    return tuple(facts)
+def _sizes(name: str, revision: str | None) -> dict[str, int]:
+    """The parameters, tied ones counted once, and the bytes of a model's weight files, from their headers alone.
+
+    A model of the hub must have been loaded before.
+    """
+    if is_local(name):
+        folder = Path(name).expanduser()
+    else:
+        folder = Path(str(cached_file(name, "config.json", revision=revision, local_files_only=True))).parent
+    weights = [path for path in check_folder(folder) if path.suffix == ".safetensors"]
+    return {
+        "num_parameters": sum(sum(numbers_of(path).values()) for path in weights),
+        "size_bytes": sum(path.stat().st_size for path in weights),
+    }
 
 
 def _command(given: EvaluateConfig) -> str:
@@ -170,31 +191,18 @@ def _command(given: EvaluateConfig) -> str:
     def words(value: Any, key: str) -> list[str]:
         if isinstance(value, dict):
             return [word for name, item in value.items() for word in words(item, f"{key}.{name}" if key else name)]
-        text = value if isinstance(value, str) and _is_text(value) else json.dumps(value, ensure_ascii=False)
+        text = json.dumps(value, ensure_ascii=False)
+        with suppress(YAMLError):
+            if isinstance(value, str) and from_yaml(value) == value:  # and does not read it as a number, for instance
+                text = value
         return [shlex.quote(f"{key}={text}")]
 
     values = redact(given.model_dump(mode="json", exclude_unset=True))
     return " ".join(["stillroom evaluate", *words(values, "")])
 
 
-def _is_text(value: str) -> bool:
-    """Whether YAML reads it as the text that it is, and not as a number, for instance."""
-    try:
-        return from_yaml(value) == value
-    except YAMLError:
-        return False
-
-
-def _machine(device: str) -> dict[str, str | int]:
-    found: dict[str, str | int] = {"platform": platform.platform(), "num_cores": cpu_count() or 1, "device": device}
-    found["working_folder"] = str(Path.cwd())
-    if device.startswith("cuda"):
-        found["device_name"] = torch.cuda.get_device_name(device)
-    return found
-
-
 def _facts(results: Results) -> dict[str, Any]:
-    """What run.json tells of the results."""
+    """The part of the results that run.json holds."""
     return {
         "models": {facts.name: {"fingerprint": facts.fingerprint} for facts in results.models},
         "data": None if results.text is None else results.text.model_dump(),

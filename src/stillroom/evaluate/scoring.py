@@ -1,8 +1,13 @@
-"""Scoring: what a model makes of every predicted token of a text, alone or beside its teacher."""
+"""Scoring: a model's numbers of every predicted token of a text, alone or beside its teacher; its speed and memory."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+import ctypes
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,11 +27,13 @@ from stillroom.models.hidden_states import last_hidden_states, lm_head
 from stillroom.signals import Dense
 
 Scores = Mapping[str, np.ndarray]
-"""By name, a number of every predicted token, float32 [n], document after document."""
+"""A number of every predicted token by name, float32 [n], document after document."""
+Passes = tuple[tuple[tuple[Objective, ...], dict[str, Measure]], ...]
 
-PASSES: dict[bool, tuple[tuple[tuple[Objective, ...], dict[str, Measure]], ...]] = {
+ALONE = Objective("cross_entropy", cross_entropy)
+PASSES: dict[bool, Passes] = {
     False: (
-        ((Objective("cross_entropy", cross_entropy),), {"entropy": student_entropy}),
+        ((ALONE,), {"entropy": student_entropy}),
         ((), {"confidence": confidence, "correct": correct}),
     ),
     True: (
@@ -37,13 +44,15 @@ PASSES: dict[bool, tuple[tuple[tuple[Objective, ...], dict[str, Measure]], ...]]
         ((), {"top10_overlap": top10_overlap, "confidence": confidence, "correct": correct}),
     ),
 }
-"""By whether there is a teacher, what is taken in each pass over the hidden states: first what kernels can do, which
-are so much faster that the second product of states and heads costs less than they save."""
+"""The numbers of each pass over the hidden states, by whether there is a teacher. The first pass holds those that have
+kernels, which are so much faster that the second product of states and heads costs less than they save."""
+MOST_S = 5.0
+"""The seconds after which the measuring of speed begins no further batch."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is held at a time. It changes no score, but for rounding."""
+    """The most that is held at a time. It changes no score, but for rounding."""
 
     batch_tokens: int
     """Positions of a batch, padding counted; at least one row."""
@@ -56,16 +65,15 @@ class Predicted:
 
     def __init__(self, documents: CountedDocuments) -> None:
         self.documents = documents
-        keeps = [documents.target_mask(i)[1:] for i in range(len(documents))]
-        loss_mask = np.concatenate(keeps)
-        self._starts = np.cumsum([0, *map(len, keeps)])
-        self._places = np.cumsum(loss_mask) - 1
-        self.document = np.repeat(np.arange(len(documents)), [int(k.sum()) for k in keeps])
+        target_masks = [documents.target_mask(i)[1:] for i in range(len(documents))]
+        self._starts = np.cumsum([0, *map(len, target_masks)])
+        self._places = np.cumsum(np.concatenate(target_masks)) - 1
+        self.document = np.repeat(np.arange(len(documents)), [int(mask.sum()) for mask in target_masks])
         """int64 [n]: the document of each."""
-        self.position = np.concatenate([np.flatnonzero(k) for k in keeps])
+        self.position = np.concatenate([np.flatnonzero(mask) for mask in target_masks])
         """int64 [n]: the place in its document of the token that is read when it is predicted."""
-        self.tokens = np.concatenate([documents.tokens(i)[1:][k] for i, k in enumerate(keeps)])
-        """int32 [n]: they themselves."""
+        self.tokens = np.concatenate([documents.tokens(i)[1:][mask] for i, mask in enumerate(target_masks)])
+        """int32 [n]: the ids."""
 
     def __len__(self) -> int:
         return len(self.document)
@@ -73,11 +81,11 @@ class Predicted:
     def num_bytes(self) -> np.ndarray | None:
         """The bytes of the text that each stands for, int32 [n]; None where the tokenizer drops some of the text."""
         counts = [self.documents.num_bytes(i) for i in range(len(self.documents))]
-        found = [c[1:][self.documents.target_mask(i)[1:]] for i, c in enumerate(counts) if c is not None]
-        return np.concatenate(found) if len(found) == len(counts) else None
+        kept = [c[1:][self.documents.target_mask(i)[1:]] for i, c in enumerate(counts) if c is not None]
+        return np.concatenate(kept) if len(kept) == len(counts) else None
 
     def places(self, batch: Batch) -> np.ndarray:
-        """Where the kept positions of a batch stand among the predicted tokens, int64 [kept]."""
+        """The places of the kept positions of a batch among the predicted tokens, int64 [kept]."""
         documents, positions = (x.flatten()[batch.kept].numpy() for x in (batch.documents, batch.positions))
         return self._places[self._starts[documents] + positions]
 
@@ -91,15 +99,10 @@ def batches(
         borders: numbers of positions; no batch holds documents of either side of one (see `models.rope_border`).
     """
     side = np.digitize(documents.lengths - 1, sorted(borders), right=True)
-    for of in reversed(range(len(borders) + 1)):
+    for i in reversed(range(len(borders) + 1)):
+        numbers = np.flatnonzero(side == i)
         yield from in_batches(
-            documents,
-            documents.lengths,
-            np.flatnonzero(side == of),
-            length=length,
-            pack=pack,
-            most=most,
-            pad_token=pad_token,
+            documents, documents.lengths, numbers, length=length, pack=pack, most=most, pad_token=pad_token
         )
 
 
@@ -108,57 +111,60 @@ def score(
     model: PreTrainedModel,
     name: str,
     predicted: Predicted,
-    some: Iterator[Batch],
+    text: Iterable[Batch],
     limits: Limits,
     *,
-    columns: int,
+    vocab_size: int,
     teacher: PreTrainedModel | None = None,
     report: Callable[[int], None] = lambda _: None,
 ) -> Scores:
     """One pass over the text: cross_entropy, entropy (nats), confidence, correct; and with a teacher forward_kl,
-    reverse_kl (nats), top1_agreement, top10_overlap and accepted_mass. No ``[tokens, columns]`` tensor is ever held.
+    reverse_kl (nats), top1_agreement, top10_overlap and accepted_mass. No ``[tokens, vocab_size]`` tensor is ever held.
 
     Args:
-        name: what an error calls the model.
-        some: all documents of ``predicted`` in batches.
-        columns: how many columns of the heads make up the distributions.
+        name: the model's name in an error.
+        text: all documents of ``predicted`` in batches.
+        vocab_size: the ids that make up the distributions; heads may be wider.
         teacher: a model that reads the same tokens.
         report: is called with the number of predicted tokens of each batch.
 
     Raises:
-        NonFiniteError: the model, or its teacher, says something that is no distribution.
+        NonFiniteError: the model, or its teacher, gives something that is no distribution.
         OutOfMemoryError: the device has too little memory.
     """
     passes = PASSES[teacher is not None]
     names = [[*(o.name for o in objectives), *measures] for objectives, measures in passes]
-    found = {one: np.full(len(predicted), np.nan, dtype=np.float32) for part in names for one in part}
+    scores = {key: np.full(len(predicted), np.nan, dtype=np.float32) for keys in names for key in keys}
     buffers = Buffers()
-    for batch in some:
+    for batch in text:
         places = predicted.places(batch)
         with enough_memory(limits):
-            values = _score_batch(model, teacher, batch.to(limits.device), passes, columns, limits, buffers)
-        for part, rows in zip(names, values, strict=True):
-            for one, row in zip(part, rows.cpu().float().numpy(), strict=True):
-                found[one][places] = row
+            values = _score_batch(model, teacher, batch.to(limits.device), passes, vocab_size, limits, buffers)
+        for keys, rows in zip(names, values, strict=True):
+            for key, row in zip(keys, rows.cpu().float().numpy(), strict=True):
+                scores[key][places] = row
                 if not np.isfinite(row).all():
-                    raise _not_finite(name, one, predicted, int(places[np.flatnonzero(~np.isfinite(row))[0]]))
+                    raise _not_finite(name, key, predicted, int(places[np.flatnonzero(~np.isfinite(row))[0]]))
         report(len(places))
-    return found
+    return scores
 
 
 def _score_batch(
     model: PreTrainedModel,
     teacher: PreTrainedModel | None,
     batch: Batch,
-    passes: tuple[tuple[tuple[Objective, ...], dict[str, Measure]], ...],
-    columns: int,
+    passes: Passes,
+    vocab_size: int,
     limits: Limits,
     buffers: Buffers,
 ) -> list[Tensor]:
-    """What each pass gives of the kept positions, [values, kept]."""
-    hidden, labels = _kept(model, batch), batch.labels.flatten()[batch.kept]
-    signal = None if teacher is None else Dense(_kept(teacher, batch), lm_head(teacher))
-    given = []
+    """The values of each pass at the kept positions, [values, kept]."""
+    kept = batch.kept
+    hidden, labels = last_hidden_states(model, batch).flatten(0, 1)[kept], batch.labels.flatten()[kept]
+    signal = None
+    if teacher is not None:
+        signal = Dense(last_hidden_states(teacher, batch).flatten(0, 1)[kept], lm_head(teacher))
+    values = []
     for objectives, measures in passes:
         losses = linear_losses(
             hidden,
@@ -167,17 +173,13 @@ def _score_batch(
             labels,
             hidden.new_zeros(len(hidden)),
             signal,
-            vocab_size=columns,
+            vocab_size=vocab_size,
             measures=[*measures.values()],
             chunk_bytes=limits.logits_bytes,
             buffers=buffers,
         )
-        given.append(torch.cat([losses.nats, losses.measures]))
-    return given
-
-
-def _kept(model: PreTrainedModel, batch: Batch) -> Tensor:
-    return last_hidden_states(model, batch).flatten(0, 1)[batch.kept]
+        values.append(torch.cat([losses.nats, losses.measures]))
+    return values
 
 
 @contextmanager
@@ -194,15 +196,87 @@ def enough_memory(limits: Limits) -> Iterator[None]:
         ) from error
 
 
-def _not_finite(name: str, what: str, predicted: Predicted, place: int) -> NonFiniteError:
+def _not_finite(name: str, key: str, predicted: Predicted, place: int) -> NonFiniteError:
     document = int(predicted.document[place])
     return NonFiniteError(
         f"what {name} says is not finite",
         {
-            what.replace("_", " "): "not a number, or infinite",
+            key.replace("_", " "): "not a number, or infinite",
             "at": f"{predicted.documents.name(document)}, token {int(predicted.position[place])} (from 0)",
         },
         why="It, or the teacher beside it, says something that is no distribution, so no score would mean anything.",
         fix=f"Check its weights. Where they are good, models.{name}.dtype=float32 or another models.{name}.attention "
         "may mend it.",
     )
+
+
+# --- speed -----------------------------------------------------------------------------------------------------------
+
+
+class Speed(NamedTuple):
+    tokens_per_s: float
+    """Positions that were read, padding not counted."""
+    peak_memory_bytes: int | None
+    """The model's weights, and the most that was held besides while it scored; None where the system does not tell."""
+
+
+@torch.no_grad()
+def measure_speed(model: PreTrainedModel, text: Iterator[Batch], limits: Limits, *, vocab_size: int) -> Speed:
+    """Cross-entropy of a text by the model alone: of its first batch once to warm up, then of every batch until five
+    seconds have passed. Weights are counted as they lie in memory. It is measured, so never twice the same."""
+
+    def cross_entropies(batch: Batch, buffers: Buffers) -> None:
+        _score_batch(model, None, batch.to(limits.device), (((ALONE,), {}),), vocab_size, limits, buffers)
+
+    first = next(text)
+    cross_entropies(first, Buffers())
+    memory = _CudaMemory(limits.device) if limits.device.startswith("cuda") else _ProcessMemory()
+    num_tokens, start, buffers = 0, time.perf_counter(), Buffers()
+    for batch in chain([first], text):
+        cross_entropies(batch, buffers)
+        memory.wait()
+        num_tokens += int((batch.documents >= 0).sum())
+        if time.perf_counter() - start > MOST_S:
+            break
+    seconds = time.perf_counter() - start
+    weights = sum(t.nbytes for t in {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}.values())
+    grown = memory.grown()
+    return Speed(num_tokens / seconds, None if grown is None else weights + grown)
+
+
+class _CudaMemory:
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.wait()
+        torch.cuda.reset_peak_memory_stats(device)
+        self.before = torch.cuda.memory_allocated(device)
+
+    def wait(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def grown(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device) - self.before
+
+
+class _ProcessMemory:
+    """The memory of the process; only Linux lets its high-water mark be set back."""
+
+    def __init__(self) -> None:
+        self.before = None
+        with suppress(OSError, AttributeError):  # memory that was freed and not given back would count as held
+            ctypes.CDLL(None).malloc_trim(0)
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+            self.before = _status_bytes("VmRSS")
+
+    def wait(self) -> None:
+        """Nothing is under way on a CPU when a call returns."""
+
+    def grown(self) -> int | None:
+        return None if self.before is None else max(0, _status_bytes("VmHWM") - self.before)
+
+
+def _status_bytes(key: str) -> int:
+    """A size that /proc/self/status gives, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))

@@ -10,7 +10,7 @@ from stillroom.cli.chat import _as_it_comes, _one_after_the_other, _show
 
 
 def pieces(*wanted):
-    from stillroom.chat.answer import Piece
+    from stillroom.chat.run import Piece
 
     return (Piece(*piece) for piece in wanted)
 

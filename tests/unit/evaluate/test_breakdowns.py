@@ -9,8 +9,7 @@ import pytest
 from conftest import build_tokenizer
 from stillroom.data.config import TextData
 from stillroom.data.dataset import CountedDocuments
-from stillroom.evaluate.breakdowns import breakdowns, token_texts, worst_passages
-from stillroom.evaluate.metrics import units_of
+from stillroom.evaluate.metrics import breakdowns, token_texts, units_of, worst_passages
 from stillroom.evaluate.scoring import Predicted
 
 

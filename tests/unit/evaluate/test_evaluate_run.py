@@ -18,7 +18,7 @@ from stillroom.evaluate import run as evaluation
 from stillroom.evaluate.config import EvaluateConfig
 from stillroom.evaluate.plan import NO_DISTRIBUTION, make_plan
 from stillroom.evaluate.results import Results
-from stillroom.evaluate.tasks.local_benchmark import LocalBenchmark
+from stillroom.evaluate.tasks.benchmarks import LocalBenchmark
 
 
 @pytest.fixture(scope="module")
@@ -193,14 +193,14 @@ def test_one_model_is_held_at_a_time_and_the_teacher_beside_it(text_files, tmp_p
     held, most = weakref.WeakSet[torch.nn.Module](), []
     whole = evaluation._load
 
-    def loading(plan, reader):
+    def load_counted(local, *rest, **flags):
         gc.collect()
-        most.append((reader.name, len(held)))
-        model = whole(plan, reader)
+        most.append((local.name, len(held)))
+        model = whole(local, *rest, **flags)
         held.add(model)
         return model
 
-    monkeypatch.setattr(evaluation, "_load", loading)
+    monkeypatch.setattr(evaluation, "_load", load_counted)
     models = {"teacher": teacher, "a": student, "b": student, "c": student}
     words = [*(f"models.{name}={folder}" for name, folder in models.items()), f"tasks=[{quiz(tmp_path)}]"]
     _, results = evaluate(*words, f"out={tmp_path}/tasks")
@@ -253,7 +253,7 @@ def test_a_text_that_yaml_would_read_otherwise_is_quoted_in_the_command():
 def test_a_finished_one_is_not_repeated_and_an_interrupted_one_starts_again(text_files, tmp_path, teacher, monkeypatch):
     words = settings(text_files, tmp_path / "run", teacher=teacher)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation.Reading, "read", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(evaluation.HeldOutEval, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             evaluate(*words)
     assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "interrupted"
@@ -320,7 +320,7 @@ def test_the_plan_says_who_is_compared_how_and_writes_nothing(text_files, tmp_pa
     served = "models.served={model: m, url: 'http://127.0.0.1:9/v1'}"
     models = {"distilled": student, "teacher": teacher, "stranger": stranger}
     plan = make_plan(load(EvaluateConfig, None, settings(text_files, tmp_path / "run", served, **models)))
-    assert [reader.name for reader in plan.readers] == ["teacher", "distilled", "stranger"]
+    assert [local.name for local in plan.local_models] == ["teacher", "distilled", "stranger"]
     assert list(plan.compares()) == ["distilled", "teacher", "stranger", "served"]
     assert plan.compares()["distilled"] == "token by token"
     assert plan.compares()["stranger"].startswith("not token by token: its tokenizer")

@@ -1,4 +1,4 @@
-"""Reading: every metric equals a naive float64 formula, however the text is batched and chunked."""
+"""The held-out evaluation: every metric equals a naive float64 formula, however the text is batched and chunked."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from stillroom.evaluate.config import EvaluateConfig
 from stillroom.evaluate.run import run
 from stillroom.models import loading
 
-COLUMNS = 304
+VOCAB_SIZE = 304
 METRICS = {
     "cross_entropy_nats", "perplexity", "bits_per_byte", "entropy_nats", "calibration_error", "forward_kl_nats",
     "forward_kl_p95_nats", "reverse_kl_nats", "reverse_kl_p95_nats", "top1_agreement", "top10_overlap",
@@ -60,7 +60,7 @@ class Naive:
             ids = torch.tensor([*tokenizer(text)["input_ids"], tokenizer.eos_token_id])
             for start in range(0, len(ids) - 1, 32):
                 piece = ids[start : start + 33]
-                for name, model in loading.items():
+                for name, model in models.items():
                     with torch.no_grad():
                         logs[name].append(model(piece[None, :-1]).logits[0].log_softmax(-1))
                 labels.append(piece[1:])
@@ -205,12 +205,12 @@ class _Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for one in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(one, torch.Tensor) and one.ndim >= 2 and one.shape[-1] == COLUMNS:
-                self.rows = max(self.rows, one.numel() // COLUMNS)
+            if isinstance(one, torch.Tensor) and one.ndim >= 2 and one.shape[-1] == VOCAB_SIZE:
+                self.rows = max(self.rows, one.numel() // VOCAB_SIZE)
         return out
 
 
-def test_no_tensor_of_all_tokens_and_columns_is_held(folders, text_files):
+def test_no_tensor_of_all_tokens_and_ids_is_held(folders, text_files):
 
     from stillroom.data.config import TextData
     from stillroom.data.dataset import CountedDocuments
@@ -219,9 +219,9 @@ def test_no_tensor_of_all_tokens_and_columns_is_held(folders, text_files):
     student, teacher = (loading.load_model(folders[n], dtype=torch.float32) for n in ("distilled", "teacher"))
     data = TextData(format="text", path=f"{text_files}/train.jsonl", length=32)
     predicted = Predicted(CountedDocuments(data, build_tokenizer()))
-    limits = Limits(batch_tokens=10_000, logits_bytes=8 * 4 * COLUMNS * 2, device="cpu")
-    some = batches(predicted.documents, length=32, pack=True, most=10_000, pad_token=0)
+    limits = Limits(batch_tokens=10_000, logits_bytes=8 * 4 * VOCAB_SIZE * 2, device="cpu")
+    text = batches(predicted.documents, length=32, pack=True, most=10_000, pad_token=0)
     with _Largest() as largest:
-        score(student, "distilled", predicted, some, limits, columns=COLUMNS, teacher=teacher)
+        score(student, "distilled", predicted, text, limits, vocab_size=VOCAB_SIZE, teacher=teacher)
     assert 0 < largest.rows <= 16
     assert len(predicted) > 500

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stillroom.errors import require
 from stillroom.evaluate.report import words
-from stillroom.evaluate.report.palette import Look
-from stillroom.evaluate.report.svg import INK, MUTED, drawing, fill, inline, line
+from stillroom.evaluate.report.svg import INK, MUTED, Look, drawing, fill, inline, line
 from stillroom.evaluate.results import Breakdown, Number
 from stillroom.statistics import Z_95
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 10.0
-"""Of every chart, in inches; the page scales it."""
+"""The width of every chart, in inches; the page scales it."""
 BARS_IN_A_ROW = 24
 MOST_GROUPS = 8
 LEAST_GROUPS = 3
@@ -30,7 +29,7 @@ class Group(NamedTuple):
 
     title: str
     note: str
-    """Below it, what is shown."""
+    """The text below the title."""
     numbers: Mapping[str, Number]
 
 
@@ -74,7 +73,9 @@ def bars(groups: Sequence[Group], looks: Sequence[Look], name: str, title: str, 
     most = max(1, min(MOST_GROUPS, BARS_IN_A_ROW // max(1, len(shown))))
     num_rows = math.ceil(len(groups) / most)
     in_row = math.ceil(len(groups) / num_rows)
-    low, high = _range(groups)
+    ends = [100 * end for group in groups for number in group.numbers.values() for end in ends_of(number)]
+    low, high = min([0.0, *ends]), max([1.0, *ends])
+    room = 0.12 * (high - low)
     hints: dict[str, str] = {}
     with drawing():
         figure, axes = _figure(0.5 + 2.5 * num_rows, num_rows, 1)
@@ -82,30 +83,22 @@ def bars(groups: Sequence[Group], looks: Sequence[Look], name: str, title: str, 
             part = groups[row * in_row : (row + 1) * in_row]
             slots = max(in_row, LEAST_GROUPS)
             _bars(ax, part, shown, looks_by, f"bar-{row}", slots, hints)
-            ax.set_ylim(low, high)
+            ax.set_ylim(low - room if low < 0 else 0, high + room)
             ax.set_ylabel(axis)
             ax.grid(axis="y")
             ax.axhline(0, color=MUTED, linewidth=0.8)
             ax.spines["left"].set_visible(False)
             ax.tick_params(length=0)
-        text = ". ".join(f"{group.title}: {_told(group, shown)}" for group in groups)
-        return inline(figure, name, title, text, hints)
-
-
-def _told(group: Group, shown: Sequence[str]) -> str:
-    return ", ".join(f"{name} {words.value(group.numbers[name], '%')}" for name in shown if name in group.numbers)
-
-
-def _range(groups: Sequence[Group]) -> tuple[float, float]:
-    """The ends of the axis, in per cent."""
-    ends = [100 * end for group in groups for number in group.numbers.values() for end in ends_of(number)]
-    low, high = min([0.0, *ends]), max([1.0, *ends])
-    room = 0.12 * (high - low)
-    return (low - room if low < 0 else 0), high + room
+        texts = []
+        for group in groups:
+            numbers = {one: group.numbers[one] for one in shown if one in group.numbers}
+            values = [f"{one} {words.value(number, '%')}" for one, number in numbers.items()]
+            texts.append(f"{group.title}: {', '.join(values)}")
+        return inline(figure, name, title, ". ".join(texts), hints)
 
 
 def ends_of(number: Number) -> tuple[float, float]:
-    """The 95 % interval, or what the standard error says of it, or the value alone."""
+    """The ends of the 95 % interval, or those by the standard error, or the value alone."""
     if number.low is not None and number.high is not None:
         return min(number.low, number.value), max(number.high, number.value)
     half = Z_95 * (number.error or 0.0)
@@ -113,16 +106,16 @@ def ends_of(number: Number) -> tuple[float, float]:
 
 
 class _Label(NamedTuple):
-    """How the values of bars are written: at the bar's end, beside the line of the interval, so that neither hides the
+    """The look of the values of bars: at the bar's end, beside the line of the interval, so that neither hides the
     other."""
 
     digits: int
     size: float
-    """Of the letters, in points."""
+    """The size of the letters, in points."""
     x: float
-    """Of the label's middle from the middle of its bar, in points."""
+    """The distance of the label's middle from the middle of its bar, in points."""
     whisker: float
-    """Of the line of the interval from there."""
+    """The distance of the line of the interval from there."""
 
     @classmethod
     def in_bars(cls, width: float, numbers: Sequence[Number]) -> "_Label":
@@ -155,11 +148,14 @@ def _bars(
         for i, name in enumerate(shown):
             if name not in group.numbers:
                 continue
-            number, (colour, _) = group.numbers[name], looks[name]
+            number, (color, _) = group.numbers[name], looks[name]
             x, y = g + (i - (len(shown) - 1) / 2) * width, 100 * number.value
-            (bar,) = ax.bar(x, y, 0.9 * width, color=fill(colour), edgecolor=line(colour), linewidth=1)
+            (bar,) = ax.bar(x, y, 0.9 * width, color=fill(color), edgecolor=line(color), linewidth=1)
             bar.set_gid(f"{key}-{g}-{i}")
-            hints[f"{key}-{g}-{i}"] = f"{group.title}, {name}: {_hint(number)}"
+            parts = [words.value(number, "%"), words.error(number, "%")]
+            if interval := words.interval(number, "%"):
+                parts.append(f"(95 % interval {interval})")
+            hints[f"{key}-{g}-{i}"] = f"{group.title}, {name}: {' '.join(filter(None, parts))}"
             low, high = (100 * end for end in ends_of(number))
             if high > low:
                 at = x + label.whisker * slots / AXES_POINTS
@@ -192,18 +188,13 @@ def _lines(group: Group, characters: int) -> Iterator[str]:
                 break
 
 
-def _hint(number: Number) -> str:
-    parts = [words.value(number, "%"), words.error(number, "%")]
-    if interval := words.interval(number, "%"):
-        parts.append(f"(95 % interval {interval})")
-    return " ".join(filter(None, parts))
-
-
 # --- curves ----------------------------------------------------------------------------------------------------------
 
 
 def curves(panels: Sequence[Panel], looks: Sequence[Look], name: str, title: str, teacher: int | None) -> str:
     """Curves over optimizer steps, side by side."""
+    from matplotlib.ticker import MaxNLocator
+
     looks_by = {look.name: (i, look) for i, look in enumerate(looks)}
     with drawing():
         figure, axes = _figure(3.0, 1, len(panels))
@@ -232,21 +223,15 @@ def curves(panels: Sequence[Panel], looks: Sequence[Look], name: str, title: str
             ax.set_ylabel("nats a token")
             ax.grid(axis="y")
             ax.set_xlim(0, 1.02 * max(step for curve in panel.curves for step in curve.steps))
-            _few_ticks(ax)
-        text = ". ".join(f"{panel.title}: {_last(panel)}" for panel in panels)
+            ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            ax.yaxis.set_major_locator(MaxNLocator(6))
+            ax.xaxis.set_major_formatter("{x:,.0f}")
+        texts = []
+        for panel in panels:
+            ends = [f"{curve.model} ends at {curve.values[-1]:.3f}" for curve in panel.curves]
+            texts.append(f"{panel.title}: {', '.join(ends)}")
+        text = ". ".join(texts)
         return inline(figure, name, title, text, {})
-
-
-def _few_ticks(ax: "Axes") -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    ax.yaxis.set_major_locator(MaxNLocator(6))
-    ax.xaxis.set_major_formatter("{x:,.0f}")
-
-
-def _last(panel: Panel) -> str:
-    return ", ".join(f"{curve.model} ends at {curve.values[-1]:.3f}" for curve in panel.curves)
 
 
 def _dash(pattern: str) -> Any:
@@ -270,7 +255,16 @@ def dots(breakdowns: Sequence[Breakdown], looks: Sequence[Look], name: str, titl
         figure, axes = _figure(height, 1, len(breakdowns))
         for b, (ax, one) in enumerate(zip(axes, breakdowns, strict=True)):
             _dots(ax, one, looks, f"dot-{b}", hints)
-        text = ". ".join(f"{BY[one.by]}: {_ends_told(one)}" for one in breakdowns)
+        texts = []
+        for one in breakdowns:
+            parts = []
+            for model, values in one.forward_kl_nats.items():
+                known = [(label, x) for label, x in zip(one.labels, values, strict=True) if x is not None]
+                if known:
+                    (first, low), (last, high) = known[0], known[-1]
+                    parts.append(f"{model} {low:.3f} nats at {first}, {high:.3f} at {last}")
+            texts.append(f"{BY[one.by]}: {'; '.join(parts)}")
+        text = ". ".join(texts)
         return inline(figure, name, title, text, hints)
 
 
@@ -293,12 +287,3 @@ def _dots(ax: "Axes", one: Breakdown, looks: Sequence[Look], key: str, hints: di
     ax.set_xlabel("KL to the teacher, nats a token")
     ax.grid(axis="both")
     ax.tick_params(length=0)
-
-
-def _ends_told(one: Breakdown) -> str:
-    parts = []
-    for name, values in one.forward_kl_nats.items():
-        there = [(label, x) for label, x in zip(one.labels, values, strict=True) if x is not None]
-        if there:
-            parts.append(f"{name} {there[0][1]:.3f} nats at {there[0][0]}, {there[-1][1]:.3f} at {there[-1][0]}")
-    return "; ".join(parts)

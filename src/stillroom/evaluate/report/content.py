@@ -1,38 +1,71 @@
-"""Content: what a report says, in order, before it becomes a page or Markdown."""
+"""Content: everything that a report says, in order, before it becomes a page or Markdown."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from stillroom.errors import DataError, StillroomError
 from stillroom.evaluate.report import tables, words
-from stillroom.evaluate.report.changes import Changes, read_changes
-from stillroom.evaluate.report.charts import Group, ends_of
-from stillroom.evaluate.report.palette import Look, looks
+from stillroom.evaluate.report.charts import Curve, Group, Panel, ends_of
+from stillroom.evaluate.report.svg import Look, looks
 from stillroom.evaluate.report.tables import Table
-from stillroom.evaluate.report.training import Training, read_training
-from stillroom.evaluate.results import Difference, Number, Passage, Results, Role, TaskResult
+from stillroom.evaluate.results import Difference, ModelFacts, Passage, Results, Role, TaskResult
+from stillroom.evaluate.tasks.items import Change, changes
+from stillroom.runs import read_metrics
 
 HEADLINES = ("recovered_gap", "top1_agreement", "forward_kl_nats")
 AGREEMENT = ("top1_agreement", "top10_overlap", "accepted_mass", "recovered_gap")
-"""Shares of 1 that are drawn together."""
+"""The shares of 1 that are drawn together."""
 GAP = (-0.2, 1.3)
-"""Where the interval of a recovered gap ends at most that is drawn beside shares, and its value in 0 to 1.1."""
+"""The widest interval of a recovered gap that is drawn beside shares; its value is in 0 to 1.1."""
 FIRST = ("cross_entropy_nats", "bits_per_byte")
 SENTENCES = 8
 FAR = 0.01
-"""Nats a token, in the mean, from which on a passage is told of as far from the teacher."""
+"""The mean nats a token from which on a passage counts as far from the teacher."""
 LEVELS = (0.1, 0.5, 1.0, 2.0, 4.0)
-"""Where the shades of a token's KL begin, in nats."""
+"""The beginnings of the shades of a token's KL, in nats."""
+SHOWN = 10
+"""The changed items of a task that the page holds, for two models."""
+POINTS = 240
+"""The most points of one curve."""
+HELD_OUT = {"cross_entropy_nats": "held-out cross-entropy", "forward_kl_nats": "held-out KL to the teacher"}
 
 
 class Headline(NamedTuple):
-    """A number that is read first: that of each student."""
+    """A number that is read first, of each student."""
 
     title: str
     about: str
     rows: tuple[tuple[int, str, tables.Cell], ...]
     """The model's number and name, and its value."""
+
+
+class Changes(NamedTuple):
+    """The items on which two models part in a task."""
+
+    task: str
+    a: str
+    b: str
+    num_items: int
+    gained: int
+    """Items that b has right and a wrong."""
+    lost: int
+    shown: tuple[Change, ...]
+    """The first of them, gained and lost in turn."""
+    file: str
+    missing: str | None = None
+    """The reason why no item is shown, where none can be."""
+
+
+class Training(NamedTuple):
+    """The curves of the runs that made the models."""
+
+    panels: tuple[Panel, ...]
+    missing: dict[str, str]
+    """The reason by model why its curves are not there."""
 
 
 class ReportContent(NamedTuple):
@@ -52,7 +85,7 @@ class ReportContent(NamedTuple):
     metrics: Table
     tasks: Table
     failed: tuple[str, ...]
-    """Of the tasks that have no score of any model: which, and why."""
+    """The tasks that have no score of any model, each with the reason."""
     more_scores: tuple[Table, ...]
     task_differences: Table | None
     metric_differences: Table | None
@@ -60,7 +93,7 @@ class ReportContent(NamedTuple):
     training_tables: tuple[Table, ...]
     breakdown_tables: tuple[Table, ...]
     worst: tuple[tuple[str, tuple[Passage, ...]], ...]
-    """By model: its passages that are far from the teacher, or none."""
+    """The passages of each model that are far from the teacher, or none."""
     changes: tuple[Changes, ...]
     sizes: Table
     fingerprints: Table
@@ -74,7 +107,7 @@ class ReportContent(NamedTuple):
 
 
 def make_report(results: Results, folder: Path, runs: Mapping[str, Path]) -> ReportContent:
-    """Reads what the results name, items in ``folder`` and the metrics of ``runs``, and puts it into words."""
+    """Reads the items in ``folder`` and the metrics of ``runs``, and puts the results into words."""
     names = [facts.name for facts in results.models]
     training = read_training({name: runs[name] for name in names if name in runs})
     groups, note, axis = _task_groups(results.tasks)
@@ -102,7 +135,11 @@ def make_report(results: Results, folder: Path, runs: Mapping[str, Path]) -> Rep
         training=training,
         training_tables=tuple(tables.training_tables(training.panels)),
         breakdown_tables=tuple(tables.breakdown_tables(results.breakdowns)),
-        worst=tuple((name, _far(results.worst[name])) for name in names if results.worst.get(name)),
+        worst=tuple(
+            (name, tuple(passage for passage in results.worst[name] if passage.mean_kl_nats >= FAR))
+            for name in names
+            if results.worst.get(name)
+        ),
         changes=tuple(read_changes(results.tasks, results.models, folder)),
         sizes=tables.size_table(results),
         fingerprints=tables.fingerprint_table(results),
@@ -111,16 +148,12 @@ def make_report(results: Results, folder: Path, runs: Mapping[str, Path]) -> Rep
     )
 
 
-def _file(path: str) -> str:
-    """The name of a file, whose folder stands further below; the whole of a hub's name."""
-    return Path(path).name if path.startswith(("/", "~", ".")) else path
-
-
 def _about(results: Results) -> str:
     parts = [f"{len(results.models)} model{'s' * (len(results.models) != 1)}"]
-    if results.text is not None:
-        text = results.text
-        parts.append(f"{text.num_tokens:,} held-out tokens in {text.num_documents:,} documents of {_file(text.name)}")
+    if (text := results.text) is not None:
+        local = text.name.startswith(("/", "~", "."))  # its folder stands further below
+        name = Path(text.name).name if local else text.name
+        parts.append(f"{text.num_tokens:,} held-out tokens in {text.num_documents:,} documents of {name}")
     if done := [task for task in results.tasks if task.scores]:
         items = sum(task.num_items for task in done)
         parts.append(f"{len(done)} benchmark{'s' * (len(done) != 1)} of {items:,} items")
@@ -149,7 +182,12 @@ def sentences(results: Results) -> tuple[str, ...]:
     """The differences that are read first, in words: of distilled models beside the baseline, then beside the teacher;
     where there are none, of all models. Of each, the cross-entropy stands first, then tasks, then other metrics."""
     roles = {facts.name: facts.role for facts in results.models}
-    chief = list(_chief(results.differences))
+    compared = {frozenset((one.a, one.b)) for one in results.differences if one.what == "cross_entropy_nats"}
+    chief = []  # bits per byte only of models whose cross-entropies do not compare
+    for one in results.differences:
+        instead = one.what == "bits_per_byte" and frozenset((one.a, one.b)) not in compared
+        if instead or one.what in (*FIRST[:1], *HEADLINES):
+            chief.append(one)
     first = [one for one in chief if one.what in FIRST]
     tasks = [one for task in results.tasks for one in task.differences]
     every = [*first, *tasks, *(one for one in chief if one.what not in FIRST)]
@@ -161,18 +199,9 @@ def sentences(results: Results) -> tuple[str, ...]:
     return tuple(f"{words.what(one.what)}: {one.sentence}" for one in found[:SENTENCES])
 
 
-def _chief(differences: Sequence[Difference]) -> Iterator[Difference]:
-    """Those of the chief metrics; bits per byte only of models whose cross-entropies do not compare."""
-    compared = {frozenset((one.a, one.b)) for one in differences if one.what == "cross_entropy_nats"}
-    for one in differences:
-        instead = one.what == "bits_per_byte" and frozenset((one.a, one.b)) not in compared
-        if instead or one.what in (*FIRST[:1], *HEADLINES):
-            yield one
-
-
 def _task_groups(tasks: Sequence[TaskResult]) -> tuple[tuple[Group, ...], str, str]:
-    """A group of bars for each task whose score is a share of 1, normalised where all have that; what to note; and what
-    the axis is of."""
+    """A group of bars for each task whose score is a share of 1, normalized where all have that; a note; and the label
+    of the axis."""
     groups, left, normalised = [], [], 0
     for task in tasks:
         if not task.scores:
@@ -198,26 +227,21 @@ def _task_groups(tasks: Sequence[TaskResult]) -> tuple[tuple[Group, ...], str, s
 
 
 def _agreement(results: Results) -> tuple[tuple[Group, ...], str]:
-    """A group of bars for each share, and what to note. A recovered gap that is far from a share is not among them."""
+    """A group of bars for each share, and a note. A recovered gap that is far from a share is not among them."""
     titles = {"top1_agreement": "same top token", "top10_overlap": "overlap of the top 10",
               "accepted_mass": "accepted mass", "recovered_gap": "recovered gap"}  # fmt: skip
     groups, note = [], "Held-out text; lines are 95 % intervals."
     for key in AGREEMENT:
         numbers = {name: found[key] for name, found in results.metrics.items() if key in found}
-        if key == "recovered_gap" and not all(map(_as_a_share, numbers.values())):
+        far = key == "recovered_gap" and not all(
+            0 <= gap.value <= 1.1 and GAP[0] <= ends_of(gap)[0] and ends_of(gap)[1] <= GAP[1]
+            for gap in numbers.values()
+        )
+        if far:
             note += " The recovered gap is far from 0 to 100 % and not drawn beside them; it has its card."
         elif numbers:
             groups.append(Group(titles[key], "", numbers))
     return tuple(groups), note
-
-
-def _as_a_share(gap: Number) -> bool:
-    low, high = ends_of(gap)
-    return 0 <= gap.value <= 1.1 and low >= GAP[0] and high <= GAP[1]
-
-
-def _far(passages: Sequence[Passage]) -> tuple[Passage, ...]:
-    return tuple(passage for passage in passages if passage.mean_kl_nats >= FAR)
 
 
 def level(kl_nats: float) -> int:
@@ -228,3 +252,114 @@ def level(kl_nats: float) -> int:
 def level_names() -> tuple[str, ...]:
     inner = (f"{a:g} to {b:g}" for a, b in pairwise(LEVELS))
     return (f"below {LEVELS[0]:g}", *inner, f"{LEVELS[-1]:g} and more")
+
+
+# --- changed items ---------------------------------------------------------------------------------------------------
+
+
+def pairs(models: Sequence[ModelFacts]) -> tuple[tuple[str, str], ...]:
+    """The models that a reader wants to compare: each distilled one with the baseline, and with the teacher; where
+    there is none, each model with the next."""
+
+    def named(role: str) -> list[str]:
+        return [facts.name for facts in models if facts.role == role]
+
+    found = [(one, student) for student in named("distilled") for one in [*named("baseline"), *named("teacher")]]
+    return tuple(found or pairwise(facts.name for facts in models))
+
+
+def read_changes(tasks: Sequence[TaskResult], models: Sequence[ModelFacts], folder: Path) -> Iterator[Changes]:
+    """The changes of every task and pair whose items are known. Those that cannot be read carry the reason."""
+    for task in tasks:
+        for a, b in pairs(models) if task.items is not None else ():
+            if a in task.scores and b in task.scores:
+                yield _changes(task, a, b, folder)
+
+
+def task_changes(task: TaskResult, a: str, b: str, folder: Path) -> Iterator[Change]:
+    """The items of a task that changed from model ``a`` to model ``b``.
+
+    Raises:
+        MissingError: the file of items is not there, or has no answers of one of the models.
+        DataError: it lies outside the evaluation's folder, or a line of it is not an item.
+    """
+    path = folder / str(task.items)
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise DataError(
+            f"the items of {task.name} lie outside the evaluation's folder",
+            {"folder": folder, "items": task.items},
+            why="A file of results must not have other files read.",
+            fix="Evaluate again.",
+        )
+    return changes(path, a, b)
+
+
+def _changes(task: TaskResult, a: str, b: str, folder: Path) -> Changes:
+    file = str(task.items)
+    gained: list[Change] = []
+    lost: list[Change] = []
+    num_gained = num_lost = 0
+    try:
+        for change in task_changes(task, a, b, folder):
+            num_gained += change.kind == "gained"
+            num_lost += change.kind == "lost"
+            kept = gained if change.kind == "gained" else lost
+            if len(kept) < SHOWN:
+                kept.append(change)
+    except (StillroomError, OSError, UnicodeDecodeError) as error:
+        why = error.what if isinstance(error, StillroomError) else str(error)
+        return Changes(task.name, a, b, task.num_items, 0, 0, (), file, why)
+    few = min(len(gained), max(SHOWN // 2, SHOWN - len(lost)))
+    shown = (*gained[:few], *lost[: SHOWN - few])
+    return Changes(task.name, a, b, task.num_items, num_gained, num_lost, shown, file)
+
+
+# --- training curves -------------------------------------------------------------------------------------------------
+
+
+def read_training(runs: Mapping[str, Path]) -> Training:
+    """The training loss and the held-out curves of each run. One that is not there, or is damaged, has a reason."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    missing: dict[str, str] = {}
+    for name, run in runs.items():
+        path = run / "metrics.jsonl"
+        try:
+            rows[name] = read_metrics(path)
+        except FileNotFoundError:
+            missing[name] = f"{path} is not there"
+        except StillroomError as error:
+            missing[name] = f"{error.what}, line {error.values.get('line', 'unknown')}"
+        except OSError as error:
+            missing[name] = f"{path} could not be read: {error.strerror}"
+    return Training(tuple(_panels(rows)), missing)
+
+
+def _panels(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Panel]:
+    for key, title in HELD_OUT.items():
+        curves, level = [], None
+        for name, lines in rows.items():
+            points = [(r["step"], r["held_out"]) for r in lines if isinstance(r.get("held_out"), dict)]
+            here = [(step, one[key]) for step, one in points if isinstance(one.get(key), int | float)]
+            if here:
+                curves.append(Curve(name, *map(list, zip(*here, strict=True))))
+            for _, one in points:
+                level = one.get(f"teacher_{key}", level)
+        if curves:
+            yield Panel(title, curves, level)
+    losses = [curve for name, lines in rows.items() if (curve := _loss(name, lines)) is not None]
+    if losses:
+        yield Panel("training loss, each run's own objective", losses)
+
+
+def _loss(name: str, lines: Sequence[Mapping[str, Any]]) -> Curve | None:
+    """The loss of each step, thinned out, and its running mean over a fiftieth of the run to either side."""
+    found = [(r["step"], r["loss_nats"]) for r in lines if isinstance(r.get("loss_nats"), int | float)]
+    if not found:
+        return None
+    steps, losses = np.array([s for s, _ in found]), np.array([x for _, x in found], dtype=np.float64)
+    n, half = len(losses), max(1, len(losses) // 50)
+    total = np.concatenate(([0.0], np.cumsum(losses)))
+    first, last = np.clip(np.arange(n) - half, 0, n), np.clip(np.arange(n) + half + 1, 0, n)
+    smooth = (total[last] - total[first]) / (last - first)
+    chosen = np.unique(np.linspace(0, n - 1, min(n, POINTS)).round().astype(int))
+    return Curve(name, steps[chosen].tolist(), smooth[chosen].tolist(), losses[chosen].tolist())

@@ -4,36 +4,37 @@ import re
 from collections.abc import Iterator, Sequence
 
 from stillroom.evaluate.report import words
-from stillroom.evaluate.report.changes import Changes
-from stillroom.evaluate.report.content import FAR, LEVELS, ReportContent
+from stillroom.evaluate.report.content import FAR, LEVELS, Changes, ReportContent
 from stillroom.evaluate.report.tables import Cell, Table
 from stillroom.evaluate.results import Passage
 
 MARKED = LEVELS[2]
-"""Tokens whose KL is at least so many nats are marked in a passage."""
+"""The nats from which on a token is marked in a passage."""
 
 
 def to_markdown(report: ReportContent) -> str:
     """The whole report."""
-    parts = [f"# {report.title}", escaped(report.about), *_headlines(report)]
+    parts = [f"# {report.title}", escaped(report.about)]
+    for one in report.headlines:
+        values = ", ".join(f"{escaped(name)} {_cell(found)}" for _, name, found in one.rows)
+        parts.append(f"- **{escaped(one.title)}** ({escaped(one.about)}): {values}")
     parts += [f"- {escaped(sentence)}" for sentence in report.sentences]
+    of_metrics = report.metric_differences
+    distance = [_table(report.metrics) if report.metrics.rows else "No text was read."]
+    no_curves = [f"{escaped(name)} has no curves: {escaped(why)}." for name, why in report.training.missing.items()]
+    more = (report.fingerprints, *(table for table in (report.versions, report.machine) if table.rows))
     for title, found in (
         ("Benchmarks", _benchmarks(report)),
-        ("Distance to the teacher", _metrics(report)),
-        ("Training", _training(report)),
+        ("Distance to the teacher", distance if of_metrics is None else [*distance, _table(of_metrics)]),
+        ("Training", [*map(_table, report.training_tables), *no_curves]),
         ("Where the student differs from the teacher", map(_table, report.breakdown_tables)),
         ("Worst passages", _worst(report)),
         ("Items that changed", _changes(report.changes)),
         ("Size, speed, memory", [_table(report.sizes)]),
-        ("To repeat it", _repeat(report)),
+        ("To repeat it", [code(report.results.command), *map(_table, more)]),
     ):
         if texts := list(found):
             parts += [f"## {title}", *texts]
-    return _joined(parts)
-
-
-def _joined(parts: Sequence[str]) -> str:
-    """Blank lines between parts, but not between the points of a list."""
     text = ""
     for before, part in zip(["", *parts], parts, strict=False):
         text += part if not before else ("\n" if before.startswith("- ") and part.startswith("- ") else "\n\n") + part
@@ -51,12 +52,6 @@ def code(text: str) -> str:
     """The text as a block of code, fenced by more backticks than it holds."""
     fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
     return f"{fence}\n{words.visible(text)}\n{fence}"
-
-
-def _headlines(report: ReportContent) -> Iterator[str]:
-    for one in report.headlines:
-        values = ", ".join(f"{escaped(name)} {_cell(found)}" for _, name, found in one.rows)
-        yield f"- **{escaped(one.title)}** ({escaped(one.about)}): {values}"
 
 
 def _cell(cell: Cell) -> str:
@@ -85,18 +80,6 @@ def _benchmarks(report: ReportContent) -> Iterator[str]:
         yield _table(report.task_differences)
 
 
-def _metrics(report: ReportContent) -> Iterator[str]:
-    yield _table(report.metrics) if report.metrics.rows else "No text was read."
-    if report.metric_differences is not None:
-        yield _table(report.metric_differences)
-
-
-def _training(report: ReportContent) -> Iterator[str]:
-    yield from map(_table, report.training_tables)
-    for name, why in report.training.missing.items():
-        yield f"{escaped(name)} has no curves: {escaped(why)}."
-
-
 def _worst(report: ReportContent) -> Iterator[str]:
     if report.worst:
         yield f"Tokens of which the KL is {MARKED:g} nats and more are <b>bold</b>, with the nats behind them."
@@ -111,18 +94,13 @@ def _passage(passage: Passage) -> str:
     place = f"{escaped(passage.document)}, from token {passage.first:,}, mean {passage.mean_kl_nats:.2f} nats"
     parts = []
     for token, nats in zip(passage.tokens, passage.kl_nats, strict=True):
-        before, text, after = _token(token)
+        text = token.replace("\r\n", "\n").replace("\n", "↵") or "∅"  # line ends are shown
+        before = " " if text[:1].isspace() else ""  # white space stands outside of what is bold
+        after = " " if text.strip() and text[-1:].isspace() else ""
+        text = escaped(text.strip())
         marked = f"<b>{text or '␣'}</b>⟨{nats:.1f}⟩" if nats >= MARKED else text
         parts.append(f"{before}{marked}{after}")
     return f"{place}:\n\n> … {''.join(parts).strip()} …"
-
-
-def _token(token: str) -> tuple[str, str, str]:
-    """The white space before a token, what else there is of it, and the white space behind it; line ends are shown."""
-    text = token.replace("\r\n", "\n").replace("\n", "↵") or "∅"
-    inner = text.strip()
-    before = " " if text[:1].isspace() else ""
-    return before, escaped(inner), " " if inner and text[-1:].isspace() else ""
 
 
 def _changes(changes: Sequence[Changes]) -> Iterator[str]:
@@ -143,9 +121,3 @@ def _changes(changes: Sequence[Changes]) -> Iterator[str]:
                 f"- {change.kind}, {escaped(change.item.id)}{': ' if question else ''}{question} "
                 f"Right: {escaped(change.item.gold)}; {said}"
             )
-
-
-def _repeat(report: ReportContent) -> Iterator[str]:
-    yield code(report.results.command)
-    yield _table(report.fingerprints)
-    yield from (_table(table) for table in (report.versions, report.machine) if table.rows)

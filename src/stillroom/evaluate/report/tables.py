@@ -14,7 +14,7 @@ OWN_TOKENS = "counted in its own tokens; compare bits per byte"
 
 
 class Cell(NamedTuple):
-    """A number, or a text, and what stands small beside it."""
+    """A number, or a text, and small texts beside it."""
 
     text: str
     small: tuple[str, ...] = ()
@@ -37,19 +37,16 @@ class Table(NamedTuple):
 def cell(number: Number | None, unit: str = "") -> Cell:
     if number is None:
         return Cell(NONE)
-    return Cell(words.value(number, unit), tuple(filter(None, (words.error(number, unit), _range(number, unit)))))
+    interval = words.interval(number, unit)
+    small = (words.error(number, unit), f"[{interval}]" if interval else "")
+    return Cell(words.value(number, unit), tuple(filter(None, small)))
 
 
 def headline_cell(number: Number, unit: str) -> Cell:
-    """The value and what stands small beside it: its error, and the unit behind both."""
+    """The value, its error small beside it, and the unit behind both."""
     error = words.error(number, unit)
     text, share = words.value(number, unit), f" {words.SHARE}" if unit == words.SHARE else ""
     return Cell(text.removesuffix(share), (f"{error}{share}",)) if error else Cell(text)
-
-
-def _range(number: Number, unit: str) -> str:
-    found = words.interval(number, unit)
-    return f"[{found}]" if found else ""
 
 
 class _Notes:
@@ -67,7 +64,8 @@ class _Notes:
 def metric_table(results: Results) -> Table:
     """A row for each metric that was measured or refused, a column for each model."""
     names, notes, rows = _names(results), _Notes(), []
-    foreign = _foreign(results)
+    base = next((facts.tokenizer for facts in sorted(results.models, key=lambda one: one.role != "teacher")), None)
+    foreign = {facts.name for facts in results.models if base and facts.tokenizer and facts.tokenizer != base}
     known = [*words.METRICS, *{key for numbers in results.metrics.values() for key in numbers} - {*words.METRICS}]
     for key in known:
         numbers = {name: results.metrics.get(name, {}).get(key) for name in names}
@@ -85,12 +83,6 @@ def metric_table(results: Results) -> Table:
         rows.append((Cell(metric.title), Cell(metric.unit), Cell(metric.better), *cells))
     caption = "Each number with its standard error and [95 % interval], by a bootstrap over documents"
     return Table(caption, ("metric", "unit", "better", *names), tuple(rows), tuple(notes.texts), 3)
-
-
-def _foreign(results: Results) -> set[str]:
-    """The models whose tokenizer is another than the teacher's, or, without a teacher, than that of the first model."""
-    base = next((facts.tokenizer for facts in sorted(results.models, key=lambda one: one.role != "teacher")), None)
-    return {facts.name for facts in results.models if base and facts.tokenizer and facts.tokenizer != base}
 
 
 def task_table(results: Results) -> Table:
@@ -116,12 +108,12 @@ def task_table(results: Results) -> Table:
 
 
 def failure(task: TaskResult) -> str:
-    """Which task failed, and why."""
+    """The sentence that a task failed, and why."""
     return f"{task.name} failed: {task.failed}"
 
 
 def unit_of(task: TaskResult) -> str:
-    """% where the main metric of a task is a share of 1, as far as its numbers tell."""
+    """The unit % where the main metric of a task is a share of 1, as far as its numbers tell."""
     numbers = [scores[task.metric] for scores in task.scores.values() if task.metric in scores]
     if "perplexity" in task.metric or "bits" in task.metric:
         return ""
@@ -142,7 +134,7 @@ def more_scores(task: TaskResult, names: Sequence[str]) -> Table | None:
 
 
 def difference_table(differences: Sequence[Difference]) -> Table | None:
-    """Every difference, with what is known of its chance; None where there is none."""
+    """Every difference with its p-value, where there is one; None where there is no difference."""
     if not differences:
         return None
     rows = []
@@ -153,7 +145,7 @@ def difference_table(differences: Sequence[Difference]) -> Table | None:
 
 
 def size_table(results: Results) -> Table:
-    """Parameters, bytes, speed and memory of each model, and how they compare with the teacher's."""
+    """Parameters, bytes, speed and memory of each model, and their ratio to the teacher's."""
     teacher = next((facts for facts in results.models if facts.role == "teacher"), None)
 
     def beside(value: float | None, base: float | None) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Words: what metrics are called, and numbers, sizes and names as a reader sees them."""
+"""Words: the titles of metrics, and numbers, sizes and names as a reader sees them."""
 
 import math
 import unicodedata
@@ -8,11 +8,11 @@ from stillroom.evaluate.results import Number
 
 
 class Metric(NamedTuple):
-    """What a reader has to know of a metric."""
+    """The facts that a reader has to know of a metric."""
 
     title: str
     unit: str = ""
-    """None is a plain number; % is a share of 1, shown times a hundred."""
+    """The unit; none is a plain number, % is a share of 1, shown times a hundred."""
     better: Literal["lower", "higher", "nearer 1", "as the teacher"] = "lower"
 
 
@@ -42,7 +42,7 @@ def metric(name: str) -> Metric:
 
 
 def what(name: str) -> str:
-    """What a difference is of: a metric by its title, a task and its metric as they are called."""
+    """The title of a metric; a task and its metric as they are called."""
     return METRICS[name].title if name in METRICS else name
 
 
@@ -101,7 +101,7 @@ def size(size_bytes: int | None) -> str:
 
 
 HARMLESS = "\n\t\u200c\u200d"
-"""Newline and tab, and the joiners that scripts and emoji are spelt with."""
+"""Newline and tab, and the joiners that scripts and emoji are spelled with."""
 
 
 def visible(text: str) -> str:
@@ -111,12 +111,7 @@ def visible(text: str) -> str:
     def harmless(sign: str) -> bool:
         return sign.isprintable() or sign in HARMLESS or unicodedata.category(sign) == "Zs"
 
-    return "".join(sign if harmless(sign) else _code(sign) for sign in text)
-
-
-def _code(sign: str) -> str:
-    """⟨U+202E⟩: how a sign is named that is not shown."""
-    return f"⟨U+{ord(sign):04X}⟩"
+    return "".join(sign if harmless(sign) else f"⟨U+{ord(sign):04X}⟩" for sign in text)
 
 
 def shortened(text: str, length: int) -> str:

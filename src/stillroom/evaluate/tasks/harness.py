@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from stillroom.errors import ConfigError, DataError, StillroomError, require
 from stillroom.evaluate.results import TaskResult
 from stillroom.evaluate.tasks.config import HarnessTask
-from stillroom.evaluate.tasks.harness_results import Found, harness_results
+from stillroom.evaluate.tasks.harness_results import HarnessOutput, harness_results
 from stillroom.evaluate.tasks.likelihood import Request, log_likelihoods
 from stillroom.evaluate.tasks.lm import EvalModel, Report, served_model
 
@@ -32,18 +32,18 @@ class HarnessBenchmark(NamedTuple):
 
     config: HarnessTask
     files: tuple[str, ...]
-    """Of a task in lm-eval's own form, its file."""
+    """The file of a task in lm-eval's own form."""
 
     @classmethod
     def open(cls, config: HarnessTask) -> "HarnessBenchmark":
-        """Asks whether lm-eval knows the task.
+        """Looks the task up in lm-eval.
 
         Raises:
             MissingError: lm-eval is not installed.
             ConfigError: it knows no such task.
         """
         require("lm_eval", "eval", f"the task {config.task}")
-        if _is_file(config):
+        if Path(config.task).is_file():
             return cls(config, (config.task,))
         known = _manager(whole=True).all_tasks
         if config.task in known:
@@ -60,8 +60,8 @@ class HarnessBenchmark(NamedTuple):
     def name(self) -> str:
         return self.config.name or (Path(self.config.task).stem if self.files else self.config.task)
 
-    def ask(self, model: EvalModel, report: Report) -> Found:
-        """What lm-eval finds of a model.
+    def ask(self, model: EvalModel, report: Report) -> HarnessOutput:
+        """The output of lm-eval for a model.
 
         Raises:
             StillroomError: its data or the model cannot be had, or something in it fails.
@@ -78,14 +78,15 @@ class HarnessBenchmark(NamedTuple):
             except Exception as error:  # whatever the hub or a task's own code raises
                 raise _stopped(self.name, _in_words(error)) from error
 
-    def results(self, said: Mapping[str, Found], failed: str | None, out: Path, seed: int) -> Sequence[TaskResult]:
+    def results(
+        self, replies: Mapping[str, HarnessOutput], failed: str | None, out: Path, seed: int
+    ) -> Sequence[TaskResult]:
         """See `harness_results`."""
         try:
-            if said:
-                return harness_results(
-                    self.name if self.files else self.config.task, self.name, said, failed, out, seed
-                )
-        except Exception as error:  # lm-eval gives what nobody foresaw: the other benchmarks have their results
+            if replies:
+                key = self.name if self.files else self.config.task
+                return harness_results(key, self.name, replies, failed, out, seed)
+        except Exception as error:  # lm-eval's output may have any form; the other benchmarks keep their results
             failed = f"what lm-eval gave could not be read: {_in_words(error)}"
         return [
             TaskResult(
@@ -100,25 +101,17 @@ class HarnessBenchmark(NamedTuple):
         ]
 
 
-def _is_file(config: HarnessTask) -> bool:
-    return Path(config.task).is_file()
-
-
 @cache
 def _manager(*, whole: bool) -> Any:
     """lm-eval's index of its tasks, which takes some seconds to make; an empty one is enough for a file."""
     return _lm_eval("tasks").TaskManager(include_defaults=whole)
 
 
-def _manager_for(task: str) -> Any:
-    return _manager(whole=not Path(task).is_file())
-
-
 @cache
-def _why_not(task: str) -> str | None:
-    """Why the data of a task cannot be had; None where they can. Asked once, since a far hub takes long to say no."""
+def _why_not(task: str) -> str | None:  # kept: cached, since a far hub takes long to say no
+    """The reason why the data of a task cannot be had; None where they can."""
     try:
-        _manager_for(task).load([task])
+        _manager(whole=not Path(task).is_file()).load([task])
     except Exception as error:  # whatever the hub or a task's own code raises
         return _in_words(error)
     return None
@@ -140,10 +133,14 @@ def _lm_eval(module: str) -> Any:
     return importlib.import_module(f"lm_eval.{module}")
 
 
-def _evaluate(config: HarnessTask, model: EvalModel, name: str, report: Report) -> Found:
+def _evaluate(config: HarnessTask, model: EvalModel, name: str, report: Report) -> HarnessOutput:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if model.model is None:
-        asked: dict[str, Any] = {"model": "local-completions", "model_args": _address(model)}
+        root = str(model.url).rstrip("/").removesuffix("/v1")
+        tokenizer = None if model.tokenizer is None else model.tokenizer.name_or_path
+        own = {"tokenizer": tokenizer} if tokenizer else {"tokenizer_backend": None, "tokenized_requests": False}
+        address = {"model": served_model(model), "base_url": f"{root}/v1/completions", "num_concurrent": 8, **own}
+        asked: dict[str, Any] = {"model": "local-completions", "model_args": address}
     else:
         asked = {"model": _engine(model, name, report)}
     found = _lm_eval("evaluator").simple_evaluate(
@@ -151,7 +148,7 @@ def _evaluate(config: HarnessTask, model: EvalModel, name: str, report: Report) 
         tasks=[config.task],
         num_fewshot=config.shots,
         limit=config.limit,
-        task_manager=_manager_for(config.task),
+        task_manager=_manager(whole=not Path(config.task).is_file()),
         log_samples=True,
         bootstrap_iters=1000,
     )
@@ -173,22 +170,15 @@ def _its_output() -> Iterator[Any]:
         yield stderr
 
 
-def _report_to(stderr: Any, report: Report, event: str, values: Mapping[str, Any]) -> None:
+def _report_to(stderr: Any, report: Report, event: str, values: Mapping[str, Any]) -> None:  # kept: a callback
     with contextlib.redirect_stderr(stderr):
         report(event, values)
 
 
-def _address(model: EvalModel) -> dict[str, Any]:
-    root = str(model.url).rstrip("/").removesuffix("/v1")
-    tokenizer = None if model.tokenizer is None else model.tokenizer.name_or_path
-    own = {"tokenizer": tokenizer} if tokenizer else {"tokenizer_backend": None, "tokenized_requests": False}
-    return {"model": served_model(model), "base_url": f"{root}/v1/completions", "num_concurrent": 8, **own}
-
-
-def _engine(asked: EvalModel, name: str, report: Report) -> Any:
+def _engine(lm: EvalModel, name: str, report: Report) -> Any:
     """lm-eval's own model class, whose likelihoods are computed by our engine."""
     HFLM: Any = _lm_eval("models.huggingface").HFLM
-    model = asked.model
+    model = lm.model
     assert model is not None
 
     class Engine(HFLM):
@@ -196,15 +186,15 @@ def _engine(asked: EvalModel, name: str, report: Report) -> Any:
             pairs = [Request(context, continuation) for _, context, continuation in requests]
 
             def done(number: int) -> None:
-                report("task", {"task": name, "model": asked.name, "done": number, "total": len(pairs)})
+                report("task", {"task": name, "model": lm.name, "done": number, "total": len(pairs)})
 
-            told = log_likelihoods(model, pairs, limit=self.max_length, done=done)
-            if num_cut := sum(one.num_cut > 0 for one in told):
+            scored = log_likelihoods(model, pairs, limit=self.max_length, done=done)
+            if num_cut := sum(one.num_cut > 0 for one in scored):
                 text = (
-                    f"{name}: {num_cut} of {len(told)} texts were too long for {asked.name} and cut at their beginning"
+                    f"{name}: {num_cut} of {len(scored)} texts were too long for {lm.name} and cut at their beginning"
                 )
                 report("note", {"text": text})
-            return [(one.log_likelihood, one.greedy) for one in told]
+            return [(one.log_likelihood, one.greedy) for one in scored]
 
-    tokenizer = copy.deepcopy(asked.tokenizer)  # lm-eval gives it a padding token
+    tokenizer = copy.deepcopy(lm.tokenizer)  # lm-eval gives it a padding token
     return Engine(pretrained=model, tokenizer=tokenizer, batch_size=CPU_BATCH if model.device.type == "cpu" else "auto")

@@ -1,22 +1,31 @@
-"""What lm-eval gives of a task or group, as results with files of items."""
+"""The output of lm-eval for a task or group becomes results with files of items.
+
+The official scores of the Open LLM Leaderboard v2 stand beside the raw ones of its tasks, as published at
+huggingface.co/docs/leaderboards/open_llm_leaderboard/normalization: of each subtask
+
+    normalized = max(0, (raw − chance) / (1 − chance))
+
+with the chance of blind guessing as below, and of BBH and MUSR the plain mean over subtasks. GPQA and MMLU-Pro are
+normalized as a whole. MATH-hard and IFEval are generated, so their chance is 0; IFEval is the mean of its strict
+accuracies by prompt and by instruction. The leaderboard's average is that of the six.
+"""
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from stillroom.evaluate.results import Number, TaskResult
-from stillroom.evaluate.tasks import summary
-from stillroom.evaluate.tasks.items import FOLDER, Item, ModelAnswer, write_items
-from stillroom.evaluate.tasks.leaderboard import official
+from stillroom.evaluate.tasks.config import LEADERBOARD
+from stillroom.evaluate.tasks.items import FOLDER, Item, ModelAnswer, differences, normalize, number, write_items
 from stillroom.statistics import Z_95
 
-Found = dict[str, Any]
-"""What lm-eval gives for one model."""
+HarnessOutput = dict[str, Any]
+"""The output of lm-eval for one model."""
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
-"""By task: what was logged of each item."""
+"""The log of each item, by task."""
 
 FIRST_METRICS = ("acc_norm", "exact_match", "acc")
 """Shown before the metric that a task names first."""
@@ -27,28 +36,32 @@ class Main(NamedTuple):
 
     metric: str
     filtered: str
-    """The filter of the answers that it is of."""
+    """The filter that its answers went through."""
     higher_is_better: bool
 
 
 def harness_results(
-    key: str, name: str, found: Mapping[str, Found], failed: str | None, out: Path, seed: int
+    key: str, name: str, found: Mapping[str, HarnessOutput], failed: str | None, out: Path, seed: int
 ) -> list[TaskResult]:
     """One result for a task, and for a group whose tasks have a metric in common; otherwise one for each of its tasks,
     as NAME.TASK. Items are written into ``out``.
 
     Args:
-        key: what lm-eval calls it.
-        name: what it is called in the results.
-        found: by model; at least one.
-        failed: why other models have none.
+        key: the name of lm-eval.
+        name: the name in the results.
+        found: the output by model; at least one.
+        failed: the reason why other models have none.
     """
     first = next(iter(found.values()))
     tasks = list(first["samples"])
     by_task = {task: _mains(first, task) for task in tasks}
     for metric in dict.fromkeys(metric for mains in by_task.values() for metric in mains):
         mains = {task: known[metric] for task, known in by_task.items() if metric in known}
-        if _go_together(first, key, mains, len(tasks)):
+        if len(mains) < len(tasks) or len({main.higher_is_better for main in mains.values()}) > 1:
+            continue
+        rows = _rows(first, mains)  # all tasks have the metric: the group has a score by it, or its items have
+        countable = all(isinstance(one.get(mains[task].metric), int | float) for task in rows for one in rows[task])
+        if len(tasks) == 1 or key in first["results"] or (countable and any(rows.values())):
             return [_result(key, name, mains, found, failed, out, seed)]
     results = []
     for task, known in by_task.items():
@@ -56,20 +69,21 @@ def harness_results(
             main = next(iter(known.values()))
             results.append(_result(task, f"{name}.{task}", {task: main}, found, failed, out, seed))
         else:
-            results.append(_without_score(f"{name}.{task}" if len(tasks) > 1 else name, task, first))
+            results.append(
+                TaskResult(
+                    name=f"{name}.{task}" if len(tasks) > 1 else name,
+                    source="lm-eval",
+                    version=_version(first, task, [task]),
+                    shots=int(first["n-shot"].get(task) or 0),
+                    num_items=len(first["samples"][task]),
+                    metric="not known",
+                    failed=f"lm-eval gives no score of {task}",
+                )
+            )
     return results
 
 
-def _go_together(found: Found, key: str, mains: Mapping[str, Main], num_tasks: int) -> bool:
-    """Whether all tasks of a group have a metric, and it has a score by that, or its items have."""
-    if len(mains) < num_tasks or len({main.higher_is_better for main in mains.values()}) > 1:
-        return False
-    rows = _rows(found, mains)
-    countable = all(isinstance(one.get(mains[task].metric), int | float) for task in rows for one in rows[task])
-    return num_tasks == 1 or key in found["results"] or (countable and any(rows.values()))
-
-
-def _mains(found: Found, task: str) -> dict[str, Main]:
+def _mains(found: HarnessOutput, task: str) -> dict[str, Main]:
     """The metrics of a task by name, that which is shown first at first, each of its first filter."""
     filters: dict[str, str] = {}
     for key in found["results"][task]:
@@ -82,23 +96,11 @@ def _mains(found: Found, task: str) -> dict[str, Main]:
     return {name: Main(name, filters[name], higher.get(name) is not False) for name in order}
 
 
-def _without_score(name: str, task: str, found: Found) -> TaskResult:
-    return TaskResult(
-        name=name,
-        source="lm-eval",
-        version=_version(found, task, [task]),
-        shots=int(found["n-shot"].get(task) or 0),
-        num_items=len(found["samples"][task]),
-        metric="not known",
-        failed=f"lm-eval gives no score of {task}",
-    )
-
-
 def _result(
     key: str,
     name: str,
     mains: Mapping[str, Main],
-    found: Mapping[str, Found],
+    found: Mapping[str, HarnessOutput],
     failed: str | None,
     out: Path,
     seed: int,
@@ -122,13 +124,13 @@ def _result(
         higher_is_better=main.higher_is_better,
         scores=scores,
         normalised=_normalised(key, found),
-        differences=summary.differences(name, main.metric, values, seed, higher_is_better=main.higher_is_better),
+        differences=differences(name, main.metric, values, seed, higher_is_better=main.higher_is_better),
         items=f"{FOLDER}/{name}.jsonl" if values else None,
         failed=failed,
     )
 
 
-def _rows(found: Found, mains: Mapping[str, Main]) -> Rows:
+def _rows(found: HarnessOutput, mains: Mapping[str, Main]) -> Rows:
     return {
         task: sorted(
             (one for one in found["samples"][task] if one["filter"] == main.filtered), key=lambda one: one["doc_id"]
@@ -138,8 +140,8 @@ def _rows(found: Found, mains: Mapping[str, Main]) -> Rows:
 
 
 def _values(items: Sequence[Item], scores: Mapping[str, float]) -> dict[str, list[float]]:
-    """By model, what each item counts, where the score is the mean of that; otherwise the score is another function of
-    the items, and models cannot be compared item by item."""
+    """The number of each item by model, where the score is their mean; otherwise the score is another function of the
+    items, and models cannot be compared item by item."""
     if not items or any(item.models.keys() != scores.keys() for item in items):
         return {}
     values = {model: [item.models[model].correct for item in items] for model in scores}
@@ -148,78 +150,73 @@ def _values(items: Sequence[Item], scores: Mapping[str, float]) -> dict[str, lis
     return values if alike else {}
 
 
-def _items(first: Found, tasks: Sequence[str], rows: Mapping[str, Rows], main: str) -> list[Item]:
+def _items(first: HarnessOutput, tasks: Sequence[str], rows: Mapping[str, Rows], main: str) -> list[Item]:
     """The items of all tasks with each model's answer; an answer whose value by ``main`` is no number is left out."""
     several = len(tasks) > 1
     found = []
     for task in tasks:
         separator = first["configs"][task].get("fewshot_delimiter") if first["n-shot"].get(task) else None
-        for number, one in enumerate(next(iter(rows.values()))[task]):
-            answers = {model: _answer(all_of[task][number], main) for model, all_of in rows.items()}
+        for i, one in enumerate(next(iter(rows.values()))[task]):
+            answers = {model: _answer(all_of[task][i], main) for model, all_of in rows.items()}
             options = tuple(str(pair[1]).strip() for pair in one["arguments"]) if len(one["arguments"]) > 1 else ()
+            question, target = str(one["arguments"][0][0]), one["target"]
             found.append(
                 Item(
                     id=f"{task}/{one['doc_id']}" if several else str(one["doc_id"]),
                     group=task if several else None,
-                    question=str(one["arguments"][0][0]).rsplit(separator, 1)[-1]
-                    if separator
-                    else str(one["arguments"][0][0]),
+                    question=question.rsplit(separator, 1)[-1] if separator else question,
                     options=options,
-                    gold=_gold(one["target"], options),
+                    gold=options[target] if isinstance(target, int) and 0 <= target < len(options) else str(target),
                     models={model: answer for model, answer in answers.items() if answer is not None},
                 )
             )
     return found
 
 
-def _gold(target: Any, options: Sequence[str]) -> str:
-    return options[target] if isinstance(target, int) and 0 <= target < len(options) else str(target)
-
-
 def _answer(row: Mapping[str, Any], main: str) -> ModelAnswer | None:
     correct = row.get(main)
     if not isinstance(correct, int | float):
         return None
-    said = row["filtered_resps"]
-    if said and all(isinstance(one, list | tuple) and len(one) == 2 for one in said):
-        scores = tuple(float(one[0]) for one in said)
+    replies = row["filtered_resps"]
+    if replies and all(isinstance(one, list | tuple) and len(one) == 2 for one in replies):
+        scores = tuple(float(one[0]) for one in replies)
         choices = [str(pair[1]).strip() for pair in row["arguments"]]
         lengths = [max(1, len(choice)) if main == "acc_norm" else 1 for choice in choices]
         best = max(range(len(scores)), key=lambda i: scores[i] / lengths[i])
         prediction = choices[best] if len(scores) > 1 else ""
         return ModelAnswer(prediction=prediction, scores=scores, correct=float(correct))
-    return ModelAnswer(prediction=str(said[0]) if said else "", correct=float(correct))
+    return ModelAnswer(prediction=str(replies[0]) if replies else "", correct=float(correct))
 
 
-def _scores(found: Found, top: str | None, mains: Mapping[str, Main], rows: Rows) -> dict[str, Number]:
+def _scores(found: HarnessOutput, top: str | None, mains: Mapping[str, Main], rows: Rows) -> dict[str, Number]:
     """Each metric of the task, or of the group and of each of its tasks as "METRIC TASK"."""
     everything = [one for logged in rows.values() for one in logged]
     main, filters = next(iter(mains.values())), {one.filtered for one in mains.values()}
     groups = {**found["results"], **found.get("groups", {})}
-    told = {} if top is None or len(filters) > 1 else groups.get(top, {})
-    scores = _from_items(_numbers(told, main.filtered), everything)
+    own = {} if top is None or len(filters) > 1 else groups.get(top, {})
+    scores = _from_items(_numbers(own, main.filtered), everything)
     for task, logged in rows.items() if len(rows) > 1 else ():
-        own = _from_items(_numbers(found["results"][task], mains[task].filtered), logged)
-        scores |= {f"{main.metric} {task}": own[main.metric]}
+        of_task = _from_items(_numbers(found["results"][task], mains[task].filtered), logged)
+        scores |= {f"{main.metric} {task}": of_task[main.metric]}
     if main.metric not in scores:  # a group that lm-eval gives no score of its own
-        scores = {main.metric: summary.number([float(one[main.metric]) for one in everything]), **scores}
+        scores = {main.metric: number([float(one[main.metric]) for one in everything]), **scores}
     return scores
 
 
 def _from_items(numbers: Mapping[str, Number], logged: Sequence[Mapping[str, Any]]) -> dict[str, Number]:
     """The same numbers; those that are means of their items with the interval that the items give."""
     found = dict(numbers)
-    for name, number in numbers.items():
+    for name, given in numbers.items():
         values = [one.get(name) for one in logged]
         if values and all(isinstance(value, int | float) for value in values):
-            own = summary.number([float(value) for value in values if value is not None])
-            if math.isclose(own.value, number.value, abs_tol=1e-9):
+            own = number([float(value) for value in values if value is not None])
+            if math.isclose(own.value, given.value, abs_tol=1e-9):
                 found[name] = own
     return found
 
 
 def _numbers(metrics: Mapping[str, Any], filtered: str) -> dict[str, Number]:
-    """What lm-eval tells of a task: "acc,none" with "acc_stderr,none"."""
+    """The numbers of lm-eval of a task: "acc,none" with "acc_stderr,none"."""
     found = {}
     for key, value in metrics.items():
         name, comma, of = key.partition(",")
@@ -235,19 +232,98 @@ def _numbers(metrics: Mapping[str, Any], filtered: str) -> dict[str, Number]:
     return found
 
 
-def _normalised(name: str, found: Mapping[str, Found]) -> dict[str, Number]:
+def _normalised(name: str, found: Mapping[str, HarnessOutput]) -> dict[str, Number]:
     """The official score, where the task is one of the leaderboard's and nothing that it is made of is missing."""
     scores = {}
     for model, one in found.items():
         results = {**one["results"], **one.get("groups", {})}
         with contextlib.suppress(KeyError):
-            number = official(name, lambda task, metric, of=results: _numbers(of[task], "none")[metric])
-            if number is not None:
-                scores[model] = number
+            score = official(name, lambda task, metric, of=results: _numbers(of[task], "none")[metric])
+            if score is not None:
+                scores[model] = score
     return scores
 
 
-def _version(found: Found, top: str | None, tasks: Sequence[str]) -> str:
+def _version(found: HarnessOutput, top: str | None, tasks: Sequence[str]) -> str:
     known = found["versions"]
     versions = dict.fromkeys(str(known[task]) for task in (top, *tasks) if known.get(task) not in (None, "N/A"))
     return f"{', '.join(versions) or 'not known'} (lm-eval {metadata.version('lm_eval')})"
+
+
+# --- the leaderboard -------------------------------------------------------------------------------------------------
+
+BBH_CHOICES = {
+    "boolean_expressions": 2,
+    "causal_judgement": 2,
+    "date_understanding": 6,
+    "disambiguation_qa": 3,
+    "formal_fallacies": 2,
+    "geometric_shapes": 11,
+    "hyperbaton": 2,
+    "logical_deduction_five_objects": 5,
+    "logical_deduction_seven_objects": 7,
+    "logical_deduction_three_objects": 3,
+    "movie_recommendation": 6,
+    "navigate": 2,
+    "object_counting": 19,
+    "penguins_in_a_table": 5,
+    "reasoning_about_colored_objects": 18,
+    "ruin_names": 6,
+    "salient_translation_error_detection": 6,
+    "snarks": 2,
+    "sports_understanding": 2,
+    "temporal_sequences": 4,
+    "tracking_shuffled_objects_five_objects": 5,
+    "tracking_shuffled_objects_seven_objects": 7,
+    "tracking_shuffled_objects_three_objects": 3,
+    "web_of_lies": 2,
+}
+"""The number of answers to choose from, as published."""
+MUSR_CHOICES = {"murder_mysteries": 2, "object_placements": 5, "team_allocation": 3}
+CHANCE = {
+    **{f"leaderboard_bbh_{name}": 1 / number for name, number in BBH_CHOICES.items()},
+    **{f"leaderboard_musr_{name}": 1 / number for name, number in MUSR_CHOICES.items()},
+    "leaderboard_gpqa": 0.25,
+    "leaderboard_gpqa_diamond": 0.25,
+    "leaderboard_gpqa_extended": 0.25,
+    "leaderboard_gpqa_main": 0.25,
+    "leaderboard_mmlu_pro": 0.1,
+    "leaderboard_math_hard": 0.0,
+}
+METRIC = {"leaderboard_mmlu_pro": "acc", "leaderboard_math_hard": "exact_match"}
+"""The raw metric of a task; all others have acc_norm."""
+
+Raw = Callable[[str, str], Number]
+"""The raw score of a task by a metric. Raises KeyError where there is none."""
+
+
+def official(task: str, raw: Raw) -> Number | None:
+    """The normalized score of a task or group of the leaderboard; None for any other task.
+
+    Raises:
+        KeyError: a raw score that it is made of is missing.
+    """
+    if task == "leaderboard":
+        return _mean([one for name in LEADERBOARD if (one := official(name, raw)) is not None])
+    if task in ("leaderboard_ifeval", "leaderboard_instruction_following"):
+        return _mean(
+            [raw("leaderboard_ifeval", f"{level}_level_strict_acc") for level in ("prompt", "inst")], alike=True
+        )
+    for group in ("bbh", "musr"):
+        if task == f"leaderboard_{group}":
+            names = [name for name in CHANCE if name.startswith(f"{task}_")]
+            return _mean([one for name in names if (one := official(name, raw)) is not None])
+    if task not in CHANCE:
+        return None
+    return normalize(raw(task, METRIC.get(task, "acc_norm")), CHANCE[task], clip=True)
+
+
+def _mean(parts: Sequence[Number], *, alike: bool = False) -> Number:
+    """The plain mean of independent parts; or of parts that are ``alike``, being of the same answers, whose errors add
+    up: at most too large."""
+    value = sum(part.value for part in parts) / len(parts)
+    errors = [part.error for part in parts if part.error is not None]
+    if len(errors) < len(parts):
+        return Number(value=value)
+    error = (sum(errors) if alike else math.sqrt(sum(error**2 for error in errors))) / len(parts)
+    return Number(value=value, error=error, low=value - Z_95 * error, high=value + Z_95 * error)

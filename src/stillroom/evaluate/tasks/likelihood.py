@@ -1,11 +1,11 @@
-"""Likelihood: how likely a model finds a continuation of a context, for many pairs at once.
+"""Likelihood: the log-probability of continuations after their contexts, for many pairs at once.
 
 Texts become tokens as lm-eval makes them, so that both give the same numbers: context and continuation are tokenised
 together and parted where the context alone would end, and white space between them belongs to the continuation.
 
 A row that begins another row is not read twice: the longer one answers for both, since no position sees what comes
-after it. What all rows begin with, as examples before each question, is read once. Rows of like length share a batch,
-padded at their ends, which no kept position sees. Only the logits of continuations are ever made, in chunks.
+after it. The common beginning of all rows, as examples before each question, is read once. Rows of like length share
+a batch, padded at their ends, which no kept position sees. Only the logits of continuations are ever made, in chunks.
 """
 
 import math
@@ -36,7 +36,7 @@ SHARED_TOKENS = 16
 
 
 class Request(NamedTuple):
-    """A continuation whose likelihood is asked for. Both parts have a token or more."""
+    """A continuation whose likelihood is requested. Both parts have a token or more."""
 
     context: list[int]
     continuation: list[int]
@@ -44,13 +44,13 @@ class Request(NamedTuple):
 
 class Likelihood(NamedTuple):
     log_likelihood: float
-    """Σ log p(token | what stands before it), in nats."""
+    """Σ log p(token | all tokens before it), in nats."""
     greedy: bool
-    """Whether each token of the continuation is the likeliest one."""
+    """Whether each token of the continuation is the top-1 one."""
     num_tokens: int
-    """Of the continuation."""
+    """The length of the continuation."""
     num_cut: int
-    """Tokens of the context that the model could not read, being too far back."""
+    """Tokens of the context that were too far back for the model to read."""
 
 
 # --- text to tokens ---------------------------------------------------------------------------------------------------
@@ -64,12 +64,13 @@ def encode(
     Before a continuation without a context stands the beginning-of-sequence token, or else the end-of-sequence token.
 
     Args:
-        name: says what pair i is, for errors.
+        name: gives the name of pair i, for errors.
 
     Raises:
         DataError: a continuation adds no token, or nothing can stand before it.
     """
-    moved = [_move_space(context, continuation) for context, continuation in pairs]
+    ends = [len(context.rstrip()) for context, _ in pairs]
+    moved = [(pair[0][:end], pair[0][end:] + pair[1]) for pair, end in zip(pairs, ends, strict=True)]
     contexts = list(dict.fromkeys(context for context, _ in moved if context))
     numbers = {context: i for i, context in enumerate(contexts)}
     before = encoded(tokenizer, contexts)
@@ -96,11 +97,6 @@ def encode(
     return found
 
 
-def _move_space(context: str, continuation: str) -> tuple[str, str]:
-    stripped = context.rstrip()
-    return stripped, context[len(stripped) :] + continuation
-
-
 def encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special_tokens: bool = True) -> list[list[int]]:
     """The tokens of each text. One that begins with the beginning-of-sequence token is given no second one."""
     bos = tokenizer.bos_token
@@ -109,8 +105,8 @@ def encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special_tok
     for add in (True, False):
         places = [i for i, has in enumerate(begun) if (special_tokens and not has) == add]
         if places:
-            asked = [texts[i] for i in places]
-            ids = tokenizer(asked, add_special_tokens=add, return_attention_mask=False, verbose=False)["input_ids"]
+            some = [texts[i] for i in places]
+            ids = tokenizer(some, add_special_tokens=add, return_attention_mask=False, verbose=False)["input_ids"]
             for i, tokens in zip(places, cast(list[list[int]], ids), strict=True):
                 found[i] = tokens
     return found
@@ -124,12 +120,12 @@ class RequestRow:
     """Tokens that a model reads, and the requests that they answer."""
 
     tokens: list[int]
-    asked: list[tuple[int, int]]
+    requested: list[tuple[int, int]]
     """(request, position from which on the next tokens are its continuation)."""
 
 
 def _rows(requests: Sequence[Request], max_length: int | None) -> tuple[list[RequestRow], list[int]]:
-    """Rows that answer all requests, longest first, and what is cut from each request's context at its left."""
+    """Rows that answer all requests, longest first, and the tokens that each request's context loses at its left."""
     limit = (max_length or 1 << 62) + 1
     inputs, starts, cuts = [], [], []
     for context, continuation in requests:
@@ -140,7 +136,7 @@ def _rows(requests: Sequence[Request], max_length: int | None) -> tuple[list[Req
     rows: list[RequestRow] = []
     for i in sorted(range(len(inputs)), key=inputs.__getitem__, reverse=True):  # what it begins comes before it
         if rows and rows[-1].tokens[: len(inputs[i])] == inputs[i]:
-            rows[-1].asked.append((i, starts[i]))
+            rows[-1].requested.append((i, starts[i]))
         else:
             rows.append(RequestRow(inputs[i], [(i, starts[i])]))
     return sorted(rows, key=lambda row: -len(row.tokens)), cuts
@@ -157,16 +153,16 @@ def log_likelihoods(
 ) -> list[Likelihood]:
     """The likelihood of each continuation after its context.
 
-    A context that is too long for the model is cut at its left, as lm-eval does it; ``num_cut`` tells by how much.
+    A context that is too long for the model is cut at its left, as lm-eval does it; ``num_cut`` says by how much.
 
     Args:
         num_tokens: tokens in a batch; None finds the number by itself.
-        limit: tokens that the model can read; None is what its config says.
-        done: is told of the number of requests that are answered.
+        limit: tokens that the model can read; None takes the limit of its config.
+        done: is called with the number of requests that are answered.
 
     Raises:
         DataError: a continuation alone is too long for the model.
-        NonFiniteError: what the model says is not a number.
+        NonFiniteError: a log-likelihood is not a number.
         OutOfMemoryError: the device has too little memory for a single row.
     """
     limit = limit or max_length(model.config)
@@ -186,8 +182,11 @@ def log_likelihoods(
     found: list[Likelihood | None] = [None] * len(requests)
     place = answered = 0
     while place < len(rows):
-        size = max(1, budget // (len(rows[place].tokens)))
-        batch = _alike(rows[place : place + size], border)
+        size = max(1, budget // len(rows[place].tokens))
+        batch = rows[place : place + size]
+        if border is not None:  # no batch has rows of both sides of the border at which the model changes its positions
+            longer = len(batch[0].tokens) > border
+            batch = batch[: next((i for i, row in enumerate(batch) if (len(row.tokens) > border) != longer), size)]
         try:
             answers = _answer(model, batch, requests, shared)
         except torch.OutOfMemoryError:
@@ -197,19 +196,16 @@ def log_likelihoods(
             continue
         for i, log_likelihood, greedy in answers:
             if math.isnan(log_likelihood):
-                raise _not_a_number(i)
+                raise NonFiniteError(
+                    "what the model says is not a number",
+                    {"log-likelihood": "not a number", "of": f"request {i} (from 0)"},
+                    why="An answer would count as right or wrong by chance.",
+                    fix="Check its weights; where they are good, another dtype or attention may mend it.",
+                )
             found[i] = Likelihood(log_likelihood, greedy, len(requests[i].continuation), cuts[i])
         place, answered = place + len(batch), answered + len(answers)
         done(answered)
     return cast(list[Likelihood], found)
-
-
-def _alike(rows: list[RequestRow], border: int | None) -> list[RequestRow]:
-    """The first rows, as far as all lie on the same side of the border at which the model changes its positions."""
-    if border is None:
-        return rows
-    longer = len(rows[0].tokens) > border
-    return rows[: next((i for i, row in enumerate(rows) if (len(row.tokens) > border) != longer), len(rows))]
 
 
 def _answer(
@@ -220,7 +216,7 @@ def _answer(
     width = hidden.shape[1]
     places, targets, owners = [], [], []
     for number, row in enumerate(rows):
-        for i, start in row.asked:
+        for i, start in row.requested:
             continuation = requests[i].continuation
             first = number * width + start - shared.length
             places += range(first, first + len(continuation))
@@ -239,7 +235,7 @@ def _answer(
 
 
 def _next_log_probs(hidden: Tensor, output: LMHead, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each position: the log-probability of its next token (float64) and whether it is the likeliest."""
+    """The log-probability of each position's next token (float64), and whether it is the top-1 token."""
     budget = CACHE_BYTES if hidden.device.type == "cpu" else LOGIT_BYTES
     rows = max(1, budget // (4 * output.vocab_size))
     log_probs, greedy = [], []
@@ -252,7 +248,7 @@ def _next_log_probs(hidden: Tensor, output: LMHead, targets: Tensor) -> tuple[Te
     return torch.cat(log_probs).double().cpu(), torch.cat(greedy).cpu()
 
 
-# --- what all rows begin with -----------------------------------------------------------------------------------------
+# --- the common beginning of all rows ---------------------------------------------------------------------------------
 
 
 class _Shared:
@@ -263,10 +259,13 @@ class _Shared:
 
     @classmethod
     def read(cls, model: PreTrainedModel, rows: Sequence[RequestRow]) -> "_Shared":
-        length = _common(rows)
+        first = rows[0].tokens
+        length = min((start for row in rows for _, start in row.requested), default=0)  # short of any that is requested
+        for row in rows:
+            length = next((i for i in range(length) if row.tokens[i] != first[i]), length)
         if len(rows) < 2 or length < SHARED_TOKENS:
             return cls(0, None)
-        tokens = torch.tensor([rows[0].tokens[:length]], device=next(model.parameters()).device)
+        tokens = torch.tensor([first[:length]], device=next(model.parameters()).device)
         try:
             cache = getattr(backbone(model)(input_ids=tokens, use_cache=True), "past_key_values", None)
         except torch.OutOfMemoryError:
@@ -284,24 +283,6 @@ class _Shared:
         layers = [(layer.keys, layer.values) for layer in cast(list[Any], self._cache.layers)]
         cache = DynamicCache([tuple(x.expand(len(rows), -1, -1, -1) for x in layer) for layer in layers])
         return backbone(model)(**inputs, past_key_values=cache, use_cache=True)[0]
-
-
-def _common(rows: Sequence[RequestRow]) -> int:
-    """Tokens that all rows begin with, short of any position that is asked about."""
-    first = rows[0].tokens
-    length = min((start for row in rows for _, start in row.asked), default=0)
-    for row in rows:
-        length = next((i for i in range(length) if row.tokens[i] != first[i]), length)
-    return length
-
-
-def _not_a_number(request: int) -> NonFiniteError:
-    return NonFiniteError(
-        "what the model says is not a number",
-        {"log-likelihood": "not a number", "of": f"request {request} (from 0)"},
-        why="An answer would count as right or wrong by chance.",
-        fix="Check its weights; where they are good, another dtype or attention may mend it.",
-    )
 
 
 def _too_little_memory(length: int) -> OutOfMemoryError:

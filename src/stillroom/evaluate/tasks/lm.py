@@ -1,25 +1,29 @@
-"""Asking: the likelihood of answers, and answers themselves, from a model in this process or behind an address."""
+"""The interface of tasks to a model, in this process or behind an address: log-likelihoods, and generated answers."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-from stillroom.errors import DataError, MissingError
-from stillroom.evaluate.tasks.generation import Written, cut, write
-from stillroom.evaluate.tasks.likelihood import Likelihood, encode, log_likelihoods
+from stillroom.errors import DataError, MissingError, NonFiniteError, OutOfMemoryError
+from stillroom.evaluate.tasks.likelihood import Likelihood, encode, encoded, log_likelihoods
+from stillroom.models.loading import max_length
 from stillroom.teachers.http.client import Connection, Endpoint, connected, in_order
 from stillroom.teachers.http.engine import ServerEngine
 
 Report = Callable[[str, Mapping[str, Any]], None]
-"""Is told of the answers so far: "task" with task, model, done and total; "note" with text."""
+"""A function that is called with the answers so far: "task" with task, model, done and total; "note" with text."""
 
 Done = Callable[[int], object]
-"""Is told of the number of questions to a model that are answered."""
+"""A function that is called with the number of questions to a model that are answered."""
 
 MOST_STOPS = 4
-"""Strings at which OpenAI's interface ends an answer, at the most."""
+"""The most strings at which OpenAI's interface ends an answer."""
 
 
 class EvalModel(NamedTuple):
@@ -29,15 +33,21 @@ class EvalModel(NamedTuple):
     model: PreTrainedModel | None
     """None for one behind an address."""
     tokenizer: PreTrainedTokenizerBase | None
-    """Of one behind an address, where it is known."""
+    """The tokenizer; None for a model behind an address where it is not known."""
     url: str | None
     """The address of an OpenAI-compatible server."""
     folder: str
-    """Its folder or hub name; of one behind an address, the name that it is served under."""
+    """Its folder or hub name; behind an address, the name that it is served under."""
+
+
+class Generation(NamedTuple):
+    text: str
+    num_cut: int
+    """Tokens of the prompt that were too far back for the model to read."""
 
 
 def likelihoods(
-    asked: EvalModel, pairs: Sequence[tuple[str, str]], name: Callable[[int], str], done: Done
+    lm: EvalModel, pairs: Sequence[tuple[str, str]], name: Callable[[int], str], done: Done
 ) -> list[Likelihood]:
     """The likelihood of each continuation after its context.
 
@@ -46,21 +56,19 @@ def likelihoods(
 
     Raises:
         MissingError: the tokenizer of a model behind an address is not known.
-        StillroomError: a pair cannot be asked; the server does not say what it thinks of a given text.
+        StillroomError: a pair cannot be asked; the server gives no log-probabilities of a given text.
     """
-    if asked.model is not None and asked.tokenizer is not None:
-        return log_likelihoods(asked.model, encode(asked.tokenizer, pairs, name), done=done)
-    if asked.tokenizer is None:
+    if lm.model is not None and lm.tokenizer is not None:
+        return log_likelihoods(lm.model, encode(lm.tokenizer, pairs, name), done=done)
+    if lm.tokenizer is None:
         raise MissingError(
-            f"{asked.name} cannot say how likely a given answer is",
-            {"address": asked.url, "its tokenizer": "not known"},
+            f"{lm.name} cannot say how likely a given answer is",
+            {"address": lm.url, "its tokenizer": "not known"},
             why="A server is asked about tokens, and only its model's tokenizer says where the answer begins.",
             fix="Name its tokenizer, or take tasks of the kind exact_match, which need only its text.",
         )
-    requests = encode(asked.tokenizer, pairs, name)
-    engine = ServerEngine(
-        url=str(asked.url), model=served_model(asked), dialect="openai", tokenizer=asked.tokenizer, top=1
-    )
+    requests = encode(lm.tokenizer, pairs, name)
+    engine = ServerEngine(url=str(lm.url), model=served_model(lm), dialect="openai", tokenizer=lm.tokenizer, top=1)
 
     def documents() -> Any:
         for i, (context, continuation) in enumerate(requests):
@@ -68,27 +76,32 @@ def likelihoods(
             yield i, tokens, np.arange(1, len(tokens)) >= len(context)
 
     found = []
-    for i, told in engine.score(documents()):
-        own, first = told.label_log_probs, told.ids[np.cumsum(told.counts) - told.counts]
+    for i, scored in engine.score(documents()):
+        own, top = scored.label_log_probs, scored.ids[np.cumsum(scored.counts) - scored.counts]
         if np.isnan(own).any():
-            raise _not_told(asked, name(i))
-        greedy = bool((first == np.array(requests[i].continuation)).all())
+            raise DataError(
+                f"{lm.name} does not say how likely a given answer is",
+                {"address": lm.url, "asked about": name(i)},
+                why="The server leaves out the log-probabilities of a text that it is given (echo).",
+                fix="Use a server that echoes its prompt with log-probabilities, or tasks of the kind exact_match.",
+            )
+        greedy = bool((top == np.array(requests[i].continuation)).all())
         found.append(Likelihood(float(own.astype(np.float64).sum()), greedy, len(own), 0))
         done(len(found))
     return found
 
 
 def answers(
-    asked: EvalModel, prompts: Sequence[str], *, until: Sequence[str], max_tokens: int, done: Done
-) -> list[Written]:
-    """What the model writes after each prompt: its likeliest token at each step, up to the first of ``until``.
+    lm: EvalModel, prompts: Sequence[str], *, until: Sequence[str], max_tokens: int, done: Done
+) -> list[Generation]:
+    """The model's greedy continuation of each prompt, up to the first of ``until``.
 
     Raises:
         StillroomError: the server gave none.
     """
-    if asked.model is not None and asked.tokenizer is not None:
-        return write(asked.model, asked.tokenizer, prompts, until=until, max_tokens=max_tokens, done=done)
-    body: dict[str, Any] = {"model": served_model(asked), "max_tokens": max_tokens, "temperature": 0.0}
+    if lm.model is not None and lm.tokenizer is not None:
+        return generate(lm.model, lm.tokenizer, prompts, until=until, max_tokens=max_tokens, done=done)
+    body: dict[str, Any] = {"model": served_model(lm), "max_tokens": max_tokens, "temperature": 0.0}
     if until:
         body["stop"] = list(until[:MOST_STOPS])
 
@@ -103,49 +116,177 @@ def answers(
         except (KeyError, IndexError, TypeError):
             text = None
         if not isinstance(text, str):
-            raise _no_text(asked, number)
+            raise DataError(
+                f"{lm.name} gave no text for question {number + 1}",
+                {"address": lm.url, "expected": "choices[0].text"},
+                why="An answer that is not there would count as wrong.",
+                fix="Check that it is an OpenAI-compatible server that has /v1/completions.",
+            )
         return text
 
     found = []
-    for text in in_order(Endpoint(str(asked.url)), enumerate(prompts), ask, first):
-        found.append(Written(cut(text, until), 0))
+    for text in in_order(Endpoint(str(lm.url)), enumerate(prompts), ask, first):
+        found.append(Generation(cut(text, until), 0))
         done(len(found))
     return found
 
 
-def served_model(asked: EvalModel) -> str:
-    """The name of the model that a server is to answer with: the one that is asked for, or its only one.
+def served_model(lm: EvalModel) -> str:
+    """The name of the model that a server is to answer with: the one that is named, or its only one.
 
     Raises:
         MissingError: it serves several, and none by that name.
     """
-    with connected(Endpoint(str(asked.url))) as (connection, submit):
+    with connected(Endpoint(str(lm.url))) as (connection, submit):
         payload = submit(connection.ask("/v1/models", None, "its models")).result()
     data = payload.get("data") if isinstance(payload, dict) else None
     names = [str(m["id"]) for m in data if isinstance(m, dict) and "id" in m] if isinstance(data, list) else []
-    if asked.folder in names or len(names) == 1:
-        return asked.folder if asked.folder in names else names[0]
+    if lm.folder in names or len(names) == 1:
+        return lm.folder if lm.folder in names else names[0]
     raise MissingError(
-        f"which model {asked.name} is, is not known",
-        {"asked for": asked.folder, "served": ", ".join(names)[:200] or "none"},
+        f"which model {lm.name} is, is not known",
+        {"asked for": lm.folder, "served": ", ".join(names)[:200] or "none"},
         why="Another model would be taken for it.",
         fix="Name one that is served.",
     )
 
 
-def _not_told(asked: EvalModel, question: str) -> DataError:
-    return DataError(
-        f"{asked.name} does not say how likely a given answer is",
-        {"address": asked.url, "asked about": question},
-        why="The server leaves out the log-probabilities of a text that it is given (echo).",
-        fix="Use a server that echoes its prompt with log-probabilities, or tasks of the kind exact_match.",
-    )
+# --- generation by a model in this process ---------------------------------------------------------------------------
+
+CPU_TOKENS = 4096
+"""Tokens of prompts and answers in a batch on a CPU."""
+DEVICE_TOKENS = 65_536
+"""The same in the first batch on another device; halved wherever its memory does not suffice."""
 
 
-def _no_text(asked: EvalModel, number: int) -> DataError:
-    return DataError(
-        f"{asked.name} gave no text for question {number + 1}",
-        {"address": asked.url, "expected": "choices[0].text"},
-        why="An answer that is not there would count as wrong.",
-        fix="Check that it is an OpenAI-compatible server that has /v1/completions.",
-    )
+def cut(text: str, until: Sequence[str]) -> str:
+    """The text before the first of ``until``."""
+    return text[: min((place for stop in until if (place := text.find(stop)) >= 0), default=len(text))]
+
+
+class _Until(StoppingCriteria):
+    """Ends each row with the first of some strings in the text after the prompt."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, until: Sequence[str], num_prompt: int) -> None:
+        self.tokenizer, self.until, self.num_prompt = tokenizer, [stop for stop in until if stop], num_prompt
+        self.window = 4 * max((len(stop.encode()) for stop in self.until), default=0) + 2  # tokens that can hold one
+        self.done: list[bool] = []
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:  # noqa: ARG002
+        self.done = self.done or [False] * len(input_ids)
+        for row, tokens in enumerate(input_ids[:, self.num_prompt :][:, -self.window :].tolist()):
+            if not self.done[row]:
+                text = cast(str, self.tokenizer.decode(tokens))
+                self.done[row] = any(stop in text for stop in self.until)
+        return torch.tensor(self.done, device=input_ids.device)
+
+
+class _Finite(LogitsProcessor):
+    """Refuses logits that are not numbers, of which `generate` would take the first as the top one."""
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        if torch.isnan(scores).any():
+            raise NonFiniteError(
+                "what the model says is not a number",
+                {"logits": "not a number", "at": f"token {input_ids.shape[1]} (from 0) of a prompt and its answer"},
+                why="What it writes would mean nothing.",
+                fix="Check its weights; where they are good, another dtype or attention may mend it.",
+            )
+        return scores
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    until: Sequence[str],
+    max_tokens: int,
+    num_tokens: int | None = None,
+    done: Callable[[int], object] = lambda _: None,
+) -> list[Generation]:
+    """Continues each prompt up to the first of ``until``, the end of sequence or ``max_tokens``.
+
+    It takes the top-1 token at each step, whatever a model's own generation config says besides, such as a repetition
+    penalty: a student and its teacher often have different ones.
+
+    Prompts of like length share a batch, padded at their left and masked. A prompt is cut at its left where the model
+    could not read it and its answer whole; ``num_cut`` says by how much.
+
+    Args:
+        num_tokens: tokens in a batch, prompts and answers; None finds the number by itself.
+        done: is called with the number of prompts that are answered.
+
+    Raises:
+        DataError: the model cannot read so many tokens as an answer may have.
+        NonFiniteError: the logits are not numbers.
+        OutOfMemoryError: the device has too little memory for a single prompt and its answer.
+    """
+    limit = max_length(model.config)
+    if limit is not None and limit <= max_tokens:
+        raise DataError(
+            "an answer may be longer than the model can read",
+            {"max_tokens": max_tokens, "the model reads": limit},
+            why="There would be no room for a question.",
+            fix=f"Set max_tokens in the description to less than {limit}.",
+        )
+    room = None if limit is None else limit - max_tokens
+    whole = encoded(tokenizer, list(prompts))
+    prefix = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    ids = [(tokens if room is None else tokens[-room:]) or [cast(int, prefix)] for tokens in whole]
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    cpu = next(model.parameters()).device.type == "cpu"
+    budget = num_tokens or (CPU_TOKENS if cpu else DEVICE_TOKENS)
+    generations: list[Generation | None] = [None] * len(ids)
+    place = 0
+    while place < len(order):
+        width = len(ids[order[place]]) + max_tokens
+        batch = order[place : place + max(1, budget // width)]
+        try:
+            texts = _generate(model, tokenizer, [ids[i] for i in batch], until, max_tokens)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise OutOfMemoryError(
+                    "the device has too little memory to write a single answer",
+                    {"tokens of prompt and answer": width, "batch": "1 prompt"},
+                    why="It cannot be written in parts.",
+                    fix="Lower max_tokens in the description, or use a smaller dtype, or a device with more memory.",
+                ) from None
+            budget = max(width, budget // 2)
+            continue
+        for i, text in zip(batch, texts, strict=True):
+            generations[i] = Generation(text, max(0, len(whole[i]) - len(ids[i])))
+        place += len(batch)
+        done(place)
+    return cast(list[Generation], generations)
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    until: Sequence[str],
+    max_tokens: int,
+) -> list[str]:
+    width = max(map(len, prompts))
+    device = next(model.parameters()).device
+    rows = torch.tensor([[0] * (width - len(tokens)) + tokens for tokens in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in prompts], device=device)
+    own = model.generation_config
+    eos = tokenizer.eos_token_id if own is None or own.eos_token_id is None else own.eos_token_id
+    pad = eos[0] if isinstance(eos, list) else (eos or 0)
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=max_tokens, eos_token_id=eos, pad_token_id=pad)
+    stop = StoppingCriteriaList([_Until(tokenizer, until, width)])
+    try:
+        model.generation_config = GenerationConfig()  # `generate` would take from its own what ours leaves open
+        out = cast(Callable[..., Tensor], model.generate)(
+            rows,
+            attention_mask=mask,
+            generation_config=greedy,
+            logits_processor=LogitsProcessorList([_Finite()]),
+            stopping_criteria=stop,
+        )
+    finally:
+        model.generation_config = own
+    return [cut(text, until) for text in tokenizer.batch_decode(out[:, width:].tolist(), skip_special_tokens=True)]

@@ -8,10 +8,8 @@ import pytest
 from evaluations import build_evaluation
 from stillroom.errors import DataError, MissingError
 from stillroom.evaluate.report import read_results, rebuild, sentences, words
-from stillroom.evaluate.report.changes import SHOWN, pairs, read_changes
-from stillroom.evaluate.report.content import make_report
+from stillroom.evaluate.report.content import SHOWN, make_report, pairs, read_changes, read_training
 from stillroom.evaluate.report.tables import metric_table
-from stillroom.evaluate.report.training import read_training
 from stillroom.evaluate.results import Difference, Number, Results
 from stillroom.evaluate.tasks.items import Item, ModelAnswer, write_items
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from evaluations import HOSTILE, build_evaluation
-from stillroom.evaluate.report import charts, palette, write_report
+from stillroom.evaluate.report import charts, write_report
 from stillroom.evaluate.report.page import HERE
+from stillroom.evaluate.report.svg import PAINTS
 from stillroom.evaluate.results import Results
 
 EVERY_NAME = ("teacher", "distilled", "distilled-2", "baseline", "other")
@@ -214,7 +215,7 @@ def test_texts_and_lines_stand_out_from_their_grounds(dark):
         assert contrast(values[text], values[f"shade-{level}"]) >= 4.5, level
     shades = [luminance(values["paper"]), *(luminance(values[f"shade-{level}"]) for level in on)]
     assert shades == sorted(shades, reverse=not dark), "the shades are a scale without their colour, too"
-    for paints in palette.PAINTS.values():
+    for paints in PAINTS.values():
         for paint in paints:
             assert contrast(paint.line[dark], values["paper"]) >= 3
 

@@ -12,10 +12,10 @@ from benchmarks import run_task
 from conftest import build_model
 from stillroom.errors import ConfigError, MissingError
 from stillroom.evaluate.tasks import harness, harness_results
+from stillroom.evaluate.tasks.benchmarks import open_benchmark
 from stillroom.evaluate.tasks.config import HarnessTask, LocalTask
 from stillroom.evaluate.tasks.items import read_items
 from stillroom.evaluate.tasks.lm import EvalModel
-from stillroom.evaluate.tasks.run import open_benchmark
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

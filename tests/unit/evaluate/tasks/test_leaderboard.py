@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from stillroom.evaluate.results import Number
-from stillroom.evaluate.tasks.leaderboard import BBH_CHOICES, MUSR_CHOICES, official
+from stillroom.evaluate.tasks.harness_results import BBH_CHOICES, MUSR_CHOICES, official
 from stillroom.recipe import from_yaml
 
 RAW = {

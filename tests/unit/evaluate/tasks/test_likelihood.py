@@ -96,6 +96,15 @@ def test_what_all_begin_with_is_read_once():
     assert reads.num_tokens == 30 + 10 * 2
 
 
+@pytest.mark.parametrize("length", [16, 30])
+def test_a_context_that_all_share_is_not_read_beyond_its_last_token(length: int):
+    """The last token of the context predicts the first of each continuation, so it is read with each row."""
+    model, shared = build_model(), list(range(2, 2 + length))
+    asked = [Request(shared, [i, i + 1, i + 2]) for i in range(100, 104)]
+    found = [one.log_likelihood for one in log_likelihoods(model, asked)]
+    assert found == pytest.approx([naive(model, request) for request in asked], abs=1e-5)
+
+
 def test_too_long_a_context_is_cut_at_its_left_and_told():
     model = build_model(max_position_embeddings=8)
     tokens = list(range(10, 30))

@@ -11,13 +11,10 @@ from transformers import PreTrainedTokenizerFast
 from conftest import build_model
 from stillroom.errors import MissingError
 from stillroom.evaluate.tasks import local
-from stillroom.evaluate.tasks.config import LocalTask
-from stillroom.evaluate.tasks.description import Filter, Regex, read_description
-from stillroom.evaluate.tasks.generation import Written
+from stillroom.evaluate.tasks.config import Filter, LocalTask, Regex, read_description
 from stillroom.evaluate.tasks.likelihood import Likelihood
-from stillroom.evaluate.tasks.lm import EvalModel, likelihoods
-from stillroom.evaluate.tasks.local import LOG_LIKELIHOOD, ModelReply, apply, ask, chance
-from stillroom.evaluate.tasks.questions import questions
+from stillroom.evaluate.tasks.lm import EvalModel, Generation, likelihoods
+from stillroom.evaluate.tasks.local import LOG_LIKELIHOOD, ModelReply, apply, ask, chance, questions
 from stillroom.recipe import to_yaml
 
 NOBODY = EvalModel("nobody", None, None, None, "")
@@ -79,11 +76,11 @@ def test_the_last_word_counts_where_it_is_the_likeliest(tmp_path: Path, monkeypa
 def test_an_answer_is_filtered_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked: dict[str, Any] = {}
 
-    def write(_model: Any, prompts: Any, **settings: Any) -> list[Written]:
+    def generate(_model: Any, prompts: Any, **settings: Any) -> list[Generation]:
         asked.update(settings)
-        return [Written(text, 0) for text in (" It is 1,234.0 drops", "I do not know")][: len(prompts)]
+        return [Generation(text, 0) for text in (" It is 1,234.0 drops", "I do not know")][: len(prompts)]
 
-    monkeypatch.setattr(local, "answers", write)
+    monkeypatch.setattr(local, "answers", generate)
     rows = [{"q": "how many?", "a": "so 1234"}, {"q": "how many?", "a": "so 1234"}]
     settings = {"kind": "exact_match", "context": "q", "target": "a", "until": ["\n\n"], "max_tokens": 9}
     filters = {"filters": ["last_number"], "target_filters": ["last_number"]}

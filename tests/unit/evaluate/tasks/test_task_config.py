@@ -8,8 +8,15 @@ from pydantic import Field
 
 from stillroom.config import Config, load
 from stillroom.errors import ConfigError, MissingError
-from stillroom.evaluate.tasks.config import LEADERBOARD, HarnessTask, LocalTask, TaskConfig, expand
-from stillroom.evaluate.tasks.description import MultipleChoice, read_description
+from stillroom.evaluate.tasks.config import (
+    LEADERBOARD,
+    HarnessTask,
+    LocalTask,
+    MultipleChoice,
+    TaskConfig,
+    expand,
+    read_description,
+)
 
 
 class Whole(Config):

@@ -11,11 +11,10 @@ from benchmarks import run_task
 from conftest import build_model
 from stillroom.errors import DataError, MissingError
 from stillroom.evaluate.results import Number, TaskResult
+from stillroom.evaluate.tasks.benchmarks import open_benchmark
 from stillroom.evaluate.tasks.config import LocalTask
-from stillroom.evaluate.tasks.items import as_text, changes, read_items
+from stillroom.evaluate.tasks.items import as_text, changes, normalize, read_items, scores
 from stillroom.evaluate.tasks.lm import EvalModel
-from stillroom.evaluate.tasks.run import open_benchmark
-from stillroom.evaluate.tasks.summary import normalise, scores
 from stillroom.statistics import paired_bootstrap
 
 WORDS = ["still", "teacher", "student", "drops", "word", "first", "slowly", "listens"]
@@ -151,11 +150,11 @@ def test_a_perplexity_that_no_number_can_hold_is_left_out():
     assert found["log_likelihood_nats"].value == -4005.0
 
 
-def test_normalised_is_0_at_chance_and_1_at_perfect():
-    assert normalise(Number(value=0.25), 0.25).value == 0
-    assert normalise(Number(value=1.0), 0.25).value == 1
+def test_normalized_is_0_at_chance_and_1_at_perfect():
+    assert normalize(Number(value=0.25), 0.25).value == 0
+    assert normalize(Number(value=1.0), 0.25).value == 1
     below = Number(value=0.1, error=0.03, low=0.04, high=0.4)
-    assert normalise(below, 0.25).value == pytest.approx(-0.2)
-    clipped = normalise(below, 0.25, clip=True)
+    assert normalize(below, 0.25).value == pytest.approx(-0.2)
+    clipped = normalize(below, 0.25, clip=True)
     assert (clipped.value, clipped.low, clipped.high) == (0, 0, pytest.approx(0.2))
     assert clipped.error == pytest.approx(0.04)

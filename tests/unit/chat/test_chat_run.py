@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from conftest import build_model
-from stillroom.chat.answer import Draw, Talker, answers
 from stillroom.chat.config import ChatConfig
-from stillroom.chat.run import load, run
+from stillroom.chat.run import ChatModel, Draw, answers, load, run
 from stillroom.config import load as load_config
 from stillroom.errors import ConfigError
 
@@ -16,9 +15,9 @@ SETTINGS = {"system": None, "max_tokens": 12, "temperature": 1.0, "top_p": 1.0, 
 
 
 def talk(tokenizer, *seeds: int, prompt: str = "The still", **settings) -> list[str]:
-    talkers = [Talker(f"model {seed}", build_model(seed=seed), tokenizer) for seed in seeds]
-    texts = [""] * len(talkers)
-    for piece in answers(talkers, prompt, **{**SETTINGS, **settings}):
+    models = [ChatModel(f"model {seed}", build_model(seed=seed), tokenizer) for seed in seeds]
+    texts = [""] * len(models)
+    for piece in answers(models, prompt, **{**SETTINGS, **settings}):
         texts[piece.model] += piece.text
     return texts
 
@@ -57,13 +56,13 @@ def test_the_nucleus_is_the_fewest_tokens_that_have_the_mass(top_p, left):
 
 
 def test_a_conversation_goes_through_the_template_and_is_remembered(chat_tokenizer):
-    talker = Talker("m", build_model(seed=1, max_position_embeddings=512), chat_tokenizer)
+    chat = ChatModel("m", build_model(seed=1, max_position_embeddings=512), chat_tokenizer)
     for prompt in ("How many?", "And now?"):
-        answer = "".join(piece.text for piece in answers([talker], prompt, **{**SETTINGS, "system": "Be brief."}))
+        answer = "".join(piece.text for piece in answers([chat], prompt, **{**SETTINGS, "system": "Be brief."}))
     roles = ["system", "user", "assistant", "user", "assistant"]
-    assert [message["role"] for message in talker.messages] == roles
-    assert talker.messages[-1]["content"] == answer
-    text = chat_tokenizer.decode(talker.tokens("More?", None)[0])
+    assert [message["role"] for message in chat.messages] == roles
+    assert chat.messages[-1]["content"] == answer
+    text = chat_tokenizer.decode(chat.tokens("More?", None)[0])
     assert "<|im_start|>system\nBe brief.<|im_end|>" in text
     assert text.endswith("<|im_start|>user\nMore?<|im_end|>\n<|im_start|>assistant\n")
 
@@ -76,7 +75,9 @@ def test_a_prompt_that_leaves_no_room_for_the_answer(tiny_tokenizer):
 
 def test_who_stops_reading_stops_the_models(tiny_tokenizer):
     before = threading.active_count()
-    pieces = answers([Talker("m", build_model(seed=1), tiny_tokenizer)], "The still", **{**SETTINGS, "max_tokens": 50})
+    pieces = answers(
+        [ChatModel("m", build_model(seed=1), tiny_tokenizer)], "The still", **{**SETTINGS, "max_tokens": 50}
+    )
     next(pieces)
     pieces.close()
     assert threading.active_count() == before
@@ -86,14 +87,14 @@ def test_an_error_of_a_model_is_raised(tiny_tokenizer, monkeypatch):
     model = build_model(seed=1)
     monkeypatch.setattr(model, "forward", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        list(answers([Talker("m", model, tiny_tokenizer)], "The still", **SETTINGS))
+        list(answers([ChatModel("m", model, tiny_tokenizer)], "The still", **SETTINGS))
 
 
 def test_the_folder_of_a_run_means_its_model(saved_model, tmp_path):
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "model").symlink_to(saved_model(seed=1))
-    config = load_config(ChatConfig, None, [f"models=[{tmp_path}]", "device=cpu"])
-    assert load(config, str(tmp_path)).name == str(tmp_path / "model")
+    loaded = load(str(tmp_path), device="cpu", dtype="auto", trust_remote_code=False)
+    assert loaded.name == str(tmp_path / "model")
 
 
 def test_each_prompt_is_answered_by_every_model(saved_model):
