@@ -36,6 +36,6 @@ def test_a_signal_is_of_the_kept_positions():
     model = build_model("gemma2")
     batch = build_batch(20, 9, 31)
     with torch.no_grad():
-        own = model(input_ids=batch.tokens, position_ids=batch.positions, use_cache=False).logits[batch.keep]
+        own = model(input_ids=batch.tokens, position_ids=batch.positions, use_cache=False).logits[batch.loss_mask]
     signal = LiveTeacher(model).forward(batch).signal
     torch.testing.assert_close(signal.head.logits(signal.hidden), own, rtol=1e-5, atol=1e-5)
