@@ -39,12 +39,12 @@ Where = Callable[[int], tuple[int, int]]
 
 
 class CapturedSignal(NamedTuple):
-    """What a store keeps of one document's kept positions."""
+    """The signals of one document's kept positions, as a store keeps them."""
 
     signal: LogProbCodes | np.ndarray
     """Levels; or, for a full store, the logits, float32 [kept, vocab]."""
     error_nats: float
-    """What quantizing cost, summed over the positions."""
+    """The error of quantizing, summed over the positions."""
     hidden: bytes | None = None
     """Its encoded hidden states, where some are kept."""
 
@@ -56,7 +56,7 @@ class SignalCapture:
     teacher: LiveTeacher | ServerTeacher
     """A live one gives the layers of ``hidden``."""
     signal: AnySignal
-    """What is kept of each distribution; top_k or top_p from a server."""
+    """The part of each distribution that is kept; top_k or top_p from a server."""
     vocab_size: int
     """The tokens that make up its distribution: the first columns of its head."""
     seed: int

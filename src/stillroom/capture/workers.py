@@ -110,7 +110,7 @@ def part_range(part: Part | None, documents: Documents, window: int, generate: G
 
 @dataclass(frozen=True)
 class WorkerShare:
-    """What a capture reads and stores of its data."""
+    """The data that a capture reads and stores."""
 
     first: int
     """The first document of the data."""

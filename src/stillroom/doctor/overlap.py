@@ -33,11 +33,11 @@ class Overlap(NamedTuple):
     num_shared: int
     """Documents that share words with an item."""
     num_items: dict[str, int]
-    """By task."""
+    """The items by task."""
     num_items_shared: dict[str, int]
-    """By task, the items that share words with a document."""
+    """The items that share words with a document, by task."""
     num_short: dict[str, int]
-    """By task, the items of fewer words, in which nothing can be found."""
+    """The items of fewer words, in which nothing can be found, by task."""
     shown: tuple[Shared, ...]
     """The first few documents that do."""
 

@@ -104,7 +104,7 @@ def test_signals_stand_at_the_positions_of_their_documents(stored, settings, sha
 def test_sparse_signals_are_those_of_their_documents_in_turn(stored, kind):
     store = stored(kind, "shard_positions=60")
     (batch,) = next(stream(store, tokens=128, micro_tokens=128))
-    told = StoredTeacher(store).read(batch)
+    told = StoredTeacher(store).prefetch(batch)
     read = told.signal
     assert isinstance(read, Sparse)
     assert read.vocab_size == 300
@@ -130,9 +130,9 @@ def test_a_damaged_row_is_told_when_it_is_read(stored, tmp_path):
     (holds,) = [batch for batch in batches if 5 in batch.documents]
     for batch in batches:
         if batch is not holds:
-            asked.read(batch)
+            asked.prefetch(batch)
     with pytest.raises(DataError, match="damaged"):
-        asked.read(holds)
+        asked.prefetch(holds)
 
 
 # --- a full store ----------------------------------------------------------------------------------------------------
