@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from results import data_folder, machine, save
 
-from stillroom.capture.config import Transformers
-from stillroom.capture.model import ModelTeacher
+from stillroom.capture.signals import SignalCapture
 from stillroom.capture.windows import Document, batches, windows
 from stillroom.data.config import TextData
 from stillroom.data.dataset import Documents, prepare
@@ -36,6 +35,7 @@ from stillroom.store.format import FORMAT, Manifest, SourceInfo
 from stillroom.store.quantize import LogProbCodes, num_uniforms, quantize, to_sparse
 from stillroom.store.reader import Store
 from stillroom.store.writer import StoreWriter
+from stillroom.teachers.live import LiveTeacher
 from stillroom.tokenizers import load_tokenizer
 
 TOP_K, DEFAULT = TopK(kind="top_k"), HeadAndSample(kind="head_and_sample")
@@ -76,11 +76,11 @@ def main() -> None:
     save(__file__, result)
 
 
-def teacher_of(model: Any, signal: Any) -> ModelTeacher:
-    engine = Transformers(
-        kind="transformers", device="cpu", dtype="float32", batch_tokens=16384, logits_bytes=8 * 2**20
-    )
-    return ModelTeacher(model, engine, signal, columns=4096, length=256, pack=True, seed=0, pad_token=0)
+def teacher_of(model: Any, signal: Any) -> SignalCapture:
+    return SignalCapture(
+        LiveTeacher(model), signal, vocab_size=4096, seed=0, length=256, pack=True, batch_tokens=16384,
+        logits_bytes=8 * 2**20,
+    )  # fmt: skip
 
 
 def capture(model: Any, documents: Documents, stop: int, signal: Any, path: Path) -> Store:
@@ -92,7 +92,7 @@ def capture(model: Any, documents: Documents, stop: int, signal: Any, path: Path
     teacher = teacher_of(model, signal)
     with StoreWriter(path, manifest) as writer:
         for window in windows(documents, 0, stop):
-            for document, (levels, error) in zip(window, teacher.say(window), strict=True):
+            for document, (levels, error) in zip(window, teacher.capture(window), strict=True):
                 writer.add(document.number, document.tokens, document.loss_mask, levels, error)
         writer.finish()
     return Store(path)
@@ -225,7 +225,7 @@ def codec_speed(model: Any, documents: Documents, repeats: int) -> dict[str, Any
     """Positions a second of one core, coded with 24 entries; and plain columns of top-32 in bfloat16 through Arrow."""
     torch.set_num_threads(1)
     (window,) = windows(documents, 0, 128)
-    said = teacher_of(model, FIXED).say(window)
+    said = teacher_of(model, FIXED).capture(window)
     levels = LogProbCodes.concatenate([signal for signal, _ in said])
     tokens = np.concatenate([document.tokens[document.loss_mask] for document in window]).astype(np.int32)
     offsets = np.cumsum([0, *(document.num_kept for document in window)], dtype=np.int64)
@@ -309,7 +309,7 @@ def capture_overhead(model: Any, documents: Documents, stop: int, repeats: int) 
     def say() -> None:
         teacher = teacher_of(model, DEFAULT)
         for window in all_windows:
-            teacher.say(window)
+            teacher.capture(window)
 
     result: dict[str, Any] = {"positions": n}
     with tempfile.TemporaryDirectory() as folder:

@@ -19,10 +19,10 @@ FREE_TO_CHANGE = (
     "teacher.engine.url", "teacher.engine.key_variable", "teacher.engine.prompt_price",
     "teacher.engine.completion_price",
 )  # fmt: skip
-"""Settings that change nothing of what the teacher says, but for rounding, so a resumed capture may have others."""
+"""Settings that change nothing of the teacher's output, but for rounding, so a resumed capture may have others."""
 
 DECIDES_ANSWERS = ("teacher.engine.batch_tokens", "teacher.engine.device")
-"""Of these, what decides which random numbers an answer takes."""
+"""Those of them that decide which random numbers an answer takes."""
 
 
 class Transformers(Config):
@@ -48,23 +48,23 @@ class Transformers(Config):
 
 class _Server(Config):
     url: str
-    """Where it is, with the version: http://127.0.0.1:8000/v1."""
+    """Its address, with the version: http://127.0.0.1:8000/v1."""
     concurrency: Annotated[int, Field(gt=0, le=1024)] = 8
     """Requests under way at a time."""
     retries: Annotated[int, Field(ge=0, le=100)] = 6
-    """How often a request that failed is tried again, with longer and longer waits."""
+    """The number of times that a request that failed is tried again, with longer and longer waits."""
     timeout_s: Annotated[float, Field(gt=0)] = 120.0
     """Seconds after which a request counts as failed."""
     key_variable: str | None = None
     """The name of the environment variable that holds the server's key. The key itself is never written down."""
     prompt_price: Annotated[float, Field(ge=0)] = 0.0
-    """What a million tokens read cost, for the running count of the cost."""
+    """The price of a million tokens read, for the running count of the cost."""
     completion_price: Annotated[float, Field(ge=0)] = 0.0
-    """What a million tokens written cost."""
+    """The price of a million tokens written."""
 
 
 class VLLM(_Server):
-    """A vLLM server, which tells the log-probabilities of any text that it is given."""
+    """A vLLM server, which gives the log-probabilities of any text that it is sent."""
 
     kind: Literal["vllm"]
 
@@ -84,11 +84,11 @@ class TeacherConfig(Config):
     model: PathText
     """Hub name or folder; for a server the name that it is served under."""
     engine: EngineConfig = Transformers(kind="transformers")
-    """What runs it."""
+    """The engine that runs it."""
     tokenizer: PathText | None = None
     """Hub name or folder of its tokenizer; null is the model's own. One that makes other ids than that is refused."""
     columns: Positive | Literal["auto"] = "auto"
-    """How many columns of its head make up its distribution; auto is those that the tokenizer has tokens for."""
+    """The columns of its head that make up its distribution; auto is those that the tokenizer has tokens for."""
     revision: str | None = None
     """Commit or tag on the hub."""
     trust_remote_code: bool = False
@@ -96,18 +96,18 @@ class TeacherConfig(Config):
 
 
 class Generate(Config):
-    """Let the teacher answer first, and store what it says about its own answers.
+    """Let the teacher answer first, and store its signals for its own answers.
 
-    A document's prompt is all that stands before its last stretch to learn, so the answer of a conversation, or the
+    A document's prompt is all that stands before its last targets, so the answer of a conversation, or the
     completion of a pair, is replaced by the teacher's.
     """
 
     max_tokens: Positive = 512
     """The longest answer."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
-    """Of sampling; 0 takes the likeliest token each time."""
+    """The temperature of sampling; 0 takes the top token each time."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sample from the likeliest tokens that hold this share of the mass."""
+    """Sample from the top tokens that hold this share of the mass."""
     answers: Annotated[int, Field(gt=0, le=1000)] = 1
     """Answers to each prompt."""
     prompt_tokens: Positive | None = None
@@ -118,9 +118,9 @@ class Part(Config):
     """The share of one worker of several, who need not know of each other."""
 
     index: Annotated[int, Field(ge=0)]
-    """Which worker, from 0."""
+    """The worker's number, from 0."""
     of: Annotated[int, Field(gt=0, le=2**20)]
-    """How many workers."""
+    """The number of workers."""
 
     def __str__(self) -> str:
         return f"part {self.index} of {self.of}"
@@ -132,16 +132,16 @@ class Part(Config):
 
 
 class CaptureConfig(Config):
-    """`stillroom capture`: ask the teacher once, and store what it said; any number of students learn from that."""
+    """`stillroom capture`: run the teacher once, and store its signals; any number of students learn from them."""
 
     verb: ClassVar[str | None] = "capture"
 
     teacher: TeacherConfig
     """The model that is asked."""
     data: DataConfig
-    """What it reads."""
+    """The text that it reads."""
     signal: SignalConfig = HeadAndSample(kind="head_and_sample")
-    """What is kept of each of its distributions."""
+    """The part of each of its distributions that is kept."""
     hidden: HiddenStatesConfig | None = None
     """Keep states of its layers too, for objectives of kind hidden; null keeps none. --dry-run tells the bytes."""
     generate: Generate | None = None
@@ -153,7 +153,7 @@ class CaptureConfig(Config):
     shard_positions: Positive = SHARD_POSITIONS
     """Positions in a shard. Whole shards survive anything; a shard is held in memory until it is written."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of the draws and of the answers."""
+    """The seed of the draws and of the answers."""
     out: PathText
     """The run's folder, which must not exist yet; the store is OUT/store. Parts of one capture have the same."""
 
@@ -210,5 +210,5 @@ class CaptureConfig(Config):
 
     @property
     def folder(self) -> Path:
-        """Where this run writes, once ``part`` is resolved: ``out``, or the folder of its part in it."""
+        """The folder that this run writes, once ``part`` is resolved: ``out``, or the folder of its part in it."""
         return Path(self.out, self.part.folder) if isinstance(self.part, Part) else Path(self.out)

@@ -8,8 +8,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from stillroom.capture.config import CaptureConfig, Part, TeacherConfig, Transformers
 from stillroom.capture.estimate import LOGITS_BYTES, costs, kinds
-from stillroom.capture.hidden import size_text
-from stillroom.capture.workers import WorkerShare, own_device, part_of, worker_share
+from stillroom.capture.windows import window_documents
+from stillroom.capture.workers import WorkerShare, own_device, part_of, position_bytes, size_text, worker_share
 from stillroom.config import BATCH_TOKENS, format_setting, is_local, replace
 from stillroom.data.dataset import Documents, cache_folder, prepared
 from stillroom.data.formats import needs_template
@@ -86,8 +86,10 @@ class CapturePlan(VerbPlan[CaptureConfig]):
 
     @cached_property
     def _share(self) -> WorkerShare | None:
-        found = self._documents
-        return None if found is None else worker_share(self.config, found, self.teacher_config)
+        found, config = self._documents, self.config
+        size = position_bytes(config.hidden, self.teacher_config)
+        window = window_documents(config.data.length, config.generate, size)
+        return None if found is None else worker_share(part_of(config.part), found, window, config.generate)
 
     def reads(self) -> dict[str, str]:
         teacher = self.config.teacher
@@ -101,10 +103,11 @@ class CapturePlan(VerbPlan[CaptureConfig]):
         if is_local(data.path):
             cached = tokenized_file(data, self.tokenizer, self.template)
         found = {"tokenised data": cached, "run": str(out / "run.json"), "store": str(out / "store")}
-        if self.config.hidden is not None:
+        if (hidden := self.config.hidden) is not None:
             will = self._share
             counts = None if will is None else (will.documents, will.positions)
-            found["hidden states"] = size_text(self.config, self.teacher_config, counts)
+            size, at_most = position_bytes(hidden, self.teacher_config), self.config.generate is not None
+            found["hidden states"] = size_text(hidden, size, counts, at_most=at_most)
         return found
 
     @property
@@ -166,7 +169,7 @@ def make_plan(config: CaptureConfig) -> CapturePlan:
 def _resolve(config: CaptureConfig) -> CaptureConfig:
     import torch
 
-    part = part_of(config)
+    part = part_of(config.part)
     values: dict[str, object] = {
         "data.cache": str(cache_folder(config.data)),
         "part": None if part is None else part.model_dump(),

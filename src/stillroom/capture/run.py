@@ -3,58 +3,64 @@
 import hashlib
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from stillroom.capture.answers import answered, prompts
-from stillroom.capture.config import DECIDES_ANSWERS, FREE_TO_CHANGE, CaptureConfig, Generate, Part, Transformers
-from stillroom.capture.hidden import size_text, window_documents
-from stillroom.capture.model import CapturedSignal, ModelTeacher
+from stillroom.capture.config import (
+    DECIDES_ANSWERS,
+    FREE_TO_CHANGE,
+    CaptureConfig,
+    Generate,
+    Part,
+    TeacherConfig,
+    Transformers,
+)
 from stillroom.capture.plan import CapturePlan, make_plan
-from stillroom.capture.windows import Document, windows
-from stillroom.capture.workers import check_shared, named, part_of, part_range, worker_share
+from stillroom.capture.signals import CapturedSignal, SignalCapture
+from stillroom.capture.windows import Document, answered, prompts, window_documents, windows
+from stillroom.capture.workers import check_shared, named, part_of, part_range, position_bytes, size_text, worker_share
+from stillroom.data.config import AnyData
 from stillroom.data.dataset import Documents, prepare
 from stillroom.errors import OutOfMemoryError
 from stillroom.models import loading
 from stillroom.models.hidden_states import verify
 from stillroom.runs import RunFolder, check_place, deferred_interrupts, ended, redact, versions
-from stillroom.store.config import TopK, TopP, side_columns
+from stillroom.store.config import AnySignal, HiddenStatesConfig, TopK, TopP, side_columns
 from stillroom.store.format import TOKENIZER, Manifest, SourceInfo, format_of
 from stillroom.store.hidden_states import bytes_per_position
 from stillroom.store.writer import StoreWriter
+from stillroom.teachers.config import ServerTeacherConfig
+from stillroom.teachers.live import LiveTeacher
+from stillroom.teachers.server import ServerTeacher
 from stillroom.tokenizers import fingerprint, template_fingerprint
 from stillroom.verbs import Report, recorded
-
-if TYPE_CHECKING:
-    from stillroom.capture.server import ServerCaptureTeacher
 
 
 def run(
     config: CaptureConfig, *, resume: bool = False, overwrite: bool = False, report: Report = lambda *_: None
 ) -> dict[str, Any]:
-    """Asks the teacher, and writes ``out/store``, or that of its part in ``out``; returns what run.json says.
+    """Runs the teacher, and writes ``out/store``, or that of its part in ``out``; returns what run.json holds.
 
     Args:
         resume: go on with the capture in ``out``, from its last whole shard; begin it where there is none.
         overwrite: delete what is in ``out`` first.
-        report: is told of what is done, for a progress line.
+        report: is called with what is done, for a progress line.
 
     Raises:
         StillroomError: something that the user can mend; what was written before is whole.
         KeyboardInterrupt: Ctrl-C; what was captured so far is in the store.
     """
-    part = part_of(config)
+    part = part_of(config.part)
+    if part is None:
+        return _run(config, None, resume, overwrite, report)
     with named(part):
-        return _run(config, part, resume, overwrite, report if part is None else _named(report, part))
-
-
-def _named(report: Report, part: Part) -> Report:
-    return lambda event, values: report(event, {**values, "part": str(part)})
+        return _run(config, part, resume, overwrite, lambda event, values: report(event, {**values, "part": str(part)}))
 
 
 def _run(config: CaptureConfig, part: Part | None, resume: bool, overwrite: bool, report: Report) -> dict[str, Any]:
@@ -62,10 +68,9 @@ def _run(config: CaptureConfig, part: Part | None, resume: bool, overwrite: bool
     place = Path(config.out) if part is None else Path(config.out, part.folder)
     check_place(place, may_exist=resume or overwrite)
     plan = make_plan(config)
-    config = plan.config
-    settings = config.model_dump(mode="json")
-    free = [name for name in FREE_TO_CHANGE if config.generate is None or name not in DECIDES_ANSWERS]
-    folder = RunFolder(place, settings, resume=resume, overwrite=overwrite, free=free)
+    config, generate = plan.config, plan.config.generate
+    free = [name for name in FREE_TO_CHANGE if generate is None or name not in DECIDES_ANSWERS]
+    folder = RunFolder(place, config.model_dump(mode="json"), resume=resume, overwrite=overwrite, free=free)
     with folder:
         if folder.done:
             report("note", {"text": f"the capture in {folder.path} is done already"})
@@ -76,39 +81,77 @@ def _run(config: CaptureConfig, part: Part | None, resume: bool, overwrite: bool
             template=plan.template,
             report=lambda rows: report("tokenise", {"rows": rows, "path": config.data.path}),
         )
-        teacher = _teacher(plan)
+        capture = build_capture(
+            config.teacher,
+            plan.tokenizer,
+            config.data,
+            config.signal,
+            seed=config.seed,
+            vocab_size=plan.vocab_size,
+            hidden=config.hidden,
+        )
         manifest = _manifest(plan, documents)
-        facts = {
-            "teacher": {"fingerprint": manifest.teacher.fingerprint},
-            "tokenizer": {"fingerprint": manifest.tokenizer.fingerprint},
-            "data": {"fingerprint": documents.fingerprint, **documents.counts},
-        }
-        folder.update(status="started", **facts)
+        folder.update(
+            status="started",
+            teacher={"fingerprint": manifest.teacher.fingerprint},
+            tokenizer={"fingerprint": manifest.tokenizer.fingerprint},
+            data={"fingerprint": documents.fingerprint, **documents.counts},
+        )
+        size = position_bytes(config.hidden, plan.teacher_config)
+        window = window_documents(config.data.length, generate, size)
         if config.hidden is not None:
-            will = worker_share(config, documents, plan.teacher_config)
-            text = size_text(config, plan.teacher_config, (will.documents, will.positions))
+            will = worker_share(part, documents, window, generate)
+            counts = will.documents, will.positions
+            text = size_text(config.hidden, size, counts, at_most=generate is not None)
             report("note", {"text": f"hidden states: {text}"})
         store = folder.path / "store"
         with StoreWriter(store, manifest, shard_positions=config.shard_positions) as writer:
             plan.tokenizer.save_pretrained(store / TOKENIZER)
-            spent = _Spent(folder.record, teacher)
+            engine = config.teacher.engine
+            prices = (0.0, 0.0) if isinstance(engine, Transformers) else (engine.prompt_price, engine.completion_price)
+            spent = _Spent(folder.record, capture.teacher, prices)
             with recorded(folder, spent.so_far):
-                _capture(plan, documents, teacher, writer, report)
-            results = _results(writer.manifest)
-            folder.update(status="done", **results, **spent.so_far())
+                _capture(capture, documents, window, part, generate, writer, spent, report)
+            folder.update(status="done", **_results(writer.manifest), **spent.so_far())
         return folder.record
 
 
-def _teacher(plan: CapturePlan) -> "ModelTeacher | ServerCaptureTeacher":
-    config, teacher = plan.config, plan.config.teacher
-    engine, signal, columns = teacher.engine, config.signal, plan.vocab_size
+def build_capture(
+    teacher: TeacherConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    data: AnyData,
+    signal: AnySignal,
+    *,
+    seed: int,
+    vocab_size: int,
+    hidden: HiddenStatesConfig | None,
+) -> SignalCapture:
+    """Loads the teacher, or finds its server, and gives it what to capture.
+
+    Args:
+        teacher: with every "auto" resolved.
+    """
+    pad = tokenizer.pad_token_id
+    engine = teacher.engine
+    settings: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "seed": seed,
+        "length": data.length,
+        "pack": data.pack,
+        "pad_token": pad if isinstance(pad, int) else 0,
+    }
     if not isinstance(engine, Transformers):
         assert isinstance(signal, TopK | TopP)  # the config demands it
-        from stillroom.capture.server import ServerCaptureTeacher
-
-        asked = ServerCaptureTeacher(teacher.model, engine, signal, plan.tokenizer, columns=columns, seed=config.seed)
+        server = ServerTeacherConfig(
+            kind="server",
+            model=teacher.model,
+            dialect=engine.kind,
+            top=signal.k if isinstance(signal, TopK) else signal.most,
+            **engine.model_dump(include={"url", "concurrency", "retries", "timeout_s", "key_variable"}),
+        )
+        asked = ServerTeacher(server, tokenizer, None, vocab_size)
         asked.engine.check()
-        return asked
+        return SignalCapture(asked, signal, **settings)
     model = loading.load_model(
         teacher.model,
         dtype=getattr(torch, engine.dtype),
@@ -118,23 +161,18 @@ def _teacher(plan: CapturePlan) -> "ModelTeacher | ServerCaptureTeacher":
         trust_remote_code=teacher.trust_remote_code,
         quantization=engine.quantization,
     )
-    verify(model, "the teacher", pack=config.data.pack)
-    pad = plan.tokenizer.pad_token_id
-    return ModelTeacher(
-        model,
-        engine,
+    verify(model, "the teacher", pack=data.pack)
+    return SignalCapture(
+        LiveTeacher(model, () if hidden is None else hidden.layers),
         signal,
-        columns=columns,
-        length=config.data.length,
-        pack=config.data.pack,
-        seed=config.seed,
-        pad_token=pad if isinstance(pad, int) else 0,
-        hidden=config.hidden,
+        **settings,
+        batch_tokens=cast(int, engine.batch_tokens),
+        logits_bytes=cast(int, engine.logits_bytes),
+        hidden=hidden,
     )
 
 
 def _manifest(plan: CapturePlan, documents: Documents) -> Manifest:
-    """What the store is to be."""
     config, teacher = plan.config, plan.config.teacher
     if plan.teacher_config is not None:
         print_of_teacher = loading.fingerprint(teacher.model, plan.teacher_config)
@@ -167,111 +205,107 @@ def _manifest(plan: CapturePlan, documents: Documents) -> Manifest:
 
 
 def _capture(
-    plan: CapturePlan,
+    capture: SignalCapture,
     documents: Documents,
-    teacher: "ModelTeacher | ServerCaptureTeacher",
+    size: int,
+    part: Part | None,
+    generate: Generate | None,
     writer: StoreWriter,
+    spent: "_Spent",
     report: Report,
 ) -> None:
-    """Window by window; what one says is put away by a thread of its own while the teacher reads the next."""
-    config = plan.config
-    first, stop = part_range(config, documents, plan.teacher_config)
-    answers = 1 if config.generate is None else config.generate.answers
+    """Goes window by window, of ``size`` documents; a thread of its own writes one while the teacher reads the next."""
+    first, stop = part_range(part, documents, size, generate)
+    num_answers = 1 if generate is None else generate.answers
+    total = (stop - first) * num_answers
     done, tokens, start = writer.num_documents, 0, time.monotonic()
     before = done
     if done:
         report("note", {"text": f"resumed after {done} documents, which are in whole shards"})
-    size = window_documents(config, plan.teacher_config)
-    first_window = first + done // answers // size * size
-    skip = done - (first_window - first) * answers
-    asked = "finishing these documents, then saving; press Ctrl-C again to stop at once, without saving"
+    first_window = first + done // num_answers // size * size
+    skip = done - (first_window - first) * num_answers
+    saving = "finishing these documents, then saving; press Ctrl-C again to stop at once, without saving"
+
+    def write(window: list[Document], captured: list[CapturedSignal]) -> None:
+        for document, (signal, error, hidden) in zip(window, captured, strict=True):
+            writer.add(document.number, document.tokens, document.loss_mask, signal, error, hidden)
+
     with (
         ThreadPoolExecutor(1) as later,
-        deferred_interrupts(lambda: report("note", {"text": asked})) as interrupted,
+        deferred_interrupts(lambda: report("note", {"text": saving})) as interrupted,
     ):
         pending: deque[Future[None]] = deque()
         for window in windows(documents, first_window, stop, size):
-            wanted = _written(window, teacher, config.generate, config.data.length)
-            if not isinstance(teacher, ModelTeacher):  # which would say something else in another batch
-                wanted, skip = wanted[skip:], 0
-            with _enough_memory(config):
-                said = teacher.say(wanted)[skip:]
-            wanted, skip = wanted[skip:], 0
-            pending.append(later.submit(_put_away, writer, wanted, said))
-            done, tokens = done + len(wanted), tokens + sum(len(document.tokens) for document in wanted)
+            if generate is not None:
+                asked = prompts(window, generate, capture.length)
+                window = answered(asked, capture.answers(asked, generate), generate)
+            if isinstance(capture.teacher, ServerTeacher):  # a live one's output would differ in another batch
+                window, skip = window[skip:], 0
+            with _enough_memory(capture.batch_tokens):
+                captured = capture.capture(window)[skip:]
+            window, skip = window[skip:], 0
+            pending.append(later.submit(write, window, captured))
+            done, tokens = done + len(window), tokens + sum(len(document.tokens) for document in window)
             while len(pending) > 2 or (pending and pending[0].done()):
                 pending.popleft().result()
             seconds = time.monotonic() - start
-            values = {"first": before, "done": done, "total": (stop - first) * answers, "time_s": seconds}
-            report("capture", {**values, "tokens_per_s": tokens / seconds, **_usage(teacher)})
+            values = {"first": before, "done": done, "total": total, "time_s": seconds}
+            report("capture", {**values, "tokens_per_s": tokens / seconds, **spent.usage()})
             if interrupted():
                 break
         for future in pending:
             future.result()
         if interrupted():
             writer.flush()
-            whose = f"{config.part}: " if isinstance(config.part, Part) else ""
+            whose = "" if part is None else f"{part}: "
             raise ended(
-                interrupted.number,
-                f"{whose}interrupted after {writer.num_documents} of {(stop - first) * answers} documents, saved",
+                interrupted.number, f"{whose}interrupted after {writer.num_documents} of {total} documents, saved"
             )
         writer.finish()
 
 
-def _written(
-    window: list[Document], teacher: "ModelTeacher | ServerCaptureTeacher", generate: Generate | None, length: int
-) -> list[Document]:
-    """The documents to ask about: those of the data, or what the teacher answers to them."""
-    if generate is None:
-        return window
-    asked = prompts(window, generate, length)
-    return answered(asked, teacher.answer(asked, generate), generate)
-
-
-def _put_away(writer: StoreWriter, documents: Sequence[Document], said: Sequence[CapturedSignal]) -> None:
-    for document, (signal, error, hidden) in zip(documents, said, strict=True):
-        writer.add(document.number, document.tokens, document.loss_mask, signal, error, hidden)
-
-
 @contextmanager
-def _enough_memory(config: CaptureConfig) -> Iterator[None]:
+def _enough_memory(batch_tokens: int) -> Iterator[None]:
     """Turns a device's running out of memory into an error of the user's."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        engine = config.teacher.engine
-        assert isinstance(engine, Transformers)  # a server has its own memory
         raise OutOfMemoryError(
             "the device has too little memory for a batch",
-            {"teacher.engine.batch_tokens": engine.batch_tokens, "device": str(error).split(". ")[0][:160]},
+            {"teacher.engine.batch_tokens": batch_tokens, "device": str(error).split(". ")[0][:160]},
             why="What is in whole shards is kept.",
             fix="Lower teacher.engine.batch_tokens or teacher.engine.logits_bytes, and go on with --resume.",
         ) from error
 
 
-def _usage(teacher: "ModelTeacher | ServerCaptureTeacher") -> dict[str, Any]:
-    """What a server was asked so far."""
-    if isinstance(teacher, ModelTeacher):
-        return {}
-    usage = teacher.engine.usage
-    return {
-        "requests": usage.requests,
-        "retries": usage.retries,
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "cost": teacher.cost,
-    }
-
-
 class _Spent:
-    """The time that a capture took and what a server was asked, with what was spent before it was interrupted."""
+    """The time and the server's usage of a capture, with what was spent before it was interrupted.
 
-    def __init__(self, record: Mapping[str, Any], teacher: "ModelTeacher | ServerCaptureTeacher") -> None:
-        self.teacher, self.start = teacher, time.monotonic()
-        self.time_s, self.usage = record.get("time_s", 0.0), record.get("usage", {})
+    Args:
+        prices: of a million tokens read and written.
+    """
+
+    def __init__(
+        self, record: Mapping[str, Any], teacher: LiveTeacher | ServerTeacher, prices: tuple[float, float]
+    ) -> None:
+        self.teacher, self.prices, self.start = teacher, prices, time.monotonic()
+        self.time_s, self.before = record.get("time_s", 0.0), record.get("usage", {})
+
+    def usage(self) -> dict[str, Any]:
+        """Returns what a server was asked in this run; nothing for a live teacher."""
+        if isinstance(self.teacher, LiveTeacher):
+            return {}
+        usage, (prompt_price, completion_price) = self.teacher.engine.usage, self.prices
+        return {
+            "requests": usage.requests,
+            "retries": usage.retries,
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "cost": (usage.prompt_tokens * prompt_price + usage.completion_tokens * completion_price) / 1e6,
+        }
 
     def so_far(self) -> dict[str, Any]:
-        usage = {name: number + self.usage.get(name, 0) for name, number in _usage(self.teacher).items()}
+        usage = {name: number + self.before.get(name, 0) for name, number in self.usage().items()}
         spent: dict[str, Any] = {"time_s": round(self.time_s + time.monotonic() - self.start, 3)}
         return {**spent, "usage": usage} if usage else spent
 

@@ -1,50 +1,49 @@
-"""Parts: the share of each of several workers, who need not know of each other."""
+"""Parts: the share of each of several workers, who need not know of each other, and the size of what they store."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from transformers import PretrainedConfig
 
-from stillroom.capture.config import CaptureConfig, Part
-from stillroom.capture.hidden import window_documents
+from stillroom.capture.config import Generate, Part
 from stillroom.data.dataset import Documents
 from stillroom.errors import ConfigError, MissingError, StillroomError, StorageError
+from stillroom.store.config import HiddenStatesConfig
+from stillroom.store.hidden_states import bytes_per_position
 
 
-def part_of(config: CaptureConfig) -> Part | None:
-    """The part that a config means; None where it is all of the data. A part of one is all.
+def part_of(part: Part | Literal["auto"] | None) -> Part | None:
+    """Returns the part that a setting means; None for all of the data. A part of one is all.
 
     Raises:
-        ConfigError: it is auto, and what the environment says is no part.
+        ConfigError: it is auto, and RANK and WORLD_SIZE in the environment are no part.
     """
-    part = _of_environment() if config.part == "auto" else config.part
+    if part == "auto":
+        rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+        if rank in (None, "0") and world in (None, "1"):
+            return None
+        if not ((rank or "").isdecimal() and (world or "").isdecimal() and int(rank or 0) < int(world or 0)):
+            raise ConfigError(
+                "the environment does not tell which part of the data this worker captures",
+                {"RANK": rank or "not set", "WORLD_SIZE": world or "not set"},
+                why="A worker that took all of it would do what the others do too.",
+                fix="Set both, RANK from 0 and less than WORLD_SIZE, as torchrun does; or set part={index: 0, of: 8}, "
+                "say, or part=null for all of the data.",
+            )
+        part = Part(index=int(rank or 0), of=int(world or 0))
     return None if part is None or part.of == 1 else part
 
 
-def _of_environment() -> Part | None:
-    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-    if rank in (None, "0") and world in (None, "1"):
-        return None
-    if not ((rank or "").isdecimal() and (world or "").isdecimal() and int(rank or 0) < int(world or 0)):
-        raise ConfigError(
-            "the environment does not tell which part of the data this worker captures",
-            {"RANK": rank or "not set", "WORLD_SIZE": world or "not set"},
-            why="A worker that took all of it would do what the others do too.",
-            fix="Set both, RANK from 0 and less than WORLD_SIZE, as torchrun does; or set part={index: 0, of: 8}, say, "
-            "or part=null for all of the data.",
-        )
-    return Part(index=int(rank or 0), of=int(world or 0))
-
-
 def own_device(device: str) -> str:
-    """What auto means for a worker that shares its machine with others: the CUDA device of its LOCAL_RANK.
+    """Returns what auto means for a worker that shares its machine with others: the CUDA device of its LOCAL_RANK.
 
-    Where a worker sees one device alone, that is its own.
+    A worker that sees one device alone takes that.
 
     Raises:
         MissingError: the machine has fewer devices than workers.
@@ -64,7 +63,7 @@ def own_device(device: str) -> str:
 
 @contextmanager
 def named(part: Part | None) -> Iterator[None]:
-    """Errors inside say whose they are."""
+    """Puts the part's name before the errors that are raised inside."""
     try:
         yield
     except StillroomError as error:
@@ -79,8 +78,7 @@ def check_shared(out: str | Path, part: Part | None) -> None:
         StorageError: it has.
     """
     others = [Path(out, "run.json")] if part is not None else sorted(Path(out).glob("part-*-of-*/run.json"))
-    there = [path for path in others if path.exists()]
-    if there:
+    if there := [path for path in others if path.exists()]:
         raise StorageError(
             f"{out} is the folder of a run that is {'not ' if part is not None else ''}divided",
             {"out": out, "there": ", ".join(map(str, there[:2])) + (" …" if len(there) > 2 else "")},
@@ -90,28 +88,29 @@ def check_shared(out: str | Path, part: Part | None) -> None:
 
 
 # --- who takes what --------------------------------------------------------------------------------------------------
-def part_range(config: CaptureConfig, documents: Documents, teacher: PretrainedConfig | None) -> tuple[int, int]:
-    """The documents of this part of the data: the first, and the end.
 
-    A part is a stretch of whole windows, so the teacher reads each document among the same others however many workers
-    there are, and says the same of it to the last bit. A window is of the part in whose share of all tokens (of all
-    documents, where the teacher writes them) its middle lies.
+
+def part_range(part: Part | None, documents: Documents, window: int, generate: Generate | None) -> tuple[int, int]:
+    """Returns the documents of a part of the data: the first, and the end.
+
+    A part is a run of whole windows of ``window`` documents, so the teacher reads each document among the same others
+    however many workers there are, and its output is the same to the last bit. A window is of the part in whose share
+    of all tokens (of all documents, where the teacher writes them) its middle lies.
     """
-    part, count = part_of(config), len(documents)
+    count = len(documents)
     if part is None:
         return 0, count
-    size = window_documents(config, teacher)
-    weights = documents.lengths if config.generate is None else np.ones(count, np.int64)
-    each = np.add.reduceat(weights, np.arange(0, count, size))
+    weights = documents.lengths if generate is None else np.ones(count, np.int64)
+    each = np.add.reduceat(weights, np.arange(0, count, window))
     ends = np.cumsum(each)
     middles, total = 2 * ends - each, int(2 * ends[-1])
     first, stop = (int(np.searchsorted(middles, total * i // part.of)) for i in (part.index, part.index + 1))
-    return min(first * size, count), min(stop * size, count)
+    return min(first * window, count), min(stop * window, count)
 
 
 @dataclass(frozen=True)
 class WorkerShare:
-    """What a capture reads and stores of its data."""
+    """The data that a capture reads and stores."""
 
     first: int
     """The first document of the data."""
@@ -125,14 +124,39 @@ class WorkerShare:
     """Positions that will be stored; where the teacher writes them, at most."""
 
 
-def worker_share(config: CaptureConfig, documents: Documents, teacher: PretrainedConfig | None) -> WorkerShare:
-    first, stop = part_range(config, documents, teacher)
-    tokens = int(documents.lengths[first:stop].sum())
-    if config.generate is not None:
-        count = (stop - first) * config.generate.answers
-        return WorkerShare(first, stop, count, tokens, count * config.generate.max_tokens)
-    if stop - first == len(documents):
-        return WorkerShare(first, stop, stop, tokens, documents.counts["tokens_learnt"])
-    return WorkerShare(
-        first, stop, stop - first, tokens, sum(int(documents.target_mask(i)[1:].sum()) for i in range(first, stop))
-    )
+def worker_share(part: Part | None, documents: Documents, window: int, generate: Generate | None) -> WorkerShare:
+    first, stop = part_range(part, documents, window, generate)
+    count, tokens = stop - first, int(documents.lengths[first:stop].sum())
+    if generate is not None:
+        count *= generate.answers
+        positions = count * generate.max_tokens
+    elif count == len(documents):
+        positions = documents.counts["tokens_learnt"]
+    else:
+        positions = sum(int(documents.target_mask(i)[1:].sum()) for i in range(first, stop))
+    return WorkerShare(first, stop, count, tokens, positions)
+
+
+def position_bytes(config: HiddenStatesConfig | None, teacher: PretrainedConfig | None) -> int:
+    """Returns the size of the hidden states of one position, exactly; 0 where none are kept."""
+    if config is None or teacher is None:
+        return 0
+    return bytes_per_position(config, teacher.get_text_config().hidden_size)
+
+
+def size_text(config: HiddenStatesConfig, size_bytes: int, counts: tuple[int, int] | None, *, at_most: bool) -> str:
+    """Returns the size of a capture's hidden states in words.
+
+    Args:
+        size_bytes: the size of one position's.
+        counts: its documents and positions, where they are known.
+        at_most: there may be fewer positions.
+    """
+    layers = ", ".join(map(str, config.layers))
+    text = f"layers {layers} in {config.format}, {size_bytes:,} bytes a position"
+    if counts is None:
+        return f"{text}; in all: not known before the data are tokenized"
+    count, positions = counts
+    total = f"{positions * size_bytes:,} bytes ({positions * size_bytes / 2**20:,.1f} MiB)"
+    most = "at most " if at_most else ""
+    return f"{text}; {count:,} documents, {most}{positions:,} positions: {most}{total}"

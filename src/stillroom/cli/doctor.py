@@ -19,7 +19,7 @@ USAGE = """\
 usage: stillroom doctor [RECIPE.yaml] [key=value …]
 
 Looks at a run of `stillroom distill` before it is paid for: how tokenizers, chat templates and vocabularies fit; how
-many tokens are learnt; how far the student is from its teacher; whether the data hold what the student will be asked;
+many tokens are learned; how far the student is from its teacher; whether the data hold what the student will be asked;
 and one real optimizer step on the longest rows, so that a lack of memory shows now. Nothing is written. It ends with a
 verdict, and exit code 0, or 2 where something is to be changed.
 
@@ -62,7 +62,7 @@ def main(arguments: Arguments) -> int:
 
 
 def items_of(path: str) -> "tuple[str, Iterable[TaskTexts]]":
-    """The name of the task that a file describes, and its items as texts: each question with each of its answers."""
+    """Returns the name of the task that a file describes, and its items as texts: each question with each answer."""
     from stillroom.doctor.overlap import TaskTexts
     from stillroom.evaluate.tasks.config import LocalTask, read_description
     from stillroom.evaluate.tasks.local import questions
@@ -77,7 +77,7 @@ def items_of(path: str) -> "tuple[str, Iterable[TaskTexts]]":
 
 
 def as_text(record: Mapping[str, Any]) -> str:
-    """What was found as an aligned table, then each finding in full, then the verdict."""
+    """Returns what was found as an aligned table, then each finding in full, then the verdict."""
     from stillroom.doctor.findings import Finding
 
     rows = [row for name, of in PARTS.items() if record[name] is not None for row in of(record[name])]
@@ -109,16 +109,16 @@ LOST = {
 
 def _data(data: Mapping[str, Any]) -> Iterator[Row]:
     if "rows" in data:
-        which = "all of them" if data["whole"] else "the first; the rest is tokenised by the run"
+        which = "all of them" if data["whole"] else "the first; the rest is tokenized by the run"
         yield "rows", f"{data['rows']:,} ({which}), which make {data['documents']:,} documents"
         lost = [f"{data[name]:,} {text}" for name, text in LOST.items() if data[name]]
         split = [f"{data['split']:,} split into several"] if data["split"] else []
         yield "rows lost", ", ".join([*(lost or ["none"]), *split])
     else:
         yield "documents", f"{data['documents']:,} in the store"
-    learnt, tokens, documents = data["tokens_learnt"], data["tokens"], data["documents"]
-    yield "tokens learnt", f"{learnt:,} of {tokens:,} ({learnt / tokens:.1%})"
-    yield "not learnt", f"{documents:,} begin a document, {tokens - documents - learnt:,} are of prompts and the like"
+    learned, tokens, documents = data["tokens_learnt"], data["tokens"], data["documents"]
+    yield "tokens learned", f"{learned:,} of {tokens:,} ({learned / tokens:.1%})"
+    yield "not learned", f"{documents:,} begin a document, {tokens - documents - learned:,} are of prompts and the like"
     yield "looked at", f"{data['looked_at']:,} documents, drawn by the seed"
 
 
@@ -132,11 +132,7 @@ def _overlap(overlap: Mapping[str, Any]) -> Iterator[Row]:
         yield "", f"{task}: {told}" + (f"; {short:,} are too short to tell" if short else "")
 
 
-STUDENTS = {
-    "new": "random weights",
-    "part": "a part of its teacher, untrained",
-    "trained": "a trained model",
-}
+STUDENTS = {"new": "random weights", "part": "a part of its teacher, untrained", "trained": "a trained model"}
 
 
 def _measures(measured: Mapping[str, Any]) -> Iterator[Row]:
@@ -171,31 +167,23 @@ def _own_text(own: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def _step(step: Mapping[str, Any]) -> Iterator[Row]:
-    rows, length, micro_batches = step["rows"], step["longest_row"], step["micro_batches"]
-    yield (
-        "one step",
-        f"{rows:,} rows of up to {length:,} tokens, in {micro_batches:,} micro-batch{'es' * (micro_batches > 1)}",
-    )
+    micro_batches = f"{step['micro_batches']:,} micro-batch{'es' * (step['micro_batches'] > 1)}"
+    yield "one step", f"{step['rows']:,} rows of up to {step['longest_row']:,} tokens, in {micro_batches}"
     yield "", f"loss {step['loss_nats']:.4f} nats, gradient norm {step['grad_norm']:.4f}"
-    yield "its time", f"{step['time_s']:.2f} s ({step['num_tokens'] / step['time_s']:,.0f} tokens/s)" + _whole(step)
+    number = step["num_steps"]
+    if number is None:
+        whole = "how many steps the epochs make is known once the data are tokenized"
+    else:
+        minutes = number * step["time_s"] / 60
+        about = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes:.1f} minutes"
+        whole = f"{number:,} steps in about {about}"
+    yield "its time", f"{step['time_s']:.2f} s ({step['num_tokens'] / step['time_s']:,.0f} tokens/s); {whole}"
     peak, there = step["peak_memory_bytes"], step["memory_bytes"]
     of = " of this process" if there is None else f" of {there / 2**30:.2f} GiB on the device"
     yield "peak memory", f"{peak / 2**30:.2f} GiB{of}"
 
 
-def _whole(step: Mapping[str, Any]) -> str:
-    number = step["num_steps"]
-    if number is None:
-        return "; how many steps the epochs make is known once the data are tokenised"
-    minutes = number * step["time_s"] / 60
-    return (
-        f"; {number:,} steps in about {minutes / 60:.1f} hours"
-        if minutes > 90
-        else (f"; {number:,} steps in about {minutes:.1f} minutes")
-    )
-
-
 PARTS = {
     "fit": _fit, "data": _data, "overlap": _overlap, "measures": _measures, "own_text": _own_text, "step": _step,
 }  # fmt: skip
-"""What the rows of each part are made by, in their order."""
+"""The makers of each part's rows, in their order."""

@@ -24,6 +24,7 @@ from stillroom.losses.objective import build_objectives, hidden_weights, needs_t
 from stillroom.models import loading, safetensors_io
 from stillroom.models.hidden_states import verify
 from stillroom.pruning.prune import PruneMask, read_mask, write_mask
+from stillroom.teachers.base import Teacher
 from stillroom.teachers.config import LiveTeacherConfig, ServerTeacherConfig, StoreTeacherConfig
 from stillroom.teachers.live import LiveTeacher
 from stillroom.teachers.remote import RemoteTeacher
@@ -37,12 +38,10 @@ from stillroom.training.prefetch import MicroBatch, Prefetcher
 from stillroom.training.step import StudentStep
 from stillroom.training.student import Student, build_meta_student, build_student
 
-AnyTeacher = LiveTeacher | StoredTeacher | RemoteTeacher | ServerTeacher
-
 
 def build_teacher(
     plan: DistillPlan, context: DistContext = SINGLE_PROCESS, documents: DocumentSet | None = None
-) -> AnyTeacher | None:
+) -> Teacher | None:
     """The teacher, where the recipe has one: as this process sees it.
 
     Args:
@@ -119,7 +118,7 @@ def compared_layers(plan: DistillPlan, cut: PruneMask | None) -> tuple[HiddenSpe
 
 def build_pair(
     plan: DistillPlan,
-    teacher: AnyTeacher | None,
+    teacher: Teacher | None,
     data: DocumentSet,
     folder: Path,
     say: Callable[[str], object],
@@ -189,7 +188,7 @@ def _cut_for_all(
     return place, cut
 
 
-def asked_in_training(plan: DistillPlan, teacher: AnyTeacher | None) -> AnyTeacher | None:
+def asked_in_training(plan: DistillPlan, teacher: Teacher | None) -> Teacher | None:
     """The teacher as it is asked while training: None where no objective needs it."""
     config = plan.config
     if not needs_teacher(config.objectives):
@@ -289,9 +288,7 @@ def build_state(
     )
 
 
-def fit_to(
-    state: TrainState, specs: Sequence[HiddenSpec], teacher: AnyTeacher | None, step: Iterable[MicroBatch]
-) -> None:
+def fit_to(state: TrainState, specs: Sequence[HiddenSpec], teacher: Teacher | None, step: Iterable[MicroBatch]) -> None:
     """Lets the objectives that measure first see a step."""
     if teacher is not None and any(spec.measures_first for spec in specs):
         fit_to_first_step(state.module, teacher, step, state.ranks, device=state.device)

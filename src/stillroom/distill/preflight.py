@@ -1,11 +1,11 @@
-"""A trial: what a recipe's models make of some of its data, and one real step. Nothing of it is kept."""
+"""The pre-flight of a recipe: its models on some of its data, and one real step. Nothing of it is kept."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from stillroom.batch import Batch
 from stillroom.config import replace
-from stillroom.data.config import AnyData, StoredDataConfig
+from stillroom.data.config import AnyData
 from stillroom.data.dataloader import collate, group, in_batches, totals
 from stillroom.data.dataset import CountedDocuments, Documents, prepared
 from stillroom.data.packing import epoch_order, plan_rows
@@ -42,7 +42,7 @@ from stillroom.training.prefetch import MicroBatches, Prefetcher
 from stillroom.training.validation import measure_held_out
 
 Facts = dict[str, Any]
-"""What was found, as JSON values."""
+"""Values as JSON has them."""
 
 
 class Preflight:
@@ -50,21 +50,25 @@ class Preflight:
     ``measure``, ``own_text``, ``step``. Nothing is written into ``out``; models are loaded by ``measure``.
 
     Args:
-        sequences: so many documents are looked at.
-        report: is told what is going on.
+        sequences: the number of documents that are looked at.
+        report: is called with what is going on.
     """
 
     def __init__(self, config: DistillConfig, sequences: int, report: Report = lambda *_: None) -> None:
-        self.given, self.sequences, self.report = _alone(config), sequences, report
+        alone: dict[str, object] = {"parallel": {"kind": "none"}}  # there is one process, with the teacher whole
+        if isinstance(config.teacher, LiveTeacherConfig):
+            alone |= {"teacher.placement": "whole", "teacher.ranks": None}
+        self.given, self.sequences, self.report = replace(config, alone), sequences, report
 
     def fit(self) -> Facts:
-        """How tokenizer, chat template and vocabularies fit, from headers alone.
+        """Compares tokenizer, chat template and vocabularies, from headers alone.
 
         Raises:
             StillroomError: they do not; all that a run's plan checks.
         """
         self.plan = plan = make_plan(self.given)
         config = plan.config
+        self.length, self.micro_tokens = self.plan.length, self.plan.micro_tokens
         student = plan.cut.config if plan.cut is not None else plan.fresh
         if student is None:
             assert config.student.model is not None
@@ -85,44 +89,39 @@ class Preflight:
         }
 
     def look(self) -> Facts:
-        """The documents that a run would read, as far as they can be had at once: all of them where they are tokenised
-        already or stored, and otherwise those of the first rows, which are kept in no cache.
+        """Counts the documents that a run would read, as far as they can be had at once: all of them where they are
+        tokenized already or stored, and otherwise those of the first rows, which are kept in no cache.
 
         Raises:
             StillroomError: the data cannot be read, or a row cannot be used.
         """
-        plan = self.plan
-        self.documents, self.whole = self._documents()
+        plan, data = self.plan, self.plan.config.data
+        self.documents: Documents | CountedDocuments | Store
+        if plan.store is not None:
+            self.documents, self.whole = plan.store, True
+        elif (there := prepared(cast(AnyData, data), plan.tokenizer, template=plan.template)) is not None:
+            self.documents, self.whole = there, True
+        else:
+            most = min(self.sequences, data.max_documents or self.sequences)
+            self.documents = found = CountedDocuments(
+                replace(cast(AnyData, data), {"max_documents": most}),
+                plan.tokenizer,
+                template=plan.template,
+                report=lambda rows: self.report("tokenise", {"rows": rows, "path": data.path}),
+            )
+            self.whole = found.counts["rows"] < most or most == data.max_documents
         drawn = epoch_order(len(self.documents), True, plan.config.seed, 0)[: self.sequences]
         self.drawn = np.sort(drawn)
         return {"whole": self.whole, **self.documents.counts, "looked_at": len(self.drawn)}
 
-    def _documents(self) -> tuple[Documents | CountedDocuments | Store, bool]:
-        """The documents, and whether they are all that there are."""
-        plan, data = self.plan, self.plan.config.data
-        if plan.store is not None:
-            return plan.store, True
-        assert not isinstance(data, StoredDataConfig)  # which comes with a store
-        if (there := prepared(data, plan.tokenizer, template=plan.template)) is not None:
-            return there, True
-        most = min(self.sequences, data.max_documents or self.sequences)
-        first: AnyData = replace(data, {"max_documents": most})
-        found = CountedDocuments(
-            first,
-            plan.tokenizer,
-            template=plan.template,
-            report=lambda rows: self.report("tokenise", {"rows": rows, "path": data.path}),
-        )
-        return found, found.counts["rows"] < most or most == data.max_documents
-
     def texts(self) -> Iterator[tuple[str, str]]:
-        """The documents that are looked at, by name, as text without special tokens."""
+        """Yields the documents that are looked at, by name, as text without special tokens."""
         for number in self.drawn.tolist():
             tokens = self.documents.tokens(number).tolist()
             yield self.documents.name(number), str(self.plan.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def measure(self) -> Facts:
-        """What the untrained student and its teacher make of the documents: see `held_out.measure_held_out`.
+        """Measures the untrained student and its teacher on the documents, with `validation.measure_held_out`.
 
         Raises:
             StillroomError: a model cannot be loaded, or is not understood; or the device has too little memory.
@@ -139,8 +138,17 @@ class Preflight:
             ahead = Prefetcher(stream, self.asked)
             self.state = build_state(plan, self.student, self.specs, ahead, self.num_steps or 1)
             fit_to(self.state, self.specs, self.asked, self._longest())
-            measured = measure_held_out(self.state.module, self.teacher, [self._drawn_batches()], config.device)
-        assert measured is not None  # nobody said to stop
+            drawn = in_batches(
+                self.documents,
+                self.documents.lengths,
+                self.drawn,
+                length=self.length,
+                pack=config.data.pack,
+                most=self.micro_tokens,
+                pad_token=pad_token(plan),
+            )
+            measured = measure_held_out(self.state.module, self.teacher, [list(drawn)], config.device)
+        assert measured is not None  # nothing asked it to stop
         model, teacher = self.student.model, self.teacher
         return {
             "student": "new" if plan.fresh is not None else "part" if plan.cut is not None else "trained",
@@ -151,8 +159,8 @@ class Preflight:
         }
 
     def own_text(self) -> Facts | None:
-        """How far the student is from a live teacher on text that it writes itself; None where it is not trained yet or
-        no teacher can read it.
+        """Measures how far the student is from a live teacher on text that it writes itself; None where it is not
+        trained yet or no teacher can read it.
 
         Raises:
             OutOfMemoryError: the device has too little memory.
@@ -160,8 +168,7 @@ class Preflight:
         plan = self.plan
         if not isinstance(self.teacher, LiveTeacher) or plan.fresh is not None or plan.cut is not None:
             return None
-        length, end = plan.config.data.length, plan.tokenizer.eos_token_id
-        assert length != "auto"
+        end = plan.tokenizer.eos_token_id
         assert plan.vocab_size is not None  # there is a teacher
         with self._enough_memory("a text of the student's own"):
             nats, num_tokens = on_policy_kl(
@@ -169,15 +176,15 @@ class Preflight:
                 self.teacher,
                 self.documents,
                 self.drawn.tolist(),
-                columns=plan.vocab_size,
-                length=length,
+                vocab_size=plan.vocab_size,
+                length=self.length,
                 end=end if isinstance(end, int) else None,
                 seed=plan.config.seed,
             )
         return {"reverse_kl_nats": nats, "num_tokens": num_tokens} if num_tokens else None
 
     def step(self) -> Facts:
-        """One real optimizer step on the longest rows, as many as a step can hold.
+        """Makes one real optimizer step on the longest rows, as many as a step can hold.
 
         Before it one is made of its first micro-batch alone, after which everything that a later step finds in memory
         is there: the optimizer's states, and what is compiled or reserved at first use.
@@ -187,7 +194,7 @@ class Preflight:
         """
         config, state, device = self.plan.config, self.state, self.state.device
         micro_batches = self._longest()
-        checkpoints = Checkpoints(Path(config.out) / "checkpoints", keep=1)  # which are looked for and never written
+        checkpoints = Checkpoints(Path(config.out) / "checkpoints", keep=1)  # these are looked for and never written
         state.module.train()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -213,12 +220,9 @@ class Preflight:
     # --- batches ------------------------------------------------------------------------------------------------------
 
     def _longest(self) -> MicroBatches:
-        """The micro-batches of a step of the longest rows of all; where they are too few, some come again."""
+        """Returns the micro-batches of a step of the longest rows of all; where they are too few, some come again."""
         config = self.plan.config
-        length, pack, micro_tokens = config.data.length, config.data.pack, config.batch.micro_tokens
-        assert length != "auto"
-        assert micro_tokens != "auto"
-        rows = plan_rows(self.documents.lengths, length, pack, np.arange(len(self.documents)))
+        rows = plan_rows(self.documents.lengths, self.length, config.data.pack, np.arange(len(self.documents)))
         taken: list[np.ndarray] = []
         total = 0
         for row in cycle(np.argsort(-rows.num_positions, kind="stable").tolist()):
@@ -226,22 +230,12 @@ class Preflight:
             if taken and total > config.batch.tokens:
                 break
             taken.append(rows[row])
-        groups = group(taken, self.documents.lengths, micro_tokens)
-        batches = [collate(self.documents, some, pad_token(self.plan)) for some in groups]
-        return self._micros(batches)
+        groups = group(taken, self.documents.lengths, self.micro_tokens)
+        return self._micros([collate(self.documents, some, pad_token(self.plan)) for some in groups])
 
     def _micros(self, batches: Sequence[Batch]) -> MicroBatches:
         read = [(batch, None if self.asked is None else self.asked.prefetch(batch)) for batch in batches]
         return MicroBatches(read, totals(batches))
-
-    def _drawn_batches(self) -> list[Batch]:
-        config = self.plan.config
-        length, pack, micro_tokens = config.data.length, config.data.pack, config.batch.micro_tokens
-        assert length != "auto"
-        assert micro_tokens != "auto"
-        settings: dict[str, Any] = {"length": length, "pack": pack, "most": micro_tokens}
-        pad = pad_token(self.plan)
-        return list(in_batches(self.documents, self.documents.lengths, self.drawn, **settings, pad_token=pad))
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
@@ -250,39 +244,28 @@ class Preflight:
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            said = error.values.get("device", error) if isinstance(error, OutOfMemoryError) else error
-            _, on_cpu, of_cpu = str(said).partition("DefaultCPUAllocator: ")
+            text = error.values.get("device", error) if isinstance(error, OutOfMemoryError) else error
+            _, on_cpu, of_cpu = str(text).partition("DefaultCPUAllocator: ")
             if not on_cpu and not isinstance(error, torch.OutOfMemoryError | MemoryError):
                 raise
-            raise self._too_little(wanted, of_cpu or str(said)) from error
-
-    def _too_little(self, wanted: str, said: str) -> OutOfMemoryError:
-        """What asks for less memory, the least painful first."""
-        config = self.plan.config
-        length, micro_tokens, ways = config.data.length, config.batch.micro_tokens, []
-        if length != "auto" and micro_tokens != "auto" and micro_tokens >= 2 * length:
-            ways.append(f"batch.micro_tokens={max(length, micro_tokens // 2)}, which does not change the result")
-        if not config.student.gradient_checkpointing:
-            ways.append("student.gradient_checkpointing=true")
-        if config.teacher is not None and not isinstance(config.teacher, StoreTeacherConfig):
-            ways.append("a store in the place of the live teacher (`stillroom capture`, then teacher.kind=store)")
-        if config.student.lora is None:
-            ways.append("student.lora={rank: 16}")
-        ways += ["a smaller data.length", "a device with more memory"]
-        return OutOfMemoryError(
-            f"the device has too little memory for {wanted}",
-            {"device": config.device, "reason": " ".join(said.split(". ")[0].split())[:160]},
-            why="The run would end here, at its first long batch if not at its first step.",
-            fix="Ask for less, the first that is enough: " + "; ".join(ways) + ".",
-        )
-
-
-def _alone(config: DistillConfig) -> DistillConfig:
-    """The same of one process, which is all that a trial has, with the teacher whole beside the student."""
-    config = replace(config, {"parallel": {"kind": "none"}})
-    if not isinstance(config.teacher, LiveTeacherConfig):
-        return config
-    return replace(config, {"teacher.placement": "whole", "teacher.ranks": None})
+            config, ways = self.plan.config, []  # what asks for less memory, the least painful first
+            if self.micro_tokens >= 2 * self.length:
+                fewer = max(self.length, self.micro_tokens // 2)
+                ways.append(f"batch.micro_tokens={fewer}, which does not change the result")
+            if not config.student.gradient_checkpointing:
+                ways.append("student.gradient_checkpointing=true")
+            if config.teacher is not None and not isinstance(config.teacher, StoreTeacherConfig):
+                ways.append("a store in the place of the live teacher (`stillroom capture`, then teacher.kind=store)")
+            if config.student.lora is None:
+                ways.append("student.lora={rank: 16}")
+            ways += ["a smaller data.length", "a device with more memory"]
+            reason = (of_cpu or str(text)).split(". ")[0]
+            raise OutOfMemoryError(
+                f"the device has too little memory for {wanted}",
+                {"device": config.device, "reason": " ".join(reason.split())[:160]},
+                why="The run would end here, at its first long batch if not at its first step.",
+                fix="Ask for less, the first that is enough: " + "; ".join(ways) + ".",
+            ) from error
 
 
 def _width(config: PretrainedConfig) -> int:

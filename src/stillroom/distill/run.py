@@ -11,7 +11,6 @@ from stillroom.data.config import AnyData, StoredDataConfig
 from stillroom.data.dataloader import DocumentSet
 from stillroom.data.dataset import Documents, prepare
 from stillroom.distill.build import (
-    AnyTeacher,
     asked_in_training,
     build_pair,
     build_state,
@@ -38,6 +37,7 @@ from stillroom.losses.objective import build_objectives, hidden_weights, needs_t
 from stillroom.models import loading
 from stillroom.runs import Metrics, RunFolder, RunFolderView, check_place, deferred_interrupts, versions
 from stillroom.store.reader import Store
+from stillroom.teachers.base import Teacher
 from stillroom.teachers.config import LiveTeacherConfig, StoreTeacherConfig
 from stillroom.teachers.live import LiveTeacher
 from stillroom.teachers.remote import RemoteTeacher, serve
@@ -132,7 +132,7 @@ def _distill(
     plan: DistillPlan,
     context: DistContext,
     failures: FailureReport,
-    teacher: AnyTeacher | None,
+    teacher: Teacher | None,
     texts: tuple[Documents | Store, Documents | Store | None],
     folder: RunFolder | RunFolderView,
     report: Report,
@@ -207,7 +207,7 @@ def _train(
     plan: DistillPlan,
     state: TrainState,
     num_steps: int,
-    teachers: tuple[AnyTeacher | None, AnyTeacher | None],
+    teachers: tuple[Teacher | None, Teacher | None],
     held_out: DocumentSet | None,
     checkpoints: Checkpoints,
     place: tuple[RunFolder | RunFolderView, FailureReport],
@@ -283,7 +283,7 @@ def _now(configs: Sequence[ObjectiveConfig], progress: float) -> Scheduled:
 def _measure(
     plan: DistillPlan,
     state: TrainState,
-    teacher: AnyTeacher | None,
+    teacher: Teacher | None,
     documents: DocumentSet,
     data: AnyData | StoredDataConfig,
     stop: Callable[[], bool],
@@ -296,7 +296,7 @@ def _measure(
 def _facts(
     plan: DistillPlan,
     student: Student,
-    teacher: AnyTeacher | None,
+    teacher: Teacher | None,
     data: Documents | Store,
     held_out: Documents | Store | None,
 ) -> dict[str, Any]:
@@ -366,7 +366,7 @@ def teach(plan: DistillPlan, context: DistContext) -> dict[str, Any]:
 
 
 @contextmanager
-def leaving(teacher: AnyTeacher | None) -> Iterator[None]:
+def leaving(teacher: Teacher | None) -> Iterator[None]:
     """Tells a teacher on processes of its own when it is no longer needed: after the run, or when it is interrupted."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""The doctor's own words: how much it looks at, and what the data must not hold."""
+"""The doctor's own settings: the documents that it looks at, and the tasks that the data must not hold."""
 
 from typing import Annotated
 
@@ -11,6 +11,6 @@ class DoctorConfig(Config):
     """`stillroom doctor RECIPE`: look at a run before it is paid for."""
 
     sequences: Annotated[int, Field(gt=0)] = 256
-    """So many of the recipe's documents are looked at."""
+    """The number of the recipe's documents that are looked at."""
     tasks: Annotated[tuple[PathText, ...], Field(strict=False)] = ()
     """Description files of tasks that the student will be evaluated on, in whose items the documents are looked for."""

@@ -1,4 +1,4 @@
-"""Findings: what of the numbers of a pre-flight stands in a run's way, or is to be thought about."""
+"""Findings: the numbers of a pre-flight that stand in a run's way, or are to be thought about."""
 
 import math
 from collections.abc import Mapping
@@ -10,20 +10,21 @@ from stillroom.errors import StillroomError
 Facts = Mapping[str, Any]
 
 KNEE = 1 / 1.315
-"""Teacher's loss over the student's, below which a better teacher is reported to have made a worse student. Of
-arXiv 2502.08606 is that there is such a capacity gap; this number was not checked against it."""
+"""The teacher's loss over the student's, below which a better teacher is reported to have made a worse student. The
+capacity gap is that of arXiv 2502.08606; this number was not checked against it."""
 LOST = 0.1
 """The share of rows that may be cut or left out without a word."""
 WORSE_THAN_A_GUESS = 1.05
-"""Times the cross-entropy of equal probability for every token: a trained model is far below."""
+"""A multiple of the cross-entropy of equal probability for every token: a trained model is far below."""
 
 
 class Finding(NamedTuple):
-    """In the four parts of an error, and which part of the pre-flight it is of."""
+    """A finding in the four parts of an error."""
 
     level: Literal["error", "warning"]
     """An error is to be mended before the run; a warning is to be thought about."""
     of: str
+    """The part of the pre-flight."""
     what: str
     values: dict[str, Any]
     why: str
@@ -39,7 +40,7 @@ class Finding(NamedTuple):
 
 
 def of_data(counts: Facts) -> list[Finding]:
-    """Rows that lose text."""
+    """Finds rows that lose text."""
     rows = counts.get("rows")
     lost = {name: n for name, n in counts.items() if n and name.startswith(("cut", "dropped"))}
     if not rows or sum(lost.values()) <= LOST * rows:
@@ -50,14 +51,14 @@ def of_data(counts: Facts) -> list[Finding]:
             "data",
             f"{sum(lost.values()) / rows:.0%} of the rows are cut or left out",
             {"rows": rows, **{name.replace("_", " "): n for name, n in lost.items()}},
-            "What lies beyond the cut is never learnt: the end of an answer, say, and with it to stop.",
-            "Raise data.length, shorten the rows, or check what data.keep says is to be learnt.",
+            "What lies beyond the cut is never learned: the end of an answer, say, and with it to stop.",
+            "Raise data.length, shorten the rows, or check what data.keep says is to be learned.",
         )
     ]
 
 
 def of_overlap(found: Overlap) -> list[Finding]:
-    """Text that is trained on and asked."""
+    """Finds text that is trained on and asked."""
     if not found.num_shared:
         return []
     return [
@@ -75,14 +76,28 @@ def of_overlap(found: Overlap) -> list[Finding]:
     ]
 
 
-def of_measures(measured: Facts, columns: int) -> list[Finding]:
-    """What teacher and student say of the text before any training."""
+def of_measures(measured: Facts, vocab_size: int) -> list[Finding]:
+    """Finds faults in the losses of teacher and student before any training.
+
+    Args:
+        vocab_size: the tokens that are compared.
+    """
     student, teacher = measured["cross_entropy_nats"], measured.get("teacher_cross_entropy_nats")
     bad = [name for name, value in measured.items() if isinstance(value, float) and not math.isfinite(value)]
     if bad:
-        return [_not_finite(measured, bad)]
+        return [
+            Finding(
+                "error",
+                "measures",
+                "what is measured is not finite",
+                {name.replace("_", " "): str(measured[name]) for name in bad},
+                "No step could learn from it.",
+                "Check the weights of both models; where they are good, precision or teacher.dtype=float32 may mend "
+                "it.",
+            )
+        ]
     found = []
-    guess = math.log(columns)
+    guess = math.log(vocab_size)
     if teacher is not None and teacher > WORSE_THAN_A_GUESS * guess:
         found.append(_worse_than_a_guess("error", "teacher", teacher, guess))
     if measured["student"] == "trained" and student > WORSE_THAN_A_GUESS * guess:
@@ -125,15 +140,4 @@ def _worse_than_a_guess(level: Literal["error", "warning"], who: str, nats: floa
         {f"{who}'s cross-entropy": f"{nats:.4f} nats", "equal probability for every token": f"{guess:.4f} nats"},
         "A trained model is far below that on text of its kind, in the form in which it saw it.",
         f"Check that these are the {who}'s trained weights, its tokenizer and chat template, and a language it knows.",
-    )
-
-
-def _not_finite(measured: Facts, bad: list[str]) -> Finding:
-    return Finding(
-        "error",
-        "measures",
-        "what is measured is not finite",
-        {name.replace("_", " "): str(measured[name]) for name in bad},
-        "No step could learn from it.",
-        "Check the weights of both models; where they are good, precision or teacher.dtype=float32 may mend it.",
     )

@@ -1,4 +1,4 @@
-"""Overlap: text that is trained on and asked in an evaluation too, told by 13 words in a row (arXiv 2005.14165, C)."""
+"""Overlap: text that is trained on and asked in an evaluation too, found by 13 words in a row (arXiv 2005.14165, C)."""
 
 import re
 from collections import defaultdict
@@ -6,21 +6,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 WORDS = 13
-"""In a row. Fewer are shared by chance; a text of fewer words cannot be told."""
+"""Words in a row. Fewer are shared by chance; nothing can be found in a text of fewer words."""
 MOST_SHOWN = 5
-
-Texts = Sequence[str]
 
 
 class TaskTexts(NamedTuple):
-    """What is asked of a task, with each of its answers."""
+    """An item of a task: its question, with each of its answers."""
 
     id: str
-    texts: Texts
+    texts: Sequence[str]
 
 
 class Shared(NamedTuple):
-    """One place of a document that is an item's too."""
+    """A place of a document that is an item's too."""
 
     document: str
     task: str
@@ -29,29 +27,30 @@ class Shared(NamedTuple):
 
 
 class Overlap(NamedTuple):
-    """What of the documents is in the items."""
+    """The overlap of some documents with the items of tasks."""
 
     num_documents: int
     num_shared: int
     """Documents that share words with an item."""
     num_items: dict[str, int]
-    """By task."""
+    """The items by task."""
     num_items_shared: dict[str, int]
-    """By task, the items that share words with a document."""
+    """The items that share words with a document, by task."""
     num_short: dict[str, int]
-    """By task, the items of fewer words, of which nothing can be told."""
+    """The items of fewer words, in which nothing can be found, by task."""
     shown: tuple[Shared, ...]
     """The first few documents that do."""
 
 
 def grams(text: str) -> Iterator[str]:
-    """Every 13 words in a row of a text: small letters, what is no letter, digit or underscore taken for a space."""
+    """Yields every 13 words in a row of a text, in small letters. Any character but a letter, a digit or an underscore
+    separates words."""
     words = re.findall(r"\w+", text.lower())
     return (" ".join(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1))
 
 
 def overlap(documents: Iterable[tuple[str, str]], tasks: Mapping[str, Iterable[TaskTexts]]) -> Overlap:
-    """Which documents, given as (name, text), share 13 words in a row with an item of the tasks."""
+    """Returns which documents, given as (name, text), share 13 words in a row with an item of the tasks."""
     where: dict[str, list[tuple[str, str]]] = defaultdict(list)
     num_items, num_short = dict.fromkeys(tasks, 0), dict.fromkeys(tasks, 0)
     for task, items in tasks.items():

@@ -5,6 +5,7 @@ import json
 import platform
 import shlex
 import shutil
+from contextlib import suppress
 from os import cpu_count
 from pathlib import Path
 from typing import Any

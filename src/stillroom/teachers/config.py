@@ -21,13 +21,13 @@ class LiveTeacherConfig(Config):
     """The weights of its linear layers in 8 or 4 bits, made as they are read; the head, embeddings and experts stay in
     `dtype`, in which it also computes. int8 and fp8 take a byte a weight, nf4 half a byte. Its placement is whole."""
     placement: Literal["auto", "whole", "sharded", "offloaded"] = "auto"
-    """How it lies on its processes: whole in each; a part of each layer in each, put together when it is needed; or
-    such parts in the CPU's memory. auto is as the student lies, and whole where it is quantised."""
+    """Its layout on its processes: whole in each; a part of each layer in each, put together when it is needed; or
+    such parts in the CPU's memory. auto is as the student lies, and whole where it is quantized."""
     ranks: Positive | None = None
     """Run it on so many processes of its own, the last ones, which send its hidden states ahead; null has it beside the
     student."""
     columns: Positive | Literal["auto"] = "auto"
-    """How many columns of both heads are compared; auto is all of them where the heads are equally wide, and else those
+    """The columns of both heads that are compared; auto is all of them where the heads are equally wide, and else those
     that the tokenizer has tokens for."""
     attention: Attention = "auto"
     """The attention kernel; auto is what `transformers` takes."""
@@ -44,32 +44,32 @@ class LiveTeacherConfig(Config):
 
 
 class ServerTeacherConfig(Config):
-    """A teacher behind an OpenAI-compatible server, asked while the student trains for its likeliest tokens at each
+    """A teacher behind an OpenAI-compatible server, asked while the student trains for its top tokens at each
     position. No teacher is loaded; over several passes or students a store asks it once."""
 
     kind: Literal["server"]
     model: str
     """The name that it is served under."""
     url: str
-    """Where it is, with the version: http://127.0.0.1:8000/v1."""
+    """Its address, with the version: http://127.0.0.1:8000/v1."""
     dialect: Literal["vllm", "openai"] = "vllm"
-    """vLLM, which takes and tells token ids; or any other server that echoes a text with log-probabilities."""
+    """vLLM, which takes and gives token ids; or any other server that echoes a text with log-probabilities."""
     tokenizer: PathText | None = None
     """Hub name or folder of its tokenizer; null takes the student's for it."""
     top: Positive = 20
-    """How many tokens it tells of each position; the rest is one further outcome."""
+    """The tokens that it gives at each position; the residual mass is one further outcome."""
     concurrency: Annotated[int, Field(gt=0, le=1024)] = 8
     """Requests under way at a time."""
     retries: Annotated[int, Field(ge=0)] = 6
-    """How often a request is tried again, with longer and longer waits."""
+    """The number of times that a request is tried again, with longer and longer waits."""
     timeout_s: Annotated[float, Field(gt=0)] = 120.0
-    """How long an answer may take, in seconds."""
+    """The longest that an answer may take, in seconds."""
     key_variable: str | None = None
     """The environment variable that holds the server's key."""
 
 
 class StoreTeacherConfig(Config):
-    """What a teacher said once, read from a store ("offline"). No teacher is loaded."""
+    """A teacher's signals, captured once and read from a store ("offline"). No teacher is loaded."""
 
     kind: Literal["store"]
     path: PathText

@@ -1,13 +1,17 @@
 """A teacher that runs in this process."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from stillroom.batch import Batch
+from stillroom.errors import NonFiniteError
 from stillroom.layers import Layer
 from stillroom.models import hidden_states
+from stillroom.models.generation import Sampling, derived_seed, generate
 from stillroom.models.hidden_states import lm_head
 from stillroom.signals import Dense, TeacherOutput
 
@@ -16,8 +20,8 @@ class LiveTeacher:
     """A model that never trains: in evaluation mode, without gradients, apart from the student's parameters.
 
     Args:
-        layers: those whose states it tells besides.
-        attention: the blocks whose queries, keys and values it tells besides.
+        layers: those whose states it gives too.
+        attention: the blocks whose queries, keys and values it gives too.
     """
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[Layer] = (), attention: Sequence[int] = ()) -> None:
@@ -25,7 +29,6 @@ class LiveTeacher:
         self.layers, self.attention = layers, attention
 
     def set_outputs(self, layers: Sequence[Layer], attention: Sequence[int]) -> None:
-        """Has it tell other inner states from now on."""
         self.layers, self.attention = layers, attention
 
     def prefetch(self, batch: Batch) -> None:  # noqa: ARG002
@@ -33,6 +36,81 @@ class LiveTeacher:
 
     @torch.no_grad()
     def forward(self, batch: Batch, prefetch: TeacherOutput | None = None) -> TeacherOutput:  # noqa: ARG002
-        """Its last hidden states with its head, and its inner states."""
+        """Returns its last hidden states with its head, and the states that are set."""
         last, inner = hidden_states.all_hidden_states(self.model, batch, self.layers, self.attention)
         return TeacherOutput(Dense(last, lm_head(self.model)), inner)
+
+    def answer(
+        self,
+        prompts: Sequence[tuple[int, np.ndarray]],
+        sampling: Sampling,
+        *,
+        seed: int,
+        vocab_size: int,
+        pad_token: int,
+        batch_tokens: int,
+    ) -> list[list[np.ndarray]]:
+        """Returns its answers to each prompt as tokens, int32, with the end of sequence where they came to one.
+
+        Args:
+            prompts: each with the number of its document.
+            vocab_size: no token from here on is drawn.
+            batch_tokens: the most positions of prompts and answers that are generated together, or one prompt's.
+
+        Raises:
+            NonFiniteError: the logits at a position are no distribution.
+        """
+        answers: dict[int, list[np.ndarray]] = {}
+        num_answers = sampling.num_answers
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][1]), reverse=True)
+        while order:
+            longest = len(prompts[order[0]][1]) + sampling.max_tokens
+            places = order[: max(1, batch_tokens // (longest * num_answers))]
+            order = order[len(places) :]
+            numbers, texts = zip(*(prompts[i] for i in places), strict=True)
+
+            def check(logits: Tensor, num_written: int, numbers: Sequence = numbers, texts: Sequence = texts) -> None:
+                check_finite(
+                    logits, lambda row: (numbers[row // num_answers], len(texts[row // num_answers]) + num_written - 1)
+                )
+
+            found = generate(
+                self.model,
+                texts,
+                sampling,
+                vocab_size=vocab_size,
+                pad_token=pad_token,
+                seed=derived_seed(seed, "answers", numbers[0]),
+                check=check,
+            )
+            answers |= dict(zip(places, found, strict=True))
+        return [answers[i] for i in range(len(prompts))]
+
+
+def check_finite(logits: Tensor, where: Callable[[int], tuple[int, int]]) -> None:
+    """Returns where each row of logits is a distribution: no logit is not a number or +∞, and not all are −∞.
+
+    Args:
+        where: gives the document and the position of a row.
+
+    Raises:
+        NonFiniteError: a row is none; it names the document.
+    """
+    rows = (~logits.amax(-1).isfinite()).nonzero()
+    if not len(rows):
+        return
+    row = logits[rows[0, 0]]
+    number, position = where(int(rows[0, 0]))
+    wrong = row.isnan() | (row == torch.inf)
+    raise NonFiniteError(
+        f"the teacher's logits are not finite in document {number}",
+        {
+            "position": f"{position} (from 0)",
+            "columns": f"{int(wrong.sum()) or len(row)} of {len(row)} are "
+            f"{'not a number' if row.isnan().any() else 'infinite' if wrong.any() else '-infinity'}",
+        },
+        why="It says nothing there that a student could learn. What is in whole shards is kept.",
+        fix="Check its weights. Where they are good, teacher.engine.dtype=float32 or another teacher.engine.attention "
+        "may mend it, with --overwrite; so may leaving out that document, or one that shares its row. --resume goes on "
+        "with the same settings, if the fault was the machine's.",
+    )

@@ -1,6 +1,6 @@
-"""A teacher behind an address, asked while the student trains: its likeliest tokens at each position."""
+"""A teacher behind an address: the log-probabilities of its top tokens at each position, and its answers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -11,80 +11,99 @@ from stillroom.data.dataloader import DocumentSet
 from stillroom.errors import DataError
 from stillroom.kernels.selection import subtracted_rests
 from stillroom.layers import Layer
+from stillroom.models.generation import Sampling
 from stillroom.signals import Sparse, TeacherOutput
+from stillroom.teachers.base import PrefetchedTeacher, documents_in
 from stillroom.teachers.config import ServerTeacherConfig
 from stillroom.teachers.http.answers import TopLogProbs
-from stillroom.teachers.http.engine import ServerEngine
+from stillroom.teachers.http.engine import Request, ServerEngine
 
 
-class ServerTeacher:
-    """Asks a server about the documents of each batch, steps ahead, several at a time.
+class ServerTeacher(PrefetchedTeacher):
+    """Sends documents and prompts to a server, several at a time.
 
     Args:
-        documents: those that the batches hold.
-        columns: the tokens that make up its distribution.
+        documents: those that the batches hold; None where it is given no batches.
+        vocab_size: the number of tokens that make up its distribution.
     """
 
     def __init__(
-        self, config: ServerTeacherConfig, tokenizer: PreTrainedTokenizerBase, documents: DocumentSet, columns: int
+        self,
+        config: ServerTeacherConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        documents: DocumentSet | None,
+        vocab_size: int,
     ) -> None:
-        self.config, self.tokenizer, self.documents, self.columns = config, tokenizer, documents, columns
-        self.engine = ServerEngine(
-            url=config.url,
-            model=config.model,
-            dialect=config.dialect,
-            tokenizer=tokenizer,
-            top=config.top,
-            concurrency=config.concurrency,
-            retries=config.retries,
-            timeout_s=config.timeout_s,
-            key_variable=config.key_variable,
-        )
+        self.config, self.tokenizer, self.documents, self.vocab_size = config, tokenizer, documents, vocab_size
+        self.engine = ServerEngine(tokenizer=tokenizer, **config.model_dump(exclude={"kind", "tokenizer"}))
+        self._of_answers: dict[int, TopLogProbs] = {}
 
     def of(self, documents: DocumentSet) -> "ServerTeacher":
-        """The same teacher of other documents."""
-        return ServerTeacher(self.config, self.tokenizer, documents, self.columns)
+        """Returns the same teacher for other documents."""
+        return ServerTeacher(self.config, self.tokenizer, documents, self.vocab_size)
 
     def set_outputs(self, layers: Sequence[Layer], attention: Sequence[int]) -> None:
-        """It tells no inner states."""
+        """Takes none: a server gives no hidden states."""
         assert not layers
         assert not attention
 
     def prefetch(self, batch: Batch) -> TeacherOutput:
-        """What it says of the batch's documents.
+        """Returns its output for the batch's documents.
 
         Raises:
-            StillroomError: it gave up, or what it said does not fit what it was asked; it names the document.
+            StillroomError: the server gave up, or its answer does not fit the request; the error names the document.
         """
-        numbers = [d for row in batch.documents for d in row.unique_consecutive().tolist() if d >= 0]
-        asked = ((d, self.documents.tokens(d), self.documents.target_mask(d)[1:]) for d in dict.fromkeys(numbers))
-        told = dict(self.engine.score(asked))
-        return TeacherOutput(self._signal([told[number] for number in numbers]))
-
-    def forward(self, batch: Batch, prefetch: TeacherOutput | None = None) -> TeacherOutput:
-        prefetch = self.prefetch(batch) if prefetch is None else prefetch
-        return prefetch.to(batch.tokens.device)
-
-    def _signal(self, told: Sequence[TopLogProbs]) -> Sparse:
-        counts = np.concatenate([one.counts for one in told]) if told else np.zeros(0, np.int32)
-        if len(counts) and not counts.min():
+        documents, numbers = self.documents, documents_in(batch)
+        assert documents is not None
+        requests = ((d, documents.tokens(d), documents.target_mask(d)[1:]) for d in dict.fromkeys(numbers))
+        found = self.top_log_probs(requests)
+        top = TopLogProbs.concatenate([found[number] for number in numbers])
+        if len(top.counts) and not top.counts.min():
             raise DataError(
                 "the server tells nothing of a position",
                 {"asked for": f"{self.config.top} tokens", "told": 0},
                 why="There is nothing to learn from there.",
                 fix="Look at the server's limit of log-probabilities (vLLM: --max-logprobs), or lower teacher.top.",
             )
-        there = np.arange(max(1, int(counts.max(initial=1)))) < counts[:, None]
-        ids, log_probs = np.zeros(there.shape, np.int64), np.full(there.shape, -np.inf, np.float32)
-        for name, filled in (("ids", ids), ("log_probs", log_probs)):
-            filled[there] = np.concatenate([getattr(one, name) for one in told]) if told else []
-        ids = np.where(there, ids, ids[:, :1])  # a position with fewer repeats its first
+        ids, log_probs = top.padded(np.float32)
+        ids = np.where(np.isfinite(log_probs), ids, ids[:, :1])  # a position with fewer repeats its first
         kept = torch.from_numpy(log_probs)
-        labels = np.concatenate([one.label_log_probs for one in told]) if told else np.zeros(0)
-        return Sparse(
+        signal = Sparse(
             torch.from_numpy(ids),
             kept,
-            {1.0: subtracted_rests(kept, self.columns).float()},
-            label_log_probs=torch.from_numpy(labels.astype(np.float32)),
-            vocab_size=self.columns,
+            {1.0: subtracted_rests(kept, self.vocab_size).float()},
+            label_log_probs=torch.from_numpy(top.label_log_probs),
+            vocab_size=self.vocab_size,
         )
+        return TeacherOutput(signal)
+
+    def top_log_probs(self, requests: Iterable[Request]) -> dict[int, TopLogProbs]:
+        """Returns the top log-probabilities at the kept positions of each document, by its number.
+
+        Those of its last answers it gave while it wrote them, so these are not sent again.
+
+        Raises:
+            StillroomError: the server gave up, or its answer does not fit the request; the error names the document.
+        """
+        known, self._of_answers = self._of_answers, {}
+        return known | dict(self.engine.score(request for request in requests if request[0] not in known))
+
+    def answer(
+        self, prompts: Sequence[tuple[int, np.ndarray]], sampling: Sampling, *, seed: int
+    ) -> list[list[np.ndarray]]:
+        """Returns its answers to each prompt as tokens, int32, and keeps their log-probabilities for `top_log_probs`.
+
+        There, the j-th answer to document ``number`` is document ``number · num_answers + j``.
+
+        Args:
+            prompts: each with the number of its document.
+
+        Raises:
+            StillroomError: as for `top_log_probs`.
+        """
+        answers = dict(self.engine.generate(prompts, **sampling._asdict(), seed=seed))
+        for number, several in answers.items():
+            for j, answer in enumerate(several):
+                if answer.log_probs is not None:
+                    self._of_answers[number * sampling.num_answers + j] = answer.log_probs
+        return [[answer.tokens for answer in answers[number]] for number, _ in prompts]

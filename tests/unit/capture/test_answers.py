@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stillroom.capture.answers import answered, prompts
 from stillroom.capture.config import Generate
-from stillroom.capture.windows import Document
+from stillroom.capture.windows import Document, answered, prompts
 from stillroom.data.config import AnyData, ChatData, PromptCompletionData, TextData
 from stillroom.data.dataset import prepare
 from stillroom.errors import DataError

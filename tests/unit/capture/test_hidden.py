@@ -9,12 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stillroom.capture import hidden as module
 from stillroom.capture import windows
 from stillroom.capture.config import CaptureConfig
-from stillroom.capture.model import ModelTeacher
 from stillroom.capture.plan import make_plan
 from stillroom.capture.run import run
+from stillroom.capture.signals import SignalCapture
 from stillroom.cli.capture import summary
 from stillroom.config import load
 from stillroom.errors import ConfigError, MismatchError, NonFiniteError
@@ -81,19 +80,19 @@ def test_the_signals_are_those_of_a_capture_without_them(capture):
 def test_a_capture_that_failed_goes_on_and_ends_with_the_same_bytes(capture, tmp_path, monkeypatch):
     """Also where few documents are asked about together, since their states are large."""
     each = 4 * (4 + 16)
-    monkeypatch.setattr(module, "WINDOW_BYTES", 3 * 32 * each)
+    monkeypatch.setattr(windows, "WINDOW_BYTES", 3 * 32 * each)
     small = ("shard_positions=150", INT8)
     whole = capture("whole", *small)
-    say, calls = ModelTeacher.say, []
+    say, calls = SignalCapture.capture, []
 
-    def fail(self: ModelTeacher, documents: Any) -> Any:
+    def fail(self: SignalCapture, documents: Any) -> Any:
         assert len(documents) <= 3
         calls.append(1)
         if len(calls) == 5:
             raise OSError("the power is out")
         return say(self, documents)
 
-    monkeypatch.setattr(ModelTeacher, "say", fail)
+    monkeypatch.setattr(SignalCapture, "capture", fail)
     with pytest.raises(OSError, match="the power is out"):
         capture("a", *small)
     assert 0 < len(Store(tmp_path / "a" / "store", partial=True)) < len(whole)

@@ -12,8 +12,8 @@ from stillroom.capture import run as module
 from stillroom.capture import windows
 from stillroom.capture.config import CaptureConfig
 from stillroom.capture.join import join
-from stillroom.capture.model import ModelTeacher
 from stillroom.capture.run import run
+from stillroom.capture.signals import SignalCapture
 from stillroom.config import load
 from stillroom.errors import ConfigError, DataError, MismatchError, MissingError, StillroomError, StorageError
 from stillroom.store.check import check
@@ -107,9 +107,9 @@ def test_a_part_that_is_missing_is_named_with_the_command_that_captures_it(parts
 
 
 def test_a_part_that_is_not_finished_is_named_and_goes_on_alone(capture, parts, whole, monkeypatch):
-    say, calls = ModelTeacher.say, []
+    say, calls = SignalCapture.capture, []
 
-    def fail(self: ModelTeacher, documents: Any) -> Any:
+    def fail(self: SignalCapture, documents: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             raise OSError("the power is out")
@@ -117,7 +117,7 @@ def test_a_part_that_is_not_finished_is_named_and_goes_on_alone(capture, parts, 
 
     words = (part(2, 3), "shard_positions=50")
     with monkeypatch.context() as patch:
-        patch.setattr(ModelTeacher, "say", fail)
+        patch.setattr(SignalCapture, "capture", fail)
         with pytest.raises(OSError, match="the power is out"):
             capture(parts, *words, overwrite=True)
     error = refused(MissingError, "part 2 of 3 is not finished", parts)

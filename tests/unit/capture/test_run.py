@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from stillroom.capture import run as module
 from stillroom.capture import windows
 from stillroom.capture.config import CaptureConfig
-from stillroom.capture.model import ModelTeacher
 from stillroom.capture.run import run
+from stillroom.capture.signals import SignalCapture
 from stillroom.config import load
 from stillroom.errors import (
     ConfigError,
@@ -61,17 +61,17 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def power_out(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """``power_out(3)``: the third question to the teacher fails, once."""
-    say = ModelTeacher.say
+    say = SignalCapture.capture
 
     def at(number: int) -> None:
         calls = count(1)
 
-        def fail(self: ModelTeacher, documents: Any) -> Any:
+        def fail(self: SignalCapture, documents: Any) -> Any:
             if next(calls) == number:
                 raise OSError("the power is out")
             return say(self, documents)
 
-        monkeypatch.setattr(ModelTeacher, "say", fail)
+        monkeypatch.setattr(SignalCapture, "capture", fail)
 
     return at
 
@@ -157,16 +157,16 @@ def test_a_capture_that_failed_goes_on_and_ends_the_same(capture, tmp_path, powe
 def test_an_interrupted_capture_saves_what_it_has(capture, tmp_path, monkeypatch):
     import signal
 
-    say = ModelTeacher.say
+    say = SignalCapture.capture
 
-    def interrupt(self: ModelTeacher, documents: Any) -> Any:
+    def interrupt(self: SignalCapture, documents: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         return say(self, documents)
 
-    monkeypatch.setattr(ModelTeacher, "say", interrupt)
+    monkeypatch.setattr(SignalCapture, "capture", interrupt)
     with pytest.raises(Interrupted, match="interrupted after 8 of"):
         capture("a")
-    monkeypatch.setattr(ModelTeacher, "say", say)
+    monkeypatch.setattr(SignalCapture, "capture", say)
     assert len(Store(tmp_path / "a" / "store", partial=True)) == 8
     capture("a", resume=True)
     capture("whole")
@@ -318,7 +318,7 @@ def test_a_capture_is_not_gone_on_with_by_other_settings(capture, monkeypatch, s
     def fail(*_: Any) -> Any:
         raise OSError("the power is out")
 
-    monkeypatch.setattr(ModelTeacher, "say", fail)
+    monkeypatch.setattr(SignalCapture, "capture", fail)
     with pytest.raises(OSError, match="the power is out"):
         capture("a", "signal={kind: top_k, k: 5}", "data.overlong=cut")
     with pytest.raises(ConfigError, match="other settings") as raised:
@@ -350,7 +350,7 @@ def test_answers_are_not_gone_on_with_in_other_batches(capture, monkeypatch):
     def fail(*_: Any) -> Any:
         raise OSError("the power is out")
 
-    monkeypatch.setattr(ModelTeacher, "say", fail)
+    monkeypatch.setattr(SignalCapture, "capture", fail)
     with pytest.raises(OSError, match="the power is out"):
         capture("a", *words)
     with pytest.raises(ConfigError, match="other settings"):
@@ -394,9 +394,9 @@ def test_a_folder_of_something_else_is_never_overwritten(capture, tmp_path):
 
 
 def test_two_captures_into_one_folder_are_refused(capture, tmp_path, monkeypatch):
-    say, inside = ModelTeacher.say, []
+    say, inside = SignalCapture.capture, []
 
-    def nested(self: ModelTeacher, documents: Any) -> Any:
+    def nested(self: SignalCapture, documents: Any) -> Any:
         if not inside:
             inside.append(1)
             for flags in ({"resume": True}, {"overwrite": True}):
@@ -404,7 +404,7 @@ def test_two_captures_into_one_folder_are_refused(capture, tmp_path, monkeypatch
                     capture("a", **flags)
         return say(self, documents)
 
-    monkeypatch.setattr(ModelTeacher, "say", nested)
+    monkeypatch.setattr(SignalCapture, "capture", nested)
     capture("a")
     assert inside
     capture("b")
@@ -441,16 +441,16 @@ def test_secrets_are_not_written_down(capture, tmp_path, tokenizer_folder, monke
 
 def test_a_resumed_capture_makes_the_same_windows(capture, monkeypatch):
     """A document that is batched with others is rounded otherwise, and its last levels with it."""
-    say, asked, fails = ModelTeacher.say, [], [3]
+    say, asked, fails = SignalCapture.capture, [], [3]
 
-    def watch(self: ModelTeacher, documents: Any) -> Any:
+    def watch(self: SignalCapture, documents: Any) -> Any:
         if len(asked) in fails:
             fails.clear()
             raise OSError("the power is out")
         asked.append([document.number for document in documents])
         return say(self, documents)
 
-    monkeypatch.setattr(ModelTeacher, "say", watch)
+    monkeypatch.setattr(SignalCapture, "capture", watch)
     with pytest.raises(OSError, match="the power is out"):
         capture("a", SMALL)
     first = len(asked)

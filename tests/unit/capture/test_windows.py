@@ -57,7 +57,7 @@ def test_batches_hold_each_position_once(pack, most):
         assert batch.tokens.shape[1] <= 32
         flat = [
             getattr(batch, name).flatten().tolist()
-            for name in ("documents", "positions", "tokens", "next_tokens", "keep")
+            for name in ("documents", "positions", "tokens", "labels", "loss_mask")
         ]
         for place, position, token, following, loss_mask in zip(*flat, strict=True):
             if place >= 0:

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from conftest import build_documents
 from stillroom.capture import windows
-from stillroom.capture.config import CaptureConfig, Part
+from stillroom.capture.config import CaptureConfig, Generate, Part
 from stillroom.capture.plan import make_plan
 from stillroom.capture.run import run
 from stillroom.capture.workers import own_device, part_of, part_range
 from stillroom.cli.capture import summary
 from stillroom.cli.progress import Progress
-from stillroom.config import load, replace
+from stillroom.config import load
 from stillroom.errors import ConfigError, MissingError, StillroomError, StorageError
 from stillroom.recipe import from_yaml
 from stillroom.store.reader import Store
@@ -94,7 +94,7 @@ def contents(store: Store) -> list[tuple[Any, ...]]:
 def test_a_part_is_that_of_the_settings_or_of_the_environment(settings, ranks, environment, word, expected):
     ranks(**environment)
     config = settings(word)
-    assert part_of(config) == expected
+    assert part_of(config.part) == expected
     assert make_plan(config).config.part == expected
 
 
@@ -107,7 +107,7 @@ def test_a_part_is_that_of_the_settings_or_of_the_environment(settings, ranks, e
 def test_an_environment_that_tells_no_part_is_refused(settings, ranks, environment):
     ranks(**environment)
     with pytest.raises(ConfigError, match="does not tell which part") as raised:
-        part_of(settings())
+        part_of(settings().part)
     assert raised.value.values == {name: environment.get(name, "not set") for name in ("RANK", "WORLD_SIZE")}
 
 
@@ -137,14 +137,8 @@ def test_workers_on_one_machine_take_a_device_each(ranks, monkeypatch):
 )
 def test_parts_are_stretches_of_whole_windows_of_about_as_many_tokens(lengths, of, size, generate):
     documents = build_documents(lengths)
-    answers = {"generate": {"max_tokens": 4, "prompt_tokens": 3}} if generate else {}
-    config = CaptureConfig.model_validate(
-        {"teacher": {"model": "t"}, "data": {"path": "d", "format": "text", "length": 40, "overlong": "cut"},
-         "out": "o", **answers}
-    )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(windows, "WINDOW_DOCUMENTS", size)
-        ranges = [part_range(replace(config, {"part": {"index": i, "of": of}}), documents, None) for i in range(of)]
+    answers = Generate(max_tokens=4, prompt_tokens=3) if generate else None
+    ranges = [part_range(Part(index=i, of=of), documents, size, answers) for i in range(of)]
     assert [first for first, _ in ranges] == [0, *(stop for _, stop in ranges[:-1])]
     assert ranges[-1][1] == len(lengths)
     assert all(first % size == 0 or first == len(lengths) for first, _ in ranges)

@@ -17,7 +17,7 @@ COLUMNS = 300
 
 def measure(student, teacher, documents: Documents = DOCUMENTS, **settings):
     step = StudentStep(student, [], vocab_size=COLUMNS, logits_bytes=2**20)
-    values = {"columns": COLUMNS, "length": 48, "end": None, "seed": 0, **settings}
+    values = {"vocab_size": COLUMNS, "length": 48, "end": None, "seed": 0, **settings}
     return on_policy_kl(step, LiveTeacher(teacher), documents, range(len(documents)), **values)
 
 
@@ -26,11 +26,11 @@ def written(monkeypatch):
     """Every text that is written, with its prompt's length."""
     found = []
 
-    def write(model, prompt, *rest, draw=module._write):
+    def write(model, prompt, *rest, draw=module.draw_text):
         found.append((len(prompt), draw(model, prompt, *rest)))
         return found[-1][1]
 
-    monkeypatch.setattr(module, "_write", write)
+    monkeypatch.setattr(module, "draw_text", write)
     return found
 
 

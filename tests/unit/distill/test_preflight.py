@@ -97,6 +97,17 @@ def test_the_step_is_of_the_longest_rows_and_fills_its_batch(begin, monkeypatch,
     assert any(not torch.equal(p, before[name]) for name, p in trial.state.module.named_parameters())
 
 
+def test_no_row_is_longer_than_those_of_the_step(begin):
+    """The lengths of documents differ, and a step holds few of them."""
+    trial, _, _ = begin("data.pack=false", "batch={tokens: 64, micro_tokens: 32}")
+    trial.measure()
+    found = sorted((int(row.sum()) for batch, _ in trial._longest() for row in batch.documents >= 0), reverse=True)
+    longest = np.sort(trial.documents.lengths - 1)[::-1]
+    assert longest[-1] < longest[len(found)]
+    assert found == longest[: len(found)].tolist()
+    assert sum(found) <= 64 < sum(found) + longest[len(found)]
+
+
 def test_steps_are_counted_where_all_data_are_known(begin):
     trial, _, _ = begin("steps=null", "epochs=2", sequences=4)
     trial.measure()

@@ -10,9 +10,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from conftest import SaveModel, build_batch, build_config, build_model
 from stillroom.capture.config import CaptureConfig
-from stillroom.capture.model import ModelTeacher
 from stillroom.capture.plan import make_plan as make_capture_plan
-from stillroom.capture.run import _teacher as capture_teacher
+from stillroom.capture.run import build_capture
 from stillroom.config import load, replace
 from stillroom.distill.build import build_teacher
 from stillroom.distill.config import DistillConfig
@@ -28,6 +27,7 @@ from stillroom.models.config import Quantization
 from stillroom.models.hidden_states import lm_head, verify
 from stillroom.models.quantization import PACKAGES, check_quantizable, check_quantized, is_quantized, quantized_loading
 from stillroom.signals import Dense
+from stillroom.teachers.live import LiveTeacher
 
 KINDS: tuple[Quantization, ...] = ("int8", "fp8", "nf4")
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
@@ -101,8 +101,10 @@ def test_a_capture_asks_a_quantised_teacher(
         "data": {"path": str(text_files / "train.jsonl"), "format": "text", "length": 16, "max_documents": 4},
         "out": str(tmp_path / "run"),
     }
-    teacher = capture_teacher(make_capture_plan(CaptureConfig.model_validate(values)))
-    assert isinstance(teacher, ModelTeacher)
+    plan = make_capture_plan(CaptureConfig.model_validate(values))
+    config = plan.config
+    teacher = build_capture(config.teacher, plan.tokenizer, config.data, config.signal, seed=0, hidden=None).teacher
+    assert isinstance(teacher, LiveTeacher)
     assert any(map(is_quantized, teacher.model.parameters()))
 
 

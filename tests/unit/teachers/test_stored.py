@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import build_model
 from stillroom.batch import Batch
-from stillroom.capture.config import CaptureConfig, Transformers
-from stillroom.capture.model import ModelTeacher
+from stillroom.capture.config import CaptureConfig
 from stillroom.capture.run import run as capture
+from stillroom.capture.signals import SignalCapture
 from stillroom.capture.windows import Document
 from stillroom.config import load
 from stillroom.data.dataloader import BatchStream
@@ -134,7 +134,7 @@ def test_a_damaged_row_is_told_when_it_is_read(stored, tmp_path):
         if batch is not holds:
             asked.prefetch(batch)
     with pytest.raises(DataError, match="damaged"):
-        asked.read(holds)
+        asked.prefetch(holds)
 
 
 # --- a full store ----------------------------------------------------------------------------------------------------
@@ -249,7 +249,6 @@ def test_over_many_captures_the_gradient_is_that_of_the_whole_distribution(store
     (batch,) = next(stream(store, tokens=64, shuffle=False))
     rows = [d for row in batch.documents for d in row.unique_consecutive().tolist() if d >= 0]
     asked = [Document(store.document(d), store.tokens(d), store.target_mask(d)) for d in rows]
-    engine = Transformers(kind="transformers", device="cpu", batch_tokens=256, logits_bytes=2**23)
     step, model = step_of(student, FORWARD), teacher(saved_model)
 
     def gradient(of: Any) -> Tensor:
@@ -260,8 +259,11 @@ def test_over_many_captures_the_gradient_is_that_of_the_whole_distribution(store
         return weight.flatten().double().clone()
 
     def one(seed: int) -> Tensor:
-        asks = ModelTeacher(model, engine, signal, columns=300, length=32, pack=True, seed=seed, pad_token=0)
-        parts = [said.signal for said in asks.say(asked)]
+        asks = SignalCapture(
+            LiveTeacher(model), signal, vocab_size=300, seed=seed, length=32, pack=True, batch_tokens=256,
+            logits_bytes=2**23,
+        )  # fmt: skip
+        parts = [captured.signal for captured in asks.capture(asked)]
         return gradient(TeacherOutput(to_sparse(LogProbCodes.concatenate(parts), signal, 300)))  # pyright: ignore[reportArgumentType]
 
     dense = gradient(StoredTeacher(store).forward(batch))

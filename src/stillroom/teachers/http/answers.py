@@ -1,4 +1,4 @@
-"""What a server said, read from its JSON and checked: nothing lost, nothing guessed, nothing skipped."""
+"""A server's answers, read from their JSON and checked: nothing is lost, guessed or skipped."""
 
 import math
 import re
@@ -12,7 +12,7 @@ from stillroom.errors import DataError
 from stillroom.teachers.http.vocabulary import Vocabulary
 
 ROUNDING = 1e-3
-"""How far above 0 a log-probability, and above 1 a mass, may lie by rounding; such a log-probability counts as 0."""
+"""The most by which rounding may lift a log-probability above 0, where it counts as 0, and a mass above 1."""
 
 ENDINGS = ("stop", "length", "eos", "eos_token", "stop_sequence")
 """The reasons why a whole answer ends."""
@@ -25,48 +25,62 @@ _TEXT_FIX = (
 
 @dataclass(frozen=True)
 class TopLogProbs:
-    """What a server said about ``p`` positions of one document."""
+    """The top log-probabilities at ``p`` positions of one document."""
 
     counts: np.ndarray
-    """int32 [p]: the entries of each position."""
+    """int32 [p], the number of entries of each position."""
     ids: np.ndarray
-    """int32 [e]: likeliest first, distinct within a position."""
+    """int32 [e], in falling order of probability, distinct within a position."""
     log_probs: np.ndarray
     """float32 [e], in nats."""
     label_log_probs: np.ndarray
-    """float32 [p]: of the document's own next token; nan where the server did not say."""
+    """float32 [p], of the document's own next token; nan where the server did not give it."""
+
+    @staticmethod
+    def concatenate(parts: Sequence["TopLogProbs"]) -> "TopLogProbs":
+        """Returns the positions of all the parts in turn."""
+        none = (np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.float32))
+        arrays = zip(none, *((x.counts, x.ids, x.log_probs, x.label_log_probs) for x in parts), strict=True)
+        return TopLogProbs(*map(np.concatenate, arrays))
+
+    def padded(self, dtype: type[np.floating]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns ids, int64, and log-probabilities, both [p, k], k at least 1; 0 and −inf where there is none."""
+        there = np.arange(max(1, int(self.counts.max(initial=1)))) < self.counts[:, None]
+        ids, log_probs = np.zeros(there.shape, np.int64), np.full(there.shape, -np.inf, dtype)
+        ids[there], log_probs[there] = self.ids, self.log_probs
+        return ids, log_probs
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server wrote."""
+    """A text that a server wrote."""
 
     tokens: np.ndarray
-    """int32 [m]. The token that ends it is there where the server tells it: vLLM does, most others do not."""
+    """int32 [m]. The token that ends it is there where the server gives it: vLLM does, most others do not."""
     text: str
     log_probs: TopLogProbs | None
-    """What it said about those tokens; None where it was not asked."""
+    """Those of its tokens; None where they were not requested."""
     finish_reason: str
     """``stop``: the model ended it. ``length``: it was cut off."""
 
 
-Told = tuple[dict[int, float], float, int]
-"""A position: the log-probabilities told of it by id, that of its own token (nan where not told), and its own token."""
+Position = tuple[dict[int, float], float, int]
+"""The log-probabilities given at a position by id, that of its own token (nan where not given), and its own token."""
 
 
 class AnswerReader:
-    """Reads answers about one subject.
+    """Reads answers to requests about one subject.
 
     Args:
-        subject: what was asked about, for errors: "document 3".
-        top: tokens asked for at each position.
+        subject: what the request was about, for errors: "document 3".
+        top: the tokens requested at each position.
     """
 
     def __init__(self, subject: str, vocabulary: Vocabulary, top: int) -> None:
         self.subject, self.vocabulary, self.top = subject, vocabulary, top
 
     def choices(self, payload: Any, number: int) -> list[dict[str, Any]]:
-        """The ``number`` choices of an answer, in their order."""
+        """Returns the ``number`` choices of an answer, in their order."""
         found = payload.get("choices") if isinstance(payload, dict) else None
         found = found if isinstance(found, list) and all(isinstance(choice, dict) for choice in found) else []
         ordered = sorted(found, key=lambda choice: _whole(choice.get("index", 0)) or 0)
@@ -77,21 +91,21 @@ class AnswerReader:
         return ordered
 
     def prompt_log_probs(self, choice: dict[str, Any], tokens: np.ndarray, loss_mask: np.ndarray) -> TopLogProbs:
-        """The kept positions of a prompt, from vLLM's ``prompt_logprobs``."""
-        told = choice.get("prompt_logprobs")
-        if not isinstance(told, list):
+        """Returns the kept positions of a prompt, from vLLM's ``prompt_logprobs``."""
+        given = choice.get("prompt_logprobs")
+        if not isinstance(given, list):
             raise self.error(
                 "the server tells no log-probabilities of",
                 {"asked for": f"prompt_logprobs={self.top}", "got": "no prompt_logprobs"},
                 fix="Use a vLLM server, or teacher.engine.kind=openai for a server that echoes its prompt.",
             )
-        self._same_count(len(tokens), len(told))
-        seen = choice.get("prompt_token_ids")
-        if seen is not None and seen != tokens.tolist():
+        self._same_count(len(tokens), len(given))
+        read = choice.get("prompt_token_ids")
+        if read is not None and read != tokens.tolist():
             raise self._other_tokens("prompt_token_ids")
         found = []
         for i in range(1, len(tokens)):
-            own, entries = int(tokens[i]), told[i]
+            own, entries = int(tokens[i]), given[i]
             if not isinstance(entries, dict) or str(own) not in entries:
                 raise self._other_tokens(f"position {i}, token {own}")
             if loss_mask[i - 1]:
@@ -102,7 +116,7 @@ class AnswerReader:
     def echoed(
         self, choice: dict[str, Any], tokens: np.ndarray, loss_mask: np.ndarray, *, as_text: bool, usage: Any
     ) -> TopLogProbs:
-        """The kept positions of a prompt that the server echoed, from the ``logprobs`` of a completion.
+        """Returns the kept positions of a prompt that the server echoed, from the ``logprobs`` of a completion.
 
         A server that was sent text may have put the beginning-of-sequence token before it without echoing it; then its
         count of prompt tokens must say so.
@@ -116,7 +130,7 @@ class AnswerReader:
                 raise self.error(
                     "the server does not tell what it expects at the start of",
                     {"position": int(position), "echoed": f"from token {hidden}, with nothing about the first of them"},
-                    why="The token after the first one is to be learnt, and what the teacher says of it is missing.",
+                    why="The token after the first one is to be learned, and what the teacher says of it is missing.",
                     fix="Use data in which a prompt comes first (chat, prompt_completion), or a server that takes "
                     "token ids.",
                 )
@@ -126,10 +140,10 @@ class AnswerReader:
         return self.collect(found)
 
     def written(self, choice: dict[str, Any], *, log_probs: bool, completion_tokens: int | None) -> Answer:
-        """What the server wrote itself, from a completion or a chat.
+        """Returns what the server wrote itself, from a completion or a chat.
 
         Args:
-            completion_tokens: how many tokens it says that it wrote.
+            completion_tokens: the number of tokens that it wrote, by its own count.
         """
         message = choice.get("message")
         text = message.get("content") if isinstance(message, dict) else choice.get("text")
@@ -145,14 +159,14 @@ class AnswerReader:
                 why="Half an answer would be stored as a whole one.",
                 fix="See the server's log, and leave such prompts out.",
             )
-        told, ids = choice.get("logprobs"), choice.get("token_ids")
-        rows = self._rows(told) if isinstance(told, dict) else None
+        given, ids = choice.get("logprobs"), choice.get("token_ids")
+        rows = self._rows(given) if isinstance(given, dict) else None
         if isinstance(ids, list) and all(_whole(number) is not None for number in ids):
             tokens = [self._id(number) for number in ids]
         elif rows is not None:
             tokens = [self._resolve(text, data, i) for i, (text, data, _, _) in enumerate(rows)]
         else:
-            raise self._none_told()
+            raise self._none_given()
         missing = 0 if completion_tokens is None else completion_tokens - len(tokens)
         if not 0 <= missing <= (reason != "length"):
             raise self.error(
@@ -163,18 +177,30 @@ class AnswerReader:
         found = None
         if log_probs:
             if rows is None:
-                raise self._none_told()
+                raise self._none_given()
             self._same_count(len(tokens), len(rows))
-            found = self.collect(
-                [self._row(row, token, i) for i, (row, token) in enumerate(zip(rows, tokens, strict=True))]
-            )
+            pairs = enumerate(zip(rows, tokens, strict=True))
+            found = self.collect([self._row(row, token, i) for i, (row, token) in pairs])
         return Answer(np.array(tokens, np.int32), text or "", found, reason)
 
-    def collect(self, positions: Sequence[Told]) -> TopLogProbs:
-        """The positions in arrays, each checked: as many entries as were asked for, and probabilities that can be."""
+    def collect(self, positions: Sequence[Position]) -> TopLogProbs:
+        """Returns the positions in arrays, each checked: as many entries as requested, possible probabilities."""
         counts, ids, log_probs, labels = [], [], [], []
+        wanted = min(self.top, self.vocabulary.vocab_size)
         for entries, label, own in positions:
-            kept = self._top(entries, own)
+            if len(entries) == wanted + 1 and own in entries:  # servers add the own token where it is not at the top
+                rest = {number: value for number, value in entries.items() if number != own}
+                kept = rest if entries[own] <= min(rest.values(), default=0.0) + ROUNDING else entries
+            else:
+                kept = entries
+            if len(kept) != wanted:
+                raise self.error(
+                    "the server told another number of tokens than it was asked for of",
+                    {"asked for": wanted, "told": len(entries)},
+                    why="Positions with fewer entries would be stored as if the rest were all that was left out.",
+                    fix="Lower signal.k (or signal.most) to what the server tells, or raise its limit (vLLM: "
+                    "--max-logprobs).",
+                )
             order = sorted(kept, key=kept.__getitem__, reverse=True)
             if (mass := sum(map(math.exp, kept.values()))) > 1 + ROUNDING:
                 raise self.error(
@@ -192,7 +218,7 @@ class AnswerReader:
         )
 
     def error(self, what: str, values: dict[str, object], *, why: str = "", fix: str = "") -> DataError:
-        """An error about the subject; ``what`` ends where the subject's name follows."""
+        """Returns an error about the subject; ``what`` ends where the subject's name follows."""
         return DataError(
             f"{what} {self.subject}",
             values,
@@ -202,24 +228,8 @@ class AnswerReader:
 
     # -- one position ------------------------------------------------------------------------------------------------
 
-    def _top(self, entries: dict[int, float], own: int) -> dict[int, float]:
-        """The ``top`` entries; servers add the position's own token where it is not among them."""
-        wanted = min(self.top, self.vocabulary.vocab_size)
-        if len(entries) == wanted + 1 and own in entries:
-            rest = {number: value for number, value in entries.items() if number != own}
-            if entries[own] <= min(rest.values(), default=0.0) + ROUNDING:
-                return rest
-        elif len(entries) == wanted:
-            return entries
-        raise self.error(
-            "the server told another number of tokens than it was asked for of",
-            {"asked for": wanted, "told": len(entries)},
-            why="Positions with fewer entries would be stored as if the rest were all that was left out.",
-            fix="Lower signal.k (or signal.most) to what the server tells, or raise its limit (vLLM: --max-logprobs).",
-        )
-
     def _by_digits(self, entries: dict[str, Any], position: int) -> dict[int, float]:
-        """What vLLM tells of a position, by id. Most are right, so they are first looked at together."""
+        """Returns vLLM's entries of a position, by id. Most are right, so they are first checked together."""
         try:
             found = {self.vocabulary.by_digits[key]: entry["logprob"] for key, entry in entries.items()}
             values = list(found.values())
@@ -230,7 +240,12 @@ class AnswerReader:
         return {self._id(key): self._value(entry, position) for key, entry in entries.items()}
 
     def _by_id(self, entries: Any, position: int, own: int, own_value: float) -> dict[int, float]:
-        """What is told of a position, by id: from texts, or from a chat's list of entries."""
+        """Returns the entries of a position, by id: from texts, or from a chat's list of entries.
+
+        An entry with the own token's text and value is the own token, where no other token can hide behind that text.
+        Among the ``top`` tokens and the own one, which shares its text with a special token and parts of characters,
+        one would be missing. Then there would be fewer than ``top``, or the own one, being outside, the least.
+        """
         if isinstance(entries, dict):
             rows = [(text, None, self._value(value, position)) for text, value in entries.items()]
         elif isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries):
@@ -238,25 +253,18 @@ class AnswerReader:
         else:
             raise self._unreadable(position)
         values = sorted(value for _, _, value in rows)
+        none_hidden = len(values) > self.top or (len(values) == self.top and own_value > values[0])
         found: dict[int, float] = {}
         for text, data, value in rows:
-            is_own = value == own_value and self.vocabulary.fits(own, str(text)) and self._none_hidden(values, value)
+            is_own = none_hidden and value == own_value and self.vocabulary.fits(own, str(text))
             number = own if is_own else self._resolve(text, data, position)
             if number in found:
                 raise self._unclear(str(text), position)
             found[number] = value
         return found
 
-    def _none_hidden(self, values: list[float], own_value: float) -> bool:
-        """Whether no other token can hide behind the own token's text, given all values told, in rising order.
-
-        Of the ``top`` likeliest and the own one, which share the text that a special token and parts of characters
-        have, one would be missing. Then there would be fewer than ``top``, or the own one, being outside, the least.
-        """
-        return len(values) > self.top or (len(values) == self.top and own_value > values[0])
-
-    def _row(self, row: tuple[Any, Any, Any, Any], own: int, position: int) -> Told:
-        """A token that the server wrote: (text, bytes, log-probability, top)."""
+    def _row(self, row: tuple[Any, Any, Any, Any], own: int, position: int) -> Position:
+        """Returns the position of a token that the server wrote, from (text, bytes, log-probability, top)."""
         text, data, value, top = row
         if not isinstance(text, str) or not (
             self.vocabulary.fits(own, text) or self.vocabulary.id_of(text, data) == own
@@ -285,7 +293,7 @@ class AnswerReader:
         return number
 
     def _value(self, entry: Any, position: int) -> float:
-        """A log-probability, alone or as the ``logprob`` of an entry."""
+        """Returns a log-probability, given alone or as the ``logprob`` of an entry."""
         value = entry.get("logprob") if isinstance(entry, dict) else entry
         if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value <= ROUNDING:
             raise self.error(
@@ -297,9 +305,9 @@ class AnswerReader:
     # -- lists of positions ------------------------------------------------------------------------------------------
 
     def _lists(self, choice: dict[str, Any]) -> tuple[list[str], list[Any], list[Any]]:
-        told = choice.get("logprobs")
+        given = choice.get("logprobs")
         names = ("tokens", "token_logprobs", "top_logprobs")
-        found = [part for name in names if isinstance(told, dict) and isinstance(part := told.get(name), list)]
+        found = [part for name in names if isinstance(given, dict) and isinstance(part := given.get(name), list)]
         if len(found) < len(names) or len(found[0]) <= 1:
             raise self.error(
                 "the server echoes no log-probabilities of",
@@ -313,7 +321,7 @@ class AnswerReader:
         return texts, own_values, tops
 
     def _hidden(self, texts: list[str], tokens: np.ndarray, as_text: bool, usage: Any) -> int:
-        """How many tokens at the start are not in the echo: 0 or 1."""
+        """Returns how many tokens at the start are not in the echo: 0 or 1."""
         counted = _whole(usage.get("prompt_tokens")) if isinstance(usage, dict) else None
         if counted is not None or as_text:
             self._same_count(len(tokens), counted)
@@ -329,18 +337,18 @@ class AnswerReader:
         )
         raise self._other_tokens(f"position {place}, token {int(tokens[place])}")
 
-    def _rows(self, told: dict[str, Any]) -> list[tuple[Any, Any, Any, Any]]:
-        """The tokens that a server wrote, as (text, bytes, log-probability, top)."""
-        if isinstance(content := told.get("content"), list):
+    def _rows(self, given: dict[str, Any]) -> list[tuple[Any, Any, Any, Any]]:
+        """Returns the tokens that a server wrote, as (text, bytes, log-probability, top)."""
+        if isinstance(content := given.get("content"), list):
             if not all(isinstance(row, dict) for row in content):
                 raise self._unreadable(0)
             return [
                 (row.get("token"), row.get("bytes"), row.get("logprob"), row.get("top_logprobs")) for row in content
             ]
-        texts, values = told.get("tokens"), told.get("token_logprobs")
+        texts, values = given.get("tokens"), given.get("token_logprobs")
         if not isinstance(texts, list) or not isinstance(values, list) or len(texts) != len(values):
-            raise self._none_told()
-        tops = told.get("top_logprobs")
+            raise self._none_given()
+        tops = given.get("top_logprobs")
         tops = tops if isinstance(tops, list) and len(tops) == len(texts) else [None] * len(texts)
         return [(text, None, value, top) for text, value, top in zip(texts, values, tops, strict=True)]
 
@@ -375,7 +383,7 @@ class AnswerReader:
             "the server's log-probabilities are not of the form that was asked for, of", {"from position": position}
         )
 
-    def _none_told(self) -> DataError:
+    def _none_given(self) -> DataError:
         return self.error(
             "the server does not tell the tokens that it wrote for",
             {"asked for": "logprobs", "got": "none"},
@@ -385,7 +393,7 @@ class AnswerReader:
 
 
 def _whole(value: Any) -> int | None:
-    """A whole number, or its digits, as a number; None for anything else."""
+    """Returns a whole number, or its digits, as a number; None for anything else."""
     if isinstance(value, str) and re.fullmatch(r"0|[1-9]\d{0,8}", value):
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31 else None

@@ -1,4 +1,4 @@
-"""Asking a server over HTTP: some requests at a time, each tried again when that can help."""
+"""Requests to a server over HTTP: some at a time, each tried again when that can help."""
 
 import asyncio
 import json
@@ -15,15 +15,11 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from itertools import islice
 from threading import Thread
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 from weakref import WeakSet
 
 from stillroom.errors import ConfigError, DataError, MissingError, StillroomError, require
-
-if TYPE_CHECKING:
-    import httpx
-
 
 RETRIED = (429, 500, 502, 503, 504)
 
@@ -33,14 +29,12 @@ FIRST_WAIT_S, LONGEST_WAIT_S, LONGEST_ASKED_WAIT_S = 0.5, 60.0, 600.0
 MOST_BYTES = 2**30
 """A longer answer is refused before it fills the memory."""
 
-T = TypeVar("T")
-
-R = TypeVar("R")
+T, R = TypeVar("T"), TypeVar("R")
 
 
 @dataclass
 class Usage:
-    """A running count."""
+    """A running count of requests and tokens."""
 
     requests: int = 0
     """Requests sent, with those that were sent again."""
@@ -52,7 +46,7 @@ class Usage:
 
 @dataclass
 class Endpoint:
-    """Where a server is and how it is asked."""
+    """A server's address, and the way in which requests are sent to it."""
 
     url: str
     """Its address; a final /v1 may be there or not."""
@@ -83,7 +77,7 @@ class Endpoint:
         self.root = urlunsplit((parts.scheme, parts.netloc, re.sub(r"(/v1)?/*$", "", parts.path), "", ""))
 
     def key(self) -> str | None:
-        """The key.
+        """Returns the server's key, where it has one.
 
         Raises:
             MissingError: the environment variable is not set.
@@ -141,11 +135,11 @@ class Connection:
         await self._client.aclose()
 
     async def ask(self, path: str, body: dict[str, Any] | None, subject: str, retries: int | None = None) -> Any:
-        """What the server answers, as JSON: to a GET where there is no ``body``, and else to a POST.
+        """Returns the server's answer, as JSON: to a GET where there is no ``body``, and else to a POST.
 
         Args:
             subject: what the request is about, for errors: "document 3".
-            retries: how often it is tried again; None is as often as the endpoint says.
+            retries: the number of times that it is tried again; None is the endpoint's.
 
         Raises:
             StillroomError: it refused, or the last try failed too.
@@ -168,6 +162,7 @@ class Connection:
     async def _try(self, path: str, content: bytes | None) -> Any:
         import httpx
 
+        data = bytearray()
         try:
             async with (
                 asyncio.timeout(self.endpoint.timeout_s),
@@ -175,7 +170,11 @@ class Connection:
                     "GET" if content is None else "POST", self.endpoint.root + path, content=content
                 ) as response,
             ):
-                data = await _read(response)
+                async for chunk in response.aiter_bytes():
+                    data += chunk
+                    if len(data) > MOST_BYTES:
+                        what = f"an answer of more than {MOST_BYTES} bytes"
+                        raise RequestFailure(what, response.status_code, again=False)
         except TimeoutError:
             raise RequestFailure(f"no answer within {self.endpoint.timeout_s:g} s", again=True) from None
         except httpx.RequestError as error:
@@ -230,18 +229,8 @@ class Connection:
         )
 
 
-async def _read(response: "httpx.Response") -> bytes:
-    chunks, size = [], 0
-    async for chunk in response.aiter_bytes():
-        size += len(chunk)
-        if size > MOST_BYTES:
-            raise RequestFailure(f"an answer of more than {MOST_BYTES} bytes", response.status_code, again=False)
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-def _message(data: bytes) -> str:
-    """What an error's body says, in at most 300 characters."""
+def _message(data: bytearray) -> str:
+    """Returns the message in an error's body, in at most 300 characters."""
     text = data[:10_000].decode("utf-8", "replace")
     try:
         found = json.loads(data)
@@ -254,24 +243,23 @@ def _message(data: bytes) -> str:
 
 
 def _asked_wait_s(value: str | None) -> float:
-    """Retry-After, which is seconds or a date, in seconds from now; 0 where there is none that can be read."""
+    """Returns Retry-After, which is seconds or a date, in seconds from now; 0 where there is none that can be read."""
     if value is None:
         return 0.0
     try:
-        wait_s = float(value) if re.fullmatch(r"\s*\d+(\.\d+)?\s*", value) else _until(value)
+        if re.fullmatch(r"\s*\d+(\.\d+)?\s*", value):
+            wait_s = float(value)
+        else:
+            date = parsedate_to_datetime(value)
+            wait_s = (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
     except (ValueError, TypeError):
         return 0.0
     return min(max(wait_s, 0.0), LONGEST_ASKED_WAIT_S)
 
 
-def _until(value: str) -> float:
-    date = parsedate_to_datetime(value)
-    return (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
-
-
 @contextmanager
 def connected(endpoint: Endpoint) -> Iterator[tuple[Connection, Callable[[Coroutine[Any, Any, Any]], "Future[Any]"]]]:
-    """A connection, and what runs a coroutine on it, in an event loop of a thread of its own.
+    """Yields a connection, and a function that runs a coroutine on it, in an event loop of a thread of its own.
 
     So requests go on while the caller works on earlier answers, and Ctrl-C reaches the caller at once. At the end what
     is still under way is given up.
@@ -302,10 +290,11 @@ def in_order(
     work: Callable[[Connection, T], Coroutine[Any, Any, R]],
     first: Callable[[Connection, T], Coroutine[Any, Any, None]],
 ) -> Iterator[R]:
-    """``work`` of each item, in their order; up to four times the concurrency are taken from ``items`` in advance.
+    """Yields ``work`` of each item, in their order; up to four times the concurrency are taken from ``items``
+    in advance.
 
     Args:
-        first: is done before all else, with the first item.
+        first: is called before all else, with the first item.
     """
     iterator = iter(items)
     for item in islice(iterator, 1):

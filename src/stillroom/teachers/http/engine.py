@@ -1,4 +1,4 @@
-"""ServerEngine: a model behind an address, in either of two dialects, asked about texts or for answers."""
+"""ServerEngine: a model behind an address, in either of two dialects, that scores texts or answers prompts."""
 
 import asyncio
 import hashlib
@@ -13,10 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from stillroom.errors import ConfigError, DataError, MismatchError, MissingError, StillroomError
 from stillroom.teachers.http import MOST_OPENAI
 from stillroom.teachers.http.answers import Answer, AnswerReader, TopLogProbs
-from stillroom.teachers.http.client import Connection, Endpoint, Usage, connected, in_order
+from stillroom.teachers.http.client import Connection, Endpoint, connected, in_order
 from stillroom.teachers.http.vocabulary import Vocabulary
-
-__all__ = ["Answer", "ServerEngine", "TopLogProbs", "Usage"]
 
 PROBES = (
     ("Once upon a time there was a small dog", "Once upon a time there was a small house"),
@@ -26,28 +24,29 @@ PROBES = (
 """Pairs of texts that part after a common beginning."""
 
 SHIFT = 0.05
-"""How much of its mass a distribution may move by rounding, when a token after it changes."""
+"""The share of its mass that a distribution may move by rounding, when a token after it changes."""
 
 Prompt = str | list[dict[str, Any]] | np.ndarray
 
 Request = tuple[int, np.ndarray, np.ndarray]
+"""A document's number, its tokens (int [n]) and its loss mask (bool [n − 1]: whether the token after each counts)."""
 
 
 class ServerEngine:
-    """Asks a server what it thinks of texts (`score`), and for texts of its own (`generate`).
+    """Asks a server for log-probabilities of texts (`score`), and for texts of its own (`generate`).
 
-    The dialect ``vllm`` speaks of tokens by id alone. The dialect ``openai`` is that of every other server: it may take
-    token ids or only text, names tokens by their texts, and tells at most 20 of a position. Which of ids and text it
+    The dialect ``vllm`` names tokens by id alone. The dialect ``openai`` is that of every other server: it may take
+    token ids or only text, names tokens by their texts, and gives at most 20 of a position. Which of ids and text it
     takes is found out with the first request; a text is sent only where the tokenizer makes the same tokens of it, and
     what the server made of it is compared token by token.
 
     Args:
         url: its address, with or without the final /v1.
         model: the name that the model is served under.
-        top: tokens to tell of each position.
+        top: the tokens to request at each position.
         concurrency: requests under way at a time.
-        retries: how often a request is tried again, with longer and longer waits, after 429, 500, 502, 503, 504, a lost
-            connection, a time-out or half an answer. Where the server says how long to wait, that is waited.
+        retries: the number of times that a request is tried again, with longer and longer waits, after 429, 500, 502,
+            503, 504, a lost connection, a time-out or half an answer. A wait that the server asks for is kept to.
         key_variable: the name of the environment variable that holds its key.
 
     Raises:
@@ -83,7 +82,7 @@ class ServerEngine:
         self._aligned = False
 
     def check(self) -> dict[str, Any]:
-        """What the server says of itself: ``model``, ``server`` and ``max_length`` (None where it does not say).
+        """Returns the server's facts: ``model``, ``server`` and ``max_length`` (None where it does not give it).
 
         Raises:
             MissingError: it cannot be reached, or does not serve the model.
@@ -92,19 +91,30 @@ class ServerEngine:
             return submit(self._check(connection)).result()
 
     def score(self, documents: Iterable[Request]) -> Iterator[tuple[int, TopLogProbs]]:
-        """What it says of the kept positions of each document, in the order of the documents.
+        """Yields the top log-probabilities at the kept positions of each document, in the order of the documents.
 
-        The first request of an engine asks about two short texts that part at a token, and holds the server to saying
-        the same of that token in both: else it tells of each position what it thinks one position later.
+        The first request of an engine sends two short texts that part at a token, and holds the server to the same
+        distribution of that token in both: else it gives at each position the distribution of one position later.
 
         Args:
-            documents: number, tokens (int [n]) and keep (bool [n − 1]: whether the token after each counts). They are
-                taken as they are needed, a few times the concurrency in advance.
+            documents: are taken as they are needed, a few times the concurrency in advance.
 
         Raises:
-            StillroomError: it gave up, or what it said does not fit what it was sent; it names the document.
+            StillroomError: it gave up, or its answer does not fit what it was sent; the error names the document.
         """
-        return in_order(self.endpoint, documents, self._score, lambda connection, _: self._align(connection))
+
+        async def work(connection: Connection, request: Request) -> tuple[int, TopLogProbs]:
+            number, tokens, loss_mask = request
+            if len(loss_mask) != max(len(tokens) - 1, 0):
+                raise MismatchError(
+                    f"document {number} and what is to be learned of it do not fit",
+                    {"tokens": len(tokens), "keep": len(loss_mask)},
+                    why="Each token but the first is learned or not.",
+                    fix="Give one entry of keep for each token after the first.",
+                )
+            return number, await self._ask_about(connection, f"document {number}", tokens, loss_mask)
+
+        return in_order(self.endpoint, documents, work, lambda connection, _: self._align(connection))
 
     def generate(
         self,
@@ -117,14 +127,14 @@ class ServerEngine:
         seed: int | None,
         log_probs: bool = True,
     ) -> Iterator[tuple[int, list[Answer]]]:
-        """Its answers to each prompt, in the order of the prompts.
+        """Yields its answers to each prompt, in the order of the prompts.
 
         Each answer has a seed of its own, made of ``seed`` and the prompt's number, so it does not depend on which
         other prompts are asked. The log-probabilities of vLLM and llama.cpp are those at temperature 1.
 
         Args:
             prompts: number, and a text, a conversation (role and content) or tokens (int [n]).
-            log_probs: whether to ask for what it says of its own tokens, besides the tokens.
+            log_probs: whether to request the log-probabilities of its own tokens too.
 
         Raises:
             StillroomError: as for `score`.
@@ -160,17 +170,6 @@ class ServerEngine:
                 server = f"vllm {version['version']}" if isinstance(version, dict) and "version" in version else server
         length = models[self.model].get("max_model_len")
         return {"model": self.model, "server": server, "max_length": length if isinstance(length, int) else None}
-
-    async def _score(self, connection: Connection, request: Request) -> tuple[int, TopLogProbs]:
-        number, tokens, loss_mask = request
-        if len(loss_mask) != max(len(tokens) - 1, 0):
-            raise MismatchError(
-                f"document {number} and what is to be learnt of it do not fit",
-                {"tokens": len(tokens), "keep": len(loss_mask)},
-                why="Each token but the first is learnt or not.",
-                fix="Give one entry of keep for each token after the first.",
-            )
-        return number, await self._ask_about(connection, f"document {number}", tokens, loss_mask)
 
     async def _ask_about(
         self, connection: Connection, subject: str, tokens: np.ndarray, loss_mask: np.ndarray
@@ -215,7 +214,10 @@ class ServerEngine:
         path = "/v1/chat/completions" if chat else "/v1/completions"
 
         async def ask(j: int) -> list[Answer]:
-            own = {} if seed is None else {"seed": _seed(seed, number, j)}
+            own = {}
+            if seed is not None:
+                digest = hashlib.sha256(f"answer {seed} {number} {j}".encode()).digest()
+                own = {"seed": int.from_bytes(digest[:4], "big") >> 1}
             payload = await connection.ask(path, body | own, subject)
             choices = reader.choices(payload, num_answers if together else 1)
             wrote = self._count(payload)
@@ -237,7 +239,7 @@ class ServerEngine:
         return {"prompt": self.text_of(prompt, subject) if self._as_text else prompt.tolist()}
 
     def text_of(self, tokens: np.ndarray, subject: str) -> str:
-        """The text that the server turns into these tokens; it puts the beginning-of-sequence token there itself.
+        """Returns the text that the server turns into these tokens; it adds the beginning-of-sequence token itself.
 
         Raises:
             DataError: the tokenizer makes other tokens of it.
@@ -250,14 +252,14 @@ class ServerEngine:
         if self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] != inner:
             raise DataError(
                 f"{subject} cannot be sent to this server",
-                {"the server takes": "text alone", "its text": "is tokenised otherwise"},
+                {"the server takes": "text alone", "its text": "is tokenized otherwise"},
                 why="The server would read other tokens than those that are stored.",
                 fix="Use a server that takes token ids, such as vLLM, or leave such rows out.",
             )
         return text
 
     def _count(self, payload: dict[str, Any]) -> int | None:
-        """Adds to the running count; gives the tokens that the server says it wrote."""
+        """Adds to the running count; returns the number of tokens that the server wrote, by its own count."""
         usage = payload.get("usage")
         found = [usage.get(f"{name}_tokens") if isinstance(usage, dict) else None for name in ("prompt", "completion")]
         read, wrote = (value if isinstance(value, int) and value >= 0 else None for value in found)
@@ -290,7 +292,7 @@ class ServerEngine:
         self._as_text = only_text
 
     async def _align(self, connection: Connection) -> None:
-        """Holds the server to saying of a position what it thinks before it has read it."""
+        """Holds the server to giving a position's distribution as it is before the position is read."""
         if self._aligned:
             return
         await self._negotiate(connection)
@@ -310,7 +312,7 @@ class ServerEngine:
         self._aligned = True
 
     def _probe(self) -> tuple[np.ndarray, np.ndarray, int]:
-        """Two short documents that are equal up to a token, and the place of that token, which ends them."""
+        """Returns two short documents that are equal up to a token, and the place of that token, which ends them."""
         for texts in PROBES:
             a, b = (np.array(self.tokenizer(text, verbose=False)["input_ids"], np.int32) for text in texts)
             part = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), 0)
@@ -325,13 +327,8 @@ class ServerEngine:
 
 
 def moved_mass(a: TopLogProbs, b: TopLogProbs) -> float:
-    """The mass that must move to turn one told distribution into the other, as far as both tell (at least so much)."""
+    """Returns the mass that must move to turn one distribution into the other, by their top tokens: a lower bound."""
     one, other = (dict(zip(x.ids.tolist(), np.exp(x.log_probs.astype(float)), strict=True)) for x in (a, b))
     gained = math.fsum(max(p - other.get(i, min(other.values())), 0) for i, p in one.items())
     lost = math.fsum(max(p - one.get(i, min(one.values())), 0) for i, p in other.items())
     return max(gained, lost)
-
-
-def _seed(seed: int, number: int, answer: int) -> int:
-    digest = hashlib.sha256(f"answer {seed} {number} {answer}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1

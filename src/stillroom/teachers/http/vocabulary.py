@@ -1,4 +1,4 @@
-"""Vocabulary: from what a server writes for a token to the token's id, exactly or not at all."""
+"""Vocabulary: from a server's text or bytes for a token to the token's id, exactly or not at all."""
 
 import json
 import re
@@ -11,18 +11,16 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 
-
-def _byte_level() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for."""
-    found = {chr(byte): byte for byte in _PRINTABLE}
-    others = (byte for byte in range(256) if byte not in _PRINTABLE)
-    return found | {chr(256 + i): byte for i, byte in enumerate(others)}
+BYTE_LEVEL = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + i): byte for i, byte in enumerate(byte for byte in range(256) if byte not in _PRINTABLE)
+}
+"""The byte that each character of a byte-level vocabulary stands for."""
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
-    """The bytes of text that each token stands for; of special tokens, their names."""
+    """Returns the bytes of text that each token stands for; of special tokens, their names."""
     decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])  # pyright: ignore
-    byte_of = _byte_level() if '"ByteLevel"' in decoder else None
+    byte_of = BYTE_LEVEL if '"ByteLevel"' in decoder else None
     pieces = any(name in decoder for name in ('"ByteFallback"', '"Metaspace"', '"\\u2581"'))
     added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
     found = {}
@@ -39,7 +37,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
 
 
 class Vocabulary:
-    """What each token of a tokenizer looks like in a server's answer.
+    """The forms that each token of a tokenizer takes in a server's answer.
 
     Servers write a token as ``token_id:123``, as its bytes, as ``bytes:\\xe2\\x80``, or as its text. A text means a
     token where no other could look the same, which counts tokens that are parts of a character, of which servers show
@@ -64,13 +62,13 @@ class Vocabulary:
                 self._by_text.setdefault(text, set()).add(number)
 
     def texts(self, number: int) -> set[str]:
-        """What a server may show for a token: its text, what is left of it, or nothing for a special one."""
+        """Returns what a server may show for a token: its text, what is left of it, or nothing for a special one."""
         data = self.bytes[number]
         found = {data.decode("utf-8", "replace"), data.decode("utf-8", "ignore")}
         return found | {""} if number in self.special else found
 
     def id_of(self, text: str, data: object = None) -> int | None:
-        """The id of what a server wrote for a token; None where that could be several tokens, or is none.
+        """Returns the id of what a server wrote for a token; None where that could be several tokens, or is none.
 
         Args:
             data: its ``bytes``, where the server gave them: a list of whole numbers, or None.
@@ -86,7 +84,7 @@ class Vocabulary:
         return self._only(list(self._by_text.get(text, ())))
 
     def fits(self, number: int, text: str) -> bool:
-        """Whether what a server wrote can be this token."""
+        """Returns whether what a server wrote can be this token."""
         if text == f"token_id:{number}" or text in self.texts(number):
             return True
         return text.startswith("bytes:") and self.id_of(text) == number

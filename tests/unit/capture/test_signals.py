@@ -5,7 +5,7 @@ The models are in float64, where how documents are batched changes no number tha
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 
 from conftest import build_documents, build_model
 from stillroom.batch import Batch
-from stillroom.capture.config import Generate, Transformers
-from stillroom.capture.model import CapturedSignal, ModelTeacher
+from stillroom.capture.config import Generate
+from stillroom.capture.signals import CapturedSignal, SignalCapture, uniforms
 from stillroom.capture.windows import Document
 from stillroom.errors import NonFiniteError
 from stillroom.models import hidden_states
 from stillroom.store.config import AnySignal, Full, HeadAndSample, Sampled, TopK, TopP
 from stillroom.store.quantize import LogProbCodes, to_sparse
+from stillroom.teachers.live import LiveTeacher
 
 COLUMNS = 300
 LENGTHS = [6, 33, 12, 2, 29, 7, 18, 33, 5]
@@ -34,7 +35,6 @@ SIGNALS: list[AnySignal] = [
     HeadAndSample(kind="head_and_sample", head=5, draws=4, least=0.0),
 ]
 NAMES = ["top_k", "top_p", "sampled", "head_and_sample", "head_and_sample, least 0"]
-MakeTeacher = Callable[..., ModelTeacher]
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +44,9 @@ def model() -> PreTrainedModel:
 
 def teacher(
     model: PreTrainedModel, signal: AnySignal, *, batch_tokens: int = 64, logits_bytes: int = 2**20, **settings: Any
-) -> ModelTeacher:
-    engine = Transformers(kind="transformers", device="cpu", batch_tokens=batch_tokens, logits_bytes=logits_bytes)
-    values = {"columns": COLUMNS, "length": 32, "pack": True, "seed": 0, "pad_token": 0, **settings}
-    return ModelTeacher(model, engine, signal, **values)
+) -> SignalCapture:
+    values: dict[str, Any] = {"vocab_size": COLUMNS, "length": 32, "pack": True, "seed": 0, **settings}
+    return SignalCapture(LiveTeacher(model), signal, batch_tokens=batch_tokens, logits_bytes=logits_bytes, **values)
 
 
 def documents(lengths: Sequence[int] = LENGTHS, first: int = 0) -> list[Document]:
@@ -94,11 +93,11 @@ def test_a_teacher_that_says_nothing_is_heard(model, signal, monkeypatch):
 
     monkeypatch.setattr(hidden_states, "last_hidden_states", broken)
     with pytest.raises(NonFiniteError, match=r"not finite in document 44\n") as raised:
-        teacher(model, signal, logits_bytes=8 * 300 * 4).say(asked)
+        teacher(model, signal, logits_bytes=8 * 300 * 4).capture(asked)
     assert raised.value.values["position"] == f"{positions[0]} (from 0)"
     assert raised.value.values["columns"] == "300 of 300 are not a number"
     positions.clear()
-    assert len(teacher(model, signal).say(asked)) == len(asked)
+    assert len(teacher(model, signal).capture(asked)) == len(asked)
 
 
 @pytest.mark.parametrize("signal", [*SIGNALS, Full(kind="full")], ids=[*NAMES, "full"])
@@ -106,7 +105,7 @@ def test_impossible_tokens_and_columns_that_do_not_count(signal):
     model = build_model("phi", seed=2).double()
     with torch.no_grad():
         model.lm_head.bias[3], model.lm_head.bias[COLUMNS] = -math.inf, math.nan
-    for said in teacher(model, signal).say(documents()):
+    for said in teacher(model, signal).capture(documents()):
         if isinstance(said.signal, LogProbCodes):
             assert 3 not in (*said.signal.ids, *said.signal.draw_ids)
         else:
@@ -122,7 +121,7 @@ def test_one_token_that_is_infinitely_likely_and_none_that_is_possible(bias, col
     with torch.no_grad():
         model.lm_head.bias[3 if bias > 0 else slice(None)] = bias
     with pytest.raises(NonFiniteError) as raised:
-        teacher(model, SIGNALS[3]).say(documents())
+        teacher(model, SIGNALS[3]).capture(documents())
     assert raised.value.values["columns"] == columns
 
 
@@ -133,7 +132,7 @@ def test_an_answer_that_cannot_be_taken_from_anything(model, temperature):
         broken.get_input_embeddings().weight[9] = math.nan
     prompts = [(7, np.array([1, 2, 3, 4])), (8, np.array([5, 9]))]
     with pytest.raises(NonFiniteError, match="not finite in document 8") as raised:
-        teacher(broken, Full(kind="full")).answer(prompts, Generate(max_tokens=2, temperature=temperature, answers=1))
+        teacher(broken, Full(kind="full")).answers(prompts, Generate(max_tokens=2, temperature=temperature, answers=1))
     assert raised.value.values["position"] == "1 (from 0)"
 
 
@@ -144,7 +143,7 @@ def test_an_answer_that_cannot_be_taken_from_anything(model, temperature):
 def test_every_logit_is_that_of_a_plain_forward_pass(family):
     model = build_model(family, seed=2).double()
     asked = documents()
-    said = teacher(model, Full(kind="full"), pack=family not in ("gpt2",)).say(asked)
+    said = teacher(model, Full(kind="full"), pack=family not in ("gpt2",)).capture(asked)
     for document, (logits, error, _) in zip(asked, said, strict=True):
         assert isinstance(logits, np.ndarray)
         assert logits.shape == (document.num_kept, COLUMNS)
@@ -168,7 +167,7 @@ def test_the_likeliest_are_those_of_a_plain_forward_pass(model, pack):
     signal = SIGNALS[0]
     assert isinstance(signal, TopK)
     asked = documents()
-    for document, said in zip(asked, teacher(model, signal, pack=pack).say(asked), strict=True):
+    for document, said in zip(asked, teacher(model, signal, pack=pack).capture(asked), strict=True):
         logits = plain_logits(model, document)
         log_p = logits.log_softmax(-1)
         read = to_sparse(levels_of(said), signal)
@@ -183,7 +182,7 @@ def test_the_nucleus_is_that_of_a_plain_forward_pass(model, pack):
     signal = SIGNALS[1]
     assert isinstance(signal, TopP)
     asked = documents()
-    for document, said in zip(asked, teacher(model, signal, pack=pack).say(asked), strict=True):
+    for document, said in zip(asked, teacher(model, signal, pack=pack).capture(asked), strict=True):
         logits = plain_logits(model, document)
         log_p = logits.log_softmax(-1)
         wanted = []
@@ -214,22 +213,22 @@ def test_draws_are_those_of_the_plain_distribution(model, pack):
     signal = SIGNALS[2]
     assert isinstance(signal, Sampled)
     asked, asks = documents(first=40), teacher(model, signal, pack=pack)
-    for document, said in zip(asked, asks.say(asked), strict=True):
+    for document, said in zip(asked, asks.capture(asked), strict=True):
         p = plain_logits(model, document).softmax(-1).numpy()
-        uniforms = asks._uniforms(document.number, document.num_kept)[:, : signal.draws]
+        points = uniforms(signal, 0, document.number, document.num_kept)[:, : signal.draws]
         levels = levels_of(said)
         assert not levels.counts.any()
         for row in range(len(p)):
-            assert pairs(levels, row) == drawn(p[row], uniforms[row].astype(np.float64) * p[row].sum())
+            assert pairs(levels, row) == drawn(p[row], points[row].astype(np.float64) * p[row].sum())
 
 
 @pytest.mark.parametrize("signal", SIGNALS[3:], ids=NAMES[3:])
 @pytest.mark.parametrize("pack", [True, False])
 def test_head_and_draws_are_those_of_the_plain_distribution(model, signal, pack):
     asked, asks = documents(first=40), teacher(model, signal, pack=pack)
-    for document, said in zip(asked, asks.say(asked), strict=True):
+    for document, said in zip(asked, asks.capture(asked), strict=True):
         p = plain_logits(model, document).softmax(-1).numpy()
-        uniforms = asks._uniforms(document.number, document.num_kept).astype(np.float64)
+        points = uniforms(signal, 0, document.number, document.num_kept).astype(np.float64)
         levels = levels_of(said)
         ends = np.cumsum(levels.counts)
         for row in range(len(p)):
@@ -242,14 +241,14 @@ def test_head_and_draws_are_those_of_the_plain_distribution(model, signal, pack)
             tail = p[row].copy()
             tail[head] = 0
             unit = max(tail.sum() / signal.draws, signal.least)
-            points = (uniforms[row, 0] + np.arange(signal.draws)) * unit
-            assert pairs(levels, row) == drawn(tail, points[points < tail.sum()])
+            drawn_at = (points[row, 0] + np.arange(signal.draws)) * unit
+            assert pairs(levels, row) == drawn(tail, drawn_at[drawn_at < tail.sum()])
 
 
 @pytest.mark.parametrize("signal", SIGNALS[:4], ids=NAMES[:4])
 def test_the_label_is_the_next_token(model, signal):
     asked = documents()
-    for document, said in zip(asked, teacher(model, signal).say(asked), strict=True):
+    for document, said in zip(asked, teacher(model, signal).capture(asked), strict=True):
         log_p = plain_logits(model, document).log_softmax(-1).numpy()
         labels = document.tokens[1:][document.loss_mask[:-1]]
         found = to_sparse(levels_of(said), signal).label_log_probs
@@ -260,7 +259,7 @@ def test_the_label_is_the_next_token(model, signal):
 def test_as_many_as_there_are_leave_nothing_out(model):
     signal = TopK(kind="top_k", k=65536)
     asked = documents([9, 12])
-    for document, said in zip(asked, teacher(model, signal).say(asked), strict=True):
+    for document, said in zip(asked, teacher(model, signal).capture(asked), strict=True):
         levels = levels_of(said)
         assert (levels.counts == COLUMNS).all()
         assert (levels.side[:, 0] == 0).all()  # nothing is left
@@ -270,7 +269,7 @@ def test_as_many_as_there_are_leave_nothing_out(model):
 def test_the_error_is_that_of_the_grid(model):
     asked = documents([33] * 8)
     for step in (0.1, 0.4):
-        said = teacher(model, TopK(kind="top_k", k=30, step=step)).say(asked)
+        said = teacher(model, TopK(kind="top_k", k=30, step=step)).capture(asked)
         positions = sum(len(levels_of(s)) for s in said)
         assert 0 < sum(s.error_nats for s in said) / positions < step**2 / 12
 
@@ -292,30 +291,30 @@ def test_the_error_is_that_of_the_grid(model):
 )
 def test_what_is_said_does_not_depend_on_the_batch(model, signal, settings):
     asked = documents()
-    assert same(teacher(model, signal).say(asked), teacher(model, signal, **settings).say(asked))
+    assert same(teacher(model, signal).capture(asked), teacher(model, signal, **settings).capture(asked))
 
 
 @pytest.mark.parametrize("signal", SIGNALS, ids=NAMES)
 def test_what_is_said_of_a_document_does_not_depend_on_the_others(model, signal):
     asked, asks = documents(), teacher(model, signal)
-    together = asks.say(asked)
-    assert same([asks.say([document])[0] for document in asked], together)
-    assert same(asks.say(asked[::-1])[::-1], together)
+    together = asks.capture(asked)
+    assert same([asks.capture([document])[0] for document in asked], together)
+    assert same(asks.capture(asked[::-1])[::-1], together)
 
 
 @pytest.mark.parametrize("signal", SIGNALS[2:4], ids=NAMES[2:4])
 def test_draws_depend_on_the_seed_and_on_the_number(model, signal):
     asked = documents()
-    first = teacher(model, signal).say(asked)
-    assert same(teacher(model, signal).say(asked), first)
-    assert not same(teacher(model, signal, seed=1).say(asked), first)
-    assert not same(teacher(model, signal).say(documents(first=1)), first)
+    first = teacher(model, signal).capture(asked)
+    assert same(teacher(model, signal).capture(asked), first)
+    assert not same(teacher(model, signal, seed=1).capture(asked), first)
+    assert not same(teacher(model, signal).capture(documents(first=1)), first)
 
 
 @pytest.mark.parametrize("signal", SIGNALS[:2], ids=NAMES[:2])
 def test_what_is_not_drawn_does_not_depend_on_the_seed(model, signal):
     asked = documents()
-    assert same(teacher(model, signal, seed=1).say(asked), teacher(model, signal).say(asked))
+    assert same(teacher(model, signal, seed=1).capture(asked), teacher(model, signal).capture(asked))
 
 
 @pytest.mark.parametrize("signal", [*SIGNALS[:4], Full(kind="full")], ids=[*NAMES[:4], "full"])
@@ -323,23 +322,23 @@ def test_only_kept_positions_are_said(model, signal):
     target_mask = np.zeros(12, bool)
     target_mask[[0, 5, 6, 11]] = True
     (sparse,) = [Document(9, documents([12])[0].tokens, target_mask)]
-    (some,) = teacher(model, signal).say([sparse])
+    (some,) = teacher(model, signal).capture([sparse])
     assert len(some.signal) == sparse.num_kept == 3
     if isinstance(signal, TopK | TopP):
-        (all_,) = teacher(model, signal).say([Document(9, sparse.tokens, np.ones(12, bool))])
+        (all_,) = teacher(model, signal).capture([Document(9, sparse.tokens, np.ones(12, bool))])
         wanted = [levels_of(all_).slice(i, i + 1) for i in (4, 5, 10)]
         assert same([some], [CapturedSignal(LogProbCodes.concatenate(wanted), 0)])
 
 
 def test_nothing_is_said_of_nothing(model):
-    assert teacher(model, SIGNALS[0]).say([]) == []
+    assert teacher(model, SIGNALS[0]).capture([]) == []
 
 
 def test_it_leaves_torchs_random_state_as_it_was(model):
     before = torch.get_rng_state()
     asks = teacher(model, SIGNALS[3])
-    asks.say(documents())
-    asks.answer([(0, np.array([5, 6], np.int32))], Generate(max_tokens=4, prompt_tokens=2))
+    asks.capture(documents())
+    asks.answers([(0, np.array([5, 6], np.int32))], Generate(max_tokens=4, prompt_tokens=2))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -371,7 +370,7 @@ def greedy(model: PreTrainedModel, prompt: np.ndarray, most: int) -> list[int]:
 
 @pytest.mark.parametrize("batch_tokens", [32, 1000])
 def test_at_temperature_0_the_likeliest_follow(model, batch_tokens):
-    found = teacher(model, SIGNALS[0], batch_tokens=batch_tokens).answer(
+    found = teacher(model, SIGNALS[0], batch_tokens=batch_tokens).answers(
         PROMPTS, Generate(max_tokens=6, temperature=0, prompt_tokens=1)
     )
     assert listed(found) == [[greedy(model, prompt, 6)] for _, prompt in PROMPTS]
@@ -380,17 +379,17 @@ def test_at_temperature_0_the_likeliest_follow(model, batch_tokens):
 
 def test_a_nucleus_of_nothing_is_the_likeliest(model):
     asks = teacher(model, SIGNALS[0])
-    found = asks.answer(PROMPTS, Generate(max_tokens=6, top_p=1e-6, prompt_tokens=1))
+    found = asks.answers(PROMPTS, Generate(max_tokens=6, top_p=1e-6, prompt_tokens=1))
     assert listed(found) == [[greedy(model, prompt, 6)] for _, prompt in PROMPTS]
 
 
 def test_answers_are_the_same_for_the_same_seed(model):
     generate = Generate(max_tokens=6, answers=3, prompt_tokens=1)
-    first = listed(teacher(model, SIGNALS[0]).answer(PROMPTS, generate))
+    first = listed(teacher(model, SIGNALS[0]).answers(PROMPTS, generate))
     assert [len(several) for several in first] == [3] * len(PROMPTS)
     assert all(len({tuple(answer) for answer in several}) == 3 for several in first)
-    assert listed(teacher(model, SIGNALS[0]).answer(PROMPTS, generate)) == first
-    assert listed(teacher(model, SIGNALS[0], seed=1).answer(PROMPTS, generate)) != first
+    assert listed(teacher(model, SIGNALS[0]).answers(PROMPTS, generate)) == first
+    assert listed(teacher(model, SIGNALS[0], seed=1).answers(PROMPTS, generate)) != first
 
 
 def test_an_answer_stops_at_the_end_of_sequence_and_holds_it():
@@ -399,7 +398,7 @@ def test_an_answer_stops_at_the_end_of_sequence_and_holds_it():
     assert isinstance(bias, Tensor)
     with torch.no_grad():
         bias[1] += 12
-    found = listed(teacher(model, SIGNALS[0]).answer(PROMPTS, Generate(max_tokens=20, answers=2, prompt_tokens=1)))
+    found = listed(teacher(model, SIGNALS[0]).answers(PROMPTS, Generate(max_tokens=20, answers=2, prompt_tokens=1)))
     answers = [answer for several in found for answer in several]
     assert all(answer.count(1) == (answer[-1] == 1) for answer in answers)
     assert any(answer[-1] == 1 for answer in answers)
@@ -414,7 +413,9 @@ def test_an_answer_holds_no_token_that_the_tokenizer_lacks():
         bias[COLUMNS:] += 30
     for temperature in (0.0, 1.0):
         found = listed(
-            teacher(model, SIGNALS[0]).answer(PROMPTS, Generate(max_tokens=8, temperature=temperature, prompt_tokens=1))
+            teacher(model, SIGNALS[0]).answers(
+                PROMPTS, Generate(max_tokens=8, temperature=temperature, prompt_tokens=1)
+            )
         )
         assert max(max(answer) for several in found for answer in several) < COLUMNS
 
@@ -434,9 +435,9 @@ def test_a_models_own_habits_of_answering_do_not_count(habit, temperature):
         with torch.no_grad():
             bias[[1, 61, 110]] += torch.tensor([4.0, 5.0, 5.0]).double()
     other.generation_config.update(**habit)
-    one, two = (listed(teacher(model, SIGNALS[0]).answer(asked, generate)) for model in (plain, other))
+    one, two = (listed(teacher(model, SIGNALS[0]).answers(asked, generate)) for model in (plain, other))
     assert one == two
 
 
 def test_no_prompts_have_no_answers(model):
-    assert teacher(model, SIGNALS[0]).answer([], Generate(prompt_tokens=1)) == []
+    assert teacher(model, SIGNALS[0]).answers([], Generate(prompt_tokens=1)) == []
