@@ -12,7 +12,7 @@ from stillroom.errors import MismatchError, NonFiniteError
 from stillroom.layers import Layer
 from stillroom.signals import HiddenStates
 from stillroom.store.config import HiddenStatesConfig
-from stillroom.store.hidden_states import MOST, bytes_per_position, encode
+from stillroom.store.quantize import MAX_STATE, encode_hidden, hidden_bytes_per_position
 
 WINDOW_BYTES = 2**28
 """The documents that are asked about together have at most so many bytes of hidden states, or are one."""
@@ -34,11 +34,11 @@ def encoded(
         if inner.states[layer].shape[-1] != width:
             raise _other_width(layer, inner.states[layer].shape[-1], width)
     states = torch.stack([inner.states[layer][rows].float() for layer in config.layers])
-    wrong = ~(states.abs() <= MOST)
+    wrong = ~(states.abs() <= MAX_STATE)
     if wrong.any():
         place, row = wrong.any(-1).nonzero()[0].tolist()
         raise _not_finite(config.layers[place], *where(rows.start + row), states[place, row])
-    return encode(states, config)
+    return encode_hidden(states, config)
 
 
 def window_documents(config: CaptureConfig, teacher: PretrainedConfig | None) -> int:
@@ -51,7 +51,7 @@ def position_bytes(config: CaptureConfig, teacher: PretrainedConfig | None) -> i
     """What the hidden states of one position take, exactly; 0 where none are kept."""
     if config.hidden is None or teacher is None:
         return 0
-    return bytes_per_position(config.hidden, teacher.get_text_config().hidden_size)
+    return hidden_bytes_per_position(config.hidden, teacher.get_text_config().hidden_size)
 
 
 def size_text(config: CaptureConfig, teacher: PretrainedConfig | None, counts: tuple[int, int] | None) -> str:
@@ -69,7 +69,7 @@ def size_text(config: CaptureConfig, teacher: PretrainedConfig | None, counts: t
 
 
 def _not_finite(layer: Layer, number: int, position: int, state: Tensor) -> NonFiniteError:
-    wrong = int((~(state.abs() <= MOST)).sum())
+    wrong = int((~(state.abs() <= MAX_STATE)).sum())
     kind = "not a number" if state.isnan().any() else "infinite or too large for bfloat16"
     return NonFiniteError(
         f"the teacher's hidden states are not finite in document {number}",

@@ -13,7 +13,7 @@ from stillroom.distill.objective_config import HiddenObjective, LogitObjective, 
 from stillroom.errors import ConfigError, DataError, MismatchError
 from stillroom.losses import check_sparse
 from stillroom.losses.sparse import NEEDS_NO_TEACHER
-from stillroom.store.config import SAMPLED, Full, QuantisedSignal, TopK, known_temperatures, side_columns
+from stillroom.store.config import SAMPLED, Full, QuantizedSignal, TopK, known_temperatures, side_columns
 from stillroom.store.reader import Store
 from stillroom.teachers.config import ServerTeacherConfig
 from stillroom.tokenizers import fingerprint, load_tokenizer, required_vocab_size, template_fingerprint, template_of
@@ -69,7 +69,7 @@ def check_served(config: DistillConfig, teacher: ServerTeacherConfig) -> None:
     _check_objectives(config.objectives, told, f"the server {teacher.url}")
 
 
-def _check_objectives(objectives: Sequence[ObjectiveConfig], signal: QuantisedSignal, name: str) -> None:
+def _check_objectives(objectives: Sequence[ObjectiveConfig], signal: QuantizedSignal, name: str) -> None:
     """Raises MismatchError where one of the objectives cannot be learnt from such a signal of ``name``."""
     for objective in objectives:
         if isinstance(objective, HiddenObjective):
@@ -105,7 +105,7 @@ def check_missing(store: Store, objectives: Sequence[ObjectiveConfig]) -> None:
             )
 
 
-def _check_temperature(objective: LogitObjective, signal: QuantisedSignal, name: str) -> None:
+def _check_temperature(objective: LogitObjective, signal: QuantizedSignal, name: str) -> None:
     """Raises MismatchError where a temperature changes over the run, which a few entries cannot follow."""
     if len(objective.temperatures) == 1 or objective.kind in NEEDS_NO_TEACHER:
         return
@@ -118,7 +118,7 @@ def _check_temperature(objective: LogitObjective, signal: QuantisedSignal, name:
     )
 
 
-def _check_entropy(objective: LogitObjective, signal: QuantisedSignal, name: str) -> None:
+def _check_entropy(objective: LogitObjective, signal: QuantizedSignal, name: str) -> None:
     """Raises MismatchError where tokens are to count by an entropy that the store does not hold."""
     weigh = objective.token_weight
     if weigh is None or weigh.kind != "teacher_entropy":
