@@ -170,7 +170,7 @@ def test_signals_alone_are_read_without_the_hidden_states(copy, monkeypatch):
     replace_file(copy, "00000.arrow", bytes(data))
     store = Store(copy)
     with monkeypatch.context() as patch:
-        patch.setattr("stillroom.store.reader.StoredShard._hidden_batch", None)
+        patch.setattr("stillroom.store.reader.StoredShard.hidden_bytes", None)
         assert says(store, build_documents(SIGNAL, columns=304))
     with pytest.raises(DataError, match=r"hidden states of 00000\.arrow row 0"):
         store.hidden([0])
