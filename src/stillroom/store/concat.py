@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pydantic import BaseModel
 
 from stillroom.errors import ConfigError, MismatchError
 from stillroom.runs import crc32, writing
@@ -149,7 +150,7 @@ def _same(a: Store, b: Store, names: Sequence[str]) -> None:
             in_a, in_b = (f"{value.name} ({value.fingerprint[:32]})" for value in (in_a, in_b))
         if in_a == in_b:
             continue
-        in_a, in_b = (v.model_dump(mode="json") if hasattr(v, "model_dump") else v for v in (in_a, in_b))
+        in_a, in_b = (v.model_dump(mode="json") if isinstance(v, BaseModel) else v for v in (in_a, in_b))
         while isinstance(in_a, dict) and isinstance(in_b, dict):  # the first setting that differs
             key = next(key for key in ("kind", *in_a, *in_b) if in_a.get(key) != in_b.get(key))
             where, in_a, in_b = f"{where}.{key}", in_a.get(key), in_b.get(key)

@@ -304,8 +304,8 @@ def record_batch(
     hidden_checksums: list[int | None] = [None] * len(rows)
     if hidden:
         hidden_checksums = [hidden_crc32(*row, states) for row, states in zip(rows, hidden, strict=True)]
-    checksums = [row_crc32(*row, *of_row) for row, *of_row in zip(rows, signals, hidden_checksums, strict=True)]
-    tokens, masks = ([row[i] for row in rows] for i in (1, 2))
+    checksums = [row_crc32(*r, signal, h) for r, signal, h in zip(rows, signals, hidden_checksums, strict=True)]
+    tokens, masks = [tokens for _, tokens, _ in rows], [mask for _, _, mask in rows]
     lists = [
         list_array(pa.array(np.concatenate(arrays), kind.value_type), map(len, arrays), kind)
         for arrays, kind in ((tokens, columns.field("tokens").type), (masks, columns.field("keep").type))
