@@ -29,7 +29,7 @@ from stillroom.losses.config import LOSSES
 from stillroom.losses.objective import Objective
 from stillroom.models import loading
 from stillroom.models.hidden_states import last_hidden_states, lm_head
-from stillroom.store.codec.codec import Codec
+from stillroom.store.codec import Codec
 from stillroom.store.config import HeadAndSample, TopK, side_columns
 from stillroom.store.format import FORMAT, Manifest, SourceInfo
 from stillroom.store.quantize import LogProbCodes, num_uniforms, quantize, to_sparse
@@ -407,7 +407,7 @@ def large_vocabulary(repeats: int, columns: int = 128_256, n: int = 4096) -> dic
         decode, _ = timed(lambda c=codec, r=rows, o=offsets: c.decode(r, tokens, o), repeats)
         result[name] = {
             "entropy_nats": float(torch.cat(entropies).mean()),
-            "entries_per_position": (len(levels.ids) + len(levels.draw_ids)) / n,
+            "entries_per_position": (len(levels.ids) + len(levels.sample_ids)) / n,
             "bytes_per_position": sum(map(len, rows)) / n,
             "tables_bytes_per_position": len(codec.to_bytes()) / n,
             "select_positions_per_s": n / seconds,

@@ -40,7 +40,7 @@ def contents(path: Path) -> list[tuple[Any, ...]]:
     found = []
     for i in range(len(store)):
         levels = store.levels([i])
-        draws = sorted(zip(levels.draw_ids.tolist(), levels.draw_times.tolist(), strict=True))
+        draws = sorted(zip(levels.sample_ids.tolist(), levels.sample_repeats.tolist(), strict=True))
         exact = [getattr(levels, name).tolist() for name in ("counts", "ids", "levels", "side")]
         found.append((store.document(i), store.tokens(i).tolist(), draws, *exact))
     return found

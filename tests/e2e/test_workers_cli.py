@@ -37,8 +37,8 @@ def contents(path: Path) -> list[tuple[Any, ...]]:
     found = []
     for i in range(len(store)):
         levels = store.levels([i])
-        draws = sorted(zip(levels.draw_ids.tolist(), levels.draw_times.tolist(), strict=True))
-        exact = [getattr(levels, name).tolist() for name in ("counts", "draw_counts", "ids", "levels", "side")]
+        draws = sorted(zip(levels.sample_ids.tolist(), levels.sample_repeats.tolist(), strict=True))
+        exact = [getattr(levels, name).tolist() for name in ("counts", "sample_counts", "ids", "levels", "side")]
         found.append((store.document(i), store.tokens(i).tolist(), store.loss_mask(i).tolist(), draws, *exact))
     return found
 

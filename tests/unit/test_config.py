@@ -17,7 +17,7 @@ import stillroom
 from stillroom.capture.config import CaptureConfig
 from stillroom.chat.config import ChatConfig
 from stillroom.cli.report import BetweenConfig
-from stillroom.cli.store import JoinConfig, MergeConfig
+from stillroom.cli.store import ConcatConfig, JoinConfig
 from stillroom.config import Config, PathText, explain, load, replace
 from stillroom.distill.config import DistillConfig
 from stillroom.doctor.config import DoctorConfig
@@ -719,7 +719,7 @@ def test_explaining_reaches_every_config_class_of_the_package():
         PruneConfig,
         ImportConfig,
         JoinConfig,
-        MergeConfig,
+        ConcatConfig,
         BetweenConfig,
         DoctorConfig,
         Hardware,

@@ -1,4 +1,4 @@
-"""Join: the parts of one capture, each found done and of the same settings, into one store."""
+"""Join: the parts of one capture, each found done and of the same settings, as one store."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +15,12 @@ from stillroom.store.concat import concat
 from stillroom.store.format import Manifest
 
 BY_CONTENT = ("teacher.model", "teacher.tokenizer", "teacher.revision", "data.path", "part")
-"""What may be called otherwise from one machine to the next: the stores tell by fingerprints whether it is the same."""
+"""Settings that may differ from one machine to the next: the stores tell by fingerprints whether it is the same."""
 
 
 @dataclass(frozen=True)
 class FoundPart:
-    """The folder of a part, and what its run.json says."""
+    """The folder of a part, and its run.json."""
 
     path: Path
     part: Part
@@ -36,7 +36,7 @@ def join(
     versions: Mapping[str, str] | None = None,
     report: Callable[[str], object] = lambda _: None,
 ) -> tuple[Path, Manifest]:
-    """Writes the store of a whole capture from those of its parts; returns where it is, and what.
+    """Writes the store of a whole capture from those of its parts; returns its folder and manifest.
 
     Everything is checked before anything is written, and the store appears as a whole: a join that was stopped is begun
     again by the same command.
@@ -62,8 +62,7 @@ def join(
         )
     target = Path(places[0], "store") if out is None else Path(out)
     parts = _found(places)
-    _check_all_there(parts)
-    _check_done(parts)
+    _check_complete(parts)
     _check_same(parts)
     record = parts[0].record
     answers = 1 if record["config"]["generate"] is None else record["config"]["generate"]["answers"]
@@ -82,7 +81,7 @@ def join(
 
 
 def _found(places: Sequence[str | Path]) -> list[FoundPart]:
-    """The parts in these places, in their order."""
+    """The parts in these folders, in their order."""
     folders = [
         folder
         for place in map(Path, places)
@@ -113,7 +112,7 @@ def _read(folder: Path) -> FoundPart:
                 f"the capture in {folder} was not divided",
                 {"its store": folder / "store"},
                 why="There is nothing to join it with.",
-                fix="Use its store as it is; `stillroom store merge` joins stores of different data.",
+                fix="Use its store as it is; `stillroom store concat` joins stores of different data.",
             )
     raise DataError(
         f"{folder} does not hold a part of a capture",
@@ -123,10 +122,10 @@ def _read(folder: Path) -> FoundPart:
     )
 
 
-def _check_all_there(parts: Sequence[FoundPart]) -> None:
-    """Returns where the parts are of one division of the data, each once."""
-    last = parts[-1].part
-    if parts[0].part.of != last.of:
+def _check_complete(parts: Sequence[FoundPart]) -> None:
+    """Returns where the parts are of one division of the data, each once, and all are done."""
+    last, of = parts[-1].part, parts[0].part.of
+    if of != last.of:
         raise MismatchError(
             "there are parts of different numbers of workers",
             {str(parts[0].part): parts[0].path, str(last): parts[-1].path},
@@ -141,34 +140,27 @@ def _check_all_there(parts: Sequence[FoundPart]) -> None:
                 why="Its documents would be in the joined store twice.",
                 fix="Name it once.",
             )
-
-
-def _check_done(parts: Sequence[FoundPart]) -> None:
-    """Returns where no part is missing and all are done."""
-    of = parts[0].part.of
     states = {found.part.index: found.record["status"] for found in parts}
     undone = {i: states.get(i, "missing") for i in range(of) if states.get(i) != "done"}
-    if not undone:
-        return
-    told = {"started": "started: at work, or killed"}
-    first, state = next(iter(undone.items()))
-    state = "missing" if state == "missing" else "not finished"
-    where = next((found.path.parent for found in parts if found.part.index == first), parts[0].path.parent)
-    command = f'stillroom capture RECIPE "part={{index: {first}, of: {of}}}" out={where} --resume'
-    raise MissingError(
-        f"part {first} of {of} is {state}" if len(undone) == 1 else f"{len(undone)} of {of} parts are not done",
-        {f"part {i}": told.get(status, status) for i, status in list(undone.items())[:8]}
-        | ({"and": f"{len(undone) - 8} more"} if len(undone) > 8 else {}),
-        why="The joined store would lack their documents. Parts are counted from 0.",
-        fix=f"Run `{command}`, with the recipe of the others" + (", and so on." if len(undone) > 1 else "."),
-    )
+    if undone:
+        first = next(iter(undone))
+        state = "missing" if undone[first] == "missing" else "not finished"
+        where = next((found.path.parent for found in parts if found.part.index == first), parts[0].path.parent)
+        command = f'stillroom capture RECIPE "part={{index: {first}, of: {of}}}" out={where} --resume'
+        shown = {"started": "started: at work, or killed"}
+        raise MissingError(
+            f"part {first} of {of} is {state}" if len(undone) == 1 else f"{len(undone)} of {of} parts are not done",
+            {f"part {i}": shown.get(status, status) for i, status in list(undone.items())[:8]}
+            | ({"and": f"{len(undone) - 8} more"} if len(undone) > 8 else {}),
+            why="The joined store would lack their documents. Parts are counted from 0.",
+            fix=f"Run `{command}`, with the recipe of the others" + (", and so on." if len(undone) > 1 else "."),
+        )
 
 
 def _check_same(parts: Sequence[FoundPart]) -> None:
     """Returns where all were captured with the same settings."""
     first = parts[0]
-    generates = first.record["config"]["generate"] is not None
-    bound = (DECIDES_ANSWERS[0],) if generates else ()
+    bound = (DECIDES_ANSWERS[0],) if first.record["config"]["generate"] is not None else ()
     free = [*BY_CONTENT, *(name for name in FREE_TO_CHANGE if name not in bound)]
     for found in parts[1:]:
         changed = differences(first.record["config"], found.record["config"])

@@ -33,7 +33,7 @@ from stillroom.models.hidden_states import verify
 from stillroom.runs import RunFolder, check_place, deferred_interrupts, ended, redact, versions
 from stillroom.store.config import AnySignal, HiddenStatesConfig, TopK, TopP, side_columns
 from stillroom.store.format import TOKENIZER, Manifest, SourceInfo, format_of
-from stillroom.store.hidden_states import bytes_per_position
+from stillroom.store.quantize import hidden_bytes_per_position
 from stillroom.store.writer import StoreWriter
 from stillroom.teachers.config import ServerTeacherConfig
 from stillroom.teachers.live import LiveTeacher
@@ -312,7 +312,11 @@ class _Spent:
 
 def _results(manifest: Manifest) -> dict[str, Any]:
     config = manifest.hidden
-    hidden = {} if config is None else {"hidden_bytes_per_position": bytes_per_position(config, manifest.hidden_width)}
+    hidden = (
+        {}
+        if config is None
+        else {"hidden_bytes_per_position": hidden_bytes_per_position(config, manifest.hidden_width)}
+    )
     return {
         "store": {
             "fingerprint": manifest.fingerprint,

@@ -22,14 +22,13 @@ from stillroom.store.config import (
     Full,
     HeadAndSample,
     HiddenStatesConfig,
-    QuantisedSignal,
+    QuantizedSignal,
     Sampled,
     TopK,
     TopP,
     known_temperatures,
 )
-from stillroom.store.hidden_states import MOST, encode
-from stillroom.store.quantize import LogProbCodes, num_uniforms, quantize
+from stillroom.store.quantize import MAX_STATE, LogProbCodes, encode_hidden, num_uniforms, quantize
 from stillroom.teachers.http.answers import TopLogProbs
 from stillroom.teachers.live import LiveTeacher, check_finite
 from stillroom.teachers.server import ServerTeacher
@@ -134,7 +133,7 @@ class SignalCapture:
         return {d: CapturedSignal(levels.slice(a, b), cost * (b - a) / len(places), hidden(a, b)) for d, a, b in runs}
 
     def _quantized(
-        self, dense: Dense, signal: QuantisedSignal, labels: Tensor, random: np.ndarray, where: Where
+        self, dense: Dense, signal: QuantizedSignal, labels: Tensor, random: np.ndarray, where: Where
     ) -> tuple[LogProbCodes, float]:
         """Works chunk by chunk: no ``[tokens, vocabulary]`` tensor is held."""
         hidden, head = dense.hidden, dense.head
@@ -185,7 +184,7 @@ class SignalCapture:
         return CapturedSignal(*quantize(selected, signal, np.zeros((len(ids), 0), np.float32)))
 
 
-def select(logits: Tensor, signal: QuantisedSignal, labels: Tensor, random: np.ndarray) -> Selection:
+def select(logits: Tensor, signal: QuantizedSignal, labels: Tensor, random: np.ndarray) -> Selection:
     """Returns what is kept of each row of logits, not yet quantized. The logits are changed.
 
     Args:
@@ -212,7 +211,7 @@ def select(logits: Tensor, signal: QuantisedSignal, labels: Tensor, random: np.n
     return selected
 
 
-def uniforms(signal: QuantisedSignal, seed: int, number: int, positions: int) -> np.ndarray:
+def uniforms(signal: QuantizedSignal, seed: int, number: int, positions: int) -> np.ndarray:
     """Returns the random numbers of a document, float32 [positions, `num_uniforms`]; none where nothing is drawn."""
     if not isinstance(signal, Sampled | HeadAndSample):
         return np.zeros((positions, 0), np.float32)
@@ -239,7 +238,7 @@ def encode_hidden(inner: HiddenStates, config: HiddenStatesConfig, width: int, r
                 fix="Leave out that layer of hidden.layers.",
             )
     states = torch.stack([inner.states[layer][rows].float() for layer in config.layers])
-    wrong = ~(states.abs() <= MOST)
+    wrong = ~(states.abs() <= MAX_STATE)
     if wrong.any():
         place, row = wrong.any(-1).nonzero()[0].tolist()
         number, position = where(rows.start + row)
@@ -256,4 +255,4 @@ def encode_hidden(inner: HiddenStates, config: HiddenStatesConfig, width: int, r
             fix="Check its weights. Where they are good, teacher.engine.dtype=float32 or another "
             "teacher.engine.attention may mend it, with --overwrite; so may leaving out that document or that layer.",
         )
-    return encode(states, config)
+    return encode_hidden(states, config)

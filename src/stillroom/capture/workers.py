@@ -15,7 +15,7 @@ from stillroom.capture.config import Generate, Part
 from stillroom.data.dataset import Documents
 from stillroom.errors import ConfigError, MissingError, StillroomError, StorageError
 from stillroom.store.config import HiddenStatesConfig
-from stillroom.store.hidden_states import bytes_per_position
+from stillroom.store.quantize import hidden_bytes_per_position
 
 
 def part_of(part: Part | Literal["auto"] | None) -> Part | None:
@@ -141,7 +141,7 @@ def position_bytes(config: HiddenStatesConfig | None, teacher: PretrainedConfig 
     """Returns the size of the hidden states of one position, exactly; 0 where none are kept."""
     if config is None or teacher is None:
         return 0
-    return bytes_per_position(config, teacher.get_text_config().hidden_size)
+    return hidden_bytes_per_position(config, teacher.get_text_config().hidden_size)
 
 
 def size_text(config: HiddenStatesConfig, size_bytes: int, counts: tuple[int, int] | None, *, at_most: bool) -> str:

@@ -1,4 +1,4 @@
-"""``stillroom store``: check, show, export, import, join and merge stores."""
+"""``stillroom store``: check, show, export, import, join and concat stores."""
 
 import difflib
 import sys
@@ -26,11 +26,11 @@ usage: stillroom store COMMAND …
                              from plain columns, or from DistillKit's compressed Parquet
   join OUT                   the parts of the capture in OUT, found to be all there and done, as OUT/store
   join DIR DIR… out=DIR      the same of parts that are not in one folder; keep_parts=false deletes their stores then
-  merge DIR DIR… out=DIR     the parts of one capture, or stores of different data of one teacher, as one store
+  concat DIR DIR… out=DIR    the parts of one capture, or stores of different data of one teacher, as one store
 
-DIR is a store's folder; check, show, export and merge also read an address such as s3://bucket/store.
---overwrite lets export, import, join and merge replace what is there, once the new one is whole. A path with a sign of
-equality in it is written as ./a=b.
+DIR is a store's folder; check, show, export and concat also read an address such as s3://bucket/store.
+--overwrite lets export, import, join and concat replace what is there, once the new one is whole. A path with a sign
+of equality in it is written as ./a=b.
 
 settings of import"""
 
@@ -44,11 +44,11 @@ class JoinConfig(Config):
     """Leave the stores of the parts, or delete them once the joined one is whole."""
 
 
-class MergeConfig(Config):
-    """`stillroom store merge DIR DIR…`: make one store of several."""
+class ConcatConfig(Config):
+    """`stillroom store concat DIR DIR…`: make one store of several."""
 
     out: PathText
-    """The folder of the merged store, which must not exist yet."""
+    """The folder of the new store, which must not exist yet."""
 
 
 def main(arguments: Arguments) -> int:
@@ -60,6 +60,13 @@ def main(arguments: Arguments) -> int:
     if not arguments.words:
         raise _unknown("there is no command after `store`", {})
     command, *words = arguments.words
+    if command == "merge":
+        raise ConfigError(
+            "`store merge` is now called `store concat`",
+            {"given": "store merge", "wanted": "store concat"},
+            why="A merge makes one model of several; stores are put one after the other.",
+            fix="Write `stillroom store concat DIR DIR… out=DIR`, with the same settings.",
+        )
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         raise _unknown(f"`{command}` is not a command of `store`", {"did you mean": near[0]} if near else {})
@@ -127,8 +134,8 @@ def export(words: Sequence[str], arguments: Arguments) -> int:
     size_bytes = export(store, out, overwrite="overwrite" in arguments.flags, report=_report(arguments))
     print(f"exported  {len(store):,} documents, {store.manifest.positions:,} positions")
     print(f"size      {out} ({size_bytes / 2**20:.1f} MiB)")
-    if (rest := left_out(store)) is not None:
-        print(f"left out  {rest}")
+    if (omitted := left_out(store)) is not None:
+        print(f"left out  {omitted}")
     return 0
 
 
@@ -154,32 +161,26 @@ def join(words: Sequence[str], arguments: Arguments) -> int:
     from stillroom.capture.join import join
     from stillroom.runs import versions
 
-    path, joined = join(
-        words,
-        config.out,
-        keep_parts=config.keep_parts,
-        overwrite="overwrite" in arguments.flags,
-        versions=versions(),
-        report=_report(arguments),
-    )
-    _print_whole(path, joined)
+    settings = {"keep_parts": config.keep_parts, "overwrite": "overwrite" in arguments.flags}
+    path, manifest = join(words, config.out, versions=versions(), report=_report(arguments), **settings)
+    _print_whole(path, manifest)
     return 0
 
 
 def concat(words: Sequence[str], arguments: Arguments) -> int:
-    config = load(MergeConfig, None, arguments.overrides)
+    config = load(ConcatConfig, None, arguments.overrides)
     from stillroom.runs import versions
-    from stillroom.store.concat import concat as concatenate
+    from stillroom.store.concat import concat
 
     overwrite = "overwrite" in arguments.flags
-    merged = concatenate(words, config.out, overwrite=overwrite, versions=versions(), report=_report(arguments))
-    _print_whole(config.out, merged)
+    manifest = concat(words, config.out, overwrite=overwrite, versions=versions(), report=_report(arguments))
+    _print_whole(config.out, manifest)
     return 0
 
 
-def _print_whole(path: object, made: "Manifest") -> None:
-    print(f"store     {path} ({made.documents:,} documents, {made.positions:,} positions)")
-    print(f"size      {made.size_bytes / 2**20:.1f} MiB in {len(made.shards)} shards")
+def _print_whole(path: object, manifest: "Manifest") -> None:
+    print(f"store     {path} ({manifest.documents:,} documents, {manifest.positions:,} positions)")
+    print(f"size      {manifest.size_bytes / 2**20:.1f} MiB in {len(manifest.shards)} shards")
 
 
 COMMANDS: Mapping[str, Callable[[Sequence[str], Arguments], int]] = {
@@ -188,7 +189,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str], Arguments], int]] = {
     "export": export,
     "import": import_,
     "join": join,
-    "merge": concat,
+    "concat": concat,
 }
 
 
@@ -199,14 +200,14 @@ def _exactly(words: Sequence[str], arguments: Arguments, command: str, *names: s
         raise ConfigError(
             f"`store {command}` takes {' and '.join(names)}",
             {"given": " ".join([*words, *arguments.overrides]) or "nothing", "wanted": " ".join(names)},
-            why="Words besides these would be for nothing, and settings are for import, join and merge.",
+            why="Words besides these would be for nothing, and settings are for import, join and concat.",
             fix=f"Write `stillroom store {command} {' '.join(names)}`.",
         )
     return words
 
 
 def _report(arguments: Arguments) -> Callable[[str], None]:
-    """Says what is being done on stderr, now and then."""
+    """Makes a function that prints the progress to stderr, now and then."""
     start = time.monotonic()
     last = [start]
 

@@ -12,7 +12,7 @@ from stillroom.distill.config import DistillConfig
 from stillroom.errors import ConfigError, DataError, MismatchError
 from stillroom.losses.config import LOSSES, HiddenObjective, LogitObjective, ObjectiveConfig
 from stillroom.losses.sparse import check_sparse
-from stillroom.store.config import SAMPLED, Full, QuantisedSignal, TopK, known_temperatures, side_columns
+from stillroom.store.config import SAMPLED, Full, QuantizedSignal, TopK, known_temperatures, side_columns
 from stillroom.store.reader import Store
 from stillroom.teachers.config import ServerTeacherConfig
 from stillroom.tokenizers import fingerprint, load_tokenizer, required_vocab_size, template_fingerprint, template_of
@@ -68,7 +68,7 @@ def check_served(config: DistillConfig, teacher: ServerTeacherConfig) -> None:
     _check_objectives(config.objectives, told, f"the server {teacher.url}")
 
 
-def _check_objectives(objectives: Sequence[ObjectiveConfig], signal: QuantisedSignal, name: str) -> None:
+def _check_objectives(objectives: Sequence[ObjectiveConfig], signal: QuantizedSignal, name: str) -> None:
     """Raises MismatchError where one of the objectives cannot be learnt from such a signal of ``name``."""
     for objective in objectives:
         if isinstance(objective, HiddenObjective):
@@ -104,7 +104,7 @@ def check_missing(store: Store, objectives: Sequence[ObjectiveConfig]) -> None:
             )
 
 
-def _check_temperature(objective: LogitObjective, signal: QuantisedSignal, name: str) -> None:
+def _check_temperature(objective: LogitObjective, signal: QuantizedSignal, name: str) -> None:
     """Raises MismatchError where a temperature changes over the run, which a few entries cannot follow."""
     if len(objective.temperatures) == 1 or LOSSES[objective.kind].signal == "none":
         return
@@ -117,7 +117,7 @@ def _check_temperature(objective: LogitObjective, signal: QuantisedSignal, name:
     )
 
 
-def _check_entropy(objective: LogitObjective, signal: QuantisedSignal, name: str) -> None:
+def _check_entropy(objective: LogitObjective, signal: QuantizedSignal, name: str) -> None:
     """Raises MismatchError where tokens are to count by an entropy that the store does not hold."""
     weigh = objective.token_weight
     if weigh is None or weigh.kind != "teacher_entropy":

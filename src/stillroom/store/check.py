@@ -1,30 +1,40 @@
 """Check: all that is wrong with a store, and not only the first thing."""
 
 import math
+import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from stillroom.errors import DataError, MismatchError, MissingError, StillroomError
+from stillroom.errors import DataError, MismatchError, StillroomError
 from stillroom.store.config import Full
-from stillroom.store.filesystem import StoreFiles
-from stillroom.store.format import MANIFEST, MOST_MANIFEST_BYTES, TOKENIZER, Manifest, damaged, read_manifest
+from stillroom.store.format import (
+    COUNTS,
+    MANIFEST,
+    MOST_MANIFEST_BYTES,
+    TOKENIZER,
+    Manifest,
+    StoreFiles,
+    check_equal,
+    damaged,
+    no_tokenizer,
+    read_manifest,
+)
 from stillroom.store.reader import StoredShard
 
 ROWS_AT_ONCE = 64
 """Rows that are decoded together, while nothing is wrong with them."""
 NAMED_ROWS = 5
 """Damaged rows of one shard that get an error each; the others are counted."""
-COUNTS = ("documents", "positions", "tokens", "entries", "draws")
 
 
 @dataclass
 class Checked:
-    """What a check found."""
+    """The findings of a check."""
 
     path: str
     manifest: Manifest | None = None
@@ -60,196 +70,146 @@ def check(path: str | Path, report: Callable[[str], object] = lambda _: None) ->
 
     Args:
         path: a store's folder or address, complete or not.
-        report: is told of each shard before it is read.
+        report: is called with a line before each shard is read.
     """
     checked = Checked(str(path))
-    try:
-        place = StoreFiles(checked.path)
-        checked.manifest = manifest = read_manifest(place.read(MANIFEST, MOST_MANIFEST_BYTES), checked.path)
-    except StillroomError as error:
-        checked.problems.append(error)
-        return checked
-    checked.problems += _manifest_problems(manifest, checked.path)
-    checked.problems += _tokenizer_problems(place, manifest)
-    found, totals_known = dict.fromkeys(COUNTS, 0), True
-    for number, shard in enumerate(manifest.shards):
-        report(f"checking shard {number + 1} of {len(manifest.shards)}")
-        reading = ShardCheck(place, manifest, number)
-        checked.problems += reading.problems
-        totals_known &= reading.counted
-        for name in COUNTS:
-            found[name] += reading.counts[name]
-        if reading.counted and reading.counts["positions"] != shard.positions:
-            checked.problems.append(
-                damaged(place.path, f"positions of {shard.name}", reading.counts["positions"], shard.positions)
-            )
-    if totals_known:
-        checked.problems += [
-            damaged(place.path, f"{name} in all", found[name], getattr(manifest, name))
-            for name in COUNTS
-            if found[name] != getattr(manifest, name)
-        ]
-    checked.unlisted = _unlisted(place, manifest)
+    with _noted(checked.problems):
+        files = StoreFiles(checked.path)
+        checked.manifest = manifest = read_manifest(files.read(MANIFEST, MOST_MANIFEST_BYTES), checked.path)
+        _check_manifest(checked, files, manifest)
+        totals, counted = dict.fromkeys(COUNTS, 0), True
+        for number, shard in enumerate(manifest.shards):
+            report(f"checking shard {number + 1} of {len(manifest.shards)}")
+            shard_check = ShardCheck(files, manifest, number)
+            checked.problems += shard_check.problems
+            counted &= shard_check.counted
+            totals = {name: total + shard_check.counts[name] for name, total in totals.items()}
+            with _noted(checked.problems):
+                if shard_check.counted:
+                    positions = shard_check.counts["positions"]
+                    check_equal(files.path, f"positions of {shard.name}", positions, shard.positions)
+        for name in COUNTS if counted else ():
+            with _noted(checked.problems):
+                check_equal(files.path, f"{name} in all", totals[name], getattr(manifest, name))
+        if not files.remote:
+            listed = {f"{shard.name}.{kind}" for shard in manifest.shards for kind in ("arrow", "tables")}
+            names = sorted({file.name for file in Path(files.path).iterdir()} - listed)
+            checked.unlisted = [name for name in names if name.endswith((".arrow", ".tables", ".tmp"))]
     return checked
 
 
-class ShardCheck:
-    """Of one shard: its files' and rows' checksums and every row decoded; the problems, and what was counted."""
+@contextmanager
+def _noted(problems: list[StillroomError]) -> Iterator[None]:
+    """Adds an error that is raised inside to the problems, unless it is there."""
+    try:
+        yield
+    except StillroomError as error:
+        if str(error) not in map(str, problems):
+            problems.append(error)
 
-    def __init__(self, place: StoreFiles, manifest: Manifest, number: int) -> None:
-        self.place, self.manifest, self.shard = place, manifest, manifest.shards[number]
-        self.problems: list[StillroomError] = []
-        self.counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
-        self.counted = False
-        self._damaged_rows = 0
-        self._run()
 
-    def _run(self) -> None:
+def _check_manifest(checked: Checked, files: StoreFiles, manifest: Manifest) -> None:
+    """Notes all that contradicts itself in a manifest, and what is wrong with the tokenizer beside it."""
+    from stillroom.tokenizers import fingerprint, load_tokenizer, required_vocab_size
+
+    error, part = manifest.codec_error_nats, manifest.part
+    if not (math.isfinite(error) and error > -1e-6):
+        where = f"{MANIFEST} at `codec_error_nats`"
+        checked.problems.append(damaged(checked.path, where, error, "a number of at least 0"))
+    if part[0] >= part[1]:
+        where = f"{MANIFEST} at `part`"
+        checked.problems.append(damaged(checked.path, where, part, "an index below the number of parts"))
+    with _noted(checked.problems), tempfile.TemporaryDirectory() as folder:
         try:
-            shard = StoredShard(self.place, self.shard, self.manifest)
-        except StillroomError as error:
-            self.problems.append(error)
-            return
-        for name, expected in (("arrow", self.shard.crc32), ("tables", self.shard.tables_crc32)):
-            file = f"{self.shard.name}.{name}"
-            if (found := _crc32(self.place, file)) != expected:
-                self.problems.append(damaged(self.place.path, f"checksum of {file}", found, expected))
-        try:
-            shard.batches  # noqa: B018
-        except StillroomError as error:
-            self.problems.append(error)
-            return
-        readable = True
-        if not isinstance(self.manifest.signal, Full):
-            try:
-                shard.codec  # noqa: B018
-            except StillroomError as error:
-                readable = False
-                if str(error) not in map(str, self.problems):
-                    self.problems.append(error)
-        self._rows(shard, readable)
-        self.counted = readable and not self._damaged_rows
-        if self._damaged_rows > NAMED_ROWS:
-            self.problems.append(
-                damaged(
-                    self.place.path,
-                    f"damaged rows of {self.shard.name}.arrow",
-                    f"{self._damaged_rows:,}, of which the first {NAMED_ROWS} are named",
-                    "none",
-                )
+            where = files.fetch(TOKENIZER, Path(folder))
+            if not files.remote and not Path(where).is_dir():
+                raise FileNotFoundError
+            tokenizer = load_tokenizer(where)
+        except FileNotFoundError:
+            raise no_tokenizer(
+                f"the store {files.path} lacks its tokenizer",
+                TOKENIZER,
+                manifest.tokenizer,
+                why="Without it nobody can tell what its token ids mean, or whether a student fits it.",
+            ) from None
+        found, vocab_size = fingerprint(tokenizer), required_vocab_size(tokenizer)
+        if found != manifest.tokenizer.fingerprint:
+            raise MismatchError(
+                f"the store {files.path} holds another tokenizer than it was made with",
+                {f"in {TOKENIZER}/": found[:32], "in the manifest": manifest.tokenizer.fingerprint[:32]},
+                why="Its token ids would be taken for other tokens.",
+                fix=f"Put the tokenizer of {manifest.tokenizer.name} back there.",
             )
+        if vocab_size > manifest.num_columns:
+            most = f"at most {manifest.num_columns}"
+            raise damaged(files.path, "columns that its tokenizer needs", vocab_size, most)
 
-    def _rows(self, shard: StoredShard, readable: bool) -> None:
-        """The checksum of each row, and what it says."""
-        for start in range(0, shard.num_documents, ROWS_AT_ONCE):
-            rows = range(start, min(start + ROWS_AT_ONCE, shard.num_documents))
-            sound = [row for row in rows if self._try(row, lambda row=row: self._row(shard, row))]
-            if not (readable and sound):
-                continue
-            if isinstance(self.manifest.signal, Full):
-                for row in sound:
-                    self._try(row, lambda row=row: self._count(shard.logits(row)))
-                continue
-            try:
-                self._count(shard.levels(sound))
-            except DataError:
-                for row in sound:
-                    self._try(row, lambda row=row: self._count(shard.levels([row])))
 
-    def _row(self, shard: StoredShard, row: int) -> None:
-        shard.signal(row)
-        tokens, loss_mask = shard.tokens(row), shard.loss_mask(row)
-        where = f"{self.shard.name}.arrow row {row}"
-        if len(tokens) > self.manifest.length + 1:
-            raise damaged(self.place.path, f"tokens of {where}", len(tokens), f"at most {self.manifest.length + 1}")
+class ShardCheck:
+    """The check of one shard: its files' and rows' checksums and every row decoded; the problems, and the counts."""
+
+    def __init__(self, files: StoreFiles, manifest: Manifest, number: int) -> None:
+        self.manifest, self.path, self.problems = manifest, files.path, list[StillroomError]()
+        self.counts = dict.fromkeys(COUNTS, 0)
+        self.counted = False
+        self._num_damaged = 0
+        with _noted(self.problems):
+            shard = self.shard = StoredShard(files, manifest.shards[number], manifest)
+            for name, expected in ((shard.arrow, shard.shard.crc32), (shard.tables, shard.shard.tables_crc32)):
+                checksum = 0
+                with files.open(name) as file:
+                    while block := file.read(1 << 22):
+                        checksum = zlib.crc32(block, checksum)
+                with _noted(self.problems):
+                    check_equal(self.path, f"checksum of {name}", checksum, expected)
+            shard.batches  # noqa: B018
+            readable = False
+            with _noted(self.problems):
+                readable = isinstance(manifest.signal, Full) or shard.codec is not None
+            for start in range(0, shard.num_documents, ROWS_AT_ONCE):
+                rows = range(start, min(start + ROWS_AT_ONCE, shard.num_documents))
+                sound = [row for row in rows if self._try(self._check_row, row)]
+                if readable and sound:
+                    try:
+                        self._decode(*sound)
+                    except DataError:
+                        for row in sound:
+                            self._try(self._decode, row)
+            self.counted = readable and not self._num_damaged
+            if self._num_damaged > NAMED_ROWS:
+                found = f"{self._num_damaged:,}, of which the first {NAMED_ROWS} are named"
+                raise damaged(self.path, f"damaged rows of {shard.arrow}", found, "none")
+
+    def _check_row(self, row: int) -> None:
+        self.shard.signal(row)
+        tokens, loss_mask = self.shard.tokens(row), self.shard.loss_mask(row)
+        most = self.manifest.length + 1
+        if len(tokens) > most:
+            raise damaged(self.path, f"tokens of {self.shard.arrow} row {row}", len(tokens), f"at most {most}")
         if (hidden := self.manifest.hidden) is not None:
-            data, shape = shard.hidden_bytes(row), (int(loss_mask.sum()), self.manifest.hidden_width)
-            shard.decode_hidden(row, data, {layer: np.empty(shape, np.float32) for layer in hidden.layers})
+            data, shape = self.shard.hidden_bytes(row), (int(loss_mask.sum()), self.manifest.hidden_width)
+            self.shard.decode_hidden(row, data, {layer: np.empty(shape, np.float32) for layer in hidden.layers})
         self.counts["documents"] += 1
         self.counts["tokens"] += len(tokens)
         self.counts["positions"] += int(loss_mask.sum())
 
-    def _count(self, signal: Any) -> None:
-        if isinstance(signal, np.ndarray):
-            self.counts["entries"] += signal.size
+    def _decode(self, *rows: int) -> None:
+        if isinstance(self.manifest.signal, Full):
+            self.counts["entries"] += sum([self.shard.logits(row).size for row in rows])
         else:
-            self.counts["entries"] += len(signal.ids)
-            self.counts["draws"] += len(signal.draw_ids)
+            codes = self.shard.levels(rows)
+            self.counts["entries"] += len(codes.ids)
+            self.counts["draws"] += len(codes.sample_ids)
 
-    def _try(self, row: int, read: Callable[[], object]) -> bool:
+    def _try(self, read: Callable[[int], None], row: int) -> bool:
         try:
-            read()
+            read(row)
         except DataError as error:
-            self._damaged_rows += 1
-            if self._damaged_rows <= NAMED_ROWS:
-                where = f"{self.shard.name}.arrow row {row}"
+            self._num_damaged += 1
+            if self._num_damaged <= NAMED_ROWS:
+                where = f"{self.shard.arrow} row {row}"
                 named = where in " ".join(error.values)
-                found = error if named else damaged(self.place.path, where, *list(error.values.values())[:2])
+                found = error if named else damaged(self.path, where, *list(error.values.values())[:2])
                 self.problems.append(found)
             return False
         return True
-
-
-def _crc32(place: StoreFiles, name: str) -> int:
-    checksum = 0
-    with place.open(name) as file:
-        while block := file.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
-
-
-def _manifest_problems(manifest: Manifest, path: str) -> list[StillroomError]:
-    """What the manifest says that contradicts itself."""
-    found: list[StillroomError] = []
-    if not (math.isfinite(manifest.codec_error_nats) and manifest.codec_error_nats > -1e-6):
-        found.append(
-            damaged(path, "manifest.json at `codec_error_nats`", manifest.codec_error_nats, "a number of at least 0")
-        )
-    if manifest.part[0] >= manifest.part[1]:
-        found.append(damaged(path, "manifest.json at `part`", manifest.part, "an index below the number of parts"))
-    return found
-
-
-def _tokenizer_problems(place: StoreFiles, manifest: Manifest) -> list[StillroomError]:
-    import tempfile
-
-    from stillroom.tokenizers import fingerprint, load_tokenizer, required_vocab_size
-
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            where = place.fetch(TOKENIZER, Path(folder))
-            if not place.remote and not Path(where).is_dir():
-                raise FileNotFoundError
-            tokenizer = load_tokenizer(where)
-        except FileNotFoundError:
-            return [
-                MissingError(
-                    f"the store {place.path} lacks its tokenizer",
-                    {"missing": TOKENIZER, "made with": manifest.tokenizer.name},
-                    why="Without it nobody can tell what its token ids mean, or whether a student fits it.",
-                    fix=f"Save the tokenizer of {manifest.tokenizer.name} into that folder by `save_pretrained`.",
-                )
-            ]
-        except StillroomError as error:
-            return [error]
-        print_found, columns = fingerprint(tokenizer), required_vocab_size(tokenizer)
-    if print_found != manifest.tokenizer.fingerprint:
-        return [
-            MismatchError(
-                f"the store {place.path} holds another tokenizer than it was made with",
-                {f"in {TOKENIZER}/": print_found[:32], "in the manifest": manifest.tokenizer.fingerprint[:32]},
-                why="Its token ids would be taken for other tokens.",
-                fix=f"Put the tokenizer of {manifest.tokenizer.name} back there.",
-            )
-        ]
-    if columns > manifest.num_columns:
-        return [damaged(place.path, "columns that its tokenizer needs", columns, f"at most {manifest.num_columns}")]
-    return []
-
-
-def _unlisted(place: StoreFiles, manifest: Manifest) -> list[str]:
-    if place.remote:
-        return []
-    listed = {f"{shard.name}.{kind}" for shard in manifest.shards for kind in ("arrow", "tables")}
-    files = sorted(file.name for file in Path(place.path).iterdir())
-    return [name for name in files if name not in listed and name.endswith((".arrow", ".tables", ".tmp"))]

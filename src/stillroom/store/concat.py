@@ -1,8 +1,7 @@
-"""Merge: several stores of one teacher into one: the parts of a capture, or captures of different data."""
+"""Concat: several stores of one teacher as one: the parts of a capture, or captures of different data."""
 
 import hashlib
 import heapq
-import os
 import shutil
 import tempfile
 import zlib
@@ -13,34 +12,33 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pydantic import BaseModel
 
-from stillroom.errors import ConfigError, MismatchError, MissingError
-from stillroom.runs import write_json, writing
+from stillroom.errors import ConfigError, MismatchError
+from stillroom.runs import crc32, writing
 from stillroom.store.format import (
-    MANIFEST,
+    COUNTS,
     TOKENIZER,
     Manifest,
     Shard,
     SourceInfo,
-    damaged,
-    hidden_crc32,
-    row_crc32,
+    check_equal,
+    no_tokenizer,
     schema,
-    values_of,
+    synced_file,
+    write_manifest,
 )
 from stillroom.store.reader import Store, StoredShard
-from stillroom.store.writer import StoreWriter, check_out, new_store
+from stillroom.store.writer import StoreWriter, check_out, new_store, record_batch
 
 SAME = ("teacher", "engine", "tokenizer", "template", "num_columns", "signal", "side", "hidden", "hidden_width",
         "num_layers")  # fmt: skip
-"""What all stores must share."""
+"""The keys of the manifest that all stores must share."""
 
 SAME_OF_PARTS = ("data", "length", "seed")
-"""What the parts of one capture must share besides."""
+"""The keys that the parts of one capture must share besides."""
 
 ROWS_AT_ONCE = 64
-
-BLOCK_BYTES = 1 << 22
 
 Report = Callable[[str], object]
 
@@ -54,7 +52,7 @@ def concat(
     versions: Mapping[str, str] | None = None,
     report: Report = lambda _: None,
 ) -> Manifest:
-    """Writes the merged store, and returns what it is. Everything is checked before anything is written.
+    """Writes the concatenated store, and returns its manifest. Everything is checked before anything is written.
 
     Parts of one capture become part 0 of 1, their documents in the order of the data. Other stores are put one after
     the other: documents are numbered anew, and the data's name and fingerprint are made of those of all.
@@ -69,31 +67,32 @@ def concat(
         StorageError: ``out`` exists, or cannot be written.
     """
     _check_paths(paths, out)
-    stores = [Store(path) for path in paths]
-    stores, parts = _fitting(stores)
+    stores, parts = _fitting([Store(path) for path in paths])
     check_out(out, overwrite=overwrite)
-    numbers = [_document_numbers(store) for store in stores]
+    batches = [[batch for shard in store.shards for batch in shard.batches] for store in stores]
+    numbers = [np.concatenate([np.zeros(0, np.int64), *(b["document"].to_numpy() for b in some)]) for some in batches]
     if parts:
         _check_once(stores, numbers, num_documents)
-    ranges = [None if not len(of_store) else (int(of_store.min()), int(of_store.max())) for of_store in numbers]
+    ranges = [(int(each.min()), int(each.max())) for each in numbers if len(each)]
+    ends = [0, *(1 + max(0, int(each.max(initial=-1))) if len(each) else 0 for each in numbers)]
     manifest = _manifest(stores, parts, versions)
     with tempfile.TemporaryDirectory() as fetched:
         tokenizer = _tokenizer(stores, Path(fetched))
         with new_store(out, overwrite=overwrite) as folder:
             shutil.copytree(tokenizer, folder / TOKENIZER)
-            if parts and any(a[1] > b[0] for a, b in pairwise(r for r in ranges if r is not None)):
+            if parts and any(a[1] > b[0] for a, b in pairwise(ranges)):
                 return _interleave(stores, folder, manifest, report)
-            return _append(stores, [0] * len(stores) if parts else _offsets(ranges), folder, manifest, report)
+            return _append(stores, [0] * len(stores) if parts else np.cumsum(ends).tolist(), folder, manifest, report)
 
 
 def _check_paths(paths: Sequence[str | Path], out: str | Path) -> None:
     places = [str(path) if "://" in str(path) else str(Path(path).resolve()) for path in paths]
     if len(set(places)) < 2 or len(set(places)) < len(places):
         raise ConfigError(
-            "there are no two different stores to merge" if len(set(places)) < 2 else "a store is named twice",
+            "there are no two different stores to concatenate" if len(set(places)) < 2 else "a store is named twice",
             {"stores": ", ".join(map(str, paths)) or "none"},
-            why="What it says would be there twice." if len(places) > 1 else "A merge joins several into one.",
-            fix="Name each store once: `stillroom store merge A B out=DIR`.",
+            why="What it says would be there twice." if len(places) > 1 else "It makes one store of several.",
+            fix="Name each store once: `stillroom store concat A B out=DIR`.",
         )
     target = Path(out).resolve()
     for path, place in zip(paths, places, strict=True):
@@ -101,18 +100,28 @@ def _check_paths(paths: Sequence[str | Path], out: str | Path) -> None:
             raise ConfigError(
                 "`out` lies in one of the stores, or one of them in it",
                 {"out": out, "store": path},
-                why="The merged store would be mixed with what it is made of.",
+                why="The new store would be mixed with what it is made of.",
                 fix="Choose another `out`.",
             )
 
 
 def _fitting(stores: list[Store]) -> tuple[list[Store], bool]:
-    """The stores in the order in which they are merged, and whether they are the parts of one capture."""
+    """The stores in the order in which they are written, and whether they are the parts of one capture."""
     for store in stores[1:]:
         _same(stores[0], store, SAME)
     of = {store.manifest.part[1] for store in stores}
     if of == {1}:
-        _check_different(stores)
+        seen: dict[tuple[str, int], str] = {}
+        for store in stores:
+            key = store.manifest.data.fingerprint, store.manifest.seed
+            if (other := seen.setdefault(key, store.path)) != store.path:
+                shown = f"{key[0][:32]}, seed {key[1]}"
+                raise MismatchError(
+                    "two stores are of the same data and seed",
+                    {other: shown, store.path: shown},
+                    why="They say the same, so each of their documents would be there twice.",
+                    fix="Leave one of them out.",
+                )
         return stores, False
     first = stores[0]
     for store in stores[1:]:
@@ -125,89 +134,58 @@ def _fitting(stores: list[Store]) -> tuple[list[Store], bool]:
         raise MismatchError(
             "the stores are not all parts of one capture, each once",
             {"there": ", ".join(there), "missing": ", ".join(missing[:8]) or "none"},
-            why="The merged store would lack documents of its data, or hold some twice.",
+            why="The new store would lack documents of its data, or hold some twice.",
             fix="Name the store of each part once; finish those that are missing.",
         )
     return stores, True
 
 
 def _same(a: Store, b: Store, names: Sequence[str]) -> None:
+    """Raises MismatchError where two stores differ in a key; a model, tokenizer or data by its fingerprint alone."""
     for name in names:
-        of_a, of_b = (getattr(store.manifest, name) for store in (a, b))
-        if _compared(of_a) != _compared(of_b):
-            where, in_a, in_b = _first_difference(name, _shown(of_a), _shown(of_b))
-            raise MismatchError(
-                f"the stores differ in their {where}",
-                {a.path: in_a, b.path: in_b},
-                why="A store says one kind of thing of one teacher in the tokens of one tokenizer."
-                if name in SAME
-                else "They are parts of different captures, and only those of one make up its data.",
-                fix="Merge stores of equal settings; several stores can also be used one after the other.",
-            )
-
-
-def _compared(value: Any) -> Any:
-    """A model or a tokenizer is the same under another name, or in another folder, if its fingerprint is."""
-    return value.fingerprint if isinstance(value, SourceInfo) else value
-
-
-def _shown(value: Any) -> Any:
-    """A value as an error quotes it, the settings of a signal by name."""
-    if isinstance(value, SourceInfo):
-        return f"{value.name} ({value.fingerprint[:32]})"
-    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
-
-
-def _first_difference(name: str, a: Any, b: Any) -> tuple[str, Any, Any]:
-    """The first setting in which two values differ, by its dotted name, with both of its values."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        key = next(key for key in ("kind", *a, *b) if a.get(key) != b.get(key))
-        return _first_difference(f"{name}.{key}", a.get(key), b.get(key))
-    return name, a, b
-
-
-def _check_different(stores: Sequence[Store]) -> None:
-    seen: dict[tuple[str, int], str] = {}
-    for store in stores:
-        said = store.manifest.data.fingerprint, store.manifest.seed
-        if said in seen:
-            raise MismatchError(
-                "two stores are of the same data and seed",
-                {seen[said]: f"{said[0][:32]}, seed {said[1]}", store.path: f"{said[0][:32]}, seed {said[1]}"},
-                why="They say the same, so each of their documents would be there twice.",
-                fix="Leave one of them out.",
-            )
-        seen[said] = store.path
+        where, in_a, in_b = name, getattr(a.manifest, name), getattr(b.manifest, name)
+        if isinstance(in_a, SourceInfo):
+            if in_a.fingerprint == in_b.fingerprint:
+                continue
+            in_a, in_b = (f"{value.name} ({value.fingerprint[:32]})" for value in (in_a, in_b))
+        if in_a == in_b:
+            continue
+        in_a, in_b = (v.model_dump(mode="json") if isinstance(v, BaseModel) else v for v in (in_a, in_b))
+        while isinstance(in_a, dict) and isinstance(in_b, dict):  # the first setting that differs
+            key = next(key for key in ("kind", *in_a, *in_b) if in_a.get(key) != in_b.get(key))
+            where, in_a, in_b = f"{where}.{key}", in_a.get(key), in_b.get(key)
+        raise MismatchError(
+            f"the stores differ in their {where}",
+            {a.path: in_a, b.path: in_b},
+            why="A store says one kind of thing of one teacher in the tokens of one tokenizer."
+            if name in SAME
+            else "They are parts of different captures, and only those of one make up its data.",
+            fix="Concatenate stores of equal settings; several stores can also be used one after the other.",
+        )
 
 
 def _manifest(stores: Sequence[Store], parts: bool, versions: Mapping[str, str] | None) -> Manifest:
-    """Of the merged store, with no shards yet."""
-    all_of_them = [store.manifest for store in stores]
-    first = all_of_them[0]
+    """The manifest of the new store, with no shards yet."""
+    manifests = [store.manifest for store in stores]
+    first = manifests[0]
     data = first.data
     if not parts:
-        prints = " ".join(f"{m.data.fingerprint} {m.seed}" for m in all_of_them)
-        name = " + ".join(m.data.name for m in all_of_them)
+        prints = " ".join(f"{m.data.fingerprint} {m.seed}" for m in manifests)
+        name = " + ".join(m.data.name for m in manifests)
         data = SourceInfo(name=name, fingerprint=hashlib.sha256(prints.encode()).hexdigest()[:32])
     return first.model_copy(
         update={
             "complete": False,
             "data": data,
             "part": (0, 1),
-            "merged": () if parts else tuple(data for m in all_of_them for data, _ in m.origins),
-            "length": max(m.length for m in all_of_them),
+            "merged": () if parts else tuple(data for m in manifests for data, _ in m.origins),
+            "length": max(m.length for m in manifests),
             "versions": dict(first.versions if versions is None else versions),
             "shards": (),
-            **dict.fromkeys(("documents", "positions", "tokens", "entries", "draws"), 0),
+            **dict.fromkeys(COUNTS, 0),
             "codec_error_nats": 0.0,
         }
     )
-
-
-def _document_numbers(store: Store) -> np.ndarray:
-    """The numbers of a store's documents, int64 [documents], in its order."""
-    columns = [batch["document"].to_numpy() for shard in store.shards for batch in shard.batches]
-    return np.concatenate([np.zeros(0, np.int64), *columns])
 
 
 def _check_once(stores: Sequence[Store], numbers: Sequence[np.ndarray], num_documents: int | None) -> None:
@@ -233,129 +211,79 @@ def _check_once(stores: Sequence[Store], numbers: Sequence[np.ndarray], num_docu
         )
 
 
-def _offsets(ranges: Sequence[tuple[int, int] | None]) -> list[int]:
-    """What is added to the document numbers of each store."""
-    ends = [0, *(1 + max(0, r[1]) if r is not None else 0 for r in ranges)]
-    return np.cumsum(ends)[:-1].tolist()
-
-
 def _append(
     stores: Sequence[Store], firsts: Sequence[int], folder: Path, manifest: Manifest, report: Report
 ) -> Manifest:
-    """Shard after shard: copied byte for byte, or, where documents get other numbers, with the same signals."""
+    """Writes shard after shard: copied byte for byte, or, where documents get other numbers, with the same signals."""
     shards: list[Shard] = []
     total = sum(store.num_shards for store in stores)
-    for store, first in zip(stores, firsts, strict=True):
+    for store, first in zip(stores, firsts, strict=False):
         for shard in store.shards:
-            report(f"merged {len(shards)} of {total} shards")
+            report(f"concatenated {len(shards)} of {total} shards")
             name = f"{len(shards):05d}"
-            tables = _copy(shard, "tables", folder / f"{name}.tables", shard.shard.tables_crc32)
+            arrow, tables = folder / f"{name}.arrow", folder / f"{name}.tables"
+            _copy(shard, shard.tables, tables, shard.shard.tables_crc32)
             if first:
-                checksum, size = _renumber(shard, first, folder / f"{name}.arrow")
+                _renumber(shard, first, arrow)
             else:
-                checksum, size = _copy(shard, "arrow", folder / f"{name}.arrow", shard.shard.crc32)
-            shards.append(
-                shard.shard.model_copy(
-                    update={
-                        "name": name,
-                        "crc32": checksum,
-                        "size_bytes": size,
-                        "tables_crc32": tables[0],
-                        "tables_bytes": tables[1],
-                    }
-                )
-            )
-    totals: dict[str, Any] = {
-        name: sum(getattr(store.manifest, name) for store in stores)
-        for name in ("documents", "positions", "tokens", "entries", "draws")
-    }
+                _copy(shard, shard.arrow, arrow, shard.shard.crc32)
+            changes = {"name": name, "crc32": crc32(arrow), "size_bytes": arrow.stat().st_size}
+            shards.append(shard.shard.model_copy(update=changes))
+    totals: dict[str, Any] = {name: sum(getattr(store.manifest, name) for store in stores) for name in COUNTS}
     error = sum(store.manifest.codec_error_nats * store.manifest.positions for store in stores)
     totals["codec_error_nats"] = error / max(1, totals["positions"])
     manifest = manifest.model_copy(update={**totals, "shards": tuple(shards), "complete": True})
-    write_json(folder / MANIFEST, values_of(manifest))
+    write_manifest(folder, manifest)
     return manifest
 
 
-def _copy(shard: StoredShard, kind: str, to: Path, expected: int) -> tuple[int, int]:
-    """Copies a file, and returns its checksum and size."""
-    name, checksum, size = f"{shard.shard.name}.{kind}", 0, 0
-    with shard.place.open(name) as source, writing(to), to.open("wb") as file:
-        while block := source.read(BLOCK_BYTES):
+def _copy(shard: StoredShard, name: str, to: Path, expected: int) -> None:
+    """Copies a file of a checksum."""
+    checksum = 0
+    with shard.files.open(name) as source, writing(to), synced_file(to) as file:
+        while block := source.read(1 << 22):
             checksum = zlib.crc32(block, checksum)
-            size += len(block)
             file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-    if checksum != expected:
-        raise damaged(shard.place.path, f"checksum of {name}", checksum, expected)
-    return checksum, size
+    check_equal(shard.files.path, f"checksum of {name}", checksum, expected)
 
 
-def _renumber(shard: StoredShard, first: int, to: Path) -> tuple[int, int]:
+def _renumber(shard: StoredShard, first: int, to: Path) -> None:
     """Writes a shard whose documents have other numbers; all else stays as it is, since nothing depends on them."""
     columns = schema(shard.manifest.num_columns, hidden=shard.manifest.hidden is not None)
-    with writing(to):
-        file = to.open("wb")
-    row = 0
-    with file:
-        with pa.ipc.new_file(file, columns) as writer:
-            for batch in shard.batches:
-                renumbered = _renumbered(shard, batch, row, first)
-                row += len(batch)
-                with writing(to):
-                    writer.write_batch(pa.record_batch(renumbered, schema=columns))
-        with writing(to):
-            file.flush()
-            os.fsync(file.fileno())
-    checksum = 0
-    with to.open("rb") as written:
-        while block := written.read(BLOCK_BYTES):
-            checksum = zlib.crc32(block, checksum)
-    return checksum, to.stat().st_size
-
-
-def _renumbered(shard: StoredShard, batch: pa.RecordBatch, start: int, first: int) -> list[pa.Array]:
-    """The columns of a record batch, which begins at row ``start``, with other numbers and so other checksums."""
-    numbers, checksums, of_hidden, hidden = [], [], [], []
-    for row in range(start, start + len(batch)):
-        number = shard.column(row, "document").as_py() + first
-        document = number, shard.tokens(row), shard.loss_mask(row)
-        states = None
-        if shard.manifest.hidden is not None:
-            hidden.append(shard.hidden_bytes(row))
-            of_hidden.append(states := hidden_crc32(*document, hidden[-1]))
-        numbers.append(number)
-        checksums.append(row_crc32(*document, shard.signal(row), states))
-    arrays = [pa.array(numbers, pa.int64()), *(batch[name] for name in ("tokens", "keep", "signal"))]
-    arrays.append(pa.array(checksums, pa.uint32()))
-    if shard.manifest.hidden is not None:
-        arrays += [pa.array(of_hidden, pa.uint32()), pa.array(hidden, pa.large_binary())]
-    return arrays
+    start = 0
+    with writing(to), synced_file(to) as file, pa.ipc.new_file(file, columns) as writer:
+        for batch in shard.batches:
+            places = range(start, start + len(batch))
+            documents = (batch["document"].to_numpy() + first).tolist()
+            rows = [(d, shard.tokens(i), shard.loss_mask(i)) for d, i in zip(documents, places, strict=True)]
+            hidden = [shard.hidden_bytes(i) for i in places] if shard.manifest.hidden is not None else []
+            writer.write_batch(record_batch(columns, rows, [shard.signal(i) for i in places], hidden))
+            start += len(batch)
 
 
 def _interleave(stores: Sequence[Store], folder: Path, manifest: Manifest, report: Report) -> Manifest:
-    """Document by document in the order of the data, for parts that are not stretches of it."""
+    """Writes document by document in the order of the data, for parts whose documents alternate."""
 
     def documents(store: Store, number: int) -> Iterator[tuple[int, int, int, Any]]:
         for start in range(0, len(store), ROWS_AT_ONCE):
             rows = range(start, min(start + ROWS_AT_ONCE, len(store)))
             full = store.signal_config.kind == "full"
-            said = store.logits(rows) if full else store.levels(rows)
+            signal = store.logits(rows) if full else store.levels(rows)
             at = 0
             for row in rows:
                 end = at + int(store.loss_mask(row).sum())
-                yield store.document(row), number, row, said[at:end] if full else said.slice(at, end)  # pyright: ignore
+                yield store.document(row), number, row, signal[at:end] if full else signal.slice(at, end)  # pyright: ignore
                 at = end
 
     shard_positions = max(shard.positions for store in stores for shard in store.manifest.shards)
     streams = [documents(store, number) for number, store in enumerate(stores)]
     with StoreWriter(folder, manifest, shard_positions=max(1, shard_positions)) as writer:
-        for document, number, row, said in heapq.merge(*streams, key=lambda item: item[:2]):
+        for document, number, row, signal in heapq.merge(*streams, key=lambda item: item[:2]):
             store = stores[number]
-            error = store.manifest.codec_error_nats * len(said)
+            error = store.manifest.codec_error_nats * len(signal)
             hidden = bytes(store.hidden_bytes(row)) if store.layers else None
-            writer.add(document, np.asarray(store.tokens(row), np.int32), store.loss_mask(row), said, error, hidden)
-            report(f"merged {writer.num_documents:,} of {sum(map(len, stores)):,} documents")
+            writer.add(document, np.asarray(store.tokens(row), np.int32), store.loss_mask(row), signal, error, hidden)
+            report(f"concatenated {writer.num_documents:,} of {sum(map(len, stores)):,} documents")
         return writer.finish()
 
 
@@ -368,9 +296,9 @@ def _tokenizer(stores: Sequence[Store], fetched: Path) -> Path:
             continue
         if folder.is_dir() and any(folder.iterdir()):
             return folder
-    raise MissingError(
+    raise no_tokenizer(
         "none of the stores has its tokenizer",
-        {"missing": f"{stores[0].path}/{TOKENIZER}", "made with": stores[0].manifest.tokenizer.name},
-        why="Without it nobody can tell what the token ids of the merged store mean.",
-        fix=f"Save the tokenizer of {stores[0].manifest.tokenizer.name} into that folder by `save_pretrained`.",
+        f"{stores[0].path}/{TOKENIZER}",
+        stores[0].manifest.tokenizer,
+        why="Without it nobody can tell what the token ids of the new store mean.",
     )

@@ -1,4 +1,4 @@
-"""What is kept of each of the teacher's distributions."""
+"""Settings of the signals that are kept: distributions, hidden states, and those that are imported."""
 
 from typing import Annotated, Literal
 
@@ -17,14 +17,14 @@ Step = Annotated[float, Field(ge=0.001, le=1)]
 Temperatures = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False)]
 
 
-class _Quantised(Config):
+class _Quantized(Config):
     step: Step = 0.1
     """Log-probabilities are kept as whole multiples of this many nats; it costs about step²/24 nats."""
     label: bool = False
     """Keep the log-probability of the data's own next token too, by which the teacher's cross-entropy is known."""
 
 
-class _Truncated(_Quantised):
+class _Truncated(_Quantized):
     entropy: bool = False
     """Keep the entropy of the whole distribution too."""
     temperatures: Temperatures = ()
@@ -36,7 +36,7 @@ class TopK(_Truncated):
 
     kind: Literal["top_k"]
     k: Entries = 50
-    """How many."""
+    """The number of tokens."""
 
 
 class TopP(_Truncated):
@@ -44,20 +44,20 @@ class TopP(_Truncated):
 
     kind: Literal["top_p"]
     mass: Annotated[float, Field(gt=0, lt=1)] = 0.98
-    """As many tokens as it takes to hold this share."""
+    """The share that the tokens hold together; no more are kept than it takes."""
     most: Entries = 100
     """But no more than these."""
 
 
-class Sampled(_Quantised):
+class Sampled(_Quantized):
     """Tokens drawn with replacement, with how often each came: unbiased for forward KL (arXiv 2503.16870)."""
 
     kind: Literal["sampled"]
     draws: Entries = 50
-    """How many draws; each weighs 1 / draws."""
+    """The number of draws; each weighs 1 / draws."""
 
 
-class HeadAndSample(_Quantised):
+class HeadAndSample(_Quantized):
     """The likeliest tokens exactly and draws from the tail: unbiased for forward KL, with much less noise."""
 
     kind: Literal["head_and_sample"]
@@ -78,9 +78,9 @@ class Full(Config):
 
 SignalConfig = Annotated[TopK | TopP | Sampled | HeadAndSample | Full, Field(discriminator="kind")]
 
-QuantisedSignal = TopK | TopP | Sampled | HeadAndSample
+QuantizedSignal = TopK | TopP | Sampled | HeadAndSample
 
-AnySignal = QuantisedSignal | Full
+AnySignal = QuantizedSignal | Full
 
 SAMPLED = ("sampled", "head_and_sample")
 
@@ -89,7 +89,7 @@ class HiddenStatesConfig(Config):
     """States of some of the teacher's layers at each position."""
 
     layers: Annotated[tuple[Layer, ...], Field(strict=False, min_length=1)]
-    """Which, each once: blocks by their number from 0, meaning their output; `embeddings`; `final_norm`."""
+    """The layers, each once: blocks by their number from 0, meaning their output; `embeddings`; `final_norm`."""
     format: Literal["int8", "bfloat16"] = "int8"
     """int8 keeps whole numbers from -127 to 127, with a scale for each position and layer: half the bytes."""
 
@@ -137,10 +137,10 @@ class ImportConfig(Config):
     """A position whose log-probabilities cannot be a distribution (not a number, rising, of a mass above 1) is an
     error, or is left without a signal and counted. An id that cannot be is always an error."""
     tolerance: Annotated[float, Field(ge=0, le=0.5)] = 0.01
-    """By how much the mass of a position may exceed 1, for entries that were rounded."""
+    """The most by which the mass of a position may exceed 1, for entries that were rounded."""
     step: Step = 0.1
     """Log-probabilities are kept as whole multiples of this many nats; it costs about step²/24 nats."""
     teacher: str | None = None
-    """What the teacher is called; null takes what the files say of it, or else "unknown"."""
+    """The name of the teacher; null takes the one that the files state, or else "unknown"."""
     data: str | None = None
-    """What the data are called; null takes what the files say of them, or else the first file's name."""
+    """The name of the data; null takes the one that the files state, or else the first file's name."""

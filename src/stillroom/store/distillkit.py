@@ -1,4 +1,4 @@
-"""DistillKit's compressed Parquet, read: bit-packed ids, and log-probabilities as exact values, fits and residuals.
+"""A reader of DistillKit's compressed Parquet: bit-packed ids, and log-probabilities as exact values, fits, residuals.
 
 A row is a text: ``input_ids``, and of each position two strings of bytes. ``bytepacked_indices`` holds k ids of
 ``ceil(log2 d)`` bits, highest bit first, filled up with zero bits to whole bytes. ``compressed_logprobs`` holds, in
@@ -49,10 +49,6 @@ class Compression(_Settings):
     error_diffusion: bool = False
     normalize_t: bool = False
 
-    @property
-    def num_fitted(self) -> int:
-        return self.k - self.exact_k
-
 
 class LegacyCompression(_Settings):
     """The settings by which ``packed_indices``, ``exact_values`` and ``coeffs`` were written."""
@@ -69,16 +65,12 @@ class LegacyCompression(_Settings):
     def d(self) -> int:
         return self.vocab_size
 
-    @property
-    def num_fitted(self) -> int:
-        return self.k - self.exact_k
-
 
 AnyCompression = Compression | LegacyCompression
 
 
 def id_bits(d: int) -> int:
-    """The bits of a packed id of d columns."""
+    """The bits of a packed id of a vocabulary of size d."""
     return (d - 1).bit_length()
 
 
@@ -102,7 +94,7 @@ def read_compression(path: Path, legacy: bool) -> AnyCompression:
         for name in ("teacher", key):
             values = values.get(name, values)
         settings = kind.model_validate(values)
-        fitted = settings.num_fitted
+        fitted = settings.k - settings.exact_k
         if fitted < 0:
             raise ValueError(f"exact_k {settings.exact_k} is more than k {settings.k}")
         if isinstance(settings, Compression):
@@ -122,12 +114,12 @@ def read_compression(path: Path, legacy: bool) -> AnyCompression:
     return settings
 
 
-def check_vocabulary(settings: AnyCompression, num_columns: int) -> None:
-    """Raises MismatchError where ids of so many columns cannot have been packed by these settings."""
-    if settings.d < num_columns - 1 or 1 << id_bits(settings.d) < num_columns:
+def check_vocabulary(settings: AnyCompression, vocab_size: int) -> None:
+    """Raises MismatchError where ids of such a vocabulary cannot have been packed by these settings."""
+    if settings.d < vocab_size - 1 or 1 << id_bits(settings.d) < vocab_size:
         raise MismatchError(
             "the vocabulary of the compression settings is smaller than the tokenizer's",
-            {"compression": f"{settings.d:,} columns, {id_bits(settings.d)} bits an id", "wanted": f"{num_columns:,}"},
+            {"compression": f"{settings.d:,} columns, {id_bits(settings.d)} bits an id", "wanted": f"{vocab_size:,}"},
             why="Ids were cut to so many bits when they were packed, or they are of another tokenizer.",
             fix="Use the tokenizer and the compression settings of the capture.",
         )
@@ -145,11 +137,23 @@ def decode(settings: AnyCompression, columns: dict[str, np.ndarray], where: str)
         DataError: bits that must be zero are not.
     """
     if isinstance(settings, LegacyCompression):
-        ids = _words(columns["packed_indices"], settings, where)
-        return ids, _legacy_values(settings, columns["exact_values"], columns["coeffs"], where)
+        return _decode_legacy(settings, columns, where)
     packed, bits = columns["bytepacked_indices"], id_bits(settings.d)
-    _check_id_bytes(packed, settings, where)
-    return unpack(packed, bits, settings.k), _values(settings, columns["compressed_logprobs"], where)
+    used, width = bits * settings.k, packed.shape[1]
+    if width != (used + 7) // 8:
+        fits = next((b for b in range(1, 33) if (b * settings.k + 7) // 8 == width), None)
+        meant = f", so {fits} bits an id: {2 ** (fits - 1) + 1:,} to {2**fits:,} columns" if fits else ""
+        raise MismatchError(
+            f"{where} has ids of another width than the compression settings make",
+            {
+                "found": f"{width} bytes a position{meant}",
+                "settings": f"{(used + 7) // 8} bytes: k {settings.k}, d {settings.d:,}, {bits} bits an id",
+            },
+            why="Cut at the wrong bits, every id but the first would be another token.",
+            fix="Use the compression settings that the file was written with; mind `d` and `k`.",
+        )
+    _check_padding(not used % 8 or not (packed[:, -1] & (1 << 8 - used % 8) - 1).any(), where)
+    return unpack(packed, bits, settings.k), _decode_values(settings, columns["compressed_logprobs"], where)
 
 
 def unpack(packed: np.ndarray, bits: int, number: int) -> np.ndarray:
@@ -162,52 +166,33 @@ def unpack(packed: np.ndarray, bits: int, number: int) -> np.ndarray:
     return (window >> (40 - bits - starts % 8)) & ((1 << bits) - 1)
 
 
-def _check_id_bytes(packed: np.ndarray, settings: Compression, where: str) -> None:
-    bits = id_bits(settings.d)
-    used = bits * settings.k
-    if packed.shape[1] != (used + 7) // 8:
-        fitting = [b for b in range(1, 33) if (b * settings.k + 7) // 8 == packed.shape[1]]
-        meant = (
-            f", so {fitting[0]} bits an id: {2 ** (fitting[0] - 1) + 1:,} to {2 ** fitting[0]:,} columns"
-            if fitting
-            else ""
-        )
-        raise MismatchError(
-            f"{where} has ids of another width than the compression settings make",
-            {
-                "found": f"{packed.shape[1]} bytes a position{meant}",
-                "settings": f"{(used + 7) // 8} bytes: k {settings.k}, d {settings.d:,}, {bits} bits an id",
-            },
-            why="Cut at the wrong bits, every id but the first would be another token.",
+def _check_padding(zero: bool, where: str) -> None:
+    if not zero:
+        raise DataError(
+            f"{where} has ids where there should be nothing",
+            {"bits after the last id": "not all 0", "expected": "0"},
+            why="The ids were packed by another width, or are damaged; every one would be another token.",
             fix="Use the compression settings that the file was written with; mind `d` and `k`.",
         )
-    if used % 8 and (packed[:, -1] & (1 << 8 - used % 8) - 1).any():
-        raise _filled(where)
 
 
-def _filled(where: str) -> DataError:
-    return DataError(
-        f"{where} has ids where there should be nothing",
-        {"bits after the last id": "not all 0", "expected": "0"},
-        why="The ids were packed by another width, or are damaged; every one would be another token.",
-        fix="Use the compression settings that the file was written with; mind `d` and `k`.",
-    )
-
-
-def _values(settings: Compression, data: np.ndarray, where: str) -> np.ndarray:
-    """Log-probabilities from their bytes."""
-    sizes = [settings.exact_k * _size(settings.exact_dtype)]
-    terms = settings.polynomial_terms or []
-    sizes.append(len(terms) * _size(settings.term_dtype))
+def _decode_values(settings: Compression, data: np.ndarray, where: str) -> np.ndarray:
+    """Log-probabilities, float64 [p, k], from their bytes."""
+    terms, num_fitted = settings.polynomial_terms or [], settings.k - settings.exact_k
+    sizes = [settings.exact_k * _size(settings.exact_dtype), len(terms) * _size(settings.term_dtype)]
     for bin_ in settings.residual_bins:
         sizes += [_size(bin_.scale_dtype), (bin_.num_elements * bin_.element_bits + 7) // 8]
     _check_width(data, sum(sizes), "compressed_logprobs", where)
     parts = iter(np.split(data, np.cumsum(sizes)[:-1], axis=1))
     exact = _numbers(next(parts), settings.exact_dtype)
-    fitted = np.zeros((len(data), settings.num_fitted))
+    fitted = np.zeros((len(data), num_fitted))
     coefficients = _numbers(next(parts), settings.term_dtype)
-    if terms:
-        fitted = coefficients @ _terms(settings).T
+    if terms:  # functions of a value's place, rounded as the coefficients are
+        points = np.linspace(0, 1, num_fitted) if settings.normalize_t else np.arange(num_fitted, dtype=np.float64)
+        with np.errstate(over="ignore"):
+            columns = [{"sqrt": np.sqrt, "exp": np.exp}[i](points) if isinstance(i, str) else points**i for i in terms]
+        functions = torch.from_numpy(np.stack(columns, 1)).to(getattr(torch, settings.term_dtype)).double().numpy()
+        fitted = coefficients @ functions.T
     at = 0
     for bin_ in settings.residual_bins:
         scale = _numbers(next(parts), bin_.scale_dtype)
@@ -219,39 +204,27 @@ def _values(settings: Compression, data: np.ndarray, where: str) -> np.ndarray:
     return np.cumsum(values, 1) if settings.delta_encoding else values
 
 
-def _terms(settings: Compression) -> np.ndarray:
-    """The functions of a value's place that are fitted, [k - exact_k, terms], rounded as the coefficients are."""
-    t = settings.num_fitted
-    points = np.linspace(0, 1, t) if settings.normalize_t else np.arange(t, dtype=np.float64)
-    functions = {"sqrt": np.sqrt, "exp": np.exp}
-    with np.errstate(over="ignore"):
-        found = [functions[i](points) if isinstance(i, str) else points**i for i in settings.polynomial_terms or []]
-    return torch.from_numpy(np.stack(found, 1)).to(getattr(torch, settings.term_dtype)).double().numpy()
-
-
-def _words(packed: np.ndarray, settings: LegacyCompression, where: str) -> np.ndarray:
-    """Ids from words of 64 bits, lowest bits first."""
-    bits = id_bits(settings.vocab_size)
+def _decode_legacy(
+    settings: LegacyCompression, columns: dict[str, np.ndarray], where: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids from words of 64 bits, lowest bits first, and values that are exact or fitted by a polynomial."""
+    bits, k = id_bits(settings.vocab_size), settings.k
     each = 64 // bits
-    _check_width(packed, -(-settings.k // each), "packed_indices", where)
+    _check_width(columns["packed_indices"], -(-k // each), "packed_indices", where)
     shifts = np.arange(each, dtype=np.uint64) * np.uint64(bits)
-    words = packed.astype(np.uint64)
+    words = columns["packed_indices"].astype(np.uint64)
     ids = (words[:, :, None] >> shifts & np.uint64((1 << bits) - 1)).reshape(len(words), -1).astype(np.int64)
     beyond = words >> np.uint64(bits * each) if bits * each < 64 else np.zeros(1, np.uint64)
-    if beyond.any() or ids[:, settings.k :].any():
-        raise _filled(where)
-    return ids[:, : settings.k]
-
-
-def _legacy_values(settings: LegacyCompression, exact: np.ndarray, coefficients: np.ndarray, where: str) -> np.ndarray:
-    places = np.arange(1, settings.num_fitted + 1, dtype=np.float64)
+    _check_padding(not (beyond.any() or ids[:, k:].any()), where)
+    exact, coefficients, num_fitted = columns["exact_values"], columns["coeffs"], k - settings.exact_k
+    places = np.arange(1, num_fitted + 1, dtype=np.float64)
     sign = -1.0 if settings.invert_polynomial else 1.0
     terms = [places ** (sign * i) for i in range(settings.polynomial_degree + 1)]
     terms += [np.sqrt(places)] * settings.with_sqrt_term
     _check_width(exact, settings.exact_k, "exact_values", where)
-    _check_width(coefficients, len(terms) if settings.num_fitted else 0, "coeffs", where)
-    fitted = coefficients.astype(np.float64) @ np.stack(terms) if settings.num_fitted else np.zeros((len(exact), 0))
-    return np.concatenate([exact.astype(np.float64), fitted], 1)
+    _check_width(coefficients, len(terms) if num_fitted else 0, "coeffs", where)
+    fitted = coefficients.astype(np.float64) @ np.stack(terms) if num_fitted else np.zeros((len(exact), 0))
+    return ids[:, :k], np.concatenate([exact.astype(np.float64), fitted], 1)
 
 
 def _check_width(data: np.ndarray, expected: int, name: str, where: str) -> None:

@@ -1,4 +1,4 @@
-"""Export: a store as plain columns of one Parquet file, which anything reads."""
+"""Export: a store as plain columns of one Parquet file, which any program reads."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 
 from stillroom.errors import StorageError
 from stillroom.runs import writing
-from stillroom.store.config import SAMPLED, AnySignal, Full, known_temperatures, side_columns
-from stillroom.store.format import Manifest
+from stillroom.store.config import SAMPLED, Full, known_temperatures, side_columns
+from stillroom.store.format import Manifest, list_array
 from stillroom.store.quantize import to_sparse
 from stillroom.store.reader import Store
 
 METADATA = b"stillroom"
-"""The file's own note of the store that it came from: its manifest as JSON, without the shards."""
+"""The key of the file's note of the store that it came from: its manifest as JSON, without the shards."""
 ENTRIES_AT_ONCE = 1 << 20
 """Entries that are in memory at a time."""
 
@@ -27,9 +27,9 @@ def export(
 ) -> int:
     """Writes one row a document, under a temporary name, synced and renamed; returns the file's size in bytes.
 
-    ``ids`` and ``log_probs`` hold one list for each kept position, likeliest exact entries first; those of a truncated
-    signal and its ``log_rest`` sum to 1. Those of a sampled one are weights, which sum to 1 on average. Hidden states
-    are left out (``left_out``).
+    ``ids`` and ``log_probs`` hold one list for each kept position, the most likely exact entries first; those of a
+    truncated signal and its ``log_rest`` sum to 1. Those of a sampled one are weights, which sum to 1 on average.
+    Hidden states are left out (``left_out``).
 
     Raises:
         StorageError: the file exists and ``overwrite`` is off, or it cannot be written.
@@ -45,11 +45,11 @@ def export(
         with file:
             columns = export_schema(store.manifest)
             with pq.ParquetWriter(file, columns, compression="zstd") as writer:
-                for first, stop in _runs(store):
-                    report(f"exported {first:,} of {len(store):,} documents")
-                    rows = _rows(store, first, stop)
+                for rows in _row_groups(store):
+                    report(f"exported {rows.start:,} of {len(store):,} documents")
+                    table = pa.table(_columns(store, rows), schema=columns)
                     with writing(path):
-                        writer.write_table(pa.table(rows, schema=columns))
+                        writer.write_table(table)
             with writing(path):
                 file.flush()
                 os.fsync(file.fileno())
@@ -62,7 +62,7 @@ def export(
 
 
 def left_out(store: Store) -> str | None:
-    """What the store holds and an export does not, in words; None where that is nothing."""
+    """The contents of the store that an export does not hold, in words; None where there are none."""
     if not store.layers:
         return None
     return f"the hidden states of layers {', '.join(map(str, store.layers))}: plain columns have no place for them"
@@ -82,55 +82,55 @@ def check_file(out: str | Path, *, overwrite: bool) -> None:
 
 def export_schema(manifest: Manifest) -> pa.Schema:
     """The columns of an exported file, with the manifest in its metadata."""
-    lists = {"ids": pa.list_(pa.list_(pa.int32())), "log_probs": pa.list_(pa.list_(pa.float32()))}
-    fields = [("document", pa.int64()), ("tokens", pa.list_(pa.int32())), ("keep", pa.list_(pa.bool_()))]
-    fields += [*lists.items(), *((name, pa.list_(pa.float32())) for name in _further(manifest.signal))]
+    signal = manifest.signal
+    further = [rest_name(temperature) for temperature in known_temperatures(signal)]
+    further += ["entropy"] * (signal.kind in SAMPLED or "entropy" in side_columns(signal))
+    further += ["label_log_prob"] * ("label" in side_columns(signal))
+    fields = [
+        ("document", pa.int64()),
+        ("tokens", pa.list_(pa.int32())),
+        ("keep", pa.list_(pa.bool_())),
+        ("ids", pa.list_(pa.list_(pa.int32()))),
+        ("log_probs", pa.list_(pa.list_(pa.float32()))),
+        *((name, pa.list_(pa.float32())) for name in further),
+    ]
     return pa.schema(fields, metadata={METADATA: manifest.model_copy(update={"shards": ()}).model_dump_json().encode()})
 
 
 def rest_name(temperature: float) -> str:
-    """The column of the log of the mass that is left out at a temperature."""
+    """The column of the log of the residual mass at a temperature."""
     return "log_rest" if temperature == 1.0 else f"log_rest@{temperature!r}"
 
 
-def _further(signal: AnySignal) -> list[str]:
-    """The columns of one number a position."""
-    rests = [rest_name(temperature) for temperature in known_temperatures(signal)]
-    entropy = ["entropy"] if signal.kind in SAMPLED or "entropy" in side_columns(signal) else []
-    return [*rests, *entropy, *(["label_log_prob"] if "label" in side_columns(signal) else [])]
-
-
-def _runs(store: Store) -> Iterator[tuple[int, int]]:
-    """Documents that are taken together: as many as have so many entries, about."""
+def _row_groups(store: Store) -> Iterator[range]:
+    """Documents that are taken together: as many as have ``ENTRIES_AT_ONCE`` entries, about."""
     m = store.manifest
-    each = (m.entries + m.draws) / max(1, m.tokens)
-    sizes = np.cumsum(store.lengths * each)
+    sizes = np.cumsum(store.lengths * ((m.entries + m.draws) / max(1, m.tokens)))
     first = 0
     while first < len(store):
         before = sizes[first - 1] if first else 0
         stop = max(first + 1, int(np.searchsorted(sizes, before + ENTRIES_AT_ONCE, side="right")))
-        yield first, stop
+        yield range(first, stop)
         first = stop
 
 
-def _rows(store: Store, first: int, stop: int) -> dict[str, Any]:
+def _columns(store: Store, rows: range) -> dict[str, Any]:
     """The columns of some documents."""
-    rows = range(first, stop)
     tokens, loss_mask = [store.tokens(row) for row in rows], [store.loss_mask(row) for row in rows]
-    kept = np.array([int(mask.sum()) for mask in loss_mask], np.int64)
+    lengths, kept = [len(t) for t in tokens], [int(mask.sum()) for mask in loss_mask]
     counts, ids, log_probs, further = _positions(store, rows)
-    found: dict[str, Any] = {
+    return {
         "document": pa.array([store.document(row) for row in rows], pa.int64()),
-        "tokens": _lists(np.array([len(t) for t in tokens]), pa.array(np.concatenate(tokens), pa.int32())),
-        "keep": _lists(np.array([len(t) for t in tokens]), pa.array(np.concatenate(loss_mask), pa.bool_())),
-        "ids": _lists(kept, _lists(counts, pa.array(ids, pa.int32()))),
-        "log_probs": _lists(kept, _lists(counts, pa.array(log_probs, pa.float32()))),
+        "tokens": list_array(pa.array(np.concatenate(tokens), pa.int32()), lengths),
+        "keep": list_array(pa.array(np.concatenate(loss_mask), pa.bool_()), lengths),
+        "ids": list_array(list_array(pa.array(ids, pa.int32()), counts), kept),
+        "log_probs": list_array(list_array(pa.array(log_probs, pa.float32()), counts), kept),
+        **{name: list_array(pa.array(values, pa.float32()), kept) for name, values in further.items()},
     }
-    return found | {name: _lists(kept, pa.array(values, pa.float32())) for name, values in further.items()}
 
 
 def _positions(store: Store, rows: range) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Of the kept positions of some documents: the number of entries of each, all ids and log-probs, and the rest."""
+    """The number of entries of each kept position of some documents, all ids and log-probs, and further columns."""
     config = store.signal_config
     if isinstance(config, Full):
         logits = store.logits(rows).astype(np.float64)
@@ -139,18 +139,12 @@ def _positions(store: Store, rows: range) -> tuple[np.ndarray, np.ndarray, np.nd
         order = np.argsort(-log_probs, axis=-1, kind="stable")
         counts = np.full(len(logits), logits.shape[1], np.int64)
         return counts, order.ravel(), np.take_along_axis(log_probs, order, -1).ravel(), {}
-    levels = store.levels(rows)
-    sparse = to_sparse(levels, config)
-    counts = (levels.counts + levels.draw_counts).astype(np.int64)
-    there = np.arange(sparse.ids.shape[1]) < counts[:, None]
-    further = {rest_name(temperature): rest.numpy() for temperature, rest in sparse.log_rests.items()}
-    if sparse.entropy is not None:
-        further["entropy"] = sparse.entropy.numpy()
-    if sparse.label_log_probs is not None:
-        further["label_log_prob"] = sparse.label_log_probs.numpy()
-    return counts, sparse.ids.numpy()[there], sparse.log_targets()[0].numpy()[there], further
-
-
-def _lists(lengths: np.ndarray, values: pa.Array) -> pa.Array:
-    """Values cut into lists."""
-    return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *lengths], dtype=np.int32)), values)
+    codes = store.levels(rows)
+    sparse = to_sparse(codes, config)
+    counts = (codes.counts + codes.sample_counts).astype(np.int64)
+    present = np.arange(sparse.ids.shape[1]) < counts[:, None]
+    further = {rest_name(temperature): values.numpy() for temperature, values in sparse.log_rests.items()}
+    for name, values in (("entropy", sparse.entropy), ("label_log_prob", sparse.label_log_probs)):
+        if values is not None:
+            further[name] = values.numpy()
+    return counts, sparse.ids.numpy()[present], sparse.log_targets()[0].numpy()[present], further

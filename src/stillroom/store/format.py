@@ -1,14 +1,19 @@
-"""The store's format: its manifest, and the columns of its shards. docs/formats/store.md tells it byte by byte.
+"""The format of a store: its manifest, the columns of its shards, its checksums, and where its files are.
 
 A store is a folder: ``manifest.json``, the tokenizer in ``tokenizer/``, and shards, each an Arrow file ``00000.arrow``
-with one row a document, and the codec's tables for its signal column, ``00000.tables``.
+with one row a document, and the codec's tables for its signal column, ``00000.tables``. docs/formats/store.md describes
+it byte by byte.
 """
 
 import hashlib
 import json
+import os
+import posixpath
 import zlib
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,15 +27,18 @@ from pydantic import (
     model_validator,
 )
 
-from stillroom.errors import DataError
+from stillroom.errors import DataError, MissingError, require
+from stillroom.runs import sync_folder, write_json
 from stillroom.store.config import HiddenStatesConfig, SignalConfig, side_columns
 
 FORMAT, WITH_HIDDEN = 1, 2
 """The version of everything in the folder, and that of a store which holds hidden states too."""
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
 MOST_MANIFEST_BYTES = 2**28
-OF_HIDDEN = ("hidden", "hidden_width", "num_layers")
+HIDDEN_KEYS = ("hidden", "hidden_width", "num_layers")
 """The keys of a manifest that only a store with hidden states has."""
+COUNTS = ("documents", "positions", "tokens", "entries", "draws")
+"""The keys of a manifest that count what is in all shards."""
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 
@@ -53,64 +61,63 @@ class Shard(_Part):
 
 
 class SourceInfo(_Part):
-    """Where something came from."""
+    """The name and fingerprint of a teacher, a tokenizer or data."""
 
     name: str
     fingerprint: str
 
 
 class Manifest(_Part):
-    """What a store is. It is written anew, whole, after each shard."""
+    """The description of a store. It is written anew, whole, after each shard."""
 
     format: int
     complete: bool
     """False while a capture is under way, or was interrupted."""
     teacher: SourceInfo
     engine: str
-    """What asked the teacher: transformers, vllm, openai, import."""
+    """The program that ran the teacher: transformers, vllm, openai, import."""
     tokenizer: SourceInfo
     template: str
     """The sha256 of the chat template that rows went through; "none" where they went through none."""
     data: SourceInfo
     part: tuple[Count, Annotated[int, Field(gt=0)]] = (0, 1)
-    """Which part of the data this is, and of how many."""
+    """The index of this part of the data, and the number of parts."""
     merged: tuple[SourceInfo, ...] = ()
-    """Of a store that was merged of stores of other data: the data of each."""
+    """The data of each store that this one was concatenated of, where they were of different data."""
     num_columns: Annotated[int, Field(gt=0, lt=2**24)]
-    """The columns over which the teacher's softmax was taken."""
+    """The size of the vocabulary over which the teacher's softmax was taken."""
     length: Annotated[int, Field(gt=0, lt=2**31)]
     """The most input positions of a document."""
     signal: SignalConfig
     side: tuple[str, ...]
     """The names of the side columns, in their order."""
     seed: Count
-    """Of the draws."""
+    """The seed of the samples."""
     documents: Count = 0
     positions: Count = 0
-    """Positions that have a signal."""
+    """The number of positions that have a signal."""
     tokens: Count = 0
     entries: Count = 0
     draws: Count = 0
-    """Different drawn ids."""
+    """The number of sampled ids, each counted once a position."""
     codec_error_nats: float = 0.0
-    """Mean over positions of the divergence between what the teacher said of the kept entries and what is read back; of
-    a truncated signal at the stored temperature where a position's is the most."""
+    """The mean over positions of the divergence between the teacher's kept entries and what is read back; for a
+    truncated signal at the stored temperature at which a position's is the largest."""
     shards: tuple[Shard, ...] = ()
     versions: dict[str, str] = Field(default_factory=dict)
     hidden: HiddenStatesConfig | None = None
-    """The inner states that are kept besides the signal; the key is there only where some are, as are the next two."""
+    """The hidden states that are kept besides the signal; this key and the next two are there only where some are."""
     hidden_width: Annotated[int, Field(ge=0, le=2**20)] = 0
-    """The channels of each of them; 0 where there are none."""
+    """The channels of each hidden state; 0 where there are none."""
     num_layers: Annotated[int, Field(ge=0, le=2**20)] = 0
     """The teacher's blocks; 0 where there are no hidden states."""
 
     @model_serializer(mode="wrap")
-    def _without_what_is_not_there(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values = dump(self)
-        return {k: v for k, v in values.items() if self.hidden is not None or k not in OF_HIDDEN}
+    def _without_absent_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {k: v for k, v in dump(self).items() if self.hidden is not None or k not in HIDDEN_KEYS}
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "Manifest":
+    def _is_consistent(self) -> "Manifest":
         if [shard.name for shard in self.shards] != [f"{i:05d}" for i in range(len(self.shards))]:
             raise ValueError("the shards are not 00000, 00001, … in this order")
         if list(self.side) != side_columns(self.signal):
@@ -135,7 +142,7 @@ class Manifest(_Part):
 
     @property
     def fingerprint(self) -> str:
-        """The sha256, in hex, of all that the store says."""
+        """The sha256 of all that decides the store's contents, its first 32 hex digits."""
         parts = self.model_dump(mode="json", exclude={"versions", "complete"})
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -147,25 +154,25 @@ def format_of(hidden: HiddenStatesConfig | None) -> int:
 
 def seal(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a manifest with their checksum, the sha256 of them as JSON with sorted keys and no spaces."""
-    rest = {key: value for key, value in values.items() if key != "sha256"}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
-    return {**rest, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    others = {key: value for key, value in values.items() if key != "sha256"}
+    text = json.dumps(others, sort_keys=True, separators=(",", ":"))
+    return {**others, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def read_manifest(data: bytes, where: object) -> Manifest:
-    """A manifest from its file's bytes.
+    """Reads a manifest from its file's bytes.
 
     Raises:
         DataError: it is broken, was changed, or is of a version that is not known.
     """
     if not data:
-        raise emptied(where, MANIFEST)
+        raise empty(where, MANIFEST)
     try:
         values = json.loads(data)
         version = values["format"]
         expected = seal(values)["sha256"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise damaged(where, "manifest.json", f"{type(error).__name__}: {str(error)[:80]}", "a manifest") from None
+        raise damaged(where, MANIFEST, f"{type(error).__name__}: {str(error)[:80]}", "a manifest") from None
     if type(version) is not int or version not in (FORMAT, WITH_HIDDEN):
         raise DataError(
             f"the store {where} has a format that is not known",
@@ -174,16 +181,16 @@ def read_manifest(data: bytes, where: object) -> Manifest:
             fix="Use the version of stillroom that wrote it, or a later one.",
         )
     if values.pop("sha256", None) != expected:
-        raise damaged(where, "checksum of manifest.json", "another", expected[:16])
+        raise damaged(where, f"checksum of {MANIFEST}", "another", expected[:16])
     try:
         manifest = Manifest.model_validate_json(json.dumps(values))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise damaged(where, f"manifest.json at `{place}`", first["msg"], "a valid value") from None
+        key = ".".join(map(str, first["loc"]))
+        raise damaged(where, f"{MANIFEST} at `{key}`", first["msg"], "a valid value") from None
     layers = [] if manifest.hidden is None else list(manifest.hidden.layers)
     if layers and (found := values["hidden"]["layers"]) != layers:  # a recipe may name them in any order, a store not
-        raise damaged(where, "manifest.json at `hidden.layers`", found, f"in the order of a model, {layers}")
+        raise damaged(where, f"{MANIFEST} at `hidden.layers`", found, f"in the order of a model, {layers}")
     return manifest
 
 
@@ -196,7 +203,13 @@ def damaged(where: object, what: str, found: object, expected: object) -> DataEr
     )
 
 
-def emptied(where: object, name: str) -> DataError:
+def check_equal(where: object, what: str, found: object, expected: object) -> None:
+    """Raises the DataError of a damaged store unless the value that was found is the expected one."""
+    if found != expected:
+        raise damaged(where, what, found, expected)
+
+
+def empty(where: object, name: str) -> DataError:
     """The error of a file that has its name and no bytes."""
     return DataError(
         f"{name} of the store {where} is empty",
@@ -207,22 +220,34 @@ def emptied(where: object, name: str) -> DataError:
     )
 
 
-def schema(num_columns: int, *, hidden: bool = False) -> pa.Schema:
+def no_tokenizer(what: str, missing: str, teacher_tokenizer: SourceInfo, why: str) -> MissingError:
+    """The error of a store without its tokenizer."""
+    return MissingError(
+        what,
+        {"missing": missing, "made with": teacher_tokenizer.name},
+        why=why,
+        fix=f"Save the tokenizer of {teacher_tokenizer.name} into that folder by `save_pretrained`.",
+    )
+
+
+def schema(vocab_size: int, *, hidden: bool = False) -> pa.Schema:
     """The columns of a shard. Token ids take two bytes where the vocabulary allows it."""
-    token = pa.uint16() if num_columns <= 2**16 else pa.uint32()
+    token = pa.uint16() if vocab_size <= 2**16 else pa.uint32()
     fields = [
-        pa.field("document", pa.int64(), nullable=False),
-        pa.field("tokens", pa.list_(pa.field("item", token, nullable=False)), nullable=False),
-        pa.field("keep", pa.list_(pa.field("item", pa.bool_(), nullable=False)), nullable=False),
-        pa.field("signal", pa.large_binary(), nullable=False),
-        pa.field("crc32", pa.uint32(), nullable=False),
+        ("document", pa.int64()),
+        ("tokens", pa.list_(pa.field("item", token, nullable=False))),
+        ("keep", pa.list_(pa.field("item", pa.bool_(), nullable=False))),
+        ("signal", pa.large_binary()),
+        ("crc32", pa.uint32()),
+        *([("hidden_crc32", pa.uint32()), ("hidden", pa.large_binary())] if hidden else []),
     ]
-    if hidden:
-        fields += [
-            pa.field("hidden_crc32", pa.uint32(), nullable=False),
-            pa.field("hidden", pa.large_binary(), nullable=False),
-        ]
-    return pa.schema(fields)
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields])
+
+
+def list_array(values: pa.Array, lengths: Iterable[int], kind: pa.DataType | None = None) -> pa.Array:
+    """Values as lists of these lengths, one after the other."""
+    offsets = pa.array(np.cumsum([0, *lengths], dtype=np.int32))
+    return pa.ListArray.from_arrays(offsets, values, type=kind)
 
 
 def row_crc32(
@@ -232,14 +257,15 @@ def row_crc32(
     signal: bytes | memoryview,
     hidden_crc32: int | None = None,
 ) -> int:
-    """The checksum of a row: document, tokens and keep as little-endian int64, uint32 and bytes of 0 and 1, signal; and
-    the checksum of its hidden states where it has some, as uint32, so that a signal is checked without reading them."""
+    """The checksum of a row: of its document, tokens and mask as little-endian int64, uint32 and bytes of 0 and 1, of
+    its signal, and of the checksum of its hidden states, as uint32, so that a signal is checked without reading them.
+    """
     checksum = zlib.crc32(signal, _crc32_of_document(document, tokens, loss_mask))
     return checksum if hidden_crc32 is None else zlib.crc32(int(hidden_crc32).to_bytes(4, "little"), checksum)
 
 
 def hidden_crc32(document: int, tokens: np.ndarray, loss_mask: np.ndarray, hidden: bytes | memoryview) -> int:
-    """The checksum of a row's hidden states, which are those of this document: of it, then of them."""
+    """The checksum of a row's document, tokens and mask, and then of its hidden states."""
     return zlib.crc32(hidden, _crc32_of_document(document, tokens, loss_mask))
 
 
@@ -249,6 +275,77 @@ def _crc32_of_document(document: int, tokens: np.ndarray, loss_mask: np.ndarray)
     return zlib.crc32(np.ascontiguousarray(loss_mask, dtype=np.uint8).data, checksum)
 
 
-def values_of(manifest: Manifest) -> dict[str, Any]:
-    """The manifest as JSON values, with their checksum."""
-    return seal(manifest.model_dump(mode="json"))
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes a manifest with its checksum; it is there whole or not at all."""
+    write_json(folder / MANIFEST, seal(manifest.model_dump(mode="json")))
+    sync_folder(folder)
+
+
+@contextmanager
+def synced_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to be written: it has a temporary name, and is synced and renamed at the end."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class StoreFiles:
+    """The files of a store, in a folder of this machine or wherever fsspec reaches."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.remote = path.rstrip("/"), "://" in path
+        self._filesystem: Any = None
+        if self.remote:
+            require("fsspec", "hub", f"reading {path}")
+            import fsspec
+
+            try:
+                self._filesystem, self.path = fsspec.core.url_to_fs(self.path)
+            except ImportError as error:
+                raise MissingError(
+                    f"the store {path} cannot be reached",
+                    {"needed": str(error)},
+                    why="Each kind of address has a package of its own.",
+                    fix="Install that package, or copy the store to this machine.",
+                ) from None
+
+    def address(self, name: str) -> str:
+        return posixpath.join(self.path, name)
+
+    def size(self, name: str) -> int:
+        try:
+            if self.remote:
+                return self._filesystem.size(self.address(name))
+            return Path(self.address(name)).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            raise MissingError(
+                f"{self.path} is not a store" if name == MANIFEST else f"the store {self.path} lacks a file",
+                {"missing": name},
+                why="A store is a folder with manifest.json and the shards that it names.",
+                fix="Check the path; the store of a capture is OUT/store. A missing shard has to be copied again.",
+            ) from None
+
+    def read(self, name: str, most: int) -> bytes:
+        """The bytes of a file. DataError where it has more than ``most``."""
+        size = self.size(name)
+        if size > most:
+            raise damaged(self.path, f"{name} in bytes", size, f"at most {most}")
+        return self._filesystem.cat_file(self.address(name)) if self.remote else Path(self.address(name)).read_bytes()
+
+    def fetch(self, name: str, folder: Path) -> str:
+        """A folder of small files as one of this machine: itself, or its files copied to ``folder``."""
+        if not self.remote:
+            return self.address(name)
+        for file in self._filesystem.ls(self.address(name), detail=True):
+            if file["type"] == "file" and file["size"] <= MOST_MANIFEST_BYTES:
+                (folder / posixpath.basename(file["name"])).write_bytes(self._filesystem.cat_file(file["name"]))
+        return str(folder)
+
+    def open(self, name: str) -> Any:
+        """The file as Arrow reads it, memory-mapped where it is on this machine."""
+        if not self.remote:
+            return pa.memory_map(self.address(name))
+        return pa.PythonFile(self._filesystem.open(self.address(name), "rb"), mode="r")

@@ -1,4 +1,4 @@
-"""Layouts: rows of Parquet files that hold top-k log-probabilities, read a few at a time."""
+"""Layouts of Parquet files that hold top-k log-probabilities; their rows are read a few at a time."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stillroom.errors import ConfigError, DataError, MissingError
+from stillroom.errors import DataError, MissingError
 from stillroom.store.distillkit import AnyCompression, LegacyCompression, decode
 
 NAMES = {
@@ -21,7 +21,7 @@ NAMES = {
 }
 """Columns of the plain layout, by the names that they may have."""
 PACKED = ("compressed_logprobs", "bytepacked_indices")
-PACKED_BEFORE = ("packed_indices", "exact_values", "coeffs")
+PACKED_LEGACY = ("packed_indices", "exact_values", "coeffs")
 METADATA = b"stillroom"
 """An exported file's note of the store that it came from."""
 ROWS_AT_ONCE = 8
@@ -32,13 +32,13 @@ KINDS = {
     **dict.fromkeys(("entropy", "label_log_prob"), (1, "numbers")),
     "document": (0, "whole numbers"),
 }
-"""Of each column that is read: how deep its lists are, and what is in them. Those that begin with log_rest are like
+"""The depth of the lists of each column that is read, and their contents. Columns that begin with log_rest are like
 entropy; others are left alone."""
 
 
 @dataclass(frozen=True)
 class ForeignRow:
-    """A text with what the teacher said of its positions, as a file has it."""
+    """A text with the teacher's signal of its positions, as a file has it."""
 
     where: str
     document: int | None
@@ -58,7 +58,7 @@ class ForeignRow:
 
 @dataclass(frozen=True)
 class Scan:
-    """What is known of all the files before any is read whole."""
+    """The facts of all the files that are known before any is read whole."""
 
     files: tuple[Path, ...]
     columns: frozenset[str]
@@ -68,19 +68,15 @@ class Scan:
     num_rows: int
     most_tokens: int
     most_entries: int
-    """Of a position; 0 where the columns do not tell."""
+    """The most entries of a position; 0 where the columns do not tell."""
 
 
 def find_files(paths: Sequence[str]) -> tuple[Path, ...]:
-    """Files, and the .parquet files of folders, in their order.
-
-    Raises:
-        MissingError: there are none.
-    """
+    """Files, and the .parquet files of folders, in their order. MissingError where there are none."""
     found: list[Path] = []
     for path in map(Path, paths):
         found += sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    for path in found or [Path(p) for p in paths]:
+    for path in found or map(Path, paths):
         if not path.is_file():
             raise MissingError(
                 f"{path} is not there" if not path.is_dir() else f"the folder {path} has no .parquet files",
@@ -88,13 +84,6 @@ def find_files(paths: Sequence[str]) -> tuple[Path, ...]:
                 why="A store is made of what these files hold.",
                 fix="Name Parquet files, or a folder of them: `stillroom store import FILE… out=DIR tokenizer=PATH`.",
             )
-    if not found:
-        raise ConfigError(
-            "there is no file to import",
-            {"files": "none"},
-            why="A store is made of what files hold.",
-            fix="Name Parquet files, or a folder of them: `stillroom store import FILE… out=DIR tokenizer=PATH`.",
-        )
     return tuple(found)
 
 
@@ -113,7 +102,11 @@ def scan(paths: Sequence[str]) -> Scan:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
         with _opened(path) as parquet:
-            here, notes = frozenset(parquet.schema_arrow.names), _metadata(parquet, path)
+            here, notes = frozenset(parquet.schema_arrow.names), (parquet.schema_arrow.metadata or {}).get(METADATA)
+            try:
+                notes = {} if notes is None else dict(json.loads(notes))
+            except (ValueError, TypeError):
+                raise _bad(path, "its note of the store that it came from is broken", str(notes)[:60]) from None
             if (columns is not None and here != columns) or (metadata is not None and notes != metadata):
                 raise _bad(path, "columns or their notes differ from those of the first file", sorted(here))
             columns, metadata = here, notes
@@ -159,26 +152,26 @@ def plain_rows(scanned: Scan) -> Iterator[ForeignRow]:
         values, others = _nested(batch[log_probs].values, *_bounds(batch[log_probs], row))
         if not np.array_equal(counts, others):
             raise _bad(path, "a row has other numbers of ids than of log-probabilities", where)
-        said = {name: _list(batch[name], row).astype(np.float64) for name in further}
-        for name, column in said.items():
+        numbers_of = {name: _list(batch[name], row).astype(np.float64) for name in further}
+        for name, column in numbers_of.items():
             if len(column) != stop - start:
                 raise _bad(path, f"`{name}` has {len(column)} numbers for {stop - start} positions", where)
         yield ForeignRow(
             where,
             int(batch["document"][row].as_py()) if "document" in scanned.columns else None,
             _list(batch[tokens], row).astype(np.int64),
-            _keep(batch, row, scanned.columns, where, path),
+            _loss_mask(batch, row, scanned.columns, where, path),
             counts,
             numbers.astype(np.int64),
             values.astype(np.float64),
             None,
-            said,
+            numbers_of,
         )
 
 
 def distillkit_rows(scanned: Scan, settings: AnyCompression) -> Iterator[ForeignRow]:
     """The rows of DistillKit's compressed files."""
-    names = PACKED_BEFORE if isinstance(settings, LegacyCompression) else PACKED
+    names = PACKED_LEGACY if isinstance(settings, LegacyCompression) else PACKED
     tokens = str(name_of("tokens", scanned.columns))
     for where, path, batch, row in _rows(scanned):
         columns = {name: _matrix(batch[name], row, path, name, where) for name in names}
@@ -189,7 +182,7 @@ def distillkit_rows(scanned: Scan, settings: AnyCompression) -> Iterator[Foreign
             where,
             None,
             _list(batch[tokens], row).astype(np.int64),
-            _keep(batch, row, scanned.columns, where, path),
+            _loss_mask(batch, row, scanned.columns, where, path),
             np.full(len(ids), settings.k, np.int64),
             ids.ravel(),
             log_probs.ravel(),
@@ -197,8 +190,8 @@ def distillkit_rows(scanned: Scan, settings: AnyCompression) -> Iterator[Foreign
         )
 
 
-def _keep(batch: pa.RecordBatch, row: int, columns: frozenset[str], where: str, path: Path) -> np.ndarray | None:
-    """Which positions have a next token to be learnt, where the file says it by `keep` or by `labels`."""
+def _loss_mask(batch: pa.RecordBatch, row: int, columns: frozenset[str], where: str, path: Path) -> np.ndarray | None:
+    """Whether the token after each is a target, where the file says it by `keep` or by `labels`; else None."""
     if "attention_mask" in columns and not _list(batch["attention_mask"], row).all():
         raise _bad(path, "attention_mask leaves out some tokens, so the row is not one text", where)
     if "keep" in columns:
@@ -231,19 +224,14 @@ def _batches(parquet: pq.ParquetFile, path: Path, columns: list[str]) -> Iterato
     try:
         for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=columns):
             for name in columns:
-                if _has_null(batch[name]):
+                level = batch[name]
+                while not level.null_count and isinstance(level, pa.ListArray | pa.LargeListArray):
+                    level = level.values
+                if level.null_count:
                     raise _bad(path, f"`{name}` lacks values", "null")
             yield batch
     except (pa.ArrowException, OSError) as error:
         raise _bad(path, "it cannot be read to its end", str(error).splitlines()[0][:100]) from None
-
-
-def _metadata(parquet: pq.ParquetFile, path: Path) -> dict[str, Any]:
-    notes = (parquet.schema_arrow.metadata or {}).get(METADATA)
-    try:
-        return {} if notes is None else dict(json.loads(notes))
-    except (ValueError, TypeError):
-        raise _bad(path, "its note of the store that it came from is broken", str(notes)[:60]) from None
 
 
 def _lengths(column: pa.Array) -> np.ndarray:
@@ -270,16 +258,6 @@ def _check_types(schema: pa.Schema, path: Path) -> None:
             raise _bad(path, f"`{column.name}` is not of {wanted}", column.type)
 
 
-def _has_null(column: pa.Array) -> bool:
-    """Whether a value is missing in a column, or anywhere in its lists."""
-    while True:
-        if column.null_count:
-            return True
-        if not isinstance(column, pa.ListArray | pa.LargeListArray):
-            return False
-        column = column.values
-
-
 def _bounds(column: Any, row: int) -> tuple[int, int]:
     offsets = column.offsets
     return int(offsets[row].as_py()), int(offsets[row + 1].as_py())
@@ -293,9 +271,8 @@ def _list(column: Any, row: int) -> np.ndarray:
 def _nested(inner: pa.Array, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
     """The values of some inner lists, one after the other, and the length of each list."""
     offsets = inner.offsets[start : stop + 1].to_numpy()
-    return inner.values[int(offsets[0]) : int(offsets[-1])].to_numpy(zero_copy_only=False), np.diff(offsets).astype(
-        np.int64
-    )
+    values = inner.values[int(offsets[0]) : int(offsets[-1])].to_numpy(zero_copy_only=False)
+    return values, np.diff(offsets).astype(np.int64)
 
 
 def _matrix(column: pa.Array, row: int, path: Path, name: str, where: str) -> np.ndarray:

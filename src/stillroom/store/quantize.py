@@ -1,32 +1,48 @@
-"""Levels: what is stored of each position, as whole numbers."""
+"""The stored form of each position: log-probabilities as whole numbers, hidden states as bytes; and both back.
 
-from collections.abc import Sequence
+A row's hidden states are one block a layer, in the order of a model. ``int8``: the scale of each position, float32,
+then whole numbers, ``[kept, width]``; a state is number · scale, and scale = max |state| / 127. ``bfloat16``: the
+states, ``[kept, width]``.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from stillroom.kernels.selection import Selection
+from stillroom.layers import Layer
 from stillroom.signals import Sparse, tempered
-from stillroom.store.config import SAMPLED, HeadAndSample, QuantisedSignal, Sampled, known_temperatures, side_columns
+from stillroom.store.config import (
+    SAMPLED,
+    HeadAndSample,
+    HiddenStatesConfig,
+    QuantizedSignal,
+    Sampled,
+    known_temperatures,
+    side_columns,
+)
 
 
 @dataclass(frozen=True)
 class LogProbCodes:
-    """What is stored of ``p`` positions, as whole numbers below 2**24 (all int32)."""
+    """The stored numbers of ``p`` positions, whole and below 2**24 (all int32)."""
 
     counts: np.ndarray
     """[p] the number of exact entries of each position."""
     ids: np.ndarray
-    """[e] their token ids, likeliest first within a position, distinct."""
+    """[e] their token ids, the most likely first within a position, distinct."""
     levels: np.ndarray
     """[e] their -log p in steps of the grid, at least 0, never falling within a position."""
-    draw_counts: np.ndarray
-    """[p] the number of distinct drawn ids of each position."""
-    draw_ids: np.ndarray
-    """[d] the drawn ids, distinct within a position and not among its exact ids; their order has no meaning."""
-    draw_times: np.ndarray
-    """[d] how often each was drawn, at least 1."""
+    sample_counts: np.ndarray
+    """[p] the number of distinct sampled ids of each position."""
+    sample_ids: np.ndarray
+    """[d] the sampled ids, distinct within a position and not among its exact ids; their order has no meaning."""
+    sample_repeats: np.ndarray
+    """[d] how often each was sampled, at least 1."""
     side: np.ndarray
     """[p, s] further numbers of each position, at least 0."""
 
@@ -43,14 +59,14 @@ class LogProbCodes:
     def slice(self, start: int, stop: int) -> "LogProbCodes":
         """Positions ``start`` to ``stop`` (excluded), with ``0 <= start <= stop <= p``."""
         entries = slice(int(self.counts[:start].sum()), int(self.counts[:stop].sum()))
-        draws = slice(int(self.draw_counts[:start].sum()), int(self.draw_counts[:stop].sum()))
+        samples = slice(int(self.sample_counts[:start].sum()), int(self.sample_counts[:stop].sum()))
         return LogProbCodes(
             counts=self.counts[start:stop],
             ids=self.ids[entries],
             levels=self.levels[entries],
-            draw_counts=self.draw_counts[start:stop],
-            draw_ids=self.draw_ids[draws],
-            draw_times=self.draw_times[draws],
+            sample_counts=self.sample_counts[start:stop],
+            sample_ids=self.sample_ids[samples],
+            sample_repeats=self.sample_repeats[samples],
             side=self.side[start:stop],
         )
 
@@ -58,104 +74,101 @@ class LogProbCodes:
 LABEL_STEP = 0.01
 """Nats between two levels of the label's log-probability."""
 
-REST_STEP = 0.01
-"""Nats between two levels of log(r / (1 − r)), r being the mass left out."""
-
-LOWEST_REST = -16.64
-"""What level 1 stands for: a mass of 2^−24, which is as little as float32 probabilities tell from none."""
-
-HIGHEST_REST = 3329
-"""The highest level of the mass left out, at which 2^−24 is kept."""
-
 ENTROPY_STEP = 1 / 64
 """Nats between two levels of the entropy."""
 
-HIGHEST = 2**20
+RESIDUAL_STEP = 0.01
+"""Nats between two levels of log(r / (1 − r)), r being the residual mass."""
+
+MIN_RESIDUAL_LOG_ODDS = -16.64
+"""The log-odds of level 1, a mass of 2^−24, which is as little as float32 probabilities tell from none."""
+
+MAX_RESIDUAL_LEVEL = 3329
+"""The highest level of the residual mass, at which 2^−24 is kept."""
+
+MAX_LEVEL = 2**20
 """The highest level: less likely than that is as good as impossible."""
 
+MAX_STATE = torch.finfo(torch.bfloat16).max
+"""The largest size of a channel that can be kept: what bfloat16 holds."""
 
-def num_uniforms(signal: QuantisedSignal) -> int:
-    """How many uniform random numbers a position takes: those of its draws first, then those of its rounding: of the
-    entries, of what a draw weighs, and of the entropy."""
+MIN_SCALE = torch.finfo(torch.float32).tiny
+"""A state whose scale would be less, so that no channel reaches 1.5e-36, is kept as zeros."""
+
+
+def num_uniforms(signal: QuantizedSignal) -> int:
+    """The number of uniform random numbers that a position takes: first those of its samples, then those of its
+    rounding: of the entries, of the weight of a sample, and of the entropy."""
     if isinstance(signal, Sampled):
         return signal.draws + 1
     return signal.head + 3 if isinstance(signal, HeadAndSample) else 0
 
 
-def quantize(selection: Selection, signal: QuantisedSignal, uniforms: np.ndarray) -> tuple[LogProbCodes, float]:
-    """What is stored of a selection, and what storing it cost: Σ over positions of the (generalised) Kullback-Leibler
+def quantize(selection: Selection, signal: QuantizedSignal, uniforms: np.ndarray) -> tuple[LogProbCodes, float]:
+    """The codes of a selection, and the cost of storing it: Σ over positions of the (generalized) Kullback-Leibler
     divergence in nats between the entries as they were and as they will be read, at the worst temperature.
 
     Args:
         uniforms: float32 [n, num_uniforms(signal)], in [0, 1).
     """
     log_probs, ids = selection.log_probs.double().cpu().numpy(), selection.ids.cpu().numpy()
-    there = np.isfinite(log_probs)
+    present = np.isfinite(log_probs)
     step = signal.step
-    exact = np.where(there, -log_probs, 0.0) / step
+    exact = np.where(present, -log_probs, 0.0) / step
     if isinstance(signal, HeadAndSample):
         levels = _round_at_random(exact, step, uniforms[:, 1 : 1 + exact.shape[1]])
-        order = np.argsort(np.where(there, levels, HIGHEST + 1), axis=1, kind="stable")
-        levels, ids, there, log_probs = (np.take_along_axis(x, order, 1) for x in (levels, ids, there, log_probs))
+        order = np.argsort(np.where(present, levels, MAX_LEVEL + 1), axis=1, kind="stable")
+        levels, ids, present, log_probs = (np.take_along_axis(x, order, 1) for x in (levels, ids, present, log_probs))
     else:
-        levels = np.rint(exact).clip(0, HIGHEST).astype(np.int32)
-    draw_counts, draw_ids, draw_times = _times(selection)
-    side = [_side(name, selection, signal, uniforms) for name in side_columns(signal)]
-    if signal.kind in SAMPLED:
-        weights = np.where(there, np.exp(levels * -step), 0)
-        nats = _self_information(selection, np.where(there, log_probs, 0), weights, log_unit_of(side[0], signal))
-        side[1] = np.floor(nats / ENTROPY_STEP + uniforms[:, -1]).clip(0, HIGHEST - 1)
-    stored = LogProbCodes(
-        counts=there.sum(1, dtype=np.int32),
-        ids=ids[there].astype(np.int32),
-        levels=levels[there],
-        draw_counts=draw_counts,
-        draw_ids=draw_ids,
-        draw_times=draw_times,
+        levels = np.rint(exact).clip(0, MAX_LEVEL).astype(np.int32)
+    sample_counts, sample_ids, sample_repeats = _count_samples(selection)
+    side = [_side_levels(name, selection, signal, uniforms) for name in side_columns(signal)]
+    if signal.kind in SAMPLED:  # the entropy is the mean of Σ −w log t, with the weights w that will be read
+        assert selection.draw_log_probs is not None
+        weights = np.where(present, np.exp(levels * -step), 0)
+        of_samples = np.exp(log_unit_of(side[0], signal)) * selection.draw_log_probs.double().cpu().numpy().sum(1)
+        nats = -(weights * np.where(present, log_probs, 0)).sum(1) - of_samples
+        side[1] = np.floor(nats / ENTROPY_STEP + uniforms[:, -1]).clip(0, MAX_LEVEL - 1)
+    codes = LogProbCodes(
+        counts=present.sum(1, dtype=np.int32),
+        ids=ids[present].astype(np.int32),
+        levels=levels[present],
+        sample_counts=sample_counts,
+        sample_ids=sample_ids,
+        sample_repeats=sample_repeats,
         side=np.stack(side, 1).astype(np.int32) if side else np.zeros((len(ids), 0), np.int32),
     )
-    if signal.kind in SAMPLED:
-        return stored, _cost_of_sample(selection, log_probs, levels, there, stored, signal)
-    return stored, _cost(selection, log_probs, stored, signal)
+    return codes, _cost(selection, log_probs, codes, signal)
 
 
 def _round_at_random(exact: np.ndarray, step: float, uniforms: np.ndarray) -> np.ndarray:
     """Levels next to the exact ones whose *probabilities* are right on average."""
     lower = np.floor(exact)
     share = -np.expm1(-step * (exact - lower)) / -np.expm1(-step)
-    return (lower + (uniforms < share)).clip(0, HIGHEST).astype(np.int32)
+    return (lower + (uniforms < share)).clip(0, MAX_LEVEL).astype(np.int32)
 
 
-def _times(selection: Selection) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of draws with repetitions: the number of different ids of each position, the ids, and how often each came."""
+def _count_samples(selection: Selection) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The number of different sampled ids of each position, the ids, and how often each was sampled."""
     if selection.draws is None:
         none = np.zeros(0, np.int32)
         return np.zeros(len(selection.ids), np.int32), none, none
-    draws = np.sort(selection.draws.cpu().numpy(), axis=1)
-    first = (draws >= 0) & np.concatenate([np.ones((len(draws), 1), bool), draws[:, 1:] != draws[:, :-1]], 1)
-    flat, starts = draws[draws >= 0], first[draws >= 0]
-    times = np.diff(np.flatnonzero(starts), append=len(flat))
-    return first.sum(1, dtype=np.int32), flat[starts].astype(np.int32), times.astype(np.int32)
+    samples = np.sort(selection.draws.cpu().numpy(), axis=1)
+    first = (samples >= 0) & np.concatenate([np.ones((len(samples), 1), bool), samples[:, 1:] != samples[:, :-1]], 1)
+    flat, starts = samples[samples >= 0], first[samples >= 0]
+    repeats = np.diff(np.flatnonzero(starts), append=len(flat))
+    return first.sum(1, dtype=np.int32), flat[starts].astype(np.int32), repeats.astype(np.int32)
 
 
-def _self_information(
-    selection: Selection, log_probs: np.ndarray, weights: np.ndarray, log_unit: np.ndarray
-) -> np.ndarray:
-    """``−Σ w log t`` over the entries with the weights that will be read, whose mean is the entropy."""
-    assert selection.draw_log_probs is not None
-    of_draws = np.exp(log_unit) * selection.draw_log_probs.double().cpu().numpy().sum(1)
-    return -(weights * log_probs).sum(1) - of_draws
-
-
-def _base(signal: QuantisedSignal) -> float:
-    """The log of the weight of a draw whose level is 0."""
+def _base(signal: QuantizedSignal) -> float:
+    """The log of the weight of a sample whose level is 0."""
     if isinstance(signal, Sampled):
         return -float(np.log(signal.draws))
     assert isinstance(signal, HeadAndSample)
     return float(np.log(signal.least)) if signal.least else 0.0
 
 
-def _side(name: str, selection: Selection, signal: QuantisedSignal, uniforms: np.ndarray) -> np.ndarray:
+def _side_levels(name: str, selection: Selection, signal: QuantizedSignal, uniforms: np.ndarray) -> np.ndarray:
     if name == "unit":
         assert selection.log_unit is not None
         log_unit = selection.log_unit.double().cpu().numpy()
@@ -167,74 +180,43 @@ def _side(name: str, selection: Selection, signal: QuantisedSignal, uniforms: np
         above = (log_unit - _base(signal)).clip(min=0) / signal.step  # and else upwards from the least weight
         upper = np.ceil(above - 1e-9)
         return (upper - _round_at_random(upper - above, signal.step, uniforms[:, -2])).astype(np.int32)
-    if name == "entropy":
-        if selection.entropy is None:
-            return np.zeros(len(selection.ids), np.int32)  # of a sample it is made of the weights
-        return _finely(selection.entropy, ENTROPY_STEP)
-    if name == "label":
-        assert selection.label_log_probs is not None
-        return _finely(-selection.label_log_probs, LABEL_STEP)
-    return _rest_level(selection.log_rests[float(name.removeprefix("rest@"))].double().cpu().numpy())
-
-
-def _rest_level(log_rest: np.ndarray) -> np.ndarray:
-    log_rest = np.minimum(log_rest, 0)
+    plain = {"entropy": (selection.entropy, ENTROPY_STEP), "label": (selection.label_log_probs, -LABEL_STEP)}
+    if name in plain:
+        values, step = plain[name]
+        if values is None:
+            assert name == "entropy"  # that of a sample is made of the weights
+            return np.zeros(len(selection.ids), np.int32)
+        return np.rint(values.double().cpu().numpy() / step).clip(0, MAX_LEVEL - 1).astype(np.int32)
+    log_residual = np.minimum(selection.log_rests[float(name.removeprefix("rest@"))].double().cpu().numpy(), 0)
     with np.errstate(divide="ignore"):
-        log_odds = log_rest - np.log(-np.expm1(log_rest))
-    level = 1 + np.rint((log_odds - LOWEST_REST) / REST_STEP).clip(0, HIGHEST_REST - 1)
-    return np.where(np.isneginf(log_rest), 0, level).astype(np.int32)
+        log_odds = log_residual - np.log(-np.expm1(log_residual))
+    level = 1 + np.rint((log_odds - MIN_RESIDUAL_LOG_ODDS) / RESIDUAL_STEP).clip(0, MAX_RESIDUAL_LEVEL - 1)
+    return np.where(np.isneginf(log_residual), 0, level).astype(np.int32)
 
 
-def _log_rest_of(level: np.ndarray) -> np.ndarray:
-    log_odds = LOWEST_REST + (level - 1) * REST_STEP
-    return np.where(level, -np.logaddexp(0, -log_odds), -np.inf)
-
-
-def _finely(values: torch.Tensor, step: float) -> np.ndarray:
-    return np.rint(values.double().cpu().numpy() / step).clip(0, HIGHEST - 1).astype(np.int32)
-
-
-def _cost(selection: Selection, log_probs: np.ndarray, stored: LogProbCodes, signal: QuantisedSignal) -> float:
-    """Σ t (log t − log t̂) − t + t̂ over entries and bucket, of all positions, each at the temperature, of those that are
-    stored, where it is the most."""
-    read, log_probs = to_sparse(stored, signal), np.where(np.isfinite(log_probs), log_probs, -np.inf)
-    costs = [_cost_at(t, log_probs, selection.log_rests[t], read) for t in known_temperatures(signal)]
+def _cost(selection: Selection, log_probs: np.ndarray, codes: LogProbCodes, signal: QuantizedSignal) -> float:
+    """Σ t (log t − log t̂) − t + t̂ of all positions: over entries and residual mass, each position at the stored
+    temperature at which it is the most; of a sampled signal over the entries, and the samples by their weight."""
+    present = np.isfinite(log_probs)
+    if signal.kind in SAMPLED:
+        assert selection.log_unit is not None
+        of_entries = _divergence(log_probs[present], codes.levels * -signal.step)
+        firsts = np.cumsum(codes.sample_counts) - codes.sample_counts
+        times = np.where(codes.sample_counts > 0, np.add.reduceat(np.append(codes.sample_repeats, 0), firsts), 0)
+        unit = selection.log_unit.double().cpu().numpy()
+        return float(of_entries.sum() + (times * _divergence(unit, log_unit_of(codes.side[:, 0], signal))).sum())
+    read, log_probs = to_sparse(codes, signal), np.where(present, log_probs, -np.inf)
+    costs = []
+    for t in known_temperatures(signal):
+        log_residual = selection.log_rests[t].double().cpu()
+        logs = log_probs if t == 1.0 else tempered(torch.from_numpy(log_probs), log_residual, t).numpy()
+        targets, residual = read.log_targets(t)
+        same = np.full(logs.shape, -np.inf)  # the exact entries are the first of those that are read
+        width = min(logs.shape[1], targets.shape[1])
+        same[:, :width] = targets[:, :width].double().numpy()
+        of_entries = _divergence(logs, np.where(np.isfinite(logs), same, -np.inf)).sum(1)
+        costs.append(of_entries + _divergence(log_residual.numpy(), residual.double().numpy()))
     return float(np.max(costs, axis=0).sum())
-
-
-def _cost_of_sample(
-    selection: Selection,
-    log_probs: np.ndarray,
-    levels: np.ndarray,
-    there: np.ndarray,
-    stored: LogProbCodes,
-    signal: QuantisedSignal,
-) -> float:
-    """The same sum over the exact entries, and over the draws by what they weigh."""
-    assert selection.log_unit is not None
-    of_entries = _divergence(log_probs[there], levels[there] * -signal.step)
-    times = np.add.reduceat(np.append(stored.draw_times, 0), np.cumsum(stored.draw_counts) - stored.draw_counts)
-    times = np.where(stored.draw_counts > 0, times, 0)
-    unit = selection.log_unit.double().cpu().numpy()
-    of_draws = times * _divergence(unit, log_unit_of(stored.side[:, 0], signal))
-    return float(of_entries.sum() + of_draws.sum())
-
-
-def _cost_at(temperature: float, log_probs: np.ndarray, log_rest: torch.Tensor, read: Sparse) -> np.ndarray:
-    """Of each position of a truncated signal, float64 [n]."""
-    log_rest = log_rest.double().cpu()
-    if temperature != 1.0:
-        log_probs = tempered(torch.from_numpy(log_probs), log_rest, temperature).numpy()
-    targets, rest = read.log_targets(temperature)
-    return _cost_of_entries(log_probs, targets) + _divergence(log_rest.numpy(), rest.double().numpy())
-
-
-def _cost_of_entries(log_probs: np.ndarray, log_read: torch.Tensor) -> np.ndarray:
-    """Of each position's exact entries, float64 [n]; they are the first of those that are read."""
-    same = np.full(log_probs.shape, -np.inf)
-    width = min(log_probs.shape[1], log_read.shape[1])
-    same[:, :width] = log_read[:, :width].double().numpy()
-    return _divergence(log_probs, np.where(np.isfinite(log_probs), same, -np.inf)).sum(1)
 
 
 def _divergence(log_t: np.ndarray, log_read: np.ndarray) -> np.ndarray:
@@ -243,46 +225,46 @@ def _divergence(log_t: np.ndarray, log_read: np.ndarray) -> np.ndarray:
     return t * gap - t + np.exp(log_read)
 
 
-def log_unit_of(level: np.ndarray, signal: QuantisedSignal) -> np.ndarray:
-    """log of what a draw weighs, from the side column "unit"."""
+def log_unit_of(level: np.ndarray, signal: QuantizedSignal) -> np.ndarray:
+    """The log of the weight of a sample, from the side column "unit"."""
     assert isinstance(signal, Sampled | HeadAndSample)
     downwards = isinstance(signal, HeadAndSample) and not signal.least
     return _base(signal) + (-level if downwards else level) * signal.step
 
 
-def to_sparse(stored: LogProbCodes, signal: QuantisedSignal, num_columns: int | None = None) -> Sparse:
+def to_sparse(codes: LogProbCodes, signal: QuantizedSignal, vocab_size: int | None = None) -> Sparse:
     """The signal that was stored, as float32 tensors on the CPU."""
-    names, n = side_columns(signal), len(stored)
-    draw_counts = stored.draw_counts
-    totals = stored.counts + draw_counts
-    width = max(1, int(totals.max(initial=1)))
+    names, n = side_columns(signal), len(codes)
+    width = max(1, int((codes.counts + codes.sample_counts).max(initial=1)))
     ids, log_probs = np.zeros((n, width), np.int64), np.full((n, width), -np.inf, np.float32)
-    _fill(ids, stored.counts, 0, stored.ids)
-    _fill(log_probs, stored.counts, 0, (stored.levels * -signal.step).astype(np.float32))
-    if len(stored.draw_ids):
-        weights = np.log(stored.draw_times) + np.repeat(log_unit_of(stored.side[:, 0], signal), draw_counts)
-        _fill(ids, draw_counts, stored.counts, stored.draw_ids)
-        _fill(log_probs, draw_counts, stored.counts, weights.astype(np.float32))
+    _fill(ids, codes.counts, 0, codes.ids)
+    _fill(log_probs, codes.counts, 0, (codes.levels * -signal.step).astype(np.float32))
+    if len(codes.sample_ids):
+        units = np.repeat(log_unit_of(codes.side[:, 0], signal), codes.sample_counts)
+        _fill(ids, codes.sample_counts, codes.counts, codes.sample_ids)
+        log_weights = (np.log(codes.sample_repeats) + units).astype(np.float32)
+        _fill(log_probs, codes.sample_counts, codes.counts, log_weights)
     ids = np.where(np.isneginf(log_probs), ids[:, :1], ids)
 
-    def column(name: str, size: float) -> torch.Tensor | None:
-        return (
-            torch.from_numpy((stored.side[:, names.index(name)] * size).astype(np.float32)) if name in names else None
-        )
+    def column(name: str, size: float) -> Tensor | None:
+        if name not in names:
+            return None
+        return torch.from_numpy((codes.side[:, names.index(name)] * size).astype(np.float32))
 
-    label = column("label", -LABEL_STEP)
-    rests = {}
+    log_residuals = {}
     for temperature in known_temperatures(signal):
-        level = stored.side[:, names.index(f"rest@{temperature}")]
-        rests[temperature] = torch.from_numpy(_log_rest_of(level).astype(np.float32))
+        level = codes.side[:, names.index(f"rest@{temperature}")]
+        log_odds = MIN_RESIDUAL_LOG_ODDS + (level - 1) * RESIDUAL_STEP
+        residual = np.where(level, -np.logaddexp(0, -log_odds), -np.inf)
+        log_residuals[temperature] = torch.from_numpy(residual.astype(np.float32))
     return Sparse(
         ids=torch.from_numpy(ids),
         log_probs=torch.from_numpy(log_probs),
-        log_rests=rests,
+        log_rests=log_residuals,
         entropy=column("entropy", ENTROPY_STEP),
-        label_log_probs=label,
+        label_log_probs=column("label", -LABEL_STEP),
         sampled=signal.kind in SAMPLED,
-        vocab_size=num_columns,
+        vocab_size=vocab_size,
     )
 
 
@@ -292,3 +274,50 @@ def _fill(table: np.ndarray, counts: np.ndarray, start: np.ndarray | int, values
     ends = np.cumsum(counts, dtype=np.int64)
     place = np.arange(len(values)) - np.repeat(ends - counts, counts)
     table[np.repeat(np.arange(len(counts)), counts), place + np.repeat(starts, counts)] = values
+
+
+def hidden_bytes_per_position(config: HiddenStatesConfig, width: int) -> int:
+    """The exact size of the stored states of one position."""
+    return len(config.layers) * (4 + width if config.format == "int8" else 2 * width)
+
+
+def encode_hidden(states: Float[Tensor, "layers kept width"], config: HiddenStatesConfig) -> bytes:
+    """A row of float32 states, which are all finite and none larger than ``MAX_STATE``, as bytes."""
+    assert len(states) == len(config.layers)
+    if config.format == "bfloat16":
+        return states.to(torch.bfloat16).view(torch.int16).cpu().contiguous().numpy().astype("<i2").tobytes()
+    scales = states.abs().amax(-1) / 127
+    scales = torch.where(scales < MIN_SCALE, 0.0, scales)
+    numbers = (states / torch.where(scales > 0, scales, torch.inf).unsqueeze(-1)).round().to(torch.int8)
+    blocks = zip(scales.cpu().numpy().astype("<f4"), numbers.cpu().numpy(), strict=True)
+    return b"".join(scale.tobytes() + number.tobytes() for scale, number in blocks)
+
+
+def decode_hidden(
+    data: bytes | memoryview, config: HiddenStatesConfig, width: int, kept: int, into: Mapping[Layer, np.ndarray]
+) -> None:
+    """Writes the states of some of a row's layers into arrays, float32 [kept, width].
+
+    Raises:
+        ValueError: the bytes are not as many as such a row has, or hold what is no state.
+    """
+    size = kept * hidden_bytes_per_position(config, width)
+    if len(data) != size:
+        raise ValueError(f"{len(data)} bytes of hidden states where {size} are expected")
+    block = size // len(config.layers)
+    for layer, out in into.items() if kept else ():
+        start = block * config.layers.index(layer)
+        part = data[start : start + block]
+        if config.format == "bfloat16":
+            bits = np.frombuffer(part, "<u2").astype(np.uint32) << 16
+            out[:] = bits.view(np.float32).reshape(out.shape)
+            if not np.isfinite(out).all():
+                raise ValueError("a hidden state is not finite")
+            continue
+        scales = np.frombuffer(part, "<f4", kept)
+        if not ((scales >= 0) & (scales <= np.float32(MAX_STATE) / np.float32(127)) & ~np.signbit(scales)).all():
+            raise ValueError("a scale of hidden states is negative, too large or not a number")
+        numbers = np.frombuffer(part, "i1", offset=4 * kept).reshape(out.shape)
+        if numbers.min(initial=0) < -127:
+            raise ValueError("a number of hidden states is -128")
+        np.multiply(numbers, scales[:, None], out=out, dtype=np.float32)

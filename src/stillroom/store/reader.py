@@ -1,5 +1,6 @@
-"""Store: a store opened for reading. Any row by itself, memory-mapped; nothing is loaded but what is asked for."""
+"""A store opened for reading: any row by itself, memory-mapped; nothing is loaded but what is asked for."""
 
+import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,28 +14,27 @@ import pyarrow as pa
 
 from stillroom.errors import DataError, MismatchError
 from stillroom.layers import Layer
-from stillroom.store.arrow import check_uncompressed
 from stillroom.store.config import AnySignal, Full
-from stillroom.store.filesystem import StoreFiles
 from stillroom.store.format import (
     MANIFEST,
     MOST_MANIFEST_BYTES,
     TOKENIZER,
     Manifest,
     Shard,
+    StoreFiles,
+    check_equal,
     damaged,
-    emptied,
+    empty,
     hidden_crc32,
     read_manifest,
     row_crc32,
     schema,
 )
-from stillroom.store.hidden_states import bytes_per_position, decode
-from stillroom.store.quantize import LogProbCodes
+from stillroom.store.quantize import LogProbCodes, decode_hidden, hidden_bytes_per_position
 
 
 class Store:
-    """The documents of a store, in their order, with what the teacher said of them.
+    """The documents of a store, in their order, with the teacher's signal of them.
 
     Args:
         path: the folder; or an address such as s3://bucket/store, where the package of that kind is installed.
@@ -47,8 +47,8 @@ class Store:
 
     def __init__(self, path: str | Path, *, partial: bool = False) -> None:
         self.path = str(path)
-        self.place = StoreFiles(self.path)
-        self.manifest: Manifest = read_manifest(self.place.read(MANIFEST, MOST_MANIFEST_BYTES), self.path)
+        self.files = StoreFiles(self.path)
+        self.manifest: Manifest = read_manifest(self.files.read(MANIFEST, MOST_MANIFEST_BYTES), self.path)
         if not (self.manifest.complete or partial):
             raise DataError(
                 f"the store {self.path} is not complete",
@@ -56,12 +56,9 @@ class Store:
                 why="A student would learn from a part of the data, and nobody would know.",
                 fix="Go on with the capture by --resume; `stillroom store check` tells what is there.",
             )
-        self.shards = [StoredShard(self.place, shard, self.manifest) for shard in self.manifest.shards]
-        found = sum(shard.num_documents for shard in self.shards)
-        if found != self.manifest.documents:
-            raise damaged(self.path, "documents", found, self.manifest.documents)
+        self.shards = [StoredShard(self.files, shard, self.manifest) for shard in self.manifest.shards]
         self._starts = np.cumsum([0, *(shard.num_documents for shard in self.shards)])
-        self._lengths: np.ndarray | None = None
+        check_equal(self.path, "documents", int(self._starts[-1]), self.manifest.documents)
 
     def __len__(self) -> int:
         return self.manifest.documents
@@ -76,20 +73,29 @@ class Store:
 
     @property
     def counts(self) -> dict[str, int]:
-        """What the documents are, as a run writes it down."""
+        """The numbers of documents, tokens and targets, as a run writes them down."""
         m = self.manifest
         return {"documents": m.documents, "tokens": m.tokens, "tokens_learnt": m.positions}
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """int64 [documents]: the tokens of each document."""
-        if self._lengths is None:
-            self._lengths = np.concatenate([np.zeros(0, np.int64), *(shard.lengths() for shard in self.shards)])
-        return self._lengths
+        batches = [batch for shard in self.shards for batch in shard.batches]
+        offsets = [batch["tokens"].offsets.to_numpy() for batch in batches]
+        return np.concatenate([np.zeros(0, np.int64), *(np.diff(each).astype(np.int64) for each in offsets)])
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers whose hidden states are stored, in the order of a model; empty where none are."""
+        return () if self.manifest.hidden is None else self.manifest.hidden.layers
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.shards)
 
     def fetch_tokenizer(self, folder: Path) -> str:
-        """The folder of the tokenizer of the documents; one that is elsewhere is copied to ``folder``."""
-        return self.place.fetch(TOKENIZER, folder)
+        """The folder of the documents' tokenizer; one that is elsewhere is copied to ``folder``."""
+        return self.files.fetch(TOKENIZER, folder)
 
     def tokens(self, index: int) -> np.ndarray:
         """The tokens of a document, [n]: a read-only view of the file."""
@@ -97,12 +103,12 @@ class Store:
         return shard.tokens(row)
 
     def loss_mask(self, index: int) -> np.ndarray:
-        """Whether the token after each is to be learnt, bool [n]; False for the last."""
+        """Whether the token after each is a target, bool [n]; False for the last."""
         shard, row = self._find(index)
         return shard.loss_mask(row)
 
     def target_mask(self, index: int) -> np.ndarray:
-        """Which tokens of a document are to be learnt, bool [n]; entry i speaks of token i itself."""
+        """Whether each token of a document is a target, bool [n]; entry i is about token i itself."""
         return np.roll(self.loss_mask(index), 1)
 
     def document(self, index: int) -> int:
@@ -120,36 +126,27 @@ class Store:
         return len(shard.signal(row))
 
     def levels(self, indices: Sequence[int]) -> LogProbCodes:
-        """What is stored of the kept positions of some documents, one after the other.
+        """The codes of the kept positions of some documents, one after the other.
 
         Raises:
             DataError: a row's checksum is wrong, or it cannot be decoded.
         """
-        parts: dict[int, LogProbCodes] = {}
-        by_shard: dict[int, list[int]] = {}
-        for index in indices:
-            by_shard.setdefault(int(np.searchsorted(self._starts, index, side="right")) - 1, []).append(index)
-        for number, wanted in by_shard.items():
-            start = int(self._starts[number])
-            decoded = self.shards[number].levels([index - start for index in wanted])
-            if len(by_shard) == 1:
-                return decoded
-            at = 0
-            for index in wanted:
-                end = at + int(self.loss_mask(index).sum())
-                parts[index] = decoded.slice(at, end)
-                at = end
-        return LogProbCodes.concatenate([parts[index] for index in indices])
+        found = [self._find(index) for index in indices]
+        shards = list(dict.fromkeys(shard for shard, _ in found))
+        if len(shards) == 1:
+            return shards[0].levels([row for _, row in found])
+        parts: dict[tuple[StoredShard, int], LogProbCodes] = {}
+        for shard in shards:
+            rows = [row for one, row in found if one is shard]
+            codes = shard.levels(rows)
+            ends = np.cumsum([int(shard.loss_mask(row).sum()) for row in rows]).tolist()
+            for row, start, stop in zip(rows, [0, *ends], ends, strict=False):
+                parts[shard, row] = codes.slice(start, stop)
+        return LogProbCodes.concatenate([parts[place] for place in found])
 
     def logits(self, indices: Sequence[int]) -> np.ndarray:
-        """Of a full store: the logits of the kept positions of some documents, float32 [kept, columns]."""
-        found = [self._find(index) for index in indices]
-        return np.concatenate([shard.logits(row) for shard, row in found])
-
-    @property
-    def layers(self) -> tuple[Layer, ...]:
-        """The layers whose hidden states are stored, in the order of a model; empty where none are."""
-        return () if self.manifest.hidden is None else self.manifest.hidden.layers
+        """The logits of a full store at the kept positions of some documents, float32 [kept, vocab_size]."""
+        return np.concatenate([shard.logits(row) for shard, row in map(self._find, indices)])
 
     def hidden(self, indices: Sequence[int], layers: Sequence[Layer] | None = None) -> dict[Layer, np.ndarray]:
         """The teacher's states at the kept positions of some documents, one after the other: float32 [kept, width].
@@ -161,10 +158,16 @@ class Store:
             MismatchError: one of them is not stored.
             DataError: a row's checksum is wrong, or its states cannot be decoded.
         """
-        wanted: tuple[Layer, ...] = self.layers if layers is None else tuple(layers)
-        for layer in wanted:
-            if layer not in self.layers:
-                raise self._lacks(layer)
+        wanted = self.layers if layers is None else tuple(layers)
+        stored = ", ".join(map(str, self.layers))
+        for layer in (layer for layer in wanted if layer not in self.layers):
+            raise MismatchError(
+                f"the store {self.path} does not hold layer {layer}",
+                {"asked for": layer, "stored": stored or "no hidden states"},
+                why="What a layer of the teacher gave out is known only where the capture kept it.",
+                fix=(f"Take one of the stored layers ({stored}), or capture" if stored else "Capture")
+                + f" anew with hidden={{layers: [{', '.join(map(str, (*self.layers, layer)))}]}}.",
+            )
         if not wanted:
             return {}
         found = [self._find(index) for index in indices]
@@ -181,20 +184,6 @@ class Store:
         shard, row = self._find(index)
         return shard.hidden_bytes(row)
 
-    def _lacks(self, layer: Layer) -> MismatchError:
-        stored = ", ".join(map(str, self.layers))
-        return MismatchError(
-            f"the store {self.path} does not hold layer {layer}",
-            {"asked for": layer, "stored": stored or "no hidden states"},
-            why="What a layer of the teacher gave out is known only where the capture kept it.",
-            fix=(f"Take one of the stored layers ({stored}), or capture" if stored else "Capture")
-            + f" anew with hidden={{layers: [{', '.join(map(str, (*self.layers, layer)))}]}}.",
-        )
-
-    @property
-    def num_shards(self) -> int:
-        return len(self.shards)
-
     def _find(self, index: int) -> tuple["StoredShard", int]:
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
@@ -205,35 +194,36 @@ class Store:
 class StoredShard:
     """One Arrow file and its tables, opened when first needed."""
 
-    def __init__(self, place: StoreFiles, shard: Shard, manifest: Manifest) -> None:
-        self.place, self.shard, self.manifest = place, shard, manifest
+    def __init__(self, files: StoreFiles, shard: Shard, manifest: Manifest) -> None:
+        self.files, self.shard, self.manifest = files, shard, manifest
         self.num_documents = shard.documents
+        self.arrow, self.tables = f"{shard.name}.arrow", f"{shard.name}.tables"
+        self._hidden_file: Any = None
         self._held: tuple[int, pa.RecordBatch] | None = None
-        self.files = {f"{shard.name}.arrow": shard.size_bytes, f"{shard.name}.tables": shard.tables_bytes}
-        for name, size in self.files.items():
-            found = place.size(name)
-            if not found and not (name.endswith(".tables") and isinstance(manifest.signal, Full)):
-                raise emptied(place.path, name)
-            if found != size:
-                raise damaged(place.path, f"{name} in bytes", found, size)
+        for name, size in ((self.arrow, shard.size_bytes), (self.tables, shard.tables_bytes)):
+            found = files.size(name)
+            if not found and not (name == self.tables and isinstance(manifest.signal, Full)):
+                raise empty(files.path, name)
+            check_equal(files.path, f"{name} in bytes", found, size)
 
     @cached_property
     def batches(self) -> list[pa.RecordBatch]:
-        """All but the hidden states."""
-        name = f"{self.shard.name}.arrow"
+        """The record batches without the hidden states."""
+        expected = schema(self.manifest.num_columns, hidden=self.manifest.hidden is not None)
         with self._readable():
-            source = self.place.open(name)
+            source = self.files.open(self.arrow)
             file = pa.ipc.open_file(source)
-            self._check_columns(file.schema)
-            check_uncompressed(source, self.shard.size_bytes)
+            if not file.schema.equals(expected):
+                pairs = list(zip_longest(map(str, file.schema), map(str, expected), fillvalue="none"))
+                number = next((i for i, (one, other) in enumerate(pairs) if one != other), 0)
+                found, wanted = (text.removeprefix("pyarrow.Field")[:80] for text in pairs[number])
+                raise damaged(self.files.path, f"column {number} of {self.arrow}", found, wanted)
+            _check_uncompressed(source, self.shard.size_bytes)
             if self.manifest.hidden is not None:
-                file = _only(source, range(len(file.schema) - 1))
-            batches = [file.get_batch(i) for i in range(file.num_record_batches)]
-            for batch in batches:
-                self._check_batch(batch)
-        found = sum(map(len, batches))
-        if found != self.num_documents:
-            raise damaged(self.place.path, f"documents in {name}", found, self.num_documents)
+                last = len(expected) - 1
+                file, self._hidden_file = _open_columns(source, range(last)), _open_columns(source, [last])
+            batches = [self._valid(file.get_batch(i)) for i in range(file.num_record_batches)]
+        check_equal(self.files.path, f"documents in {self.arrow}", sum(map(len, batches)), self.num_documents)
         return batches
 
     @contextmanager
@@ -243,42 +233,13 @@ class StoredShard:
         except (pa.ArrowException, OSError, ValueError) as error:
             if isinstance(error, DataError):
                 raise
-            raise damaged(
-                self.place.path, f"{self.shard.name}.arrow", str(error).splitlines()[0][:120], "an Arrow file"
-            ) from None
+            raise damaged(self.files.path, self.arrow, str(error).splitlines()[0][:120], "an Arrow file") from None
 
-    def _check_batch(self, batch: pa.RecordBatch) -> None:
+    def _valid(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         batch.validate(full=True)
         if any(column.null_count for column in batch.columns):
-            raise damaged(self.place.path, f"columns of {self.shard.name}.arrow", "nulls", "a value in each row")
-
-    def _hidden_batch(self, number: int) -> pa.RecordBatch:
-        """The hidden states of a record batch. The last one is held: where it lies elsewhere it was read whole."""
-        held = self._held
-        if held is None or held[0] != number:
-            with self._readable():
-                batch = self._hidden_file.get_batch(number)
-                self._check_batch(batch)
-            held = self._held = (number, batch)
-        return held[1]
-
-    @cached_property
-    def _hidden_file(self) -> Any:
-        self.batches  # noqa: B018  # which checks the file's headers first
-        return _only(self.place.open(f"{self.shard.name}.arrow"), [len(self._schema) - 1])
-
-    @property
-    def _schema(self) -> pa.Schema:
-        return schema(self.manifest.num_columns, hidden=self.manifest.hidden is not None)
-
-    def _check_columns(self, found: pa.Schema) -> None:
-        expected = self._schema
-        if found.equals(expected):
-            return
-        pairs = list(zip_longest(map(str, found), map(str, expected), fillvalue="none"))
-        number = next((i for i, (one, other) in enumerate(pairs) if one != other), 0)
-        where = f"column {number} of {self.shard.name}.arrow"
-        raise damaged(self.place.path, where, *(text.removeprefix("pyarrow.Field")[:80] for text in pairs[number]))
+            raise damaged(self.files.path, f"columns of {self.arrow}", "nulls", "a value in each row")
+        return batch
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -286,19 +247,14 @@ class StoredShard:
 
     @cached_property
     def codec(self) -> Any:
-        from stillroom.store.codec.codec import Codec
+        from stillroom.store.codec import Codec
 
-        name = f"{self.shard.name}.tables"
-        data = self.place.read(name, self.shard.tables_bytes)
-        if (found := zlib.crc32(data)) != self.shard.tables_crc32:
-            raise damaged(self.place.path, f"checksum of {name}", found, self.shard.tables_crc32)
+        data = self.files.read(self.tables, self.shard.tables_bytes)
+        check_equal(self.files.path, f"checksum of {self.tables}", zlib.crc32(data), self.shard.tables_crc32)
         try:
             return Codec.from_bytes(data, self.manifest.num_columns, len(self.manifest.side))
         except ValueError as error:
-            raise damaged(self.place.path, name, error, "the codec's tables") from None
-
-    def lengths(self) -> np.ndarray:
-        return np.concatenate([np.diff(batch["tokens"].offsets.to_numpy()).astype(np.int64) for batch in self.batches])
+            raise damaged(self.files.path, self.tables, error, "the codec's tables") from None
 
     def column(self, row: int, name: str) -> Any:
         batch, place = self._batch_of(row)
@@ -319,34 +275,31 @@ class StoredShard:
         """A row's bytes, after its checksum was found right."""
         tokens, loss_mask = self.tokens(row), self.loss_mask(row)
         signal = memoryview(self.column(row, "signal").as_buffer())
-        of_hidden = None if self.manifest.hidden is None else self.column(row, "hidden_crc32").as_py()
-        found = row_crc32(self.column(row, "document").as_py(), tokens, loss_mask, signal, of_hidden)
-        expected = self.column(row, "crc32").as_py()
-        where = f"{self.shard.name}.arrow row {row}"
-        if found != expected:
-            raise damaged(self.place.path, f"checksum of {where}", found, expected)
+        hidden_checksum = None if self.manifest.hidden is None else self.column(row, "hidden_crc32").as_py()
+        found = row_crc32(self.column(row, "document").as_py(), tokens, loss_mask, signal, hidden_checksum)
+        where = f"{self.arrow} row {row}"
+        check_equal(self.files.path, f"checksum of {where}", found, self.column(row, "crc32").as_py())
         highest = int(tokens.max(initial=0))
-        if len(loss_mask) != len(tokens) or (len(loss_mask) and loss_mask[-1]) or highest >= self.manifest.num_columns:
-            raise damaged(
-                self.place.path, f"tokens and keep of {where}", f"{len(tokens)} and {len(loss_mask)}", "as many"
-            )
+        if len(loss_mask) != len(tokens) or loss_mask[-1:].any() or highest >= self.manifest.num_columns:
+            sizes = f"{len(tokens)} and {len(loss_mask)}"
+            raise damaged(self.files.path, f"tokens and keep of {where}", sizes, "as many")
         return signal
 
     def hidden_bytes(self, row: int) -> memoryview:
         """A row's hidden states as they are stored, after their checksum and their size were found right."""
         config, width = self.manifest.hidden, self.manifest.hidden_width
         assert config is not None
-        batch, place = self._batch_of(row)
-        hidden = memoryview(self._hidden_batch(batch)["hidden"][place].as_buffer())
+        number, place = self._batch_of(row)
+        if self._held is None or self._held[0] != number:  # the last batch is held, since a remote one was read whole
+            with self._readable():
+                self._held = number, self._valid(self._hidden_file.get_batch(number))
+        hidden = memoryview(self._held[1]["hidden"][place].as_buffer())
         tokens, loss_mask = self.tokens(row), self.loss_mask(row)
         found = hidden_crc32(self.column(row, "document").as_py(), tokens, loss_mask, hidden)
-        expected = self.column(row, "hidden_crc32").as_py()
-        where = f"hidden states of {self.shard.name}.arrow row {row}"
-        if found != expected:
-            raise damaged(self.place.path, f"checksum of {where}", found, expected)
-        size = int(loss_mask.sum()) * bytes_per_position(config, width)
-        if len(hidden) != size:
-            raise damaged(self.place.path, f"bytes of {where}", len(hidden), size)
+        where = f"hidden states of {self.arrow} row {row}"
+        check_equal(self.files.path, f"checksum of {where}", found, self.column(row, "hidden_crc32").as_py())
+        size = int(loss_mask.sum()) * hidden_bytes_per_position(config, width)
+        check_equal(self.files.path, f"bytes of {where}", len(hidden), size)
         return hidden
 
     def decode_hidden(self, row: int, data: memoryview, into: Mapping[Layer, np.ndarray]) -> None:
@@ -354,37 +307,94 @@ class StoredShard:
         config, width = self.manifest.hidden, self.manifest.hidden_width
         assert config is not None
         try:
-            decode(data, config, width, int(self.loss_mask(row).sum()), into)
+            decode_hidden(data, config, width, int(self.loss_mask(row).sum()), into)
         except ValueError as error:
-            where = f"hidden states of {self.shard.name}.arrow row {row}"
-            raise damaged(self.place.path, where, error, "states") from None
+            raise damaged(self.files.path, f"hidden states of {self.arrow} row {row}", error, "states") from None
 
     def logits(self, row: int) -> np.ndarray:
         signal, kept = self.signal(row), int(self.loss_mask(row).sum())
-        if not isinstance(self.manifest.signal, Full) or len(signal) != 4 * kept * self.manifest.num_columns:
-            size = 4 * kept * self.manifest.num_columns
-            raise damaged(self.place.path, f"bytes of {self.shard.name}.arrow row {row}", len(signal), size)
+        size = 4 * kept * self.manifest.num_columns
+        if not isinstance(self.manifest.signal, Full) or len(signal) != size:
+            raise damaged(self.files.path, f"bytes of {self.arrow} row {row}", len(signal), size)
         return np.frombuffer(signal, "<f4").reshape(kept, self.manifest.num_columns)
 
     def levels(self, rows: Sequence[int]) -> LogProbCodes:
-        """Of some rows, one after the other."""
+        """The codes of some rows, one after the other."""
         signals = [self.signal(row) for row in rows]  # which finds their checksums right first
         kept = [self.tokens(row)[self.loss_mask(row)].astype(np.int32) for row in rows]
         offsets = np.cumsum([0, *map(len, kept)], dtype=np.int64)
+        codec = self.codec
         try:
-            tokens = np.concatenate([np.zeros(0, np.int32), *kept])
-            found = self.codec.decode(signals, tokens, offsets)
+            found = codec.decode(signals, np.concatenate([np.zeros(0, np.int32), *kept]), offsets)
         except ValueError as error:
-            if isinstance(error, DataError):
-                raise
-            raise damaged(
-                self.place.path, f"signals in {self.shard.name}.arrow", error, "what its tables say"
-            ) from None
+            raise damaged(self.files.path, f"signals in {self.arrow}", error, "what its tables say") from None
         if self.manifest.signal.kind != "sampled" and found.counts.min(initial=1) < 1:
-            raise damaged(self.place.path, f"entries in {self.shard.name}.arrow", 0, "at least 1 a position")
+            raise damaged(self.files.path, f"entries in {self.arrow}", 0, "at least 1 a position")
         return found
 
 
-def _only(source: Any, columns: Sequence[int]) -> Any:
-    """An Arrow file of which some columns alone are read."""
+def _open_columns(source: Any, columns: Sequence[int]) -> Any:
+    """Opens an Arrow file of which some columns alone are read."""
     return pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=list(columns)))
+
+
+def _check_uncompressed(source: Any, size: int) -> None:
+    """Raises ValueError unless the headers of an Arrow file of ``size`` bytes say that no record batch is compressed.
+
+    Arrow allocates whatever a compressed buffer says that it will become, so a file of a few bytes could ask for
+    terabytes; a shard is never compressed. The headers are FlatBuffers, tables of Arrow's File.fbs and Message.fbs.
+    """
+    (length,) = _unpack("<i", _header(source, size, size - 10, 4), 0)  # the file ends with it and with ARROW1
+    footer = _header(source, size, size - 10 - length, length)
+    root = _follow(footer, 0)
+    if _vector(footer, root, 2)[1]:
+        raise ValueError("it holds dictionaries, which no column has")
+    start, count = _vector(footer, root, 3)
+    for i in range(count):  # each is the offset of a message, the size of its header and the size of its body
+        offset, length, _ = _unpack("<qi4xq", footer, start + 24 * i)
+        prefixed = _header(source, size, offset, length)
+        if prefixed[:4] != b"\xff\xff\xff\xff":
+            raise ValueError("a message does not begin as one")
+        message, root = prefixed[8:], _follow(prefixed[8:], 0)
+        version, kind, header = (_field(message, root, number) for number in range(3))
+        if not (version and kind and header):
+            raise ValueError("a message is not a record batch")
+        if (*_unpack("<h", message, version), *_unpack("<B", message, kind)) != (4, 3):  # V5, RecordBatch
+            raise ValueError("a message is not a record batch of Arrow's format 1.0")
+        if _field(message, _follow(message, header), 3):  # the compression, which is there only where there is one
+            raise ValueError("a body is compressed, and could ask for any amount of memory")
+
+
+def _header(source: Any, size: int, start: int, length: int) -> bytes:
+    if not 0 <= start <= start + length <= size:
+        raise ValueError("a header lies outside the file")
+    source.seek(start)
+    return source.read(length)
+
+
+def _unpack(kind: str, data: bytes, place: int) -> tuple[int, ...]:
+    if not 0 <= place <= len(data) - struct.calcsize(kind):
+        raise ValueError("a header is cut off")
+    return struct.unpack_from(kind, data, place)
+
+
+def _follow(data: bytes, place: int) -> int:
+    """The place of the table or vector that the offset at ``place`` leads to."""
+    return place + _unpack("<I", data, place)[0]
+
+
+def _field(data: bytes, table: int, number: int) -> int:
+    """The place of a field of a table; 0 where the table lacks it."""
+    names = table - _unpack("<i", data, table)[0]
+    if 4 + 2 * number >= _unpack("<H", data, names)[0]:
+        return 0
+    offset = _unpack("<H", data, names + 4 + 2 * number)[0]
+    return table + offset if offset else 0
+
+
+def _vector(data: bytes, table: int, number: int) -> tuple[int, int]:
+    """The place of a vector's items, and their number."""
+    if not (place := _field(data, table, number)):
+        return 0, 0
+    start = _follow(data, place)
+    return start + 4, _unpack("<I", data, start)[0]

@@ -1,4 +1,4 @@
-"""Token texts as a terminal can show them: on one line, with nothing in them that it would obey."""
+"""Show: what is in a store, as text that a terminal can show, with nothing in it that a terminal would obey."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from stillroom.store.config import SAMPLED, AnySignal, Full, QuantisedSignal, side_columns
-from stillroom.store.hidden_states import bytes_per_position
-from stillroom.store.quantize import LogProbCodes, log_unit_of, to_sparse
+from stillroom.store.config import SAMPLED, Full, QuantizedSignal, side_columns
+from stillroom.store.quantize import LogProbCodes, hidden_bytes_per_position, log_unit_of, to_sparse
 from stillroom.store.reader import Store
 from stillroom.terminal import escaped, fitted, width
 
@@ -24,7 +23,7 @@ class TokenTexts:
         self.text = lru_cache(1 << 16)(self._text)
 
     def _text(self, token: int) -> str:
-        """What token ``token`` stands for; an id that has none is shown by its number."""
+        """The text of a token; an id that has none is shown by its number."""
         piece = self._tokenizer.convert_ids_to_tokens(token)
         if not isinstance(piece, str):
             return f"<{token}>"
@@ -48,55 +47,47 @@ CANDIDATES = 8
 """Tokens that are named of each position."""
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
-"""Where the histogram's bars begin, where there are too many numbers for a bar each."""
+"""The numbers at which the histogram's bars begin, where there are too many for a bar each."""
 
 
 def describe(store: Store) -> str:
     """What the store is, its sizes, and a histogram of the entries of a position."""
     m = store.manifest
     n = max(1, m.positions)
-    signal, tables = _signal_bytes(store)
-    tokens = _token_bytes(store)
-    lines = [
-        ("store", f"{store.path} (format {m.format}, {'complete' if m.complete else 'NOT COMPLETE'})"),
-        ("teacher", f"{m.teacher.name} ({m.teacher.fingerprint[:16]}), {m.num_columns:,} columns, asked by {m.engine}"),
-        ("tokenizer", f"{m.tokenizer.name} ({m.tokenizer.fingerprint[:16]})"),
-        ("template", "none" if m.template == "none" else m.template[:16]),
-        (
-            "data",
-            f"{m.data.name} ({m.data.fingerprint[:16]}){_part(m.part)}, at most {m.length:,} positions a document",
-        ),
-        ("signal", f"{_signal(m.signal)}; seed {m.seed}"),
-        ("holds", f"{m.documents:,} documents, {m.tokens:,} tokens, {m.positions:,} positions with a signal"),
-        *_hidden(store),
-        ("shards", f"{len(m.shards)}, {_size(m.size_bytes)} in all"),
-        (
-            "bytes",
-            f"{(signal + tables) / n:.2f} a position for the signal ({tables / n:.2f} of them tables), "
-            f"{tokens / n:.2f} for tokens, {m.size_bytes / n:.2f} in all",
-        ),
-        (
-            "entries",
-            f"{m.entries / n:.2f} exact and {m.draws / n:.2f} drawn a position"
-            if m.signal.kind in SAMPLED
-            else f"{m.entries / n:.2f} a position",
-        ),
-        ("error", f"{m.codec_error_nats:.2e} nats a position, by which storing changed what the teacher said"),
-    ]
-    if m.versions:
-        lines.append(("written by", ", ".join(f"{name} {version}" for name, version in m.versions.items())))
-    text = "\n".join(line for name, value in lines for line in _wrapped(f"{name:12}", escaped(value)))
+    tables = sum(shard.tables_bytes for shard in m.shards)
+    tokens = m.tokens * (2 if m.num_columns <= 2**16 else 4)
+    signal = tables
+    for batch in (batch for shard in store.shards for batch in shard.batches if len(batch)):
+        offsets = np.frombuffer(batch["signal"].buffers()[1], np.int64, len(batch) + 1)
+        signal += int(offsets[-1] - offsets[0])
+    part = "" if m.part[1] == 1 else f", part {m.part[0]} of {m.part[1]} (counted from 0)"
+    settings = {k: v for k, v in m.signal.model_dump(mode="json").items() if k != "kind" and v not in (False, [])}
+    shown = ", ".join(f"{k} {v if v is not True else 'on'}" for k, v in settings.items())
+    entries = f"{m.entries / n:.2f} a position"
+    if m.signal.kind in SAMPLED:
+        entries = f"{m.entries / n:.2f} exact and {m.draws / n:.2f} drawn a position"
+    lines = {
+        "store": f"{store.path} (format {m.format}, {'complete' if m.complete else 'NOT COMPLETE'})",
+        "teacher": f"{m.teacher.name} ({m.teacher.fingerprint[:16]}), {m.num_columns:,} columns, asked by {m.engine}",
+        "tokenizer": f"{m.tokenizer.name} ({m.tokenizer.fingerprint[:16]})",
+        "template": "none" if m.template == "none" else m.template[:16],
+        "data": f"{m.data.name} ({m.data.fingerprint[:16]}){part}, at most {m.length:,} positions a document",
+        "signal": f"{m.signal.kind}{f' ({shown})' if shown else ''}; seed {m.seed}",
+        "holds": f"{m.documents:,} documents, {m.tokens:,} tokens, {m.positions:,} positions with a signal",
+        "hidden": None,
+        "shards": f"{len(m.shards)}, {_size(m.size_bytes)} in all",
+        "bytes": f"{signal / n:.2f} a position for the signal ({tables / n:.2f} of them tables), "
+        f"{tokens / n:.2f} for tokens, {m.size_bytes / n:.2f} in all",
+        "entries": entries,
+        "error": f"{m.codec_error_nats:.2e} nats a position, by which storing changed what the teacher said",
+        "written by": ", ".join(f"{name} {version}" for name, version in m.versions.items()) or None,
+    }
+    if m.hidden is not None:
+        each = hidden_bytes_per_position(m.hidden, m.hidden_width)
+        text = f"{m.hidden_width:,} channels of layers {', '.join(map(str, m.hidden.layers))} in {m.hidden.format}"
+        lines["hidden"] = f"{text}: {each:,} bytes a position, {_size(each * m.positions)} in all"
+    text = "\n".join(x for name, value in lines.items() if value for x in _wrapped(f"{name:12}", escaped(value)))
     return "\n\n".join([text, *_histogram(store)])
-
-
-def _hidden(store: Store) -> list[tuple[str, str]]:
-    m = store.manifest
-    if m.hidden is None:
-        return []
-    each = bytes_per_position(m.hidden, m.hidden_width)
-    layers = ", ".join(map(str, m.hidden.layers))
-    text = f"{m.hidden_width:,} channels of layers {layers} in {m.hidden.format}: {each:,} bytes a position"
-    return [("hidden", f"{text}, {_size(each * m.positions)} in all")]
 
 
 def show_row(store: Store, index: int) -> str:
@@ -108,7 +99,7 @@ def show_row(store: Store, index: int) -> str:
 
 
 def describe_row(store: Store, index: int, texts: TokenTexts) -> str:
-    """A document: each token, and of each kept position what the teacher expected next.
+    """A document: each token, and for each kept position what the teacher expected next.
 
     Raises:
         IndexError: there is no such document.
@@ -120,7 +111,11 @@ def describe_row(store: Store, index: int, texts: TokenTexts) -> str:
         f"{len(tokens):,} tokens, {kept:,} positions with a signal in {store.signal_bytes(index):,} bytes"
     )
     candidates = _candidates(store, index, texts)
-    lines = [*_wrapped("", head), *_wrapped("", _sizes_of_states(store, index)), ""]
+    lines = _wrapped("", head)
+    if states := store.hidden([index]):
+        sizes = [f"{k}: {np.sqrt(np.square(v).mean()):.3g}" if v.size else f"{k}: none" for k, v in states.items()]
+        lines += _wrapped("", f"RMS of its hidden states by layer: {', '.join(sizes)}")
+    lines.append("")
     for position, token in enumerate(tokens.tolist()):
         text = f"{position:6}  {fitted(texts.text(token), 30)}"
         if not loss_mask[position]:
@@ -132,15 +127,8 @@ def describe_row(store: Store, index: int, texts: TokenTexts) -> str:
     return "\n".join(lines)
 
 
-def _sizes_of_states(store: Store, index: int) -> str:
-    """The root mean square of a document's hidden states at each layer; nothing where none are stored."""
-    sizes = [f"{layer}: {np.sqrt(np.square(state).mean()):.3g}" if state.size else f"{layer}: none"
-             for layer, state in store.hidden([index]).items()]  # fmt: skip
-    return f"RMS of its hidden states by layer: {', '.join(sizes)}" if sizes else ""
-
-
 def _candidates(store: Store, index: int, texts: TokenTexts) -> Iterator[tuple[list[str], str, str]]:
-    """Of each kept position: its likeliest tokens with their probabilities, the label's, and what else is known."""
+    """Each kept position's most likely tokens with their probabilities, the label's, and further notes."""
     config = store.signal_config
     if isinstance(config, Full):
         for logits in store.logits([index]).astype(np.float64):
@@ -150,38 +138,32 @@ def _candidates(store: Store, index: int, texts: TokenTexts) -> Iterator[tuple[l
             entropy = -(np.exp(log_probs) * np.where(np.isfinite(log_probs), log_probs, 0)).sum()
             yield [f"{texts.text(int(i))} {_share(log_probs[i])}" for i in best], "", f"entropy {entropy:.2f}"
         return
-    levels = store.levels([index])
-    sparse = to_sparse(levels, config)
-    log_probs = sparse.log_targets()[0].numpy()
-    notes = _notes(levels, config)
-    for p in range(len(levels)):
-        exact, total = int(levels.counts[p]), int(levels.counts[p] + levels.draw_counts[p])
+    codes = store.levels([index])
+    sparse = to_sparse(codes, config)
+    log_probs, notes = sparse.log_targets()[0].numpy(), _notes(codes, config)
+    for p in range(len(codes)):
+        exact, total = int(codes.counts[p]), int(codes.counts[p] + codes.sample_counts[p])
         order = np.argsort(-log_probs[p, :total], kind="stable")
-        names = []
-        for i in order[:CANDIDATES].tolist():
-            drawn = "~" if i >= exact else ""
-            names.append(f"{texts.text(int(sparse.ids[p, i]))} {drawn}{_share(log_probs[p, i])}")
+        names = [
+            f"{texts.text(int(sparse.ids[p, i]))} {'~' if i >= exact else ''}{_share(log_probs[p, i])}"
+            for i in order[:CANDIDATES].tolist()
+        ]
         if total > CANDIDATES:
             names.append(f"and {total - CANDIDATES} more")
         label = "" if sparse.label_log_probs is None else _share(float(sparse.label_log_probs[p]))
         yield names, label, notes[p]
 
 
-def _notes(levels: LogProbCodes, config: QuantisedSignal) -> list[str]:
-    """Of each position: the mass left out or the weight of a draw, and the entropy."""
-    sparse, names = to_sparse(levels, config), side_columns(config)
+def _notes(codes: LogProbCodes, config: QuantizedSignal) -> list[str]:
+    """Each position's residual mass or the weight of a sample, and its entropy."""
+    sparse, names = to_sparse(codes, config), side_columns(config)
     columns: list[list[str]] = []
-    for temperature, rest in sparse.log_rests.items():
+    for temperature, residual in sparse.log_rests.items():
         at = "" if temperature == 1.0 else f" at T={temperature:g}"
-        columns.append([f"rest{at} {_share(value)}" for value in rest.tolist()])
+        columns.append([f"rest{at} {_share(value)}" for value in residual.tolist()])
     if "unit" in names:
-        units = log_unit_of(levels.side[:, names.index("unit")], config)
-        columns.append(
-            [
-                f"a draw {_share(unit)}" if drawn else "no draws"
-                for unit, drawn in zip(units, levels.draw_counts, strict=True)
-            ]
-        )
+        units = zip(log_unit_of(codes.side[:, names.index("unit")], config), codes.sample_counts, strict=True)
+        columns.append([f"a draw {_share(unit)}" if sampled else "no draws" for unit, sampled in units])
     if sparse.entropy is not None:
         about = "about " if sparse.sampled else ""
         columns.append([f"entropy {about}{value:.2f}" for value in sparse.entropy.tolist()])
@@ -196,59 +178,28 @@ def _share(log_prob: float) -> str:
     return f"{share:.2f}%" if share >= 0.01 else "<0.01%"
 
 
-def _signal(signal: AnySignal) -> str:
-    """The signal's settings in words."""
-    values = {k: v for k, v in signal.model_dump(mode="json").items() if k != "kind" and v not in (False, [])}
-    settings = ", ".join(f"{k} {v if v is not True else 'on'}" for k, v in values.items())
-    return f"{signal.kind} ({settings})" if settings else signal.kind
-
-
-def _part(part: tuple[int, int]) -> str:
-    return "" if part[1] == 1 else f", part {part[0]} of {part[1]} (counted from 0)"
-
-
 def _size(size_bytes: int) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if size_bytes < 1024:
-            return f"{size_bytes:.1f} {unit}" if unit != "bytes" else f"{size_bytes} bytes"
-        size_bytes /= 1024  # pyright: ignore[reportAssignmentType]
-    return f"{size_bytes:,.1f} GiB"
-
-
-def _signal_bytes(store: Store) -> tuple[int, int]:
-    """The bytes of the signal column and of the tables."""
-    shards = store.shards
-    column = sum(
-        int(offsets[-1] - offsets[0])
-        for shard in shards
-        for batch in shard.batches
-        if len(offsets := np.frombuffer(batch["signal"].buffers()[1], np.int64, len(batch) + 1))
-    )
-    return column, sum(shard.shard.tables_bytes for shard in shards)
-
-
-def _token_bytes(store: Store) -> int:
-    each = 2 if store.manifest.num_columns <= 2**16 else 4
-    return store.manifest.tokens * each
+    if size_bytes < 1024:
+        return f"{size_bytes} bytes"
+    for power, unit in ((1, "KiB"), (2, "MiB")):
+        if size_bytes < 1024 ** (power + 1):
+            return f"{size_bytes / 1024**power:.1f} {unit}"
+    return f"{size_bytes / 2**30:,.1f} GiB"
 
 
 def _histogram(store: Store) -> list[str]:
-    """How many positions have how many entries, as bars of text; nothing where all have as many by definition."""
+    """The numbers of entries of the positions, as bars of text; nothing where all have as many by definition.
+
+    The documents are some at even distances if there are very many.
+    """
     if isinstance(store.signal_config, Full) or not store.manifest.positions:
         return []
-    counts = np.concatenate([np.zeros(0, np.int64), *_sampled_counts(store)])
-    lines = histogram(counts, COLUMNS)
-    of = "all" if len(counts) == store.manifest.positions else f"{len(counts):,}"
-    return ["\n".join([f"entries of a position, over {of} positions", *lines])]
-
-
-def _sampled_counts(store: Store) -> Iterator[np.ndarray]:
-    """The entries of each position, of documents at even distances if there are very many."""
     share = min(1.0, SAMPLE_POSITIONS / store.manifest.positions)
-    rows = np.unique(np.linspace(0, len(store) - 1, max(1, int(len(store) * share))).astype(np.int64))
-    for row in rows.tolist():
-        levels = store.levels([row])
-        yield (levels.counts + levels.draw_counts).astype(np.int64)
+    rows = np.unique(np.linspace(0, len(store) - 1, max(1, int(len(store) * share))).astype(np.int64)).tolist()
+    levels = (store.levels([row]) for row in rows)
+    counts = np.concatenate([(each.counts + each.sample_counts).astype(np.int64) for each in levels])
+    of = "all" if len(counts) == store.manifest.positions else f"{len(counts):,}"
+    return ["\n".join([f"entries of a position, over {of} positions", *histogram(counts, COLUMNS)])]
 
 
 def histogram(counts: np.ndarray, columns: int) -> list[str]:

@@ -1,24 +1,32 @@
 """Writes a store shard by shard; a shard is there whole or not at all."""
 
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from stillroom.errors import MismatchError, StorageError
-from stillroom.runs import crc32, lock, sync_folder, write_json, writing
-from stillroom.store.codec.codec import Codec
+from stillroom.runs import crc32, lock, sync_folder, writing
+from stillroom.store.codec import Codec
 from stillroom.store.config import SHARD_POSITIONS, Full
-from stillroom.store.format import MANIFEST, Manifest, Shard, hidden_crc32, read_manifest, row_crc32, schema, values_of
-from stillroom.store.hidden_states import bytes_per_position
-from stillroom.store.quantize import LogProbCodes
+from stillroom.store.format import (
+    MANIFEST,
+    Manifest,
+    Shard,
+    hidden_crc32,
+    list_array,
+    read_manifest,
+    row_crc32,
+    schema,
+    synced_file,
+    write_manifest,
+)
+from stillroom.store.quantize import LogProbCodes, hidden_bytes_per_position
 
 
 def check_out(out: str | Path, *, overwrite: bool) -> None:
@@ -58,9 +66,9 @@ def new_store(out: str | Path, *, overwrite: bool) -> Iterator[Path]:
     check_out(out, overwrite=overwrite)
     path = Path(out)
     made, old = (path.with_name(f".{path.name}.{kind}") for kind in ("new", "old"))
-    for rest in (made, old):
-        if rest.exists():
-            shutil.rmtree(rest)
+    for leftover in (made, old):
+        if leftover.exists():
+            shutil.rmtree(leftover)
     with writing(path):
         made.mkdir(parents=True)
     try:
@@ -80,20 +88,20 @@ ROWS_AT_ONCE = 256
 """Rows of a record batch at the most."""
 
 BATCH_HIDDEN_BYTES = 2**25
-"""A record batch is closed when it has so many bytes of hidden states; one that lies elsewhere is read whole."""
+"""A record batch is closed when it has so many bytes of hidden states; one of a remote file is read whole."""
 
 SHARD_HIDDEN_BYTES = 2**29
-"""So is a shard, which is held in memory until it is written."""
+"""A shard is closed when it has so many; it is held in memory until it is written."""
 
-OURS = re.compile(r"[0-9]{5,9}\.(arrow|tables)(\.tmp)?|\.manifest\.json\.tmp")
+WRITTEN_NAMES = re.compile(r"[0-9]{5,9}\.(arrow|tables)(\.tmp)?|\.manifest\.json\.tmp")
 """The names of files that a writer makes."""
 
 Row = tuple[int, np.ndarray, np.ndarray]
-"""A document's number, tokens and keep."""
+"""A document's number, tokens and loss mask."""
 
 IDENTITY = ("teacher", "engine", "tokenizer", "template", "data", "part", "num_columns", "length", "signal",
             "seed", "hidden")  # fmt: skip
-"""What a capture that is resumed must share with the one that is there."""
+"""The keys of the manifest that a resumed capture must share with the store that is there."""
 
 
 class StoreWriter:
@@ -132,7 +140,7 @@ class StoreWriter:
             )
             self._lock = lock(self.path, busy)
         try:
-            self.manifest = self._take_up(manifest)
+            self.manifest = self._resumed(manifest)
         except BaseException:
             self._lock.close()
             raise
@@ -142,11 +150,10 @@ class StoreWriter:
         self._positions, self._error = 0, 0.0
         self._broken: BaseException | None = None
 
-    def _take_up(self, manifest: Manifest) -> Manifest:
-        """The manifest that is there, or else this one; and nothing besides what it lists."""
-        place = self.path / MANIFEST
-        if place.exists():
-            before = read_manifest(place.read_bytes(), self.path)
+    def _resumed(self, manifest: Manifest) -> Manifest:
+        """The manifest that is there, or else this one; deletes the files of shards that it does not list."""
+        if (self.path / MANIFEST).exists():
+            before = read_manifest((self.path / MANIFEST).read_bytes(), self.path)
             for name in IDENTITY:
                 then, now = getattr(before, name), getattr(manifest, name)
                 if then != now:
@@ -159,9 +166,9 @@ class StoreWriter:
             manifest = before
         listed = {f"{shard.name}.{kind}" for shard in manifest.shards for kind in ("arrow", "tables")}
         for file in self.path.iterdir():
-            if file.name not in listed and OURS.fullmatch(file.name):
+            if file.name not in listed and WRITTEN_NAMES.fullmatch(file.name):
                 file.unlink()
-        self._write(manifest)
+        write_manifest(self.path, manifest)
         return manifest
 
     @property
@@ -188,10 +195,10 @@ class StoreWriter:
         Args:
             document: its number in the data.
             tokens: [n].
-            keep: bool [n]: whether the token after each is to be learnt; False for the last.
-            signal: of the kept positions: levels, or for a full store the logits, float32 [kept, columns].
-            error_nats: what quantising cost, summed over them.
-            hidden: their inner states as ``hidden.encode`` makes them, where the manifest says that there are some.
+            loss_mask: bool [n]: whether the token after each is a target; False for the last.
+            signal: the codes of the kept positions, or for a full store their logits, float32 [kept, vocab_size].
+            error_nats: the cost of quantizing, summed over them.
+            hidden: their hidden states as ``encode_hidden`` makes them, where the manifest says that there are some.
         """
         if self._broken is not None:  # what follows a shard that is not there would leave a gap
             raise self._broken
@@ -213,13 +220,13 @@ class StoreWriter:
 
     def _hidden_bytes_of(self, positions: int) -> int | None:
         config, width = self.manifest.hidden, self.manifest.hidden_width
-        return None if config is None else positions * bytes_per_position(config, width)
+        return None if config is None else positions * hidden_bytes_per_position(config, width)
 
     def finish(self) -> Manifest:
-        """Writes what is left, and says that the store is complete."""
+        """Writes the last shard, and that the store is complete."""
         self.flush()
         self.manifest = self.manifest.model_copy(update={"complete": True})
-        self._write(self.manifest)
+        write_manifest(self.path, self.manifest)
         return self.manifest
 
     def flush(self) -> None:
@@ -227,11 +234,21 @@ class StoreWriter:
         if not self._rows:
             return
         name = f"{len(self.manifest.shards):05d}"
-        tables, signals, entries, draws = self._encode()
+        if isinstance(self.manifest.signal, Full):
+            signals = [np.ascontiguousarray(signal, dtype="<f4").tobytes() for signal in self._signals]
+            tables, entries, samples = b"", self._positions * self.manifest.num_columns, 0
+        else:
+            codes = LogProbCodes.concatenate([signal for signal in self._signals if isinstance(signal, LogProbCodes)])
+            tokens = np.concatenate([tokens[loss_mask] for _, tokens, loss_mask in self._rows]).astype(np.int32)
+            codec = Codec.train(tokens, codes, self.manifest.num_columns)
+            signals = codec.encode(tokens, codes, np.cumsum([0, *map(len, self._signals)], dtype=np.int64))
+            tables, entries, samples = codec.to_bytes(), len(codes.ids), len(codes.sample_ids)
         arrow, side_file = self.path / f"{name}.arrow", self.path / f"{name}.tables"
         with writing(arrow):
-            _write_synced(side_file, lambda file: file.write(tables))
-            _write_synced(arrow, lambda file: self._write_arrow(file, signals))
+            with synced_file(side_file) as file:
+                file.write(tables)
+            with synced_file(arrow) as file:
+                self._write_arrow(file, signals)
             sync_folder(self.path)
         shard = Shard(
             name=name,
@@ -252,85 +269,52 @@ class StoreWriter:
                 "positions": positions,
                 "tokens": before.tokens + sum(len(tokens) for _, tokens, _ in self._rows),
                 "entries": before.entries + entries,
-                "draws": before.draws + draws,
+                "draws": before.draws + samples,
                 "codec_error_nats": error,
                 "shards": (*before.shards, shard),
             }
         )
-        self._write(self.manifest)
+        write_manifest(self.path, self.manifest)
         self._rows, self._signals, self._hidden, self._positions, self._error = [], [], [], 0, 0.0
-
-    def _encode(self) -> tuple[bytes, list[bytes], int, int]:
-        """The shard's tables, the signal column, and the numbers of entries and of drawn ids."""
-        if isinstance(self.manifest.signal, Full):
-            rows = [np.ascontiguousarray(signal, dtype="<f4").tobytes() for signal in self._signals]
-            return b"", rows, self._positions * self.manifest.num_columns, 0
-        levels = LogProbCodes.concatenate([signal for signal in self._signals if isinstance(signal, LogProbCodes)])
-        tokens = np.concatenate([tokens[loss_mask] for _, tokens, loss_mask in self._rows]).astype(np.int32)
-        offsets = np.cumsum([0, *map(len, self._signals)], dtype=np.int64)
-        codec = Codec.train(tokens, levels, self.manifest.num_columns)
-        return codec.to_bytes(), codec.encode(tokens, levels, offsets), len(levels.ids), len(levels.draw_ids)
 
     def _write_arrow(self, file: Any, signals: list[bytes]) -> None:
         columns = schema(self.manifest.num_columns, hidden=self.manifest.hidden is not None)
         with pa.ipc.new_file(file, columns) as writer:
             start = 0
             while start < len(self._rows):
-                stop = start + self._rows_of_batch(start)
-                arrays = self._arrays(columns, self._rows[start:stop], signals[start:stop], self._hidden[start:stop])
-                writer.write_batch(pa.record_batch(arrays, schema=columns))
+                stop = start + ROWS_AT_ONCE
+                if self._hidden:
+                    sizes = np.cumsum([len(hidden) for hidden in self._hidden[start:stop]])
+                    stop = min(stop, start + int(np.searchsorted(sizes, BATCH_HIDDEN_BYTES)) + 1)
+                rows, hidden = self._rows[start:stop], self._hidden[start:stop]
+                writer.write_batch(record_batch(columns, rows, signals[start:stop], hidden))
                 start = stop
-
-    def _rows_of_batch(self, start: int) -> int:
-        """How many rows the record batch has that begins at a row."""
-        sizes = np.cumsum([len(hidden) for hidden in self._hidden[start : start + ROWS_AT_ONCE]])
-        most = int(np.searchsorted(sizes, BATCH_HIDDEN_BYTES)) + 1 if len(sizes) else ROWS_AT_ONCE
-        return min(most, ROWS_AT_ONCE)
-
-    def _arrays(self, columns: pa.Schema, rows: list[Row], signals: list[bytes], hidden: list[bytes]) -> list[pa.Array]:
-        """The columns of a record batch."""
-        of_hidden: list[int | None] = [None] * len(rows)
-        further = []
-        if self.manifest.hidden is not None:
-            of_hidden = [hidden_crc32(n, t, k, states) for (n, t, k), states in zip(rows, hidden, strict=True)]
-            further = [pa.array(of_hidden, pa.uint32()), pa.array(hidden, pa.large_binary())]
-        of_rows = [row_crc32(n, t, k, said, of) for (n, t, k), said, of in zip(rows, signals, of_hidden, strict=True)]
-        return [
-            pa.array([document for document, _, _ in rows], pa.int64()),
-            _lists([tokens for _, tokens, _ in rows], columns.field("tokens").type),
-            _lists([loss_mask for _, _, loss_mask in rows], columns.field("keep").type),
-            pa.array(signals, pa.large_binary()),
-            pa.array(of_rows, pa.uint32()),
-            *further,
-        ]
-
-    def _write(self, manifest: Manifest) -> None:
-        write_json(self.path / MANIFEST, values_of(manifest))
-        sync_folder(self.path)
-
-    def close(self) -> None:
-        self._lock.close()
 
     def __enter__(self) -> "StoreWriter":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
 
 
-def _lists(arrays: list[np.ndarray], kind: pa.DataType) -> pa.Array:
-    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
-    values = pa.array(np.concatenate(arrays), kind.value_type)
-    return pa.ListArray.from_arrays(pa.array(offsets), values, type=kind)
-
-
-def _write_synced(path: Path, write: Callable[[Any], object]) -> None:
-    """Writes a file under a temporary name, syncs it and renames it."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def record_batch(
+    columns: pa.Schema, rows: Sequence[Row], signals: Sequence[bytes | memoryview], hidden: Sequence[bytes | memoryview]
+) -> pa.RecordBatch:
+    """Rows as a shard holds them, with their checksums; ``hidden`` is empty where there are no hidden states."""
+    hidden_checksums: list[int | None] = [None] * len(rows)
+    if hidden:
+        hidden_checksums = [hidden_crc32(*row, states) for row, states in zip(rows, hidden, strict=True)]
+    checksums = [row_crc32(*r, signal, h) for r, signal, h in zip(rows, signals, hidden_checksums, strict=True)]
+    tokens, masks = [tokens for _, tokens, _ in rows], [mask for _, _, mask in rows]
+    lists = [
+        list_array(pa.array(np.concatenate(arrays), kind.value_type), map(len, arrays), kind)
+        for arrays, kind in ((tokens, columns.field("tokens").type), (masks, columns.field("keep").type))
+    ]
+    arrays = [
+        pa.array([document for document, _, _ in rows], pa.int64()),
+        *lists,
+        pa.array(signals, pa.large_binary()),
+        pa.array(checksums, pa.uint32()),
+        *([pa.array(hidden_checksums, pa.uint32()), pa.array(hidden, pa.large_binary())] if hidden else []),
+    ]
+    return pa.record_batch(arrays, schema=columns)

@@ -82,8 +82,8 @@ def contents(path: Path) -> list[tuple[Any, ...]]:
     found = []
     for i in range(len(store)):
         levels = store.levels([i])
-        places = np.repeat(np.arange(len(levels)), levels.draw_counts).tolist()
-        draws = sorted(zip(places, levels.draw_ids.tolist(), levels.draw_times.tolist(), strict=True))
+        places = np.repeat(np.arange(len(levels)), levels.sample_counts).tolist()
+        draws = sorted(zip(places, levels.sample_ids.tolist(), levels.sample_repeats.tolist(), strict=True))
         exact = [getattr(levels, name).tolist() for name in ("counts", "ids", "levels", "side")]
         found.append((store.document(i), store.tokens(i).tolist(), store.loss_mask(i).tolist(), draws, *exact))
     return found

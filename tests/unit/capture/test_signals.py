@@ -107,7 +107,7 @@ def test_impossible_tokens_and_columns_that_do_not_count(signal):
         model.lm_head.bias[3], model.lm_head.bias[COLUMNS] = -math.inf, math.nan
     for said in teacher(model, signal).capture(documents()):
         if isinstance(said.signal, LogProbCodes):
-            assert 3 not in (*said.signal.ids, *said.signal.draw_ids)
+            assert 3 not in (*said.signal.ids, *said.signal.sample_ids)
         else:
             assert np.isneginf(said.signal[:, 3]).all()
             assert np.isfinite(np.delete(said.signal, 3, axis=1)).all()
@@ -198,9 +198,9 @@ def test_the_nucleus_is_that_of_a_plain_forward_pass(model, pack):
 
 def pairs(levels: LogProbCodes, row: int) -> dict[int, int]:
     """The drawn ids of a position, with how often each came."""
-    ends = np.cumsum(levels.draw_counts)
-    part = slice(int(ends[row] - levels.draw_counts[row]), int(ends[row]))
-    return dict(zip(levels.draw_ids[part].tolist(), levels.draw_times[part].tolist(), strict=True))
+    ends = np.cumsum(levels.sample_counts)
+    part = slice(int(ends[row] - levels.sample_counts[row]), int(ends[row]))
+    return dict(zip(levels.sample_ids[part].tolist(), levels.sample_repeats[part].tolist(), strict=True))
 
 
 def drawn(probabilities: np.ndarray, points: np.ndarray) -> dict[int, int]:

@@ -68,8 +68,8 @@ def contents(store: Store) -> list[tuple[Any, ...]]:
             found.append((*row, store.logits([i]).tobytes()))
             continue
         levels = store.levels([i])
-        places = np.repeat(np.arange(len(levels)), levels.draw_counts).tolist()
-        draws = sorted(zip(places, levels.draw_ids.tolist(), levels.draw_times.tolist(), strict=True))
+        places = np.repeat(np.arange(len(levels)), levels.sample_counts).tolist()
+        draws = sorted(zip(places, levels.sample_ids.tolist(), levels.sample_repeats.tolist(), strict=True))
         found.append((*row, draws, *(getattr(levels, name).tolist() for name in ("counts", "ids", "levels", "side"))))
     return found
 

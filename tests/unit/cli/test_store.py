@@ -31,7 +31,7 @@ def here(tmp_path: Path, tiny_tokenizer, monkeypatch: pytest.MonkeyPatch) -> Pat
             tokenizer=SourceInfo(name="tiny", fingerprint=fingerprint(tiny_tokenizer)),
             template="none",
             data=SourceInfo(name=f"{name}.jsonl", fingerprint=name),
-            vocab_size=300,
+            num_columns=300,
             length=16,
             signal=Full(kind="full"),
             side=(),
@@ -59,7 +59,7 @@ def run(capsys: pytest.CaptureFixture[str], line: str, code: int = 0) -> tuple[s
         ("store", Arguments("store")),
         ("store check DIR", Arguments("store", words=["check", "DIR"])),
         ("store show DIR 3 --quiet", Arguments("store", None, [], {"quiet"}, ["show", "DIR", "3"])),
-        ("store merge A B out=C", Arguments("store", None, ["out=C"], set(), ["merge", "A", "B"])),
+        ("store concat A B out=C", Arguments("store", None, ["out=C"], set(), ["concat", "A", "B"])),
         ("store check ./a=b", Arguments("store", words=["check", "./a=b"])),
     ],
 )
@@ -105,7 +105,7 @@ def test_show(capsys):
         assert err.startswith("error: ")
 
 
-def test_export_import_and_merge(here, capsys, tokenizer_folder):
+def test_export_import_and_concat(here, capsys, tokenizer_folder):
     out, err = run(capsys, "store export a x.parquet")
     assert out.startswith("exported  3 documents, 12 positions\nsize      x.parquet (")
     assert pq.read_table("x.parquet").num_rows == 3
@@ -116,17 +116,17 @@ def test_export_import_and_merge(here, capsys, tokenizer_folder):
     assert err == ""
     assert json.loads((here / "i" / "manifest.json").read_bytes())["versions"]["numpy"] == np.__version__
     run(capsys, "store check i")
-    out, err = run(capsys, "store merge a b out=m")
+    out, err = run(capsys, "store concat a b out=m")
     assert out.startswith("store     m (6 documents, 24 positions)\n")
     run(capsys, "store check m")
-    assert "exists" in run(capsys, "store merge a b out=m", 2)[1]
-    run(capsys, "store merge b a out=m --overwrite")
+    assert "exists" in run(capsys, "store concat a b out=m", 2)[1]
+    run(capsys, "store concat b a out=m --overwrite")
 
 
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        ("store", "there is no command after `store`\n  commands: check, show, export, import, join, merge\n"),
+        ("store", "there is no command after `store`\n  commands: check, show, export, import, join, concat\n"),
         ("store chek a", "`chek` is not a command of `store`\n  did you mean: check     commands: check, "),
         ("store a", "`a` is not a command of `store`\n"),
         ("store check", "`store check` takes DIR\n  given: nothing     wanted: DIR\n"),
@@ -139,10 +139,11 @@ def test_export_import_and_merge(here, capsys, tokenizer_folder):
         ("store join a", "there are no parts of a capture in a\n"),
         ("store join a keep=1", "unknown setting `keep`\n"),
         ("store check a --resume", "`store check` has no --resume\n"),
-        ("store merge a b out=c --dry-run", "`store merge` has no --dry-run\n"),
-        ("store merge a b", "the setting `out` is not valid\n"),
-        ("store merge a b out=c oat=d", "unknown setting `oat`\n"),
-        ("store merge a out=c", "there are no two different stores to merge\n"),
+        ("store concat a b out=c --dry-run", "`store concat` has no --dry-run\n"),
+        ("store concat a b", "the setting `out` is not valid\n"),
+        ("store concat a b out=c oat=d", "unknown setting `oat`\n"),
+        ("store concat a out=c", "there are no two different stores to concatenate\n"),
+        ("store merge a b out=c", "`store merge` is now called `store concat`\n  given: store merge     wanted: "),
         ("store import out=c tokenizer=t", "there is no file to import\n"),
         ("store import x.parquet out=c", "the setting `tokenizer` is not valid\n"),
         ("store import x.parquet out=c tokenizer=t layuot=plain", "unknown setting `layuot`\n"),

@@ -7,7 +7,7 @@ import pytest
 
 from stillroom.estimates import storage
 from stillroom.store.config import HiddenStatesConfig
-from stillroom.store.hidden_states import bytes_per_position
+from stillroom.store.quantize import hidden_bytes_per_position
 
 RESULTS = json.loads((Path(__file__).parents[3] / "benchmarks" / "store.json").read_text())
 
@@ -44,4 +44,4 @@ def test_other_numbers_of_entries_are_said_to_be_extrapolated():
 @pytest.mark.parametrize("form", ["int8", "bfloat16"])
 def test_hidden_states_are_what_the_store_writes(form):
     config = HiddenStatesConfig(layers=(0, 3, "final_norm"), format=form)
-    assert storage.hidden_states(192, 3, form).bytes_per_position == bytes_per_position(config, 192)
+    assert storage.hidden_states(192, 3, form).bytes_per_position == hidden_bytes_per_position(config, 192)

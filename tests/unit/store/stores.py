@@ -16,8 +16,7 @@ from stillroom.kernels.selection import Selection, head_and_sample, sampled, top
 from stillroom.store.check import ShardCheck
 from stillroom.store.config import AnySignal, Full, HeadAndSample, HiddenStatesConfig, Sampled, TopK, TopP, side_columns
 from stillroom.store.format import Manifest, SourceInfo, format_of, seal
-from stillroom.store.hidden_states import encode
-from stillroom.store.quantize import LogProbCodes, num_uniforms, quantize
+from stillroom.store.quantize import LogProbCodes, encode_hidden, num_uniforms, quantize
 from stillroom.store.reader import Store
 from stillroom.store.writer import StoreWriter
 
@@ -109,7 +108,7 @@ def build_states(document: Document, config: HiddenStatesConfig) -> torch.Tensor
 
 def with_hidden(documents: Sequence[Document], config: HiddenStatesConfig) -> list[Document]:
     """The same documents, with inner states."""
-    return [dataclasses.replace(d, hidden=encode(build_states(d, config), config)) for d in documents]
+    return [dataclasses.replace(d, hidden=encode_hidden(build_states(d, config), config)) for d in documents]
 
 
 def hidden_changes(config: HiddenStatesConfig | None) -> dict[str, Any]:
@@ -160,10 +159,10 @@ def equal(a: LogProbCodes | np.ndarray, b: LogProbCodes | np.ndarray) -> bool:
 
 
 def _in_order(levels: LogProbCodes) -> tuple[np.ndarray, ...]:
-    owner = np.repeat(np.arange(len(levels)), levels.draw_counts)
-    order = np.lexsort((levels.draw_ids, owner))
-    plain = (levels.counts, levels.ids, levels.levels, levels.draw_counts, levels.side)
-    return (*plain, levels.draw_ids[order], levels.draw_times[order])
+    owner = np.repeat(np.arange(len(levels)), levels.sample_counts)
+    order = np.lexsort((levels.sample_ids, owner))
+    plain = (levels.counts, levels.ids, levels.levels, levels.sample_counts, levels.side)
+    return (*plain, levels.sample_ids[order], levels.sample_repeats[order])
 
 
 def signal_of(store: Store, index: int) -> LogProbCodes | np.ndarray:
@@ -221,5 +220,5 @@ def arrow_bytes(table: pa.Table, options: pa.ipc.IpcWriteOptions | None = None) 
 
 def verify(store: Store, number: int) -> None:
     """Raises the first thing that a check finds wrong with a shard."""
-    for problem in ShardCheck(store.place, store.manifest, number).problems:
+    for problem in ShardCheck(store.files, store.manifest, number).problems:
         raise problem

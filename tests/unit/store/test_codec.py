@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stillroom.store.codec.codec import Codec
+from stillroom.store.codec import Codec
 from stillroom.store.quantize import LogProbCodes
 
 MOST = (1 << 24) - 1
@@ -24,23 +24,23 @@ def signals(draw, max_columns: int = 12):
     """Tokens, levels, number of columns and offsets of rows: few positions, every kind of value."""
     num_columns = draw(st.integers(1, max_columns))
     num_side, size = draw(st.integers(0, 2)), draw(st.integers(0, 6))
-    tokens, counts, ids, levels, draw_counts, draw_ids, draw_times, side = ([] for _ in range(8))
+    tokens, counts, ids, levels, sample_counts, sample_ids, sample_repeats, side = ([] for _ in range(8))
     for _ in range(size):
         order = draw(st.permutations(range(num_columns)))
         count = draw(st.integers(0, num_columns))
         drawn = draw(st.integers(0, num_columns - count))
         tokens.append(draw(st.integers(0, num_columns - 1)))
         counts.append(count)
-        draw_counts.append(drawn)
+        sample_counts.append(drawn)
         ids += order[:count]
         levels += sorted(draw(st.lists(numbers, min_size=count, max_size=count)))
-        draw_ids += order[count : count + drawn]
-        draw_times += [1 + draw(st.integers(0, MOST - 1)) for _ in range(drawn)]
+        sample_ids += order[count : count + drawn]
+        sample_repeats += [1 + draw(st.integers(0, MOST - 1)) for _ in range(drawn)]
         side.append([draw(numbers) for _ in range(num_side)])
     cuts = sorted(draw(st.lists(st.integers(0, size), max_size=3)))
     table = int32(side).reshape(size, num_side)
     found = LogProbCodes(
-        int32(counts), int32(ids), int32(levels), int32(draw_counts), int32(draw_ids), int32(draw_times), table
+        int32(counts), int32(ids), int32(levels), int32(sample_counts), int32(sample_ids), int32(sample_repeats), table
     )
     return int32(tokens), found, num_columns, np.array([0, *cuts, size], np.int64)
 
@@ -54,9 +54,9 @@ def made(seed: int, size: int = 200, num_columns: int = 300, exact: int = 6):
         counts=np.full(size, exact, np.int32),
         ids=int32(np.concatenate([row[:exact] for row in near])),
         levels=int32(np.sort(rng.integers(0, 60, (size, exact)), axis=1).ravel()),
-        draw_counts=np.full(size, 3, np.int32),
-        draw_ids=int32(np.concatenate([row[exact:] for row in near])),
-        draw_times=int32(rng.integers(1, 4, 3 * size)),
+        sample_counts=np.full(size, 3, np.int32),
+        sample_ids=int32(np.concatenate([row[exact:] for row in near])),
+        sample_repeats=int32(rng.integers(1, 4, 3 * size)),
         side=int32(rng.integers(0, 500, (size, 2))),
     )
     return int32(tokens), levels, num_columns, np.arange(0, size + 1, 20, dtype=np.int64)
@@ -64,23 +64,23 @@ def made(seed: int, size: int = 200, num_columns: int = 300, exact: int = 6):
 
 def canonical(levels: LogProbCodes) -> list:
     """The numbers, the draws of each position sorted by id, for their order has no meaning."""
-    order = np.lexsort((levels.draw_ids, np.repeat(np.arange(len(levels)), levels.draw_counts)))
-    names = ("counts", "ids", "levels", "draw_counts", "side")
+    order = np.lexsort((levels.sample_ids, np.repeat(np.arange(len(levels)), levels.sample_counts)))
+    names = ("counts", "ids", "levels", "sample_counts", "side")
     kept = [getattr(levels, name).tolist() for name in names]
-    return [*kept, levels.draw_ids[order].tolist(), levels.draw_times[order].tolist()]
+    return [*kept, levels.sample_ids[order].tolist(), levels.sample_repeats[order].tolist()]
 
 
 def assert_valid(levels: LogProbCodes, num_columns: int) -> None:
     """What every decoded Levels must be, damaged or not."""
     assert levels.counts.sum() == len(levels.ids) == len(levels.levels)
-    assert levels.draw_counts.sum() == len(levels.draw_ids) == len(levels.draw_times)
-    entries, draws = np.cumsum([0, *levels.counts]), np.cumsum([0, *levels.draw_counts])
+    assert levels.sample_counts.sum() == len(levels.sample_ids) == len(levels.sample_repeats)
+    entries, draws = np.cumsum([0, *levels.counts]), np.cumsum([0, *levels.sample_counts])
     for p in range(len(levels)):
-        ids = [*levels.ids[entries[p] : entries[p + 1]], *levels.draw_ids[draws[p] : draws[p + 1]]]
+        ids = [*levels.ids[entries[p] : entries[p + 1]], *levels.sample_ids[draws[p] : draws[p + 1]]]
         assert len(set(ids)) == len(ids)
         assert all(0 <= i < num_columns for i in ids)
         assert (np.diff(levels.levels[entries[p] : entries[p + 1]]) >= 0).all()
-    for values in (levels.levels, levels.side, levels.draw_times - 1):
+    for values in (levels.levels, levels.side, levels.sample_repeats - 1):
         assert values.size == 0 or (values.min() >= 0 and values.max() <= MOST)
 
 
@@ -225,10 +225,10 @@ def test_a_claim_of_more_entries_than_the_bytes_can_hold_is_refused():
         ("ids", [0, 300, 2]),
         ("ids", [-1, 1, 2]),
         ("ids", [1, 1, 2]),
-        ("draw_ids", [7]),
+        ("sample_ids", [7]),
         ("levels", [3, 2, 9]),
         ("levels", [1, 2, 1 << 24]),
-        ("draw_times", [0]),
+        ("sample_repeats", [0]),
         ("counts", [4]),
         ("side", [[-1]]),
     ],
@@ -238,9 +238,9 @@ def test_levels_that_are_not_levels_are_refused(name, value):
         "counts": [3],
         "ids": [0, 7, 2],
         "levels": [1, 2, 3],
-        "draw_counts": [1],
-        "draw_ids": [9],
-        "draw_times": [1],
+        "sample_counts": [1],
+        "sample_ids": [9],
+        "sample_repeats": [1],
     }
     arrays = {key: int32(values) for key, values in {**good, "side": [[0]], name: value}.items()}
     fine = LogProbCodes(**{key: int32(values) for key, values in {**good, "side": [[0]]}.items()})
@@ -297,9 +297,9 @@ def test_the_format_is_what_it_was():
         counts=int32([2, 0, 1]),
         ids=int32([5, 3, 7]),
         levels=int32([1, 4, 0]),
-        draw_counts=int32([0, 2, 1]),
-        draw_ids=int32([6, 2, 1]),
-        draw_times=int32([1, 3, 2]),
+        sample_counts=int32([0, 2, 1]),
+        sample_ids=int32([6, 2, 1]),
+        sample_repeats=int32([1, 3, 2]),
         side=int32([[10], [11], [300]]),
     )
     learnt = Codec.train(np.tile(tokens, 20), LogProbCodes.concatenate([levels] * 20), 8)

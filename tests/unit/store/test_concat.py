@@ -1,4 +1,4 @@
-"""Merge: the parts of a capture, and stores of different data, become one store."""
+"""Concat: the parts of a capture, and stores of different data, become one store."""
 
 import shutil
 from pathlib import Path
@@ -29,7 +29,7 @@ def source(name: str) -> SourceInfo:
 
 
 def says_the_same(merged: Store, stores: list[Store], order: list[tuple[int, int]], numbers: list[int] | None = None):
-    """Whether the merged store's documents are these (store, row) in this order."""
+    """Whether the new store's documents are these (store, row) in this order."""
     assert len(merged) == len(order)
     for i, (number, row) in enumerate(order):
         store = stores[number]
@@ -233,7 +233,7 @@ def test_out_that_exists(make, tmp_path):
 
 
 def refused(paths: list[Path], tmp_path: Path, kind: type[StillroomError], what: str) -> None:
-    """Fails unless a merge is refused and leaves nothing behind."""
+    """Fails unless a concatenation is refused and leaves nothing behind."""
     before = sorted(p.name for p in tmp_path.iterdir())
     with pytest.raises(kind, match=what):
         concat(paths, tmp_path / "refused")

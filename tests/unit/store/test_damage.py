@@ -402,7 +402,7 @@ def test_signals_of_noise_are_refused_or_are_levels_in_their_bounds(kind, copy):
         except DataError:
             continue
         assert len(levels) == int(store.loss_mask(0).sum())
-        for values in (levels.ids, levels.draw_ids):
+        for values in (levels.ids, levels.sample_ids):
             assert values.size == 0 or 0 <= values.min() <= values.max() < COLUMNS
         assert to_sparse(levels, store.signal_config).log_probs.isnan().sum() == 0
 

@@ -47,7 +47,7 @@ def expected(store: Store, i: int) -> tuple[list[list[int]], list[np.ndarray]]:
         return order.tolist(), list(np.take_along_axis(log_probs, order, -1))
     levels = store.levels([i])
     sparse = to_sparse(levels, store.signal_config)
-    counts, targets = (levels.counts + levels.draw_counts).tolist(), sparse.log_targets()[0].numpy()
+    counts, targets = (levels.counts + levels.sample_counts).tolist(), sparse.log_targets()[0].numpy()
     return [sparse.ids[p, :n].tolist() for p, n in enumerate(counts)], [targets[p, :n] for p, n in enumerate(counts)]
 
 

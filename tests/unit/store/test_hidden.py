@@ -16,7 +16,7 @@ from stillroom.store.concat import concat
 from stillroom.store.config import Full, HiddenStatesConfig
 from stillroom.store.export import left_out
 from stillroom.store.format import hidden_crc32, row_crc32, schema
-from stillroom.store.hidden_states import LEAST_SCALE, MOST, bytes_per_position, decode, encode
+from stillroom.store.quantize import MAX_STATE, MIN_SCALE, decode_hidden, encode_hidden, hidden_bytes_per_position
 from stillroom.store.reader import Store
 from stillroom.store.show import TokenTexts, describe, describe_row
 from stillroom.store.writer import StoreWriter
@@ -52,7 +52,7 @@ SIGNAL = EVERY["top_k"]
 def read(data: bytes, config: HiddenStatesConfig, shape: tuple[int, ...]) -> np.ndarray:
     """float32 [layers, kept, width]."""
     states = {layer: np.empty(shape[1:], np.float32) for layer in config.layers}
-    decode(data, config, shape[2], shape[1], states)
+    decode_hidden(data, config, shape[2], shape[1], states)
     return np.stack(list(states.values()))
 
 
@@ -75,14 +75,16 @@ def copy(made, tmp_path) -> Path:
 
 def test_a_position_takes_exactly_so_many_bytes():
     states = torch.randn(3, 5, WIDTH)
-    assert len(encode(states, INT8)) == 5 * bytes_per_position(INT8, WIDTH) == 5 * 3 * (4 + WIDTH)
-    assert len(encode(states[:2], BFLOAT16)) == 5 * bytes_per_position(BFLOAT16, WIDTH) == 5 * 2 * 2 * WIDTH
+    assert len(encode_hidden(states, INT8)) == 5 * hidden_bytes_per_position(INT8, WIDTH) == 5 * 3 * (4 + WIDTH)
+    assert (
+        len(encode_hidden(states[:2], BFLOAT16)) == 5 * hidden_bytes_per_position(BFLOAT16, WIDTH) == 5 * 2 * 2 * WIDTH
+    )
 
 
 def test_int8_is_within_half_a_scale_and_keeps_the_largest_channel():
     states = torch.randn(3, 40, WIDTH) * torch.logspace(-30, 30, 40)[:, None]
     states[1, 3] = 0.0
-    found = read(encode(states, INT8), INT8, (3, 40, WIDTH))
+    found = read(encode_hidden(states, INT8), INT8, (3, 40, WIDTH))
     largest = states.abs().amax(-1, keepdim=True).numpy()
     assert (np.abs(found - states.numpy()) <= largest / 127 / 2 * (1 + 1e-5)).all()
     assert np.abs(found).max(-1, keepdims=True) == pytest.approx(largest, rel=1e-6)
@@ -90,17 +92,17 @@ def test_int8_is_within_half_a_scale_and_keeps_the_largest_channel():
 
 
 def test_bfloat16_rounds_to_the_nearest_even():
-    states = torch.tensor([1.0, 1 + 2**-8, 1 + 3 * 2**-8, -1e-30, MOST, 0.0]).expand(2, 1, WIDTH)
-    found = read(encode(states, BFLOAT16), BFLOAT16, (2, 1, WIDTH))
+    states = torch.tensor([1.0, 1 + 2**-8, 1 + 3 * 2**-8, -1e-30, MAX_STATE, 0.0]).expand(2, 1, WIDTH)
+    found = read(encode_hidden(states, BFLOAT16), BFLOAT16, (2, 1, WIDTH))
     assert found[0, 0, :3].tolist() == [1.0, 1.0, 1 + 2**-6]
     assert np.array_equal(found, states.to(torch.bfloat16).float().numpy())
 
 
 def test_states_of_any_size_that_bfloat16_holds_can_be_kept():
-    for size in (MOST, 127 * LEAST_SCALE, LEAST_SCALE, 1e-45):
+    for size in (MAX_STATE, 127 * MIN_SCALE, MIN_SCALE, 1e-45):
         states = torch.full((3, 1, WIDTH), size)
-        found = read(encode(states, INT8), INT8, (3, 1, WIDTH))
-        assert found == pytest.approx(states.numpy() if size > LEAST_SCALE else np.zeros_like(states), rel=1e-6)
+        found = read(encode_hidden(states, INT8), INT8, (3, 1, WIDTH))
+        assert found == pytest.approx(states.numpy() if size > MIN_SCALE else np.zeros_like(states), rel=1e-6)
 
 
 def test_the_format_is_what_it_was():
@@ -108,10 +110,10 @@ def test_the_format_is_what_it_was():
     states = torch.tensor([[[127.0, -63.6, 0.0], [0.0, 0.0, 0.0]], [[-254.0, 3.0, 1.0], [1.27, 0.5, 0.0]]])
     two = HiddenStatesConfig(layers=(0, "final_norm"))
     golden = bytes.fromhex("0000803f 00000000 7fc000 000000 00000040 0ad7233c 810200 7f3200")
-    assert encode(states, two) == golden
+    assert encode_hidden(states, two) == golden
     half = HiddenStatesConfig(layers=(0, "final_norm"), format="bfloat16")
     golden = bytes.fromhex("fe427ec20000 000000000000 7ec34040803f a33f003f0000")
-    assert encode(states, half) == golden
+    assert encode_hidden(states, half) == golden
     document = 3, np.array([1, 65536]), np.array([True, False])
     of_document = bytes.fromhex("0300000000000000 01000000 00000100 01 00")
     assert hidden_crc32(*document, golden) == zlib.crc32(of_document + golden)
@@ -168,7 +170,7 @@ def test_signals_alone_are_read_without_the_hidden_states(copy, monkeypatch):
     replace_file(copy, "00000.arrow", bytes(data))
     store = Store(copy)
     with monkeypatch.context() as patch:
-        patch.setattr("stillroom.store.reader.StoredShard._hidden_batch", None)
+        patch.setattr("stillroom.store.reader.StoredShard.hidden_bytes", None)
         assert says(store, build_documents(SIGNAL, columns=304))
     with pytest.raises(DataError, match=r"hidden states of 00000\.arrow row 0"):
         store.hidden([0])
@@ -184,7 +186,7 @@ def test_a_store_without_them_says_nothing_of_them(tmp_path):
 
 def test_a_shard_ends_also_when_it_has_many_bytes_of_them(tmp_path):
     documents = with_hidden(build_documents(SIGNAL, [9] * 6), INT8)
-    each = 5 * bytes_per_position(INT8, WIDTH)
+    each = 5 * hidden_bytes_per_position(INT8, WIDTH)
     manifest = build_manifest(SIGNAL, **hidden_changes(INT8))
     with StoreWriter(tmp_path / "store", manifest, shard_hidden_bytes=2 * each) as writer:
         add(writer, documents)
@@ -193,7 +195,7 @@ def test_a_shard_ends_also_when_it_has_many_bytes_of_them(tmp_path):
 
 
 def test_record_batches_hold_few_bytes_of_them(tmp_path, monkeypatch):
-    monkeypatch.setattr("stillroom.store.writer.BATCH_HIDDEN_BYTES", 10 * bytes_per_position(INT8, WIDTH))
+    monkeypatch.setattr("stillroom.store.writer.BATCH_HIDDEN_BYTES", 10 * hidden_bytes_per_position(INT8, WIDTH))
     store = Store(build(tmp_path / "store", shard_positions=10**6))
     assert [len(batch) for batch in store.shards[0].batches] == [3, 3, 1, 1]
     assert says(store, build_documents(SIGNAL))

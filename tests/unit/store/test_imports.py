@@ -465,8 +465,8 @@ def test_another_number_of_positions(cut, take, tmp_path):
     [
         lambda row: row["ids"].pop(),
         lambda row: row["ids"][0].pop(),
-        lambda row: row.update(loss_mask=[True] * len(row["tokens"])),
-        lambda row: row.update(loss_mask=[True, False]),
+        lambda row: row.update(keep=[True] * len(row["tokens"])),
+        lambda row: row.update(keep=[True, False]),
         lambda row: row.update(attention_mask=[1] * (len(row["tokens"]) - 1) + [0]),
         lambda row: row.update(log_rest=[-1.0]),
         lambda row: row.update(log_rest=[-0.01] * (len(row["tokens"]) - 1)),

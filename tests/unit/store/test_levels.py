@@ -11,9 +11,9 @@ def three_positions() -> LogProbCodes:
         counts=np.array([2, 0, 1], np.int32),
         ids=np.array([5, 3, 7], np.int32),
         levels=np.array([1, 4, 0], np.int32),
-        draw_counts=np.array([0, 2, 1], np.int32),
-        draw_ids=np.array([9, 8, 6], np.int32),
-        draw_times=np.array([1, 3, 2], np.int32),
+        sample_counts=np.array([0, 2, 1], np.int32),
+        sample_ids=np.array([9, 8, 6], np.int32),
+        sample_repeats=np.array([1, 3, 2], np.int32),
         side=np.array([[10], [11], [12]], np.int32),
     )
 

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from stillroom.errors import DataError, MissingError
-from stillroom.store.codec.codec import Codec
+from stillroom.store.codec import Codec
 from stillroom.store.quantize import LogProbCodes
 from stillroom.store.reader import Store
 from stillroom.store.writer import StoreWriter

@@ -55,7 +55,7 @@ def test_the_manifest_counts_what_is_there(tmp_path):
     assert manifest.positions == sum(map(len, signals))
     assert manifest.tokens == sum(len(d.tokens) for d in documents)
     assert manifest.entries == sum(len(s.ids) for s in signals)
-    assert manifest.draws == sum(len(s.draw_ids) for s in signals)
+    assert manifest.draws == sum(len(s.sample_ids) for s in signals)
     assert manifest.codec_error_nats == pytest.approx(sum(d.error_nats for d in documents) / manifest.positions)
     assert [shard.name for shard in manifest.shards] == [f"{i:05d}" for i in range(len(manifest.shards))]
     assert sum(shard.positions for shard in manifest.shards) == manifest.positions

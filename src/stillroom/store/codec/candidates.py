@@ -1,4 +1,4 @@
-"""The candidates of a position: the ids that the tables' lists name, in classes by how likely. Needs numba.
+"""The candidates of a position: the ids that the tables' lists name, in classes of likelihood. Needs numba.
 
 The inner functions are compiled without reference counts (``_nrt``), which would cost more than the work: they make no
 arrays. Their indices are unsigned where it counts, for a signed one is tested for a negative value at each use.
@@ -24,13 +24,13 @@ CODED = -(1 << 28)
 
 
 class Tables(NamedTuple):
-    offsets: np.ndarray  # [2 v + 1] where each token's list begins: after it, then beside it
+    offsets: np.ndarray  # [2 v + 1] the first entry of each token's list: after it, then beside it
     entries: np.ndarray  # [n] id + gain * 2**24: how much likelier the list makes the id, in half octaves
     scores: np.ndarray  # [v] log2 of each id's share in eighths of an octave
     ranks: np.ndarray  # [v] rank of each id, the most frequent first
     ranked: np.ndarray  # [v] ids by rank
     weights: np.ndarray  # [9, 33] relative probability of one member of each class, by slot
-    most: np.ndarray  # [2] the most entries and the most draws of a position that were seen
+    most: np.ndarray  # [2] the most entries and the most samples of a position that were seen
     numbers: np.ndarray  # [contexts, 94] cumulative frequencies of symbols
 
 
@@ -50,8 +50,10 @@ class Scratch(NamedTuple):
 
 
 @njit(**INNER)
-def add_list(offsets, entries, general, key, times, where, base, found, scores, count):
-    """Adds a list's entries to the candidates ``found`` and their scores; the number of candidates after it."""
+def add_list(tables, scratch, key, times, count):
+    """Adds a list's entries to the candidates and their scores; the number of candidates after it."""
+    offsets, entries, general = tables.offsets, tables.entries, tables.scores
+    where, base, found, scores = scratch.where, scratch.base[0], scratch.ids, scratch.scores
     for k in range(np.uint64(offsets[key]), np.uint64(offsets[key + 1])):
         token = np.uint64(entries[k] & 0xFFFFFF)
         gain = times * (entries[k] >> 24)
@@ -68,8 +70,10 @@ def add_list(offsets, entries, general, key, times, where, base, found, scores, 
 
 
 @njit(**INNER)
-def sort_classes(scores, classes, places, order, cursors, firsts, sizes, count, with_next):
+def sort_classes(scratch, count, with_next):
     """Puts the candidates not yet coded into classes by their distance from the best, class 0 being the next token."""
+    scores, classes, places, order = scratch.scores, scratch.classes, scratch.places, scratch.order
+    cursors, firsts, sizes = scratch.cursors, scratch.firsts, scratch.sizes
     top = np.int32(CODED)
     for i in range(np.uint64(with_next), np.uint64(count)):
         top = max(top, scores[i])

@@ -1,4 +1,4 @@
-"""The model of the codec: how likely each number of a position is. Needs numba; see ``codec`` for the layout."""
+"""The model of the codec: the probability of each number of a position. Needs numba; see the package for the layout."""
 
 import numpy as np
 from numba import njit
@@ -33,11 +33,11 @@ from stillroom.store.codec.range_coder import (
     uniform,
 )
 
-NUM_SLOTS, DRAWN = 9, 8
+NUM_SLOTS, SAMPLED = 9, 8
 
 NUM_BRANCHES = 48
 
-COUNT, DRAW_COUNT, FIRST = 0, NUM_BRANCHES, 2 * NUM_BRANCHES
+COUNT, SAMPLE_COUNT, FIRST = 0, NUM_BRANCHES, 2 * NUM_BRANCHES
 
 STEP = 3 * NUM_BRANCHES
 
@@ -108,20 +108,20 @@ def code_id(mode, tables, scratch, coder, buffer, weights, total, token):
 
 
 @njit(**INNER)
-def sort_draws(scratch, tables, ids, times, begin, end):
-    """Sorts a position's draws by class, place and, beyond the candidates, rank."""
+def sort_samples(scratch, tables, ids, times, begin, end):
+    """Sorts a position's samples by class, place and, beyond the candidates, rank."""
     for k in range(begin + 1, end):
         token, often = ids[k], times[k]
-        key = draw_key(scratch, tables, token)
+        key = sample_key(scratch, tables, token)
         j = k
-        while j > begin and draw_key(scratch, tables, ids[j - 1]) > key:
+        while j > begin and sample_key(scratch, tables, ids[j - 1]) > key:
             ids[j], times[j] = ids[j - 1], times[j - 1]
             j -= 1
         ids[j], times[j] = token, often
 
 
 @njit(forceinline=True, **INNER)
-def draw_key(scratch, tables, token):
+def sample_key(scratch, tables, token):
     i = scratch.where[token] - scratch.base[0]
     return scratch.places[i] if i >= 0 else MAX_CANDIDATES + tables.ranks[token]
 
@@ -139,9 +139,9 @@ def power(x, n):
 
 
 @njit(forceinline=True, **INNER)
-def code_draw(mode, tables, scratch, coder, buffer, left, c0, within0, token):
-    """The first of ``left`` draws in the order of classes, none of them before number ``within0`` of class ``c0``."""
-    sizes, weights = scratch.sizes, tables.weights[DRAWN]
+def code_sample(mode, tables, scratch, coder, buffer, left, c0, within0, token):
+    """The first of ``left`` samples in the order of classes, none of them before number ``within0`` of class ``c0``."""
+    sizes, weights = scratch.sizes, tables.weights[SAMPLED]
     total = mass_of(sizes, weights, c0) - within0 * weights[c0]
     i = np.int64(0)
     target = FAR
@@ -166,9 +166,10 @@ def code_draw(mode, tables, scratch, coder, buffer, left, c0, within0, token):
         stop = np.int64((1 << 20) + NUM_CLASSES)
     narrow(coder, buffer, mode, begin, stop - begin)
     if mode == TRAIN:
-        scratch.observed[DRAWN, c] += 1
+        scratch.observed[SAMPLED, c] += 1
         for b in range(c0, NUM_CLASSES):
-            scratch.expected[DRAWN, b] += ((sizes[b] - (within0 if b == c0 else 0)) * weights[b] << 16) // max(total, 1)
+            members = sizes[b] - (within0 if b == c0 else 0)
+            scratch.expected[SAMPLED, b] += (members * weights[b] << 16) // max(total, 1)
     if c == FAR:
         return c, np.int64(0)
     least = within0 if c == c0 else np.int64(0)
@@ -180,12 +181,12 @@ def code_draw(mode, tables, scratch, coder, buffer, left, c0, within0, token):
 
 
 @njit(**INNER)
-def code_draws(mode, tables, scratch, coder, buffer, ids, times, begin, end):
-    """A position's draws, in the order of ``sort_draws``."""
+def code_samples(mode, tables, scratch, coder, buffer, ids, times, begin, end):
+    """A position's samples, in the order of ``sort_samples``."""
     c, within = 0, np.int64(0)
     for k in range(begin, end):
         if c != FAR:
-            c, place = code_draw(mode, tables, scratch, coder, buffer, end - k, c, within, ids[k])
+            c, place = code_sample(mode, tables, scratch, coder, buffer, end - k, c, within, ids[k])
             within = place + 1
             if c != FAR and mode == DECODE:
                 ids[k] = scratch.ids[scratch.order[scratch.firsts[c] + place]]
@@ -198,7 +199,7 @@ def code_draws(mode, tables, scratch, coder, buffer, ids, times, begin, end):
 
 @njit(forceinline=True, **INNER)
 def slot_of(j):
-    """Slots 0, 1, 2, 3-4, 5-8, 9-16, 17-32 and beyond."""
+    """The slot of the j-th exact id: 0, 1, 2, 3-4, 5-8, 9-16, 17-32 and beyond."""
     if j < 3:
         return j
     slot = 3
@@ -234,30 +235,20 @@ def code_levels(mode, tables, coder, buffer, branch, levels, begin, end):
 
 
 @njit(**INNER)
-def code_ids(mode, tables, scratch, coder, buffer, tokens, p, row_stop, with_draws, ids, begin, end):
-    """A position's exact ids, likeliest first; makes the candidates for them and for the draws."""
-    if begin == end and not with_draws:
+def code_ids(mode, tables, scratch, coder, buffer, tokens, p, row_stop, with_samples, ids, begin, end):
+    """A position's exact ids, most likely first; makes the candidates for them and for the samples."""
+    if begin == end and not with_samples:
         return
-    size, lists = len(tables.ranked), (tables.offsets, tables.entries, tables.scores)
+    size = len(tables.ranked)
     renew(scratch)
-    known = (scratch.where, scratch.base[0], scratch.ids, scratch.scores)
-    parts = (
-        scratch.scores,
-        scratch.classes,
-        scratch.places,
-        scratch.order,
-        scratch.cursors,
-        scratch.firsts,
-        scratch.sizes,
-    )
     count, with_next = 0, 0
     if p + 1 < row_stop:
         scratch.where[tokens[p + 1]] = scratch.base[0]
         scratch.ids[0], scratch.scores[0] = tokens[p + 1], 0
         count, with_next = 1, 1
-        count = add_list(*lists, size + tokens[p + 1], BESIDE_NEXT, *known, count)
-    count = add_list(*lists, tokens[p], AFTER, *known, count)
-    sort_classes(*parts, count, with_next)
+        count = add_list(tables, scratch, size + tokens[p + 1], BESIDE_NEXT, count)
+    count = add_list(tables, scratch, tokens[p], AFTER, count)
+    sort_classes(scratch, count, with_next)
     slot, weights = 0, tables.weights[0]  # slot 1 is another slot, so a re-sort after the first id makes the total anew
     total = mass_of(scratch.sizes, weights, 0)
     for k in range(begin, end):
@@ -276,8 +267,8 @@ def code_ids(mode, tables, scratch, coder, buffer, tokens, p, row_stop, with_dra
         if mode == TRAIN:
             scratch.observed[slot, c] += 1
         if k == begin and c > 0:
-            count = add_list(*lists, size + ids[k], BESIDE_FIRST, *known, count)
-            sort_classes(*parts, count, with_next)
+            count = add_list(tables, scratch, size + ids[k], BESIDE_FIRST, count)
+            sort_classes(scratch, count, with_next)
 
 
 @njit(forceinline=True, **INNER)
@@ -287,8 +278,8 @@ def folded(count, most):
 
 
 @njit(**INNER)
-def code_head(mode, tables, coder, buffer, p, side, counts, draw_counts):
-    """A position's side numbers and how many entries and draws it has; the branch that the side numbers choose."""
+def code_head(mode, tables, coder, buffer, p, side, counts, sample_counts):
+    """A position's side numbers and how many entries and samples it has; the branch that the side numbers choose."""
     branch = 0
     for s in range(side.shape[1]):
         context = SIDE + s * NUM_BRANCHES + branch
@@ -298,10 +289,10 @@ def code_head(mode, tables, coder, buffer, p, side, counts, draw_counts):
         branch = min(symbol_of(side[p, 0]), NUM_BRANCHES - 1)
     found = number(coder, buffer, mode, tables.numbers, COUNT + branch, folded(counts[p], tables.most[0]))
     counts[p] = folded(found, tables.most[0])
-    context = DRAW_COUNT + min(counts[p], NUM_BRANCHES - 1)
-    found = number(coder, buffer, mode, tables.numbers, context, folded(draw_counts[p], tables.most[1]))
-    draw_counts[p] = folded(found, tables.most[1])
-    if counts[p] > len(tables.ranked) or draw_counts[p] > len(tables.ranked) - counts[p]:
+    context = SAMPLE_COUNT + min(counts[p], NUM_BRANCHES - 1)
+    found = number(coder, buffer, mode, tables.numbers, context, folded(sample_counts[p], tables.most[1]))
+    sample_counts[p] = folded(found, tables.most[1])
+    if counts[p] > len(tables.ranked) or sample_counts[p] > len(tables.ranked) - counts[p]:
         coder[DAMAGED] = 1
     return branch
 
@@ -318,7 +309,7 @@ def grown(array, size, mode):
 
 @njit(**OPTIONS)
 def code_rows(
-    mode, tables, scratch, tokens, offsets, buffer, bounds, counts, ids, levels, draw_counts, draw_ids, times, side
+    mode, tables, scratch, tokens, offsets, buffer, bounds, counts, ids, levels, sample_counts, sample_ids, times, side
 ):
     """Codes rows of positions in one pass; the row that is damaged, or -1, and the arrays of entries.
 
@@ -330,27 +321,27 @@ def code_rows(
     for row in range(len(offsets) - 1):
         start(coder, buffer, mode, bounds[row], bounds[row + 1] if mode == DECODE else len(buffer))
         for p in range(offsets[row], offsets[row + 1]):
-            branch = code_head(mode, tables, coder, buffer, p, side, counts, draw_counts)
+            branch = code_head(mode, tables, coder, buffer, p, side, counts, sample_counts)
             if coder[DAMAGED]:
-                return row, e, d, ids, levels, draw_ids, times
-            ids, levels = grown(ids, e + counts[p], mode), grown(levels, e + counts[p], mode)
-            draw_ids, times = grown(draw_ids, d + draw_counts[p], mode), grown(times, d + draw_counts[p], mode)
-            end = e + counts[p]
+                break
+            end, sample_end = e + counts[p], d + sample_counts[p]
+            ids, levels = grown(ids, end, mode), grown(levels, end, mode)
+            sample_ids, times = grown(sample_ids, sample_end, mode), grown(times, sample_end, mode)
             code_levels(mode, tables, coder, buffer, branch, levels, e, end)
-            code_ids(mode, tables, scratch, coder, buffer, tokens, p, offsets[row + 1], draw_counts[p] > 0, ids, e, end)
+            stop = offsets[row + 1]
+            code_ids(mode, tables, scratch, coder, buffer, tokens, p, stop, sample_end > d, ids, e, end)
             if coder[DAMAGED]:
-                return row, e, d, ids, levels, draw_ids, times
-            e = end
-            end = d + draw_counts[p]
+                break
             if mode != DECODE:
-                sort_draws(scratch, tables, draw_ids, times, d, end)
-            code_draws(mode, tables, scratch, coder, buffer, draw_ids, times, d, end)
-            d = end
+                sort_samples(scratch, tables, sample_ids, times, d, sample_end)
+            code_samples(mode, tables, scratch, coder, buffer, sample_ids, times, d, sample_end)
+            e, d = end, sample_end
             if coder[DAMAGED]:
-                return row, e, d, ids, levels, draw_ids, times
-        finish(coder, buffer, mode)
+                break
+        if not coder[DAMAGED]:
+            finish(coder, buffer, mode)
         if coder[DAMAGED]:
-            return row, e, d, ids, levels, draw_ids, times
+            return row, e, d, ids, levels, sample_ids, times
         if mode == ENCODE:
             bounds[row + 1] = coder[PLACE]
-    return -1, e, d, ids, levels, draw_ids, times
+    return -1, e, d, ids, levels, sample_ids, times

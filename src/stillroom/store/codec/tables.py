@@ -1,9 +1,10 @@
-"""The codec's tables: learnt from a shard, and as bytes. Needs numba."""
+"""The codec's tables: learned from a shard, and as bytes. Needs numba."""
 
 import struct
 import zlib
 
 import numpy as np
+from numba import njit
 
 from stillroom.store.codec.candidates import (
     CLASS_SHIFT,
@@ -14,12 +15,23 @@ from stillroom.store.codec.candidates import (
     Scratch,
     Tables,
 )
-from stillroom.store.codec.lists import EIGHTHS, NUM_LIST_TABLES, code_lists, learn_lists
 from stillroom.store.codec.model import NUM_BRANCHES, NUM_SLOTS, SIDE, code_rows
-from stillroom.store.codec.range_coder import DECODE, ENCODE, ESCAPE, NUM_SYMBOLS, TOTAL_BITS, TRAIN
+from stillroom.store.codec.range_coder import (
+    DAMAGED,
+    DECODE,
+    ENCODE,
+    ESCAPE,
+    NUM_SYMBOLS,
+    OPTIONS,
+    PLACE,
+    TOTAL_BITS,
+    TRAIN,
+    finish,
+    number,
+    start,
+    symbol_of,
+)
 from stillroom.store.quantize import LogProbCodes
-
-Lists = tuple[np.ndarray, np.ndarray]
 
 HEADER = struct.Struct("<IIII")
 
@@ -32,6 +44,107 @@ PRICES = (20, 30)
 SAMPLE_ROWS, SAMPLE_SIZE, SAMPLE_PASSES = 96, 128, 3
 
 EIGHTH_POWERS = np.array([65536, 71468, 77936, 84990, 92682, 101070, 110218, 120194], np.int64)
+
+PRIOR = 30
+"""The number of entries of its general share that an id is taken to have had in each list."""
+
+EIGHTHS = np.array([round(8 * np.log2(1 + i / 256)) for i in range(256)], np.int64)
+
+LENGTH, GAP, GAIN = 0, 2, 2 + 2 * 24
+
+NUM_LIST_TABLES = GAIN + 2 * 24
+
+MAX_GAIN = 91
+
+
+@njit(**OPTIONS)
+def log2_eighths(x):
+    """Eight times log2 of a whole number of at least 1, rounded."""
+    bits = 0
+    while x >> bits > 1:
+        bits += 1
+    mantissa = (x << 8 >> bits) & 255
+    return 8 * bits + EIGHTHS[mantissa]
+
+
+@njit(**OPTIONS)
+def best_of(touched, seen, general, totals, ranks, size_limit, price):
+    """The ids that are worth a place, as rank * 256 + gain by rank; forgets how often they were seen."""
+    kept = 0
+    for token in touched:
+        times = np.int64(seen[token])
+        seen[token] = 0
+        if times < 2:
+            continue
+        gain = min((log2_eighths(times) + general - log2_eighths(np.int64(totals[token]))) >> 2, MAX_GAIN)
+        if gain >= 2 and times * gain >= 2 * price:
+            touched[kept] = min(times * gain, (1 << 30) - 1) << 32 | np.int64(ranks[token]) << 8 | gain
+            kept += 1
+    best = np.sort(touched[:kept])[max(0, kept - size_limit) :]
+    return np.sort(best & ((np.int64(1) << 32) - 1))
+
+
+@njit(**OPTIONS)
+def learn_lists(order, bounds, starts, ids, totals, ranks, ranked, size_limit, price, offsets, entries, filled):
+    """Learns one list a key, from the entries of the positions ``order[bounds[key] : bounds[key + 1]]``.
+
+    An id is worth its place if it came at least twice and the bits that it saves there, ``times * log2(how much
+    likelier)``, are ``price`` at the least; a list that is too long keeps those that save most. Fills ``offsets[1:]``;
+    returns the entries, grown, and how many they are.
+    """
+    seen = np.zeros(len(totals), np.int32)
+    touched = np.empty(len(totals), np.int64)
+    general = log2_eighths(np.int64(max(1, len(ids)))) - log2_eighths(np.int64(PRIOR))
+    for key in range(len(bounds) - 1):
+        count = 0
+        for k in range(bounds[key], bounds[key + 1]):
+            for e in range(starts[order[k]], starts[order[k] + 1]):
+                if ids[e] == key:
+                    continue
+                if seen[ids[e]] == 0:
+                    touched[count] = ids[e]
+                    count += 1
+                seen[ids[e]] += 1
+        best = best_of(touched[:count], seen, general, totals, ranks, size_limit, price)
+        if filled + len(best) > len(entries):
+            larger = np.empty(2 * len(entries) + len(best), np.int32)
+            larger[:filled] = entries[:filled]
+            entries = larger
+        for i in range(len(best)):
+            entries[filled + i] = ranked[best[i] >> 8] | (best[i] & 255) << 24
+        filled += len(best)
+        offsets[key + 1] = filled
+    return entries, filled
+
+
+@njit(**OPTIONS)
+def code_lists(mode, buffer, numbers, size_limits, ranks, ranked, offsets, entries):
+    """Codes the lists: of each its length, then each entry's step in rank and its gain. True if they are damaged."""
+    coder = np.zeros(6, np.int64)
+    size = len(ranked)
+    start(coder, buffer, mode, 0, len(buffer))
+    for key in range(2 * size):
+        kind = key // size
+        length = number(coder, buffer, mode, numbers, LENGTH + kind, offsets[key + 1] - offsets[key])
+        if mode == DECODE:
+            if length > size_limits[kind] or offsets[key] + length > len(entries):
+                return True, 0
+            offsets[key + 1] = offsets[key] + length
+        branch = symbol_of(length) >> 2
+        rank = np.int64(-1)
+        for k in range(offsets[key], offsets[key + 1]):
+            value = np.int64(0) if mode == DECODE else np.int64(ranks[entries[k] & 0xFFFFFF])
+            gap = number(coder, buffer, mode, numbers, GAP + kind * 24 + branch, value - rank - 1)
+            rank += 1 + gap
+            if rank >= size or coder[DAMAGED]:
+                return True, 0
+            context = GAIN + kind * 24 + (symbol_of(rank) >> 2)
+            gain = number(coder, buffer, mode, numbers, context, np.int64(entries[k] >> 24))
+            if gain > MAX_GAIN:
+                return True, 0
+            entries[k] = ranked[rank] | gain << 24
+    finish(coder, buffer, mode)
+    return coder[DAMAGED] != 0 or offsets[2 * size] != len(entries), coder[PLACE]
 
 
 def log2_of(counts: np.ndarray) -> np.ndarray:
@@ -52,7 +165,9 @@ def ranking(log_counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ranked, ranks
 
 
-def make_tables(log_counts, lists: Lists, log_weights: np.ndarray, most, numbers: np.ndarray) -> Tables:
+def make_tables(
+    log_counts, lists: tuple[np.ndarray, np.ndarray], log_weights: np.ndarray, most, numbers: np.ndarray
+) -> Tables:
     """Tables as the model wants them: ids ranked by their count, and weights 2 ** (log / 8)."""
     ranked, ranks = ranking(log_counts)
     scores, logs = log_counts.astype(np.int32) * 4, log_weights.astype(np.int64)
@@ -60,12 +175,12 @@ def make_tables(log_counts, lists: Lists, log_weights: np.ndarray, most, numbers
     return Tables(lists[0], lists[1], scores, ranks, ranked, weights, np.array(most, np.int64), numbers)
 
 
-def make_scratch(num_columns: int) -> Scratch:
+def make_scratch(vocab_size: int) -> Scratch:
     """Working memory for one pass over rows."""
     each, classes, slots = MAX_CANDIDATES, NUM_CLASSES + 1, (NUM_SLOTS, NUM_CLASSES)
     scratch = Scratch(
         base=np.zeros(1, np.int32),
-        where=np.full(num_columns, -1, np.int32),
+        where=np.full(vocab_size, -1, np.int32),
         ids=np.zeros(each, np.int32),
         scores=np.zeros(each, np.int32),
         classes=np.zeros(each, np.uint32),
@@ -98,15 +213,13 @@ def frequencies_of(histogram: np.ndarray) -> np.ndarray:
     return scaled
 
 
-def learn_all_lists(tokens: np.ndarray, levels: LogProbCodes, log_counts: np.ndarray, counts: np.ndarray):
+def learn_all_lists(tokens: np.ndarray, codes: LogProbCodes, log_counts: np.ndarray, counts: np.ndarray):
     """The lists after each token and beside each: offsets [2 v + 1] and entries."""
     size = len(counts)
-    ranks = make_tables(
-        log_counts, (counts, counts), np.zeros((1, 1), np.uint8), (0, 0), np.zeros((1, 1), np.int32)
-    ).ranks
-    ids = np.array(levels.ids, np.int32)
-    starts = np.concatenate([[0], np.cumsum(levels.counts, dtype=np.int64)])
-    first = np.where(levels.counts > 0, np.append(levels.ids, 0)[starts[:-1]], size)
+    ranked, ranks = ranking(log_counts)
+    ids = np.array(codes.ids, np.int32)
+    starts = np.concatenate([[0], np.cumsum(codes.counts, dtype=np.int64)])
+    first = np.where(codes.counts > 0, np.append(codes.ids, 0)[starts[:-1]], size)
     offsets = np.zeros(2 * size + 1, np.int64)
     entries, filled = np.empty(1024, np.int32), 0
     for kind, key in enumerate((tokens, first)):
@@ -114,64 +227,53 @@ def learn_all_lists(tokens: np.ndarray, levels: LogProbCodes, log_counts: np.nda
         bounds = np.searchsorted(key[order], np.arange(size + 1))
         part = offsets[kind * size : (kind + 1) * size + 1]
         entries, filled = learn_lists(
-            order, bounds, starts, ids, counts, ranks, LIST_SIZES[kind], PRICES[kind], part, entries, filled
+            order, bounds, starts, ids, counts, ranks, ranked, LIST_SIZES[kind], PRICES[kind], part, entries, filled
         )
     return offsets, entries[:filled].copy()
 
 
-def learn_tables(tokens: np.ndarray, levels: LogProbCodes, num_columns: int) -> tuple[Tables, np.ndarray, np.ndarray]:
+def learn_tables(tokens: np.ndarray, codes: LogProbCodes, vocab_size: int) -> tuple[Tables, np.ndarray, np.ndarray]:
     """Learns tables; with them the logs of counts [v] and of weights [9, 33], from which they can be made again."""
-    counts = np.bincount(levels.ids, minlength=num_columns) + np.bincount(levels.draw_ids, minlength=num_columns)
+    counts = np.bincount(codes.ids, minlength=vocab_size) + np.bincount(codes.sample_ids, minlength=vocab_size)
     log_counts = log2_of(counts)
-    lists = learn_all_lists(tokens, levels, log_counts, np.maximum(counts, 1))
+    lists = learn_all_lists(tokens, codes, log_counts, np.maximum(counts, 1))
     slope = np.maximum(160 - (1 << CLASS_SHIFT) * np.arange(NUM_CLASSES), 0)
     log_weights = np.tile(slope, (NUM_SLOTS, 1)).astype(np.uint8)
-    rows = sample_rows(len(tokens))
-    most = [int(each.max(initial=0)) for each in (levels.counts, levels.draw_counts)]
-    num_contexts = SIDE + levels.side.shape[1] * NUM_BRANCHES
+    rows = [(0, len(tokens))]  # or tiles of them, evenly spread
+    if len(tokens) > SAMPLE_ROWS * SAMPLE_SIZE:
+        firsts = [len(tokens) * i // SAMPLE_ROWS for i in range(SAMPLE_ROWS)]
+        rows = [(first, first + SAMPLE_SIZE) for first in firsts]
+    most = [int(each.max(initial=0)) for each in (codes.counts, codes.sample_counts)]
+    num_contexts = SIDE + codes.side.shape[1] * NUM_BRANCHES
     histogram = np.zeros((num_contexts, NUM_SYMBOLS + 1), np.int32)
     for _ in range(SAMPLE_PASSES):
         histogram[:] = 0
-        scratch = make_scratch(num_columns)
+        scratch = make_scratch(vocab_size)
         tables = make_tables(log_counts, lists, log_weights, most, histogram)
         for first, stop in rows:
-            part = levels.slice(first, stop)
+            part = codes.slice(first, stop)
             offsets = np.array([0, stop - first], np.int64)
             run(TRAIN, tables, scratch, tokens[first:stop], offsets, np.empty(0, np.uint8), np.zeros(2, np.int64), part)
-        log_weights = reweighted(log_weights, scratch)
+        # weights times how often each class came, over how often they said it would
+        change = log2_of(scratch.observed * 256).astype(np.int64) - log2_of(scratch.expected >> 8).astype(np.int64)
+        seen = scratch.observed + (scratch.expected >> 16) > 0
+        logs = log_weights.astype(np.int64) + np.where(seen, 4 * change, 0)
+        log_weights = np.clip(logs, 0, 160).astype(np.uint8)
     numbers = cumulative(frequencies_of(histogram))
     return make_tables(log_counts, lists, log_weights, most, numbers), log_counts, log_weights
 
 
-def sample_rows(size: int) -> list[tuple[int, int]]:
-    """Stretches of positions to learn frequencies from, evenly spread."""
-    if size <= SAMPLE_ROWS * SAMPLE_SIZE:
-        return [(0, size)]
-    firsts = [size * i // SAMPLE_ROWS for i in range(SAMPLE_ROWS)]
-    return [(first, first + SAMPLE_SIZE) for first in firsts]
-
-
-def reweighted(log_weights: np.ndarray, scratch: Scratch) -> np.ndarray:
-    """Weights times how often each class came, over how often they said it would."""
-    change = log2_of(scratch.observed * 256).astype(np.int64) - log2_of(scratch.expected >> 8).astype(np.int64)
-    seen = scratch.observed + (scratch.expected >> 16) > 0
-    logs = log_weights.astype(np.int64) + np.where(seen, 4 * change, 0)
-    return np.clip(logs, 0, 160).astype(np.uint8)
-
-
-def run(mode: int, tables: Tables, scratch: Scratch, tokens, offsets, buffer, bounds, levels: LogProbCodes):
-    """Passes over rows of copies of the levels; see ``code_rows``."""
-    names = ("counts", "ids", "levels", "draw_counts", "draw_ids", "draw_times", "side")
-    arrays = [np.array(getattr(levels, name), np.int32) for name in names]
+def run(mode: int, tables: Tables, scratch: Scratch, tokens, offsets, buffer, bounds, codes: LogProbCodes):
+    """Passes over rows of copies of the codes; see ``code_rows``."""
+    arrays = [np.array(values, np.int32) for values in vars(codes).values()]
     tokens = np.array(tokens, np.int32)
     result = code_rows(mode, tables, scratch, tokens, offsets, buffer, bounds, *arrays)
-    damaged, e, d, ids, steps, draw_ids, times = result
-    found = LogProbCodes(arrays[0], ids[:e], steps[:e], arrays[3], draw_ids[:d], times[:d], arrays[6])
-    return damaged, found
+    damaged, e, d, ids, levels, sample_ids, repeats = result
+    return damaged, LogProbCodes(arrays[0], ids[:e], levels[:e], arrays[3], sample_ids[:d], repeats[:d], arrays[6])
 
 
 def tables_to_bytes(tables: Tables, log_counts: np.ndarray, log_weights: np.ndarray) -> bytes:
-    """The tables as bytes; see ``codec`` for the layout."""
+    """The tables as bytes; see the package for the layout."""
     lists = (tables.offsets, tables.entries)
     histogram = np.zeros((NUM_LIST_TABLES, NUM_SYMBOLS + 1), np.int32)
     code_lists(TRAIN, np.empty(0, np.uint8), histogram, LIST_SIZES, tables.ranks, tables.ranked, *lists)
@@ -186,27 +288,22 @@ def tables_to_bytes(tables: Tables, log_counts: np.ndarray, log_weights: np.ndar
     return found.ljust(len(tables.entries) // ENTRIES_PER_BYTE, b"\0")
 
 
-def tables_from_bytes(data: bytes, num_columns: int, num_side: int) -> tuple[Tables, np.ndarray, np.ndarray]:
+def tables_from_bytes(data: bytes, vocab_size: int, num_side: int) -> tuple[Tables, np.ndarray, np.ndarray]:
     """Reads what ``tables_to_bytes`` wrote. ValueError where it cannot have."""
     if len(data) < HEADER.size:
         raise ValueError("the tables are cut short")
     num_entries, size, *most = HEADER.unpack_from(data)
     num_contexts = NUM_LIST_TABLES + SIDE + num_side * NUM_BRANCHES
-    sizes = [num_columns, NUM_SLOTS * NUM_CLASSES, num_contexts * NUM_SYMBOLS, num_contexts * NUM_SYMBOLS]
-    log_counts, log_weights, low, high = np.split(
-        inflate(data[HEADER.size + size :], sum(sizes)), np.cumsum(sizes[:-1])
-    )
+    sizes = [vocab_size, NUM_SLOTS * NUM_CLASSES, num_contexts * NUM_SYMBOLS, num_contexts * NUM_SYMBOLS]
+    inflated = _inflate(data[HEADER.size + size :], sum(sizes))
+    log_counts, log_weights, low, high = np.split(inflated, np.cumsum(sizes[:-1]))
     every = (low.astype(np.int64) | high.astype(np.int64) << 8).reshape(num_contexts, NUM_SYMBOLS)
-    if (
-        (every.sum(1) != 1 << TOTAL_BITS).any()
-        or log_counts.max() > 60
-        or log_weights.max() > 160
-        or max(most) >= 1 << 24
-    ):
+    impossible = log_counts.max() > 60 or log_weights.max() > 160 or max(most) >= 1 << 24
+    if impossible or (every.sum(1) != 1 << TOTAL_BITS).any():
         raise ValueError("the tables hold impossible frequencies")
-    if num_entries > min(sum(LIST_SIZES) * num_columns, ENTRIES_PER_BYTE * (len(data) + 64)):
+    if num_entries > min(sum(LIST_SIZES) * vocab_size, ENTRIES_PER_BYTE * (len(data) + 64)):
         raise ValueError(f"the tables claim {num_entries} entries in {len(data)} bytes")
-    lists = np.zeros(2 * num_columns + 1, np.int64), np.zeros(num_entries, np.int32)
+    lists = np.zeros(2 * vocab_size + 1, np.int64), np.zeros(num_entries, np.int32)
     log_weights = log_weights.reshape(NUM_SLOTS, NUM_CLASSES)
     tables = make_tables(log_counts, lists, log_weights, most, cumulative(every[NUM_LIST_TABLES:]))
     buffer = np.frombuffer(data, np.uint8, size, HEADER.size).copy()
@@ -217,7 +314,7 @@ def tables_from_bytes(data: bytes, num_columns: int, num_side: int) -> tuple[Tab
     return tables, log_counts, log_weights
 
 
-def inflate(data: bytes, size: int) -> np.ndarray:
+def _inflate(data: bytes, size: int) -> np.ndarray:
     """The zlib stream's bytes, of which there must be ``size``."""
     stream = zlib.decompressobj()
     try:

@@ -14,10 +14,10 @@ from stillroom.signals import Sparse
 from stillroom.store.config import HeadAndSample, Sampled, TopK, side_columns
 from stillroom.store.quantize import (
     ENTROPY_STEP,
-    HIGHEST_REST,
     LABEL_STEP,
-    LOWEST_REST,
-    REST_STEP,
+    MAX_RESIDUAL_LEVEL,
+    MIN_RESIDUAL_LOG_ODDS,
+    RESIDUAL_STEP,
     LogProbCodes,
     quantize,
     to_sparse,
@@ -39,18 +39,18 @@ def check_levels(levels: LogProbCodes, n: int, v: int, config) -> None:
     assert len(levels) == n
     assert levels.side.shape == (n, len(side_columns(config)))
     assert len(levels.ids) == len(levels.levels) == levels.counts.sum()
-    assert len(levels.draw_ids) == len(levels.draw_times) == levels.draw_counts.sum()
+    assert len(levels.sample_ids) == len(levels.sample_repeats) == levels.sample_counts.sum()
     for values in dataclasses.astuple(levels):
         assert values.dtype == np.int32
         assert values.size == 0 or 0 <= values.min() <= values.max() < 2**24
     entry = draw = 0
-    for count, draws in zip(levels.counts, levels.draw_counts, strict=True):
+    for count, draws in zip(levels.counts, levels.sample_counts, strict=True):
         ids, steps = levels.ids[entry : entry + count], levels.levels[entry : entry + count]
-        drawn = levels.draw_ids[draw : draw + draws]
+        drawn = levels.sample_ids[draw : draw + draws]
         assert len({*ids.tolist(), *drawn.tolist()}) == count + draws
         assert all(0 <= i < v for i in (*ids, *drawn))
         assert (np.diff(steps) >= 0).all()
-        assert (levels.draw_times[draw : draw + draws] >= 1).all()
+        assert (levels.sample_repeats[draw : draw + draws] >= 1).all()
         entry, draw = entry + count, draw + draws
 
 
@@ -74,7 +74,7 @@ def test_any_shape_is_stored_and_read_back(kind, n, v, spread, seed):
     check_levels(levels, n, v, config)
     assert math.isfinite(cost)
     signal = to_sparse(levels, config, v)
-    assert signal.num_columns == v
+    assert signal.vocab_size == v
     check_signal(signal, levels)
 
 
@@ -85,14 +85,14 @@ def check_signal(signal: Sparse, levels: LogProbCodes) -> None:
     assert len(signal) == n
     assert signal.log_probs.dtype == torch.float32
     there = signal.log_probs > -torch.inf
-    assert there.sum(1).tolist() == (levels.counts + levels.draw_counts).tolist()
+    assert there.sum(1).tolist() == (levels.counts + levels.sample_counts).tolist()
     assert torch.equal(
         torch.where(there, signal.ids[:, :1], signal.ids)[~there], signal.ids[:, :1].expand_as(there)[~there]
     )
     entry = draw = 0
     for i in range(n):
-        count, draws = int(levels.counts[i]), int(levels.draw_counts[i])
-        wanted = [*levels.ids[entry : entry + count], *levels.draw_ids[draw : draw + draws]]
+        count, draws = int(levels.counts[i]), int(levels.sample_counts[i])
+        wanted = [*levels.ids[entry : entry + count], *levels.sample_ids[draw : draw + draws]]
         assert signal.ids[i][there[i]].tolist() == [int(x) for x in wanted]
         entry, draw = entry + count, draw + draws
 
@@ -137,8 +137,8 @@ def test_the_rest_at_each_temperature_is_read_within_half_its_step():
         signal = to_sparse(levels, config)
         assert set(signal.log_rests) == {1.0, 2.0}
         for temperature, rest in signal.log_rests.items():
-            wanted = log_odds(selection.log_rests[temperature]).clamp(LOWEST_REST, -LOWEST_REST)
-            assert ((log_odds(rest) - wanted).abs() <= REST_STEP / 2 + 1e-5).all()
+            wanted = log_odds(selection.log_rests[temperature]).clamp(MIN_RESIDUAL_LOG_ODDS, -MIN_RESIDUAL_LOG_ODDS)
+            assert ((log_odds(rest) - wanted).abs() <= RESIDUAL_STEP / 2 + 1e-5).all()
 
 
 @pytest.mark.parametrize("kept", [1e-2, 1e-4, 1e-6, 1e-7])
@@ -149,8 +149,8 @@ def test_what_is_kept_is_read_however_little_it_is(kept):
     config = TopK(kind="top_k", k=2, temperatures=(8.0,))
     levels, cost = quantize(selection, config, np.zeros((1, 0), np.float32))
     targets, rest = to_sparse(levels, config).log_targets(8.0)
-    assert targets.double().exp().sum().item() == pytest.approx(kept, rel=REST_STEP / 2 + 1e-4)
-    assert -rest.double().expm1().item() == pytest.approx(kept, rel=REST_STEP / 2 + 1e-4)
+    assert targets.double().exp().sum().item() == pytest.approx(kept, rel=RESIDUAL_STEP / 2 + 1e-4)
+    assert -rest.double().expm1().item() == pytest.approx(kept, rel=RESIDUAL_STEP / 2 + 1e-4)
     assert cost < 1e-3
 
 
@@ -161,7 +161,7 @@ def test_a_rest_is_not_taken_for_nothing_nor_nothing_for_a_rest(rest):
     log_rests = {1.0: torch.tensor([math.log(rest), -math.inf], dtype=torch.float64)}
     selection = Selection(torch.zeros(2, 1, dtype=torch.long), torch.tensor([[-2.0], [0.0]]), log_rests)
     levels, _ = quantize(selection, config, np.zeros((2, 0), np.float32))
-    assert 1 <= levels.side[0, 0] <= HIGHEST_REST
+    assert 1 <= levels.side[0, 0] <= MAX_RESIDUAL_LEVEL
     found = to_sparse(levels, config).log_rests[1.0]
     assert found[0].item() == pytest.approx(math.log(max(rest, 2.0**-24)), abs=0.01)
     assert found[0].item() <= -5e-8
@@ -253,7 +253,7 @@ def test_the_cost_of_sampled_signals_is_that_of_the_naive_formula(kind):
             log_t, log_read = exact[int(signal.ids[i, j])], signal.log_probs[i, j].item()
             total += math.exp(log_t) * (log_t - log_read) - math.exp(log_t) + math.exp(log_read)
         times = selection.draws[i][selection.draws[i] >= 0].bincount(minlength=50)
-        for j in range(count, count + int(levels.draw_counts[i])):
+        for j in range(count, count + int(levels.sample_counts[i])):
             drawn = times[signal.ids[i, j]].item()
             log_t = selection.log_unit[i].item()
             log_read = signal.log_probs[i, j].item() - math.log(drawn)
@@ -302,7 +302,7 @@ def test_positions_without_any_draw_are_stored_and_read():
     logits[:, 2] = 0.0
     selection, levels, _ = stored(logits, config)
     assert (selection.draws == -1).all()
-    assert levels.draw_counts.tolist() == [0] * 4
+    assert levels.sample_counts.tolist() == [0] * 4
     assert levels.counts.tolist() == [1] * 4
     signal = to_sparse(levels, config)
     assert signal.ids.tolist() == [[2]] * 4
@@ -317,9 +317,9 @@ def test_repeated_draws_become_one_entry_with_their_number():
     )
     config = Sampled(kind="sampled", draws=5)
     levels, _ = quantize(selection, config, np.zeros((3, 6), np.float32))
-    assert levels.draw_counts.tolist() == [2, 0, 1]
-    assert levels.draw_ids.tolist() == [1, 4, 0]
-    assert levels.draw_times.tolist() == [1, 3, 5]
+    assert levels.sample_counts.tolist() == [2, 0, 1]
+    assert levels.sample_ids.tolist() == [1, 4, 0]
+    assert levels.sample_repeats.tolist() == [1, 3, 5]
     signal = to_sparse(levels, config)
     torch.testing.assert_close(signal.log_probs.exp(), torch.tensor([[0.2, 0.6], [0.0, 0.0], [1.0, 0.0]]))
 
