@@ -56,9 +56,9 @@ def test_one_alone_agrees_with_itself():
     assert SINGLE_RANK.on_every_rank(lambda: 3) == 3
     assert SINGLE_RANK.local_rank0_first(lambda: 4) == 4
     assert SINGLE_RANK.on_rank0(lambda: 5) == 5
-    assert SINGLE_RANK.gather(6) == [6]
-    assert SINGLE_RANK.any(True)
-    assert not SINGLE_RANK.any(False)
+    assert SINGLE_RANK.all_gather(6) == [6]
+    assert SINGLE_RANK.any_rank(True)
+    assert not SINGLE_RANK.any_rank(False)
     with pytest.raises(MismatchError):
         SINGLE_RANK.on_every_rank(lambda: (_ for _ in ()).throw(MismatchError("a", why="b", fix="c")))
 

@@ -14,11 +14,12 @@ from stillroom.data.dataloader import BatchStream
 from stillroom.errors import Interrupted, NonFiniteError
 from stillroom.losses import Objective, cross_entropy, forward_kl
 from stillroom.teachers.live import LiveTeacher
-from stillroom.training.checkpoint import Checkpoints, TrainState
+from stillroom.training.checkpoint import Checkpoints
 from stillroom.training.config import AdamWConfig
 from stillroom.training.loop import train
 from stillroom.training.optimizer import build_optimizer, build_schedule
 from stillroom.training.prefetch import Prefetcher
+from stillroom.training.state import TrainState
 from stillroom.training.step import StudentStep
 
 LENGTHS = [6, 33, 12, 7, 29, 31, 18, 33, 5, 24, 9, 33, 16, 28, 33, 11]

@@ -13,11 +13,12 @@ from conftest import FAMILIES, build_batch, build_documents, build_model, build_
 from stillroom.batch import Batch
 from stillroom.losses import Objective, cross_entropy, forward_kl, reverse_kl
 from stillroom.teachers.live import LiveTeacher
-from stillroom.training.checkpoint import Checkpoints, TrainState
+from stillroom.training.checkpoint import Checkpoints
 from stillroom.training.config import AdamWConfig
 from stillroom.training.loop import train
 from stillroom.training.optimizer import build_optimizer, build_schedule
 from stillroom.training.prefetch import Prefetcher
+from stillroom.training.state import TrainState
 from stillroom.training.step import StudentStep
 
 T = 2.0

@@ -44,7 +44,7 @@ def student(recipe: Path, tmp_path: Path):
 
 
 def own_logits(model: torch.nn.Module, batch: Batch) -> Tensor:
-    return model(input_ids=batch.tokens, position_ids=batch.positions, use_cache=False).logits[batch.keep]
+    return model(input_ids=batch.tokens, position_ids=batch.positions, use_cache=False).logits[batch.loss_mask]
 
 
 def naive_loss(model: torch.nn.Module, teacher: PreTrainedModel, batch: Batch) -> Tensor:
@@ -53,7 +53,7 @@ def naive_loss(model: torch.nn.Module, teacher: PreTrainedModel, batch: Batch) -
     with torch.no_grad():
         log_t = torch.log_softmax(own_logits(teacher, batch), -1)
     kl = (log_t.exp() * (log_t - log_s)).sum(-1)
-    hard = -log_s.gather(-1, batch.labels[batch.keep].unsqueeze(-1)).squeeze(-1)
+    hard = -log_s.gather(-1, batch.labels[batch.loss_mask].unsqueeze(-1)).squeeze(-1)
     return (0.5 * kl + 0.5 * hard).mean()
 
 
