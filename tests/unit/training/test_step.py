@@ -179,7 +179,7 @@ def trained(folder: Path, micro_tokens: int, lengths: list[int], *, logits_bytes
         LiveTeacher(build_model("llama", seed=2).double()),
         num_steps=3,
         clip=config.clip,
-        checkpoints=Checkpoints(folder, loss_mask=1),
+        checkpoints=Checkpoints(folder, keep=1),
         checkpoint_every=None,
         measure=None,
         measure_every=None,
