@@ -53,7 +53,7 @@ def prepare_to_die(rank: int, where: str, at: int, how: str = "kill") -> None:
         return
     end = cut if how == "cut" else die
     if where == "step":
-        loop.summed_later = dying(loop.summed_later, at, end)  # pyright: ignore
+        loop.gradients_summed_later = dying(loop.gradients_summed_later, at, end)  # pyright: ignore
     elif where == "save":
         checkpoint.save_tensors = dying(checkpoint.save_tensors, at, end)  # pyright: ignore
     else:
@@ -62,10 +62,7 @@ def prepare_to_die(rank: int, where: str, at: int, how: str = "kill") -> None:
 
 def main(recipe: str, runs: list[dict[str, Any]]) -> None:
     quiet()
-    first_port = int(os.environ.get("MASTER_PORT", "0"))
-    for number, made in enumerate(runs):
-        if len(runs) > 1:  # an earlier meeting place may be open still
-            os.environ["MASTER_PORT"] = str(first_port + number)
+    for made in runs:
         config = load(DistillConfig, Path(recipe), made["words"])
         if "die" in made:
             prepare_to_die(made["die"]["rank"], made["die"]["in"], made["die"]["at"], made["die"].get("how", "kill"))
@@ -78,7 +75,7 @@ def main(recipe: str, runs: list[dict[str, Any]]) -> None:
             run(config, resume=made.get("resume", False), report=report)
         except (Stopped, SystemExit):
             assert "stop_at" in made
-            init.leave()
+            init.destroy_distributed()
 
 
 if __name__ == "__main__":

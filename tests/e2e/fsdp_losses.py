@@ -70,7 +70,7 @@ def main(rank: int, world: int, rendezvous: str, out: str) -> None:
         fully_shard(module, mesh=mesh)
     batch, signal, hidden = batch_and_told()
     rows = slice(4 * rank // world, 4 * (rank + 1) // world)
-    mine = Batch(*(getattr(batch, name)[rows] for name in ("tokens", "next_tokens", "keep", "positions", "documents")))
+    mine = Batch(*(getattr(batch, name)[rows] for name in ("tokens", "labels", "loss_mask", "positions", "documents")))
     first = int(batch.loss_mask[: rows.start].sum())
     positions = torch.arange(first, first + mine.num_kept)
     result = module(mine, TeacherOutput(signal.at(positions), part(hidden, positions)), batch.num_kept)

@@ -7,7 +7,6 @@ that}, "sent": [{kind: [times, bytes]} of each step]}. What is loaded once, with
 import ctypes
 import gc
 import json
-import os
 import threading
 import time
 from collections import defaultdict
@@ -92,8 +91,6 @@ def main(out: str, recipe: str, tiny: list[str], words: list[str]) -> None:
     """Makes a tiny run and then the watched one."""
     quiet()
     run.run(load(DistillConfig, Path(recipe), tiny))
-    if "MASTER_PORT" in os.environ:
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     config = load(DistillConfig, Path(recipe), words)
     held, sent = Held(), []
     step = loop.optimizer_step

@@ -118,7 +118,7 @@ class SignalCapture:
             if self.hidden is None or output.hidden is None:
                 return None
             width = teacher.model.config.get_text_config().hidden_size
-            return encode_hidden(output.hidden, self.hidden, width, slice(first, stop), where)
+            return encoded_hidden(output.hidden, self.hidden, width, slice(first, stop), where)
 
         if isinstance(self.signal, Full):
             logits = output.signal.head.logits(output.signal.hidden, self.vocab_size)
@@ -222,7 +222,7 @@ def uniforms(signal: QuantizedSignal, seed: int, number: int, positions: int) ->
 # --- hidden states ---------------------------------------------------------------------------------------------------
 
 
-def encode_hidden(inner: HiddenStates, config: HiddenStatesConfig, width: int, rows: slice, where: Where) -> bytes:
+def encoded_hidden(inner: HiddenStates, config: HiddenStatesConfig, width: int, rows: slice, where: Where) -> bytes:
     """Returns the states of one document, rows of a batch's, as a store keeps them.
 
     Raises:

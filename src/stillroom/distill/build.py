@@ -17,7 +17,7 @@ from stillroom.distill.plan import DistillPlan
 from stillroom.distributed.config import FsdpConfig
 from stillroom.distributed.group import SINGLE_RANK, RankGroup
 from stillroom.distributed.init import SINGLE_PROCESS, DistContext
-from stillroom.distributed.sharding import let_go, materialize_sharded, replicate, shard_teacher, shard_trained
+from stillroom.distributed.sharding import materialize_sharded, replicate, reshard, shard_teacher, shard_trained
 from stillroom.errors import StorageError
 from stillroom.losses.config import HiddenObjective
 from stillroom.losses.objective import build_objectives, hidden_weights, needs_teacher
@@ -30,11 +30,10 @@ from stillroom.teachers.live import LiveTeacher
 from stillroom.teachers.remote import RemoteTeacher
 from stillroom.teachers.server import ServerTeacher
 from stillroom.teachers.stored import StoredTeacher
-from stillroom.training.checkpoint import TrainState
-from stillroom.training.hidden_init import fit_to_first_step
-from stillroom.training.hidden_objective import HiddenLoss, HiddenSpec, layers_of
+from stillroom.training.hidden_objective import HiddenLoss, HiddenSpec, fit_to_first_step, layers_of
 from stillroom.training.optimizer import build_optimizer, build_schedule
 from stillroom.training.prefetch import MicroBatch, Prefetcher
+from stillroom.training.state import TrainState
 from stillroom.training.step import StudentStep
 from stillroom.training.student import Student, build_meta_student, build_student
 
@@ -269,7 +268,7 @@ def build_state(
         student.fill()
         device = torch.device(config.device)
         module.within(lambda: verify(student.model, "the student", pack=config.data.pack, device=device))
-        let_go(module)
+        reshard(module)
     else:
         module.to(config.device)
         if ranks.world_size > 1:
@@ -291,4 +290,4 @@ def build_state(
 def fit_to(state: TrainState, specs: Sequence[HiddenSpec], teacher: Teacher | None, step: Iterable[MicroBatch]) -> None:
     """Lets the objectives that measure first see a step."""
     if teacher is not None and any(spec.measures_first for spec in specs):
-        fit_to_first_step(state.module, teacher, step, state.ranks, device=state.device)
+        fit_to_first_step(state.module, teacher.forward, step, state.ranks, device=state.device)

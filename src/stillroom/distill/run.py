@@ -45,10 +45,11 @@ from stillroom.teachers.server import ServerTeacher
 from stillroom.teachers.stored import StoredTeacher
 from stillroom.tokenizers import fingerprint, template_fingerprint
 from stillroom.tracking import check, track
-from stillroom.training.checkpoint import Checkpoints, TrainState
+from stillroom.training.checkpoint import Checkpoints
 from stillroom.training.hidden_objective import layers_of
 from stillroom.training.loop import Measure, Scheduled, train
 from stillroom.training.prefetch import Prefetcher
+from stillroom.training.state import TrainState
 from stillroom.training.student import Student
 from stillroom.training.validation import measure_held_out
 from stillroom.verbs import Report, recorded

@@ -1,4 +1,4 @@
-"""The settings of a run on many processes: how the student lies on them, and how long they wait for each other."""
+"""The settings of a run on many processes."""
 
 from typing import Annotated, Literal
 

@@ -1,12 +1,11 @@
-"""The roll: what each process of a run last did, so that when one is lost the others can say which."""
+"""Failure reports: each process writes how far it is, so that when one is lost the others can name it."""
 
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 import torch
 from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
@@ -15,10 +14,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 from stillroom.distributed.group import RankGroup
 from stillroom.errors import Interrupted, LostError, ReportedElsewhere, StillroomError, Stopped
 
-T = TypeVar("T")
-
 PATIENCE_S = 5.0
-"""How long the others are waited for, to say what befell them, once one has failed."""
+"""How long the others are waited for, to say how they ended, once one process has failed."""
 
 SIGNS = ("connection", "timed out", "timeout", "nccl", "gloo", "broken pipe", "socket", "process group")
 """Words in what `torch.distributed` says when another process does not answer."""
@@ -27,38 +24,43 @@ LOST, FAILED = "lost", "failed"
 
 
 class FailureReport:
-    """A few words of each process, in the place where all have met."""
+    """A few words of each process, in the store where all have met."""
 
     def __init__(self, ranks: RankGroup) -> None:
         self.ranks = ranks
         self._store = None
         if ranks.world_size > 1:
-            self._store = PrefixStore("stillroom roll", _get_default_store())
+            self._store = PrefixStore("stillroom failures", _get_default_store())
             self.at("start")
 
     def at(self, step: int | str) -> None:
-        """Says how far this process is."""
-        self._say("at", f"{step} on {socket.gethostname()} (process {os.getpid()})")
+        """Writes how far this process is."""
+        self._write("at", f"{step} on {socket.gethostname()} (process {os.getpid()})")
 
     def end(self, how: str, text: str) -> None:
-        """Says how this process ends: it lost another, or failed by itself."""
-        self._say("end", f"{how} {text}")
+        """Writes how this process ends: it lost another, or failed by itself."""
+        self._write("end", f"{how} {text}")
 
     def ends(self) -> dict[int, tuple[str, str]]:
-        """How processes ended, of those that said so."""
-        found = {rank: self._said("end", rank) for rank in range(self.ranks.world_size)}
-        parts = {rank: text.partition(" ") for rank, text in found.items() if text}
+        """Returns how processes ended, of those that wrote so."""
+        texts = {rank: self._read("end", rank) for rank in range(self.ranks.world_size)}
+        parts = {rank: text.partition(" ") for rank, text in texts.items() if text}
         return {rank: (how, text) for rank, (how, _, text) in parts.items()}
 
     def last(self, rank: int) -> str:
-        """How far a process was."""
-        return self._said("at", rank) or "never heard of"
+        """Returns how far a process was."""
+        return self._read("at", rank) or "never heard of"
 
-    def _say(self, key: str, text: str) -> None:
+    def another_reports(self) -> bool:
+        """Returns whether this process need not report its end: one failed by itself, or one before it has lost another
+        too. It then ends at once, so that those that wait for it learn of it, and are not taken for lost."""
+        return any(how == FAILED or rank < self.ranks.rank for rank, (how, _) in self.ends().items())
+
+    def _write(self, key: str, text: str) -> None:
         if self._store is not None:
             self._store.set(f"{key} {self.ranks.rank}", text)
 
-    def _said(self, key: str, rank: int) -> str:
+    def _read(self, key: str, rank: int) -> str:
         assert self._store is not None
         name = f"{key} {rank}"
         return self._store.get(name).decode() if self._store.check([name]) else ""
@@ -66,11 +68,11 @@ class FailureReport:
 
 @contextmanager
 def reported_once(failures: FailureReport) -> Iterator[None]:
-    """Has what goes wrong inside told by one process, and that a process is lost by name.
+    """Has one process report what goes wrong inside, and name a process that is lost.
 
     Raises:
         LostError: another process does not answer.
-        ToldElsewhere: another process says what is wrong.
+        ReportedElsewhere: another process reports the error.
     """
     ranks = failures.ranks
     if ranks.world_size == 1:
@@ -85,99 +87,60 @@ def reported_once(failures: FailureReport) -> Iterator[None]:
             raise
         raise SystemExit(0 if isinstance(error, Stopped) else 130) from None
     except StillroomError as error:
-        with _while_the_store_is_there():
-            _tell_unless_told(failures, error)
+        with _if_store_answers():
+            failures.end(FAILED, error.what)
+            _wait_until(lambda: ranks.is_rank0 or 0 in failures.ends())
+            if not ranks.is_rank0:
+                if failures.ends().get(0) == (FAILED, error.what):  # with values of its own perhaps
+                    raise ReportedElsewhere.of(error) from None
+                error.values["in"] = f"rank {ranks.rank} on {socket.gethostname()}"
         raise
-    except torch.OutOfMemoryError as error:
-        with _while_the_store_is_there():
-            failures.end(FAILED, str(error))
-        raise
-    except RuntimeError as error:
-        if not any(sign in str(error).lower() for sign in SIGNS):
-            with _while_the_store_is_there():
-                failures.end(FAILED, f"{type(error).__name__}: {error}")
-            raise
-        raise _who_is_lost(failures, error) from error
     except Exception as error:
-        with _while_the_store_is_there():
-            failures.end(FAILED, f"{type(error).__name__}: {error}")
+        is_oom = isinstance(error, torch.OutOfMemoryError)
+        if isinstance(error, RuntimeError) and not is_oom and any(sign in str(error).lower() for sign in SIGNS):
+            raise _lost(failures, error) from error
+        with _if_store_answers():
+            failures.end(FAILED, str(error) if is_oom else f"{type(error).__name__}: {error}")
         raise
 
 
-def _tell_unless_told(failures: FailureReport, error: StillroomError) -> None:
-    """Raises ToldElsewhere in all but the first process that fail in the same way, with values of their own perhaps."""
-    ranks, text = failures.ranks, error.what
-    failures.end(FAILED, text)
-    if ranks.is_rank0:
-        return
+def _wait_until(true: Callable[[], bool]) -> None:
     until = time.monotonic() + PATIENCE_S
-    while time.monotonic() < until and 0 not in failures.ends():
+    while time.monotonic() < until and not true():
         time.sleep(0.05)
-    if failures.ends().get(0) == (FAILED, text):
-        raise ReportedElsewhere.of(error)
-    error.values["in"] = f"rank {ranks.rank} on {socket.gethostname()}"
 
 
-def _who_is_lost(failures: FailureReport, error: RuntimeError) -> StillroomError:
-    """The error of a process that another does not answer, once it is known why not."""
-    ranks = failures.ranks
-    found = _in_time(lambda: _ends(failures, error))
-    if found is None:
-        return _lost(["rank 0, or the host where all have met"], error)
-    ends, last = found
-    names = [f"rank {rank}, last heard at {last[rank]}" for rank in range(ranks.world_size) if rank not in ends]
-    lost = _lost(names or ["nobody: all are there, and cannot reach each other"], error)
-    return ReportedElsewhere.of(lost) if _another_tells(ends, ranks.rank) else lost
+def _lost(failures: FailureReport, error: RuntimeError) -> StillroomError:
+    """Returns the error of a process that another does not answer, once it is known why not."""
+    ranks, reason = failures.ranks, " ".join(str(error).split())[:160]
+    answers: list[tuple[bool, list[str]]] = []
 
+    def ask() -> None:
+        with _if_store_answers():
+            failures.end(LOST, reason)
+            _wait_until(lambda: failures.another_reports() or len(failures.ends()) == ranks.world_size)
+            silent = [rank for rank in range(ranks.world_size) if rank not in failures.ends()]
+            names = [f"rank {rank}, last heard at {failures.last(rank)}" for rank in silent]
+            answers.append((failures.another_reports(), names))
 
-def _another_tells(ends: Mapping[int, tuple[str, str]], rank: int) -> bool:
-    """Whether a process need not say what befell it: one failed by itself, or one before it has lost another too. It
-    then ends at once, so that those that wait for it learn of it, and are not taken for lost."""
-    return any(how == FAILED or other < rank for other, (how, _) in ends.items())
-
-
-def _ends(failures: FailureReport, error: RuntimeError) -> tuple[dict[int, tuple[str, str]], list[str]]:
-    """How the others end too, once all have said so or that is waited for no longer; and how far each was."""
-    failures.end(LOST, " ".join(str(error).split())[:160])
-    until, ends = time.monotonic() + PATIENCE_S, {}
-    while time.monotonic() < until and len(ends) < failures.ranks.world_size:
-        if _another_tells(ends, failures.ranks.rank):
-            break
-        time.sleep(0.05)
-        ends = failures.ends()
-    return ends, [failures.last(rank) for rank in range(failures.ranks.world_size)]
-
-
-def _in_time(ask: Callable[[], T]) -> T | None:
-    """What the store tells; None where it does not answer, which may take it for ever."""
-    found: list[T] = []
-
-    def work() -> None:
-        with _while_the_store_is_there():
-            found.append(ask())
-
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=ask, daemon=True)  # since a store that is lost may never answer
     thread.start()
     thread.join(3 * PATIENCE_S)
-    return found[0] if found else None
-
-
-def _lost(names: list[str], error: RuntimeError) -> LostError:
-    return LostError(
+    elsewhere, names = answers[0] if answers else (False, ["rank 0, or the host where all have met"])
+    names = names or ["nobody: all are there, and cannot reach each other"]
+    lost = LostError(
         "a process of this run is lost",
-        {
-            "lost" if len(names) == 1 else "lost, or waiting for one that is": "; ".join(names[:4]),
-            "reason": " ".join(str(error).split())[:160],
-        },
+        {"lost" if len(names) == 1 else "lost, or waiting for one that is": "; ".join(names[:4]), "reason": reason},
         why="Every process is needed for every step, so the run ended here. Its checkpoints are whole.",
         fix="Look at that process's host, then run the same command with --resume; torchrun --max-restarts does so by "
         "itself.",
     )
+    return ReportedElsewhere.of(lost) if elsewhere else lost
 
 
 @contextmanager
-def _while_the_store_is_there() -> Iterator[None]:
+def _if_store_answers() -> Iterator[None]:
     try:
         yield
-    except RuntimeError:  # it went with its host, so nobody can be told anything there
+    except RuntimeError:  # the store went with its host, so nothing can be written there
         return

@@ -1,6 +1,7 @@
-"""Meeting: how the processes that were started together find each other, and which of them trains and which teaches."""
+"""Process groups: the processes that `torchrun` starts find each other, and are divided into trainers and teachers."""
 
 import datetime
+import itertools
 import os
 import socket
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from stillroom.runs import read_json
 
 @dataclass(frozen=True)
 class RankInfo:
-    """What the starter of the processes says of this one."""
+    """This process, as the environment that `torchrun` sets describes it."""
 
     rank: int
     world_size: int
@@ -29,11 +30,11 @@ class RankInfo:
 
 
 def rank_info() -> RankInfo:
-    """This process among those that were started together; alone where nobody says otherwise.
+    """Reads RANK, WORLD_SIZE and LOCAL_RANK; without WORLD_SIZE this process is the only one.
 
     Raises:
-        ConfigError: what the environment says is not a number.
-        MissingError: it does not say where they meet.
+        ConfigError: one of them is not a number.
+        MissingError: MASTER_ADDR or MASTER_PORT is not set.
     """
     if os.environ.get("WORLD_SIZE", "") in ("", "0", "1"):
         return RankInfo(0, 1, 0)
@@ -62,32 +63,37 @@ def rank_info() -> RankInfo:
 
 @dataclass(frozen=True)
 class DistContext:
-    """All that were started together: first those that train the student, then those that run the teacher, if it has
-    processes of its own."""
+    """All processes of a run: first the trainers, then the teachers, if the teacher has processes of its own."""
 
     world: RankGroup
     group: RankGroup
-    """Those of this process's kind."""
+    """The processes of this one's kind: trainers or teachers."""
     is_teacher: bool = False
     """Whether this process runs the teacher."""
     num_teachers: int = 0
     requests: dist.ProcessGroup | None = None
-    """That carries questions to the teacher's processes."""
+    """The group that carries requests to the teachers."""
     responses: dist.ProcessGroup | None = None
-    """That carries their answers."""
+    """The group that carries their responses."""
 
     @property
     def num_trainers(self) -> int:
         return self.world.world_size - self.num_teachers
 
 
-MEETING_TIME = datetime.timedelta(minutes=10)
+JOIN_TIME = datetime.timedelta(minutes=10)
 """How long the first to come waits for the last: some may have to be given a machine first."""
 
-SETTING_UP_TIME = datetime.timedelta(hours=24)
+SETUP_TIME = datetime.timedelta(hours=24)
 """How long one process may take while the others wait, for what has no bound of its own."""
 
 SINGLE_PROCESS = DistContext(SINGLE_RANK, SINGLE_RANK)
+
+_stores: dict[tuple[str, int], Store] = {}
+"""The connections to the stores where processes meet. They stay open between runs: their keys are another run's."""
+
+_entries = itertools.count(1)
+"""Numbers this process's runs of several processes. All count alike: they make the same runs in the same order."""
 
 
 def init_distributed(
@@ -99,14 +105,14 @@ def init_distributed(
     num_teachers: int = 0,
     device: int | None = None,
 ) -> DistContext:
-    """Joins the processes that were started together.
+    """Joins the processes that were started together, until :func:`destroy_distributed`; then they may join again.
 
     Args:
         device_type: cpu or cuda, where tensors will lie: on CUDA each process takes the device of its local rank.
-        sharded: whether anything is to be sharded, for which one process, too, needs a mesh.
-        replicas: of the student.
+        sharded: whether anything is to be sharded, for which a single process needs a mesh too.
+        replicas: the number of copies of the student.
         num_teachers: how many of the processes run the teacher.
-        device: the number of the CUDA device of a process alone.
+        device: the number of the CUDA device of a single process.
 
     Raises:
         ConfigError: so many processes cannot be divided so.
@@ -114,19 +120,26 @@ def init_distributed(
     """
     here = rank_info()
     try:
-        _check_division(here.world_size, replicas, num_teachers)
-        _check_device(here.world_size, device)
+        _check_division(here.world_size, replicas, num_teachers, device)
     except ConfigError as error:
         raise error if here.rank == 0 else ReportedElsewhere.of(error) from None
     if here.world_size == 1 and not sharded:
         return SINGLE_PROCESS
     if device_type == "cuda":
-        _take_device(here, here.local_rank if device is None else device)
+        number = here.local_rank if device is None else device
+        if number >= torch.cuda.device_count():
+            raise MissingError(
+                f"there is no CUDA device for rank {here.rank} on {socket.gethostname()}",
+                {"its number on this host": number, "CUDA devices": torch.cuda.device_count()},
+                why="Each process needs a device of its own.",
+                fix="Start as many processes on a host as it has devices (torchrun --nproc-per-node gpu).",
+            )
+        torch.cuda.set_device(number)
+        torch.cuda.init()  # or the mesh would choose a device again
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     try:
-        store = _meeting_place(here)
-        _wait_for_all(here, store)
+        store = _join_store(here)
         dist.init_process_group(backend, timeout=timeout, store=store, rank=here.rank, world_size=here.world_size)
     except (RuntimeError, ValueError) as error:
         raise MissingError(
@@ -139,10 +152,10 @@ def init_distributed(
             fix="Check that all were started, that MASTER_ADDR can be reached from every host, and that MASTER_PORT is "
             "free there.",
         ) from error
-    return _divide(here, device_type, timeout, replicas, num_teachers)
+    return _make_groups(here, device_type, timeout, replicas, num_teachers)
 
 
-def _check_division(world_size: int, replicas: int, num_teachers: int) -> None:
+def _check_division(world_size: int, replicas: int, num_teachers: int, device: int | None) -> None:
     num_trainers = world_size - num_teachers
     if num_trainers < 1:
         raise ConfigError(
@@ -158,9 +171,6 @@ def _check_division(world_size: int, replicas: int, num_teachers: int) -> None:
             why="Each copy lies on as many processes as every other.",
             fix=f"Set parallel.replicas to a number that divides {num_trainers}, or start other processes.",
         )
-
-
-def _check_device(world_size: int, device: int | None) -> None:
     if world_size > 1 and device is not None:
         raise ConfigError(
             f"{world_size} processes cannot share one device",
@@ -170,111 +180,96 @@ def _check_device(world_size: int, device: int | None) -> None:
         )
 
 
-def _meeting_place(here: RankInfo) -> Store:
-    """Where the processes tell each other their addresses: a port that the first opens, or that of the `torchrun` that
-    has started them, which keeps what earlier attempts have told there.
+def _join_store(here: RankInfo) -> Store:
+    """Returns the store where the processes exchange their addresses, once all have come, which may take longer than
+    they wait for each other later.
 
-    Nodes count attempts apart, so the number may not tell what the first process opens anew for each.
+    It is at a port that rank 0 opens, or at that of the `torchrun` that started them, which keeps what earlier attempts
+    have written there. So keys begin with the attempt and with the number of the run. Nodes count attempts apart, so
+    the attempt may not be part of a key in a store that rank 0 opens anew for each.
+
+    Raises:
+        RuntimeError: some did not come.
     """
     if here.world_size == 1:
         return HashStore()
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    opens = here.rank == 0 and not of_torchrun
-    store = TCPStore(address, port, here.world_size, opens, MEETING_TIME, wait_for_workers=False)
-    return PrefixStore(f"attempt {restart_count()}", store) if of_torchrun else store
-
-
-def _wait_for_all(here: RankInfo, store: Store) -> None:
-    """Returns when every process has come, which may take longer than they wait for each other later.
-
-    Raises:
-        RuntimeError: some did not.
-    """
+    if (address, port) not in _stores:
+        opens = here.rank == 0 and not of_torchrun
+        _stores[address, port] = TCPStore(address, port, here.world_size, opens, JOIN_TIME, wait_for_workers=False)
+    attempt = f"attempt {restart_count()} " if of_torchrun else ""
+    store = PrefixStore(f"{attempt}entry {next(_entries)}", _stores[address, port])
     keys = [f"here {rank}" for rank in range(here.world_size)]
     store.set(keys[here.rank], socket.gethostname())
     try:
-        store.wait(keys, MEETING_TIME)
+        store.wait(keys, JOIN_TIME)
     except RuntimeError as error:
         missing = [key.removeprefix("here ") for key in keys if not store.check([key])]
-        raise RuntimeError(f"rank {', '.join(missing)} did not come in {MEETING_TIME}") from error
+        raise RuntimeError(f"rank {', '.join(missing)} did not come in {JOIN_TIME}") from error
+    return store
 
 
 def restart_count() -> int:
-    """How often the `torchrun` of this node has started its processes again because one had failed."""
+    """Returns how often the `torchrun` of this node has started its processes again because one had failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0)
 
 
-def _take_device(here: RankInfo, number: int) -> None:
-    if number >= torch.cuda.device_count():
-        raise MissingError(
-            f"there is no CUDA device for rank {here.rank} on {socket.gethostname()}",
-            {"its number on this host": number, "CUDA devices": torch.cuda.device_count()},
-            why="Each process needs a device of its own.",
-            fix="Start as many processes on a host as it has devices (torchrun --nproc-per-node gpu).",
-        )
-    torch.cuda.set_device(number)
-    torch.cuda.init()  # or the mesh would choose a device again
-
-
-def _divide(
+def _make_groups(
     here: RankInfo, device_type: str, timeout: datetime.timedelta, replicas: int, num_teachers: int
 ) -> DistContext:
-    """Makes all groups, in the same order in every process."""
+    """Makes all groups, in the same order in every process, as torch needs it."""
     world_size, num_trainers = here.world_size, here.world_size - num_teachers
-    kinds = [range(num_trainers), range(num_trainers, world_size)] if num_teachers else [range(world_size)]
-    found = {}
-    for number, ranks in enumerate(kinds):
-        copies = replicas if number == 0 else 1
-        mesh = _mesh(device_type, torch.tensor(list(ranks)).view(copies, -1), here, timeout)
-        group, slow_group, checkpoint_group = (
-            _group(ranks, time) for time in (timeout, SETTING_UP_TIME, SETTING_UP_TIME)
-        )
-        for mine, rank in enumerate(ranks):
-            found[rank] = RankGroup(mine, len(ranks), here.local_rank, mesh, group, slow_group, checkpoint_group)
-    group, slow_group = _group(range(world_size), timeout), _group(range(world_size), SETTING_UP_TIME)
+    everyone = list(range(world_size))
+
+    def cpu_group(ranks: list[int], time: datetime.timedelta) -> Any:
+        return dist.new_group(ranks, timeout=time, backend="gloo")
+
+    own = SINGLE_RANK
+    for ranks in filter(None, (everyone[:num_trainers], everyone[num_trainers:])):
+        copies = replicas if ranks[0] == 0 else 1
+        mesh = _mesh(device_type, torch.tensor(ranks).view(copies, -1), here, timeout)
+        groups = [cpu_group(ranks, time) for time in (timeout, SETUP_TIME, SETUP_TIME)]
+        if here.rank in ranks:
+            own = RankGroup(ranks.index(here.rank), len(ranks), here.local_rank, mesh, *groups)
+    group, slow_group = cpu_group(everyone, timeout), cpu_group(everyone, SETUP_TIME)
     world = RankGroup(here.rank, world_size, here.local_rank, None, group, slow_group)
     requests, responses = None, None
-    if num_teachers:  # the first question may be long in coming, an answer not
-        requests, responses = _group(range(world_size), SETTING_UP_TIME), _group(range(world_size), timeout)
-    return DistContext(world, found[here.rank], here.rank >= num_trainers, num_teachers, requests, responses)
+    if num_teachers:  # the first request may be long in coming, a response may not
+        requests, responses = cpu_group(everyone, SETUP_TIME), cpu_group(everyone, timeout)
+    return DistContext(world, own, here.rank >= num_trainers, num_teachers, requests, responses)
 
 
 def _mesh(device_type: str, grid: Tensor, here: RankInfo, timeout: datetime.timedelta) -> DeviceMesh | None:
-    """The mesh of some ranks [replicas, processes of each], whose groups wait no longer than ``timeout``; None in
-    others. A single replica has no dimension of its own."""
+    """Returns the mesh of some ranks [replicas, ranks of each], whose groups wait no longer than ``timeout``, and None
+    in other ranks. A single replica has no dimension of its own."""
     if len(grid) == 1:
         grid = grid[0]
-    mine = []
+    own_groups = []
     for dimension in range(grid.ndim):
         for ranks in grid.movedim(dimension, -1).reshape(-1, grid.shape[dimension]).tolist():
             group = dist.new_group(ranks, timeout=timeout)
             if here.rank in ranks:
-                mine.append(group)
-    if not mine:
+                own_groups.append(group)
+    if not own_groups:
         return None
     if grid.ndim == 1:
-        return DeviceMesh.from_group(mine[0], device_type, mesh_dim_names=("parts",))
-    return DeviceMesh.from_group(mine, device_type, mesh=grid, mesh_dim_names=("replicas", "parts"))
-
-
-def _group(ranks: range, timeout: datetime.timedelta) -> Any:
-    """A group for what lies on the CPU; all processes make it, also those that are not in it."""
-    return dist.new_group(list(ranks), timeout=timeout, backend="gloo")
+        return DeviceMesh.from_group(own_groups[0], device_type, mesh_dim_names=("parts",))
+    return DeviceMesh.from_group(own_groups, device_type, mesh=grid, mesh_dim_names=("replicas", "parts"))
 
 
 def destroy_distributed() -> None:
-    """Leaves the processes that have met."""
+    """Leaves the processes that were joined last; the same processes may then join again."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def launcher() -> str:
-    """What has started this process, as no other is called at the same time."""
+    """Returns a name of the process that started this one, which no other has at the same time."""
     return f"process {os.getppid()} of {socket.gethostname()}"
 
 
 def began(out: str, launchers: Sequence[str]) -> bool:
-    """Whether the run that lies there was begun by any of what has started these processes: one node may be new."""
+    """Returns whether any of ``launchers`` began the run in ``out``: one node of a restarted run may be new."""
     path = Path(out) / "run.json"
     return path.is_file() and not set(launchers).isdisjoint(read_json(path).get("launchers", ()))

@@ -1,4 +1,4 @@
-"""How student and teacher lie on many processes: whole in each (DDP), or a part of each parameter in each (FSDP2)."""
+"""Student and teacher on many processes: whole in each (DDP), or a part of each parameter in each (FSDP2)."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
@@ -87,9 +87,9 @@ def shard_teacher(model: PreTrainedModel, ranks: RankGroup, *, offload: bool) ->
     fully_shard(body, ignored_params=whole, **settings)
 
 
-def let_go(module: nn.Module) -> None:
-    """Takes a sharded module's parameters apart again, of which some stay whole after a forward pass without a
-    backward: its own, and with ``reshard: false`` those of every layer."""
+def reshard(module: nn.Module) -> None:
+    """Takes a sharded module's parameters apart again. After a forward pass without a backward pass some stay whole:
+    its own, and with ``reshard: false`` those of every layer."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
@@ -108,7 +108,7 @@ def materialize_sharded(module: nn.Module, device: str, *, offload: bool) -> Non
 
 
 def _weight(module: nn.Module | None) -> Tensor | None:
-    """The weight of embeddings or of a head, without an adapter beside it."""
+    """Returns the weight of embeddings or of a head, without an adapter beside it."""
     weight: Any = getattr(getattr(module, "base_layer", module), "weight", None)
     return weight
 
@@ -123,7 +123,7 @@ def replicate(module: nn.Module, ranks: RankGroup, *, has_unused: bool) -> Distr
     buffers = "forward_sync_buffers"  # as PyTorch calls from 2.13 on what was broadcast_buffers
     if buffers not in inspect.signature(DistributedDataParallel).parameters:
         buffers = "broadcast_buffers"
-    settings: dict[str, Any] = {buffers: False}  # no buffer changes while training
+    settings: dict[str, Any] = {buffers: False}  # no buffer changes in training
     ddp = DistributedDataParallel(
         module,
         process_group=ranks.mesh.get_group(),
@@ -131,44 +131,39 @@ def replicate(module: nn.Module, ranks: RankGroup, *, has_unused: bool) -> Distr
         gradient_as_bucket_view=True,
         find_unused_parameters=has_unused,
     )
-    ddp.register_comm_hook(ranks.mesh.get_group(), _sum)
+
+    def sum_bucket(group, bucket):  # the default hook averages
+        work: Any = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+        return work.get_future().then(lambda future: future.value()[0])
+
+    ddp.register_comm_hook(ranks.mesh.get_group(), sum_bucket)
     return ddp
 
 
-def _sum(group, bucket):
-    """The hook by which DDP is told to add up a bucket of gradients, and not to average it."""
-    work: Any = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
-    return work.get_future().then(lambda future: future.value()[0])
-
-
 @contextmanager
-def summed_later(forward: Callable[..., Any], later: bool) -> Iterator[None]:
-    """Inside, gradients are left in each process where ``later``, to be added up with those of the next backward pass.
+def gradients_summed_later(forward: Callable[..., Any], later: bool) -> Iterator[None]:
+    """Inside, gradients stay in each process where ``later``, to be summed with those of the next backward pass.
 
-    Sharded gradients are added up each time: a whole gradient would need the memory that sharding saves.
+    Sharded gradients are summed each time: a whole gradient would need the memory that sharding saves.
     """
     with forward.no_sync() if later and isinstance(forward, DistributedDataParallel) else nullcontext():
         yield
 
 
 @torch.no_grad()
-def squares(gradients: list[Tensor], ranks: RankGroup) -> Tensor:
-    """This process's share of the sum of all gradients' squares: those of all processes add up to it."""
-    mine = [(local_part(gradient), _copies(gradient, ranks)) for gradient in gradients if local_part(gradient).numel()]
-    if not mine:
+def squared_norm(gradients: list[Tensor], ranks: RankGroup) -> Tensor:
+    """Returns this process's share of the squared norm of all gradients, a float64 number [] on the CPU: the shares of
+    all processes add up to it. A part that lies in several processes counts once."""
+    norms, copies = [], []
+    for gradient in gradients:
+        if not local_part(gradient).numel():
+            continue
+        norms.append(torch.linalg.vector_norm(local_part(gradient)))
+        sharded = 1
+        if isinstance(gradient, DTensor):
+            for dimension, placement in enumerate(gradient.placements):
+                sharded *= gradient.device_mesh.size(dimension) if placement.is_shard() else 1
+        copies.append(ranks.world_size // sharded)
+    if not norms:
         return torch.zeros((), dtype=torch.float64)
-    norms = torch.stack([torch.linalg.vector_norm(part) for part, _ in mine]).cpu().double()
-    return (norms.square() / torch.tensor([copies for _, copies in mine])).sum()
-
-
-def _copies(gradient: Tensor, ranks: RankGroup) -> int:
-    """In how many processes the same part of a gradient lies."""
-    placements = getattr(gradient, "placements", None)
-    if placements is None:
-        return ranks.world_size
-    mesh: Any = getattr(gradient, "device_mesh", None)
-    sharded = 1
-    for dimension, placement in enumerate(placements):
-        if placement.is_shard():
-            sharded *= mesh.size(dimension)
-    return ranks.world_size // sharded
+    return (torch.stack(norms).cpu().double().square() / torch.tensor(copies)).sum()

@@ -1,6 +1,7 @@
-"""Objectives over hidden states: the projectors and the weighted distance of the layers that are compared."""
+"""Objectives over hidden states: the projectors and the weighted distance of the layers that are compared, and what of
+them is fitted to the first step: projectors by ridge least squares, and channel scales."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,18 +10,27 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from stillroom.batch import Batch
+from stillroom.distributed.group import SINGLE_RANK, RankGroup
+from stillroom.distributed.sharding import reshard
 from stillroom.layers import Layer, in_order
 from stillroom.lm_head import accumulator
 from stillroom.losses.config import DISTANCES
-from stillroom.losses.hidden import Normalize, Pair, normalized
-from stillroom.signals import HiddenStates
+from stillroom.losses.hidden import Normalize, Pair, channel_scale, normalized
+from stillroom.models import hidden_states
+from stillroom.models.dtensor import fill_local, own_rows
+from stillroom.signals import HiddenStates, TeacherOutput
 
 ATTENTION = "attention_relation"
+
+RIDGE = 1e-4
+"""The share of the diagonal's mean that is added to the diagonal of a fit, so that it is well conditioned, whatever the
+states."""
 
 
 @dataclass(frozen=True)
 class HiddenSpec:
-    """What a hidden-state objective compares."""
+    """The layers that a hidden-state objective compares, and how."""
 
     name: str
     distance: str
@@ -28,19 +38,19 @@ class HiddenSpec:
     pairs: tuple[tuple[Layer, Layer], ...]
     """(student's layer, teacher's layer)"""
     widths: tuple[int, int]
-    """Of the student's and of the teacher's states."""
+    """The widths of the student's and of the teacher's states."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """The distance's keyword arguments."""
     start: str | None = None
-    """What projectors start from: orthogonal, identity, least_squares; None has none."""
+    """The start of projectors: orthogonal, identity, least_squares; with None there are none."""
     shared: bool = False
     normalise: Normalize | None = None
     pair_weights: tuple[float, ...] | None = None
     """None is the mean over the pairs."""
     by_data: bool = False
-    """Whether each position counts what the data say."""
+    """Whether positions have the weights of the data."""
     places: tuple[int, ...] | None = None
-    """For a start from the identity: the teacher's channel that each of the student's is; None is the first ones."""
+    """The teacher's channel that each of the student's starts as, with identity; None takes the first ones."""
 
     @property
     def of_attention(self) -> bool:
@@ -49,7 +59,7 @@ class HiddenSpec:
 
     @property
     def measures_first(self) -> bool:
-        """Whether it has to see the first step's states before it can start."""
+        """Whether it is fitted to the first step's states before it starts."""
         return self.start == "least_squares" or self.distance == "channel_scaled_mse"
 
 
@@ -59,7 +69,7 @@ class HiddenLoss(nn.Module):
     Its parameters, the projectors, are trained and saved with the student step, and belong to no exported model.
 
     Args:
-        seed: of projectors that start at random.
+        seed: seeds projectors that start at random.
     """
 
     def __init__(self, spec: HiddenSpec, *, seed: int = 0) -> None:
@@ -72,7 +82,7 @@ class HiddenLoss(nn.Module):
             self.register_buffer("scales", torch.ones(len(spec.pairs), spec.widths[1]))
 
     def projector(self, number: int) -> nn.Parameter | None:
-        """The matrix [teacher's width, student's width] of a pair; None where there is none."""
+        """Returns the matrix [teacher's width, student's width] of a pair; None where there is none."""
         return None if not len(self.projectors) else self.projectors[0 if self.spec.shared else number]
 
     def forward(
@@ -104,12 +114,12 @@ class HiddenLoss(nn.Module):
 
 
 def compared(state: Float[Tensor, "n d"], spec: HiddenSpec) -> Float[Tensor, "n d"]:
-    """A state as the distance is given it."""
+    """Returns a state as the distance takes it."""
     return state if spec.normalise is None else normalized(state, spec.normalise)
 
 
 def _start(spec: HiddenSpec, generator: torch.Generator) -> nn.Parameter:
-    """A projector [teacher's width, student's width]; what is fitted later starts from the identity."""
+    """Makes a projector [teacher's width, student's width]; one that is fitted later starts from the identity."""
     inner, outer = spec.widths
     matrix = torch.empty(outer, inner)
     if spec.start == "orthogonal":
@@ -121,7 +131,84 @@ def _start(spec: HiddenSpec, generator: torch.Generator) -> nn.Parameter:
 
 
 def layers_of(specs: Sequence[HiddenSpec], side: int) -> tuple[tuple[Layer, ...], tuple[int, ...]]:
-    """The layers whose states, and those whose attention, all objectives need of the student (0) or the teacher (1)."""
+    """Returns the layers whose states, and those whose attention, the objectives need of student (0) or teacher (1)."""
     states = in_order(pair[side] for spec in specs if not spec.of_attention for pair in spec.pairs)
     attention = in_order(pair[side] for spec in specs if spec.of_attention for pair in spec.pairs)
     return states, tuple(int(layer) for layer in attention)
+
+
+@torch.no_grad()
+def fit_to_first_step(
+    module: Any,
+    teacher_forward: Callable[..., TeacherOutput],
+    micro_batches: Iterable[tuple[Batch, TeacherOutput | None]],
+    ranks: RankGroup = SINGLE_RANK,
+    *,
+    device: torch.device | None = None,
+) -> None:
+    """Fits the hidden-state objectives that need it to the first step, all its micro-batches together.
+
+    Args:
+        module: the student step that has them.
+        teacher_forward: the teacher's ``forward``.
+        micro_batches: this process's part of the step.
+        ranks: the processes that have the other parts.
+        device: where the student works; None is where its parameters are.
+    """
+    fits = [_Fit(term) for term in module.hidden.values() if isinstance(term, HiddenLoss) and term.spec.measures_first]
+    device = device or next(module.parameters()).device
+    was_training = module.training
+    module.eval()
+    for micro_batch, prefetched in micro_batches:
+        batch = micro_batch.to(device)
+        _, student = module.within(
+            lambda batch=batch: hidden_states.all_hidden_states(module.model, batch, module.layers, module.attention)
+        )
+        output = teacher_forward(batch, prefetched)
+        assert output.hidden is not None  # the objectives need it
+        for fit in fits:
+            fit.add(student, output.hidden)
+    module.train(was_training)
+    reshard(module)
+    for fit in fits:
+        fit.finish(ranks)
+
+
+class _Fit:
+    """Sums of products of states, and of squares, over the positions of a step."""
+
+    def __init__(self, term: HiddenLoss) -> None:
+        self.term = term
+        inner, outer = term.spec.widths
+        count = len(term.projectors) if term.spec.start == "least_squares" else 0
+        self.own = [torch.zeros(inner, inner, dtype=torch.float64) for _ in range(count)]
+        self.shared = [torch.zeros(inner, outer, dtype=torch.float64) for _ in range(count)]
+        self.squares = torch.zeros(len(term.spec.pairs), outer, dtype=torch.float64)
+        self.num_positions = 0
+
+    def add(self, student: HiddenStates, teacher: HiddenStates) -> None:
+        spec = self.term.spec
+        for number, (s, t) in enumerate(spec.pairs):
+            theirs = teacher.states[t].double().cpu()
+            if self.own:
+                ours, place = student.states[s].double().cpu(), 0 if spec.shared else number
+                self.own[place] += ours.T @ ours
+                self.shared[place] += ours.T @ theirs
+            self.squares[number] += compared(theirs, spec).square().sum(0)
+        self.num_positions += len(teacher.states[spec.pairs[0][1]])
+
+    def finish(self, ranks: RankGroup) -> None:
+        for total in (*self.own, *self.shared, self.squares):
+            ranks.all_reduce_(total)
+        self.num_positions = int(ranks.all_reduce_(torch.tensor(self.num_positions)))
+        for projector, own, shared in zip(self.term.projectors, self.own, self.shared, strict=False):
+            fill_local(projector, ridge(own, shared).T[own_rows(projector)])
+        if self.term.spec.distance == "channel_scaled_mse":
+            self.term.scales.copy_(torch.stack([channel_scale(row, self.num_positions) for row in self.squares]))  # pyright: ignore
+
+
+def ridge(own: Tensor, shared: Tensor) -> Tensor:
+    """Returns ``(XᵀX + λ·mean diagonal·1)⁻¹ XᵀY``, the matrix by which X comes nearest to Y."""
+    diagonal = own.diagonal().mean().clamp_min(torch.finfo(own.dtype).tiny)
+    regular = own + RIDGE * diagonal * torch.eye(len(own), dtype=own.dtype)
+    return torch.cholesky_solve(shared, torch.linalg.cholesky(regular))

@@ -9,7 +9,7 @@ from stillroom.training.config import AdamWConfig
 
 
 def build_optimizer(module: nn.Module, config: AdamWConfig) -> torch.optim.Optimizer:
-    """AdamW over what is trained; matrices decay, norms and biases (one dimension or none) do not."""
+    """Builds AdamW over what is trained. Matrices decay; norms and biases (one dimension or none) do not."""
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -25,6 +25,6 @@ def build_optimizer(module: nn.Module, config: AdamWConfig) -> torch.optim.Optim
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: AdamWConfig, num_steps: int) -> LRScheduler:
-    """A linear warm-up, then cosine or linear decay to 0 at ``num_steps``, or a constant."""
+    """Builds the schedule: a linear warm-up, then cosine or linear decay to 0 at ``num_steps``, or a constant."""
     name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     return get_scheduler(name, optimizer, round(config.warmup * num_steps), num_steps)

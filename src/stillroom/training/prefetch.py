@@ -1,4 +1,4 @@
-"""ReadAhead: the batches of the next steps and their stored signals, made by a thread while the student trains."""
+"""The batches of the next steps and their stored signals, made by a thread while the student trains."""
 
 import threading
 from collections.abc import Iterable, Iterator
@@ -13,11 +13,11 @@ from stillroom.teachers.base import Teacher
 STEPS_AHEAD = 2
 
 MicroBatch = tuple[Batch, TeacherOutput | None]
-"""A micro-batch, with what of it could be read without the device."""
+"""A micro-batch, with what the teacher could give of it without the device."""
 
 
 class MicroBatches(list[MicroBatch]):
-    """The micro-batches of a step with what was read of them, and the totals of all processes."""
+    """The micro-batches of a step in this process, and the totals of all processes."""
 
     def __init__(self, micro_batches: Iterable[MicroBatch], totals: Totals) -> None:
         super().__init__(micro_batches)
@@ -25,14 +25,15 @@ class MicroBatches(list[MicroBatch]):
 
 
 class Prefetcher(Iterator[MicroBatches]):
-    """Gives each step's micro-batches of a stream with what the teacher can read of them.
+    """Gives each step's micro-batches of a stream with what the teacher can prefetch of them.
 
-    Its state is that of the steps given, not of those made ahead. What goes wrong ahead is raised when its turn comes.
+    Its state is that of the steps given, not of those made ahead. An error made ahead is raised when its turn comes.
     """
 
     def __init__(self, stream: BatchStream, teacher: Teacher | None) -> None:
         self.stream, self.teacher = stream, teacher
-        self._state, self._worker = stream.state(), None
+        self._state = stream.state()
+        self._thread: threading.Thread | None = None
 
     @property
     def epoch(self) -> int:
@@ -44,58 +45,45 @@ class Prefetcher(Iterator[MicroBatches]):
         return self.stream.documents
 
     def state(self) -> dict[str, Any]:
-        """Where it stands, as JSON values: after the last step that it gave."""
+        """Returns its position, as JSON values: after the last step that it gave."""
         return self._state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes to where ``state`` was taken; see :meth:`BatchStream.restore`."""
+        """Goes to the position where ``state`` was taken; see :meth:`BatchStream.restore`."""
         self.close()
         self.stream.restore(state)
         self._state = self.stream.state()
 
     def __next__(self) -> MicroBatches:
-        if self._worker is None:
-            self._worker = _Worker(self.stream, self.teacher)
-        micro_batches, self._state = self._worker.take()
+        if self._thread is None:
+            self._made: Queue[tuple[MicroBatches, dict[str, Any]] | BaseException] = Queue()
+            self._room, self._closed = threading.Semaphore(STEPS_AHEAD), False
+            self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
+            self._thread.start()
+        made = self._made.get()
+        if isinstance(made, BaseException):
+            self._made.put(made)  # for the next call
+            raise made
+        self._room.release()
+        micro_batches, self._state = made
         return micro_batches
 
     def close(self) -> None:
         """Stops the thread. The next step is then made from the stream as it stands, so restore it before."""
-        if self._worker is not None:
-            self._worker.close()
-            self._worker = None
+        if self._thread is not None:
+            self._closed = True
+            self._room.release()
+            self._thread.join()
+            self._thread = None
 
-
-class _Worker:
-    def __init__(self, stream: BatchStream, teacher: Teacher | None) -> None:
-        self.stream, self.teacher = stream, teacher
-        self.made: Queue[tuple[MicroBatches, dict[str, Any]] | BaseException] = Queue()
-        self.room = threading.Semaphore(STEPS_AHEAD)
-        self.closed = False
-        self.thread = threading.Thread(target=self._work, name="read ahead", daemon=True)
-        self.thread.start()
-
-    def take(self) -> tuple[MicroBatches, dict[str, Any]]:
-        made = self.made.get()
-        if isinstance(made, BaseException):
-            self.made.put(made)  # whoever asks again is told again
-            raise made
-        self.room.release()
-        return made
-
-    def close(self) -> None:
-        self.closed = True
-        self.room.release()
-        self.thread.join()
-
-    def _work(self) -> None:
+    def _work(self) -> None:  # kept: the thread's
         try:
             while True:
-                self.room.acquire()
-                if self.closed:
+                self._room.acquire()
+                if self._closed:
                     return
                 step = next(self.stream)
                 prefetched = [(b, None if self.teacher is None else self.teacher.prefetch(b)) for b in step]
-                self.made.put((MicroBatches(prefetched, step.totals), self.stream.state()))
+                self._made.put((MicroBatches(prefetched, step.totals), self.stream.state()))
         except BaseException as error:
-            self.made.put(error)
+            self._made.put(error)

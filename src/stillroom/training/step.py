@@ -1,10 +1,10 @@
 """The student step: the one module that is trained. Backbone, head, projectors and losses run inside its forward."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,29 +15,23 @@ from stillroom.models import hidden_states
 from stillroom.models.hidden_states import lm_head
 from stillroom.signals import TeacherOutput
 from stillroom.training.hidden_objective import HiddenLoss, layers_of
+from stillroom.training.state import StepResult, TrainedModule
 
 T = TypeVar("T")
 
 
-class StepResult(NamedTuple):
-    loss: Float[Tensor, ""]
-    """This micro-batch's part of the step's loss in nats per kept token; the parts of a step add up to the whole."""
-    sums: Float[Tensor, " terms"]
-    """Σ over kept positions of each objective's nats, then of each distance of hidden states, then of each measure,
-    without weights: of what ``StudentStep.terms`` names."""
-
-
-class StudentStep(nn.Module):
-    """``forward(batch, told, num_kept_of_step, objectives, hidden_weights, measures) -> StepResult``.
+class StudentStep(TrainedModule):
+    """Minimizes losses of the next token's distribution and of hidden states. It counts kept positions.
 
     Args:
         model: the student.
-        objectives: what is minimised of the next token's distribution, unless forward is given others of the same
-            names: those of a schedule.
+        objectives: the losses of the next token's distribution, unless forward is given others of the same names, those
+            of a schedule.
         vocab_size: how many columns of the heads are compared; all of them where None.
         logits_bytes: budget for the logits that are held at a time.
         precision: the type of the student's arithmetic; its weights keep theirs.
-        hidden: what is minimised of the inner states, with the weight of each.
+        hidden: the losses of hidden states.
+        hidden_weights: their weights, 1 by default.
     """
 
     def __init__(
@@ -61,27 +55,37 @@ class StudentStep(nn.Module):
         self.layers, self.attention = layers_of([term.spec for term in hidden], 0)
 
     @property
-    def terms(self) -> list[str]:
-        """The names of the objectives in the order of the sums, without the measures."""
-        return [objective.name for objective in self.objectives] + list(self.hidden)
+    def columns(self) -> list[str]:
+        """The columns of the objectives' values: nats, and distances of hidden states in units of their own."""
+        return [f"{objective.name}_nats" for objective in self.objectives] + [
+            f"{name}_distance" for name in self.hidden
+        ]
+
+    def scheduled_columns(self, *scheduled: Any) -> dict[str, float]:
+        objectives, hidden_weights = scheduled
+        columns = {f"{o.name}_weight": o.weight for o in objectives}
+        columns |= {f"{name}_weight": weight for name, weight in hidden_weights.items()}
+        return columns | {
+            f"{o.name}_temperature": t for o in objectives if (t := o.arguments.get("temperature")) is not None
+        }
 
     def forward(
         self,
         batch: Batch,
         teacher_output: TeacherOutput | None,
-        num_kept_of_step: int,
+        num_counted_of_step: int,
         objectives: Sequence[Objective] | None = None,
         hidden_weights: Mapping[str, float] | None = None,
         measures: Sequence[Measure] = (),
     ) -> StepResult:
-        """One micro-batch.
+        """Computes one micro-batch.
 
         Args:
-            objectives, hidden_weights: others than its own.
-            measures: what is told besides of the next token's distribution, after the terms.
+            objectives, hidden_weights: those of a schedule, in the place of its own.
+            measures: what is computed besides of the next token's distribution; their sums come after the terms'.
         """
         signal, of_teacher = teacher_output or TeacherOutput()
-        weights = position_weights(batch, num_kept_of_step)
+        weights = position_weights(batch, num_counted_of_step)
         data_weights = None if batch.weights is None else batch.weights.flatten()[batch.kept]
         mixed = self.precision not in (torch.float32, torch.float64)
         with torch.autocast(batch.tokens.device.type, dtype=self.precision if mixed else None, enabled=mixed):
@@ -101,7 +105,7 @@ class StudentStep(nn.Module):
             )
         if not self.hidden:
             return StepResult(losses.total, torch.cat([losses.nats, losses.measures]).sum(-1))
-        assert of_teacher is not None  # a teacher tells what the objectives need
+        assert of_teacher is not None  # a teacher gives what the objectives need
         total, distances = losses.total, []
         for name, term in self.hidden.items():
             assert isinstance(term, HiddenLoss)
@@ -113,11 +117,11 @@ class StudentStep(nn.Module):
         return StepResult(total, torch.cat(sums))
 
     def within(self, function: Callable[[], T]) -> T:
-        """What a function of the model makes, with all parameters in place: where they are sharded over processes, the
-        model may be used here and in forward alone."""
+        """Returns what a function of the model gives, with all parameters in place: where they are sharded over
+        processes, the model may be used here and in forward alone."""
         return function()
 
 
 def documents_of(batch: Batch) -> Int[Tensor, " kept"]:
-    """A number for each kept position that is its document's alone in the batch."""
+    """Returns a number for each kept position that is its document's alone in the batch."""
     return (batch.positions == 0).flatten().cumsum(0)[batch.kept]

@@ -114,25 +114,18 @@ def build_student(
         pruned: a student that was pruned from its teacher.
     """
     attention = None if student.attention == "auto" else student.attention
-    cut = None
+    settings: dict[str, Any] = {"dtype": dtype, "device": device, "attention": attention}
     if pruned is not None:
-        model, cut = pruned
-        model = model.to(device, dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        model = pruned[0].to(device, dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
         if attention is not None:
             model.set_attn_implementation(attention)
     elif fresh is not None:
-        model = loading.build_model(fresh, seed=seed, dtype=dtype, device=device, attention=attention)
+        model = loading.build_model(fresh, seed=seed, **settings)
     else:
         assert student.model is not None
-        model = loading.load_model(
-            student.model,
-            dtype=dtype,
-            device=device,
-            attention=attention,
-            revision=student.revision,
-            trust_remote_code=student.trust_remote_code,
-        )
-    return _prepared(model, student, seed, cut)
+        code = student.trust_remote_code
+        model = loading.load_model(student.model, revision=student.revision, trust_remote_code=code, **settings)
+    return _prepared(model, student, seed, None if pruned is None else pruned[1])
 
 
 def build_meta_student(
@@ -145,11 +138,7 @@ def build_meta_student(
 ) -> Student:
     """Builds the student on the meta device, so that no process ever holds all of it once it is sharded.
 
-    Args:
-        dtype: the type of its weights.
-        seed: seeds new weights and adapters.
-        fresh: the config of a new student with random weights.
-        pruned: the folder of a student that was pruned from its teacher.
+    The arguments are those of :func:`build_student`, but for the folder of a pruned student in place of its model.
     """
     settings: dict[str, Any] = {
         "dtype": dtype,
@@ -171,7 +160,25 @@ def _prepared(model: PreTrainedModel, student: StudentConfig, seed: int, cut: Pr
     """Adds adapters, freezes parameters, and sets up activation checkpointing and compiled blocks, as asked."""
     model.requires_grad_(True)
     adapters = None if student.lora is None else _with_adapters(model, student.lora, seed)
-    _freeze(model, student.freeze)
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in student.freeze:
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
+            raise ConfigError(
+                f"student.freeze has a pattern that matches nothing: `{pattern}`",
+                {"pattern": pattern, "the student has, for example": ", ".join(names[:3])},
+                why="The parameters that were meant would be trained all the same.",
+                fix='Write patterns over whole names, such as "*embed_tokens*" or "model.layers.0.*".',
+            )
+        for name in matching:
+            model.get_parameter(name).requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(
+            "nothing of the student is left to train",
+            {"student.freeze": list(student.freeze), "parameters": len(names)},
+            why="Every parameter is frozen.",
+            fix="Take some patterns out of student.freeze.",
+        )
     if student.gradient_checkpointing:
         loading.checkpoint_activations(model)
     if student.compile:
@@ -181,15 +188,24 @@ def _prepared(model: PreTrainedModel, student: StudentConfig, seed: int, cut: Pr
 
 
 def _with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> Any:
-    """Puts adapters into the model's layers, and gives the `peft.PeftModel` around it."""
+    """Puts adapters into the model's layers, and returns the `peft.PeftModel` around it."""
     require("peft", "lora", "student.lora")
     import peft
 
     targets: Any = lora.targets if lora.targets == "all-linear" else list(lora.targets)
-    if targets != "all-linear":
-        _check_tied(model, targets)
-    if lora.export == "merged" and targets != "all-linear":
-        _untie_head(model, targets)
+    if targets != "all-linear" and _is_tied_target(model, model.get_input_embeddings(), targets):
+        raise MismatchError(
+            "an adapter cannot sit on embeddings that the head shares",
+            {"student.lora.targets": targets, "tie_word_embeddings": True},
+            why="The head would not get it while training, and would once it is merged.",
+            fix="Leave the embeddings out of student.lora.targets.",
+        )
+    head = model.get_output_embeddings()
+    if lora.export == "merged" and targets != "all-linear" and _is_tied_target(model, head, targets):
+        # merged into a weight that the embeddings share, the adapter would change these too
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
     settings = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
@@ -206,7 +222,7 @@ def _with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> Any:
             why="Adapters sit beside layers of the student.",
             fix="Use names such as q_proj and down_proj, or all-linear.",
         ) from None
-    _draw_adapters(model, seed)
+    _initialize_adapters(model, seed)
     if lora.dropout and hasattr(model.get_output_embeddings(), "lora_A"):
         raise MismatchError(
             "an adapter on the head cannot have dropout",
@@ -217,7 +233,14 @@ def _with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> Any:
     return adapters
 
 
-def _draw_adapters(model: PreTrainedModel, seed: int) -> None:
+def _is_tied_target(model: PreTrainedModel, layer: nn.Module | None, targets: Sequence[str]) -> bool:
+    """Returns whether ``layer`` is tied to another and gets an adapter."""
+    names = [name for name, module in model.named_modules() if module is layer and layer is not None]
+    tied = model.config.get_text_config().tie_word_embeddings
+    return tied and any(f".{name}".endswith(f".{target}") for name in names for target in targets)
+
+
+def _initialize_adapters(model: PreTrainedModel, seed: int) -> None:
     """Gives adapters their first values, those beside weights that have no memory yet too."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -226,60 +249,8 @@ def _draw_adapters(model: PreTrainedModel, seed: int) -> None:
                 continue
             for name, parameter in list(layer.named_parameters()):
                 if is_adapter(f".{name}") and parameter.is_meta:
-                    place, _, own = name.rpartition(".")
-                    layer.get_submodule(place)._parameters[own] = nn.Parameter(
-                        torch.empty(parameter.shape, dtype=parameter.dtype)
-                    )
+                    module_name, _, own = name.rpartition(".")
+                    values = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    layer.get_submodule(module_name)._parameters[own] = nn.Parameter(values)
             for adapter in layer.active_adapters:  # pyright: ignore
                 layer.reset_lora_parameters(adapter, True)  # pyright: ignore
-
-
-def _is_target(model: PreTrainedModel, layer: nn.Module | None, targets: Sequence[str]) -> bool:
-    """Whether ``layer`` is tied to another and gets an adapter."""
-    names = [name for name, module in model.named_modules() if module is layer and layer is not None]
-    tied = model.config.get_text_config().tie_word_embeddings
-    return tied and any(f".{name}".endswith(f".{target}") for name in names for target in targets)
-
-
-def _check_tied(model: PreTrainedModel, targets: Sequence[str]) -> None:
-    if _is_target(model, model.get_input_embeddings(), targets):
-        raise MismatchError(
-            "an adapter cannot sit on embeddings that the head shares",
-            {"student.lora.targets": list(targets), "tie_word_embeddings": True},
-            why="The head would not get it while training, and would once it is merged.",
-            fix="Leave the embeddings out of student.lora.targets.",
-        )
-
-
-def _untie_head(model: PreTrainedModel, targets: Sequence[str]) -> None:
-    """Gives the head a weight of its own, where it shares the embeddings' and an adapter is to be merged into it.
-
-    Merged into a shared weight, the adapter would change the embeddings too.
-    """
-    head = model.get_output_embeddings()
-    if head is not None and _is_target(model, head, targets):
-        head.weight = nn.Parameter(head.weight.detach().clone())
-        for config in (model.config, model.config.get_text_config()):
-            config.tie_word_embeddings = False
-
-
-def _freeze(model: PreTrainedModel, patterns: Sequence[str]) -> None:
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in patterns:
-        matching = [name for name in names if fnmatchcase(name, pattern)]
-        if not matching:
-            raise ConfigError(
-                f"student.freeze has a pattern that matches nothing: `{pattern}`",
-                {"pattern": pattern, "the student has, for example": ", ".join(names[:3])},
-                why="The parameters that were meant would be trained all the same.",
-                fix='Write patterns over whole names, such as "*embed_tokens*" or "model.layers.0.*".',
-            )
-        for name in matching:
-            model.get_parameter(name).requires_grad_(False)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ConfigError(
-            "nothing of the student is left to train",
-            {"student.freeze": list(patterns), "parameters": len(names)},
-            why="Every parameter is frozen.",
-            fix="Take some patterns out of student.freeze.",
-        )

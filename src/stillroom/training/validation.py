@@ -1,4 +1,4 @@
-"""Held-out measurement: what the student makes of text that it never trains on, and how near it is to the teacher."""
+"""Held-out measurement: the student on text that it never trains on, and how near it is to the teacher there."""
 
 from collections.abc import Callable, Iterable
 
@@ -6,7 +6,7 @@ import torch
 
 from stillroom.batch import Batch
 from stillroom.distributed.group import SINGLE_RANK, RankGroup
-from stillroom.distributed.sharding import let_go
+from stillroom.distributed.sharding import reshard
 from stillroom.losses.divergences import forward_kl
 from stillroom.losses.logits import cross_entropy
 from stillroom.losses.metrics import accepted_mass, student_entropy, teacher_cross_entropy, top1_agreement
@@ -23,7 +23,7 @@ MEASURES: dict[Measure, str] = {
     accepted_mass: "accepted_mass",
     teacher_cross_entropy: "teacher_cross_entropy_nats",
 }
-"""The measures by their names in what is reported."""
+"""The measures with their names in the results."""
 
 
 @torch.no_grad()
@@ -35,56 +35,49 @@ def measure_held_out(
     stop: Callable[[], bool] = lambda: False,
     ranks: RankGroup = SINGLE_RANK,
 ) -> dict[str, float] | None:
-    """Means over the kept positions, all at temperature 1 but for the objectives' own.
+    """Returns means over the kept positions, all at temperature 1 but for the objectives' own.
 
     ``loss_nats`` is the weighted sum of the run's objectives, as they are at its end; ``cross_entropy_nats`` is with
     the data; ``student_entropy_nats`` is the student's own; and with a teacher there are ``forward_kl_nats`` (teacher ‖
-    student), ``top1_agreement``, ``accepted_mass`` (of speculative decoding) and the teacher's own cross-entropy; of an
-    objective of inner states its distance. From
-    a store, only what it kept can be told: agreement and accepted mass where its first entry is the likeliest token,
-    the teacher's own cross-entropy where it kept the labels' log-probabilities, and of a truncated signal the
-    divergence with its bucket. None where ``stop`` came to say so before the end.
+    student), ``top1_agreement``, ``accepted_mass`` (of speculative decoding) and the teacher's own cross-entropy; an
+    objective of hidden states gives its distance. A store gives only what it kept: agreement and accepted mass where
+    its first entry is the top-1 token, the teacher's own cross-entropy where it kept the labels' log-probabilities, and
+    of a truncated signal the divergence with its residual mass. Returns None where ``stop`` returned true before the
+    end.
 
     Args:
         steps: this process's part of them.
-        processes: those that measure together, whose sums are told to all.
+        ranks: the processes that measure together, which all get the means.
     """
     watched = [Objective("cross_entropy_nats", cross_entropy, 0.0)]
     measures: list[Measure] = [student_entropy]
     if teacher is not None:
         watched.append(Objective("forward_kl_nats", forward_kl, 0.0))
-        measures += _known(teacher)
+        measures += _measures_of(teacher)
     objectives = (*module.objectives, *watched)
-    of_objectives = [objective.name for objective in objectives]
-    names = [*of_objectives, *(f"{name}_distance" for name in module.hidden), *(MEASURES[m] for m in measures)]
-    total = torch.zeros(2 + len(names), dtype=torch.float64)  # of the loss, of kept positions, and of each value
+    num_objectives = len(module.objectives)
+    names = [*(o.name for o in objectives), *module.columns[num_objectives:], *(MEASURES[m] for m in measures)]
+    total = torch.zeros(2 + len(names), dtype=torch.float64)  # loss, kept positions, then each value
     was_training = module.training
     module.eval()
     for micro_batch in (micro_batch for step in steps for micro_batch in step):
         if ranks.any_rank(stop()):
-            let_go(module)
+            reshard(module)
             return None
         batch = micro_batch.to(device)
         teacher_output = None if teacher is None else teacher.forward(batch)
         result = module(batch, teacher_output, 1, objectives, measures=measures)
-        total += torch.cat(
-            [torch.stack([result.loss.cpu().double(), _number(micro_batch.num_kept)]), result.sums.cpu()]
-        )
+        num_kept = torch.tensor([micro_batch.num_kept], dtype=torch.float64)
+        total += torch.cat([result.loss.cpu().double().view(1), num_kept, result.sums.cpu()])
     module.train(was_training)
-    let_go(module)
+    reshard(module)
     loss, num_kept, *sums = ranks.all_reduce_(total).tolist()
-    found = dict(zip(names, (value / num_kept for value in sums), strict=True))
-    for objective in module.objectives:
-        del found[objective.name]  # which ``loss_nats`` has in it
-    return {"loss_nats": loss / num_kept, **found, "num_tokens": round(num_kept)}
+    means = dict(zip(names[num_objectives:], (value / num_kept for value in sums[num_objectives:]), strict=True))
+    return {"loss_nats": loss / num_kept, **means, "num_tokens": round(num_kept)}
 
 
-def _number(value: int) -> torch.Tensor:
-    return torch.tensor(value, dtype=torch.float64)
-
-
-def _known(teacher: Teacher) -> list[Measure]:
-    """The measures that the teacher's signals tell."""
+def _measures_of(teacher: Teacher) -> list[Measure]:
+    """Returns the measures that can be computed from what the teacher gives."""
     if isinstance(teacher, ServerTeacher):
         of_labels: list[Measure] = [teacher_cross_entropy] if teacher.config.dialect == "vllm" else []
         return [top1_agreement, accepted_mass, *of_labels]

@@ -20,11 +20,12 @@ from stillroom.errors import DataError, MismatchError, StorageError
 from stillroom.losses.divergences import forward_kl
 from stillroom.losses.objective import Objective
 from stillroom.teachers.live import LiveTeacher
-from stillroom.training.checkpoint import Checkpoints, TrainState
+from stillroom.training.checkpoint import Checkpoints
 from stillroom.training.config import AdamWConfig
 from stillroom.training.loop import train
 from stillroom.training.optimizer import build_optimizer, build_schedule
 from stillroom.training.prefetch import Prefetcher
+from stillroom.training.state import TrainState
 from stillroom.training.step import StudentStep
 from stillroom.training.student import build_student
 

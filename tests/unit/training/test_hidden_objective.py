@@ -16,13 +16,13 @@ from stillroom.losses.divergences import forward_kl
 from stillroom.losses.objective import Objective
 from stillroom.models import loading
 from stillroom.teachers.live import LiveTeacher
-from stillroom.training.checkpoint import Checkpoints, TrainState
+from stillroom.training.checkpoint import Checkpoints
 from stillroom.training.config import AdamWConfig
-from stillroom.training.hidden_init import fit_to_first_step
-from stillroom.training.hidden_objective import HiddenLoss, HiddenSpec, layers_of
+from stillroom.training.hidden_objective import HiddenLoss, HiddenSpec, fit_to_first_step, layers_of
 from stillroom.training.loop import train
 from stillroom.training.optimizer import build_optimizer, build_schedule
 from stillroom.training.prefetch import Prefetcher
+from stillroom.training.state import TrainState
 from stillroom.training.step import StudentStep, documents_of
 
 PAIRS = ((0, 1), (1, 3), ("embeddings", "embeddings"), ("final_norm", "final_norm"))
@@ -88,7 +88,7 @@ def test_loss_and_gradients_are_those_of_the_formula():
     kl = result.sums[0] / batch.num_kept
     torch.testing.assert_close(result.loss, 0.5 * kl + 0.7 * found, rtol=1e-6, atol=0)
     assert result.sums[1].item() / batch.num_kept == pytest.approx(found.item(), rel=1e-9)
-    assert module.terms == ["forward_kl", "hidden"]
+    assert module.columns == ["forward_kl_nats", "hidden_distance"]
 
     alone = step_of(student, spec, objectives=(), hidden_weights={"hidden": 0.7})
     alone.hidden.load_state_dict(module.hidden.state_dict())
@@ -226,7 +226,7 @@ def test_least_squares_fits_the_first_step_as_one_regression_would(shared):
     spec = spec_of("mse", start="least_squares", shared=shared, pairs=((0, 1), (1, 3)))
     module, teller = step_of(student, spec).train(), teacher_of(teacher, spec)
     micro_batches = next(build_stream(build_documents([33, 30, 33, 31, 33, 20, 29]), shuffle=False, epochs=1))
-    fit_to_first_step(module, teller, [(micro_batch, None) for micro_batch in micro_batches])
+    fit_to_first_step(module, teller.forward, [(micro_batch, None) for micro_batch in micro_batches])
     assert module.training
     assert len(micro_batches) > 1
     x, y = [], []
@@ -244,13 +244,13 @@ def test_least_squares_fits_the_first_step_as_one_regression_would(shared):
 
 def test_a_fit_of_states_that_say_little_is_finite_and_does_not_depend_on_rounding():
     """Of 16 channels 14 are copies: without a ridge the system would have no one solution."""
-    from stillroom.training.hidden_init import _ridge
+    from stillroom.training.hidden_objective import ridge
 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(50, 2, generator=generator, dtype=torch.float64).repeat(1, 8) * 1e3
     y = torch.randn(50, 24, generator=generator, dtype=torch.float64)
-    one = _ridge(x.T @ x, x.T @ y)
-    other = _ridge((x.T @ x) * (1 + 1e-15), x.T @ y)
+    one = ridge(x.T @ x, x.T @ y)
+    other = ridge((x.T @ x) * (1 + 1e-15), x.T @ y)
     assert one.isfinite().all()
     torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
 
@@ -262,7 +262,7 @@ def test_channels_are_scaled_by_the_teachers_own_size_in_the_first_step():
     spec = spec_of("channel_scaled_mse", pairs=((0, 1),))
     module, teller = step_of(student, spec), teacher_of(teacher, spec)
     micro_batches = next(build_stream(build_documents([33, 30, 33, 31, 33, 20, 29]), shuffle=False, epochs=1))
-    fit_to_first_step(module, teller, [(micro_batch, None) for micro_batch in micro_batches])
+    fit_to_first_step(module, teller.forward, [(micro_batch, None) for micro_batch in micro_batches])
     states = torch.cat([own_states(teacher, m)[1][m.loss_mask].detach() for m in micro_batches])
     rms = states.square().mean(0).sqrt()
     found = module.hidden["hidden"].scales[0].double()

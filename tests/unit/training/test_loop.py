@@ -16,11 +16,12 @@ from stillroom.losses.divergences import forward_kl
 from stillroom.losses.logits import cross_entropy
 from stillroom.losses.objective import Objective
 from stillroom.teachers.live import LiveTeacher
-from stillroom.training.checkpoint import Checkpoints, TrainState
+from stillroom.training.checkpoint import Checkpoints
 from stillroom.training.config import AdamWConfig
 from stillroom.training.loop import train
 from stillroom.training.optimizer import build_optimizer, build_schedule
 from stillroom.training.prefetch import Prefetcher
+from stillroom.training.state import TrainState
 from stillroom.training.step import StudentStep
 
 LENGTHS = [6, 33, 12, 7, 29, 31, 18, 33, 5, 24, 9, 33, 16, 28, 33, 11]

@@ -21,14 +21,14 @@ class Reader:
     def __init__(self, fails_at: int | None = None) -> None:
         self.read_so_far, self.fails_at = 0, fails_at
 
-    def read(self, batch: Batch) -> TeacherOutput:
+    def prefetch(self, batch: Batch) -> TeacherOutput:
         self.read_so_far += 1
         if self.read_so_far == self.fails_at:
             raise DataError("a row is damaged", why="It is a test.", fix="Nothing.")
         return TeacherOutput(Logits(batch.labels.flatten()[batch.kept].unsqueeze(-1).float()))
 
-    def tell(self, batch: Batch, read: Any) -> Any:  # noqa: ARG002
-        return read
+    def forward(self, batch: Batch, prefetch: Any) -> Any:  # noqa: ARG002
+        return prefetch
 
 
 def stream(**settings: Any):
@@ -83,12 +83,12 @@ def test_it_reads_only_a_few_steps_ahead_and_closing_ends_its_thread():
     reader = Reader()
     ahead = Prefetcher(stream(epochs=None), reader)
     next(ahead)
-    worker = ahead._worker
-    assert worker is not None
+    thread = ahead._thread
+    assert thread is not None
     ahead.close()
-    assert not worker.thread.is_alive()
+    assert not thread.is_alive()
     assert reader.read_so_far <= sum(len(next(s)) for s in [stream(epochs=None)] for _ in range(STEPS_AHEAD + 2))
-    assert not [t for t in threading.enumerate() if t is worker.thread]
+    assert not [t for t in threading.enumerate() if t is thread]
 
 
 def test_after_an_error_it_stands_where_the_last_step_left_it():
@@ -123,10 +123,10 @@ def test_at_the_end_and_after_an_error_no_thread_is_left():
         ahead = Prefetcher(stream(), reader)
         with pytest.raises((StopIteration, DataError)):
             exhaust(ahead)
-        worker = ahead._worker
-        assert worker is not None
+        thread = ahead._thread
+        assert thread is not None
         ahead.close()
-        assert not worker.thread.is_alive()
+        assert not thread.is_alive()
         ahead.close()  # which may be said twice
 
 
