@@ -44,6 +44,22 @@ def test_saved_buffers_are_written_and_read(tmp_path):
     assert torch.equal(again.model.layers[1].mlp.gate.e_score_correction_bias, bias)
 
 
+def test_what_a_family_keeps_in_float32_is_not_rounded(tmp_path):
+    """The bias by which a mixture routes, which transformers reads in float32 whatever the model's type."""
+    model: Any = loading.build_model(MIXTURE, seed=0)
+    bias = model.model.layers[1].mlp.gate.e_score_correction_bias.copy_(torch.full((4,), 1 / 3))
+    safetensors_io.save_weights(model, tmp_path / "ours", writes=True, dtype=torch.bfloat16)
+    safetensors_io.round_weights(model, torch.bfloat16)
+    model.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert {name: tensor.dtype for name, tensor in ours.items()} == {name: t.dtype for name, t in theirs.items()}
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert torch.equal(ours[name], bias)
+    assert {tensor.dtype for key, tensor in ours.items() if key != name} == {torch.bfloat16}
+
+
 def test_what_a_family_leaves_out_of_its_files_is_not_missed(tmp_path):
     """The frequencies of positions, which old files have."""
     loading.build_model(LLAMA, seed=0).save_pretrained(tmp_path)

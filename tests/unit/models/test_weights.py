@@ -63,6 +63,17 @@ def test_what_is_read_and_written_part_by_part_is_what_the_library_reads_and_wri
     )
 
 
+@pytest.mark.parametrize("family", ["qwen2", "mixture"])
+def test_weights_can_be_rounded_as_they_are_written(family, tmp_path):
+    model = mixture() if family == "mixture" else build_model(family, seed=3)
+    safetensors_io.save_weights(model, tmp_path / "parts", writes=True, dtype=torch.bfloat16, file_bytes=2000)
+    assert model.dtype == torch.float32
+    model.bfloat16().save_pretrained(tmp_path / "whole")
+    assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "parts", dtype="auto"), model)
+    ours, theirs = (json.loads((tmp_path / place / "config.json").read_text()) for place in ("parts", "whole"))
+    assert ours == theirs
+
+
 def test_one_that_does_not_write_leaves_nothing(tmp_path):
     safetensors_io.save_weights(build_model(), tmp_path / "none", writes=False)
     assert not (tmp_path / "none").exists()
