@@ -2,8 +2,9 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from stillroom.errors import DataError
 from stillroom.models.dtensor import fill_local, full_tensor, is_adapter, named, own_rows
+from stillroom.runs import replace_folder, writing
 
 
 def load_weights(model: PreTrainedModel, folder: Path, *, whole: bool = True) -> None:
@@ -182,6 +184,28 @@ def _check_shape(parameter: Tensor, shape: tuple[int, ...], key: str, folder: Pa
 
 FILE_BYTES = 2**30
 """A file ends with the layer that takes it to this size, so that one process holds little more than that at a time."""
+
+
+@contextmanager
+def new_model_folder(folder: Path) -> Iterator[Path]:
+    """Gives the temporary folder in which a model is to be written, and gives it its name where that went well.
+
+    An older folder of the name is there until then, and what is not whole is deleted.
+
+    Raises:
+        StorageError: the disk is full, say.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
+    try:
+        with writing(folder):
+            try:
+                yield temporary
+            except SafetensorError as error:
+                raise OSError(str(error)) from error  # what it says of a disk
+            replace_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class _Rounding:

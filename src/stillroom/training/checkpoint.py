@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from stillroom.distributed.group import SINGLE_RANK, RankGroup
 from stillroom.errors import DataError, StillroomError, StorageError
-from stillroom.runs import crc32, read_json, sync_folder, write_json
+from stillroom.runs import crc32, read_json, replace_folder, sync_folder, write_json
 from stillroom.training.prefetch import Prefetcher
 from stillroom.training.step import StudentStep
 
@@ -181,9 +181,7 @@ class Checkpoints:
             )
         write_json(temporary / "state.json", numbers)
         sync_folder(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-        sync_folder(self.folder)
+        replace_folder(temporary, path)
         self._prune(best)
 
     def load(self, state: TrainState, path: Path) -> None:

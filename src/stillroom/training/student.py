@@ -1,14 +1,13 @@
 """The student: an existing model or a new one, with adapters, frozen parameters and checkpointing as asked."""
 
-import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +19,6 @@ from stillroom.models.dtensor import full_tensor, is_adapter
 from stillroom.models.hidden_states import blocks
 from stillroom.models.meta_init import initialize
 from stillroom.pruning.prune import PruneMask, write_mask
-from stillroom.runs import writing
 from stillroom.training.config import LoraConfig, StudentConfig
 
 
@@ -51,22 +49,17 @@ class Student(NamedTuple):
             ranks: the processes that hold it, which all call this; the first writes.
             dtype: the type to which the weights are rounded; None leaves them as they are.
         """
-        temporary = folder.with_name(f".{folder.name}.tmp")
         sharded = isinstance(next(self.model.parameters()), DTensor)
         _end_as(self.model, tokenizer)
-        with writing(folder):
-            if ranks.is_rank0:
-                shutil.rmtree(temporary, ignore_errors=True)
+        with safetensors_io.new_model_folder(folder) if ranks.is_rank0 else nullcontext(folder) as place:
             if sharded:
-                self._gather(temporary, dtype, writes=ranks.is_rank0)
+                self._gather(place, dtype, writes=ranks.is_rank0)
             elif ranks.is_rank0:
-                self._write(temporary, dtype)
+                self._write(place, dtype)
             if ranks.is_rank0:
-                tokenizer.save_pretrained(temporary)
+                tokenizer.save_pretrained(place)
                 if self.cut is not None:
-                    write_mask(temporary, self.cut)
-                shutil.rmtree(folder, ignore_errors=True)
-                temporary.rename(folder)
+                    write_mask(place, self.cut)
         ranks.barrier()
 
     def _gather(self, folder: Path, dtype: torch.dtype | None, *, writes: bool) -> None:
@@ -91,10 +84,7 @@ class Student(NamedTuple):
         options: dict[str, Any] = (
             {"save_embedding_layers": False} if self.adapters is not None and self.export == "adapter" else {}
         )
-        try:
-            model.save_pretrained(folder, **options)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error  # what it says of a disk
+        model.save_pretrained(folder, **options)
 
 
 def _end_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
