@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from stillroom.data.bounds import most_tokens
+from stillroom.data.config import most_tokens
 from stillroom.estimates.activations import passing_bytes
 from stillroom.estimates.architecture import Architecture
 from stillroom.estimates.flops import forward_flops

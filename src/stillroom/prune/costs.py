@@ -4,7 +4,7 @@ headers alone."""
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from stillroom.data.bounds import most_tokens
+from stillroom.data.config import most_tokens
 from stillroom.errors import ConfigError
 from stillroom.estimates.activations import passing_bytes
 from stillroom.estimates.architecture import Architecture, read_architecture

@@ -17,7 +17,6 @@ from stillroom.errors import ConfigError, MismatchError, require
 from stillroom.models import loading, safetensors_io
 from stillroom.models.dtensor import full_tensor, is_adapter
 from stillroom.models.hidden_states import blocks
-from stillroom.models.meta_init import initialize
 from stillroom.pruning.prune import PruneMask, write_mask
 from stillroom.training.config import LoraConfig, StudentConfig
 
@@ -166,7 +165,7 @@ def build_meta_student(
     }
     if fresh is not None:
         model = loading.build_meta_model(fresh, **settings)
-        fill = partial(initialize, model, seed)
+        fill = partial(loading.initialize, model, seed)
     else:
         folder = pruned[0] if pruned is not None else loading.local_folder(str(student.model), student.revision)
         described = loading.read_config(str(folder), trust_remote_code=student.trust_remote_code)

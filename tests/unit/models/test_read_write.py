@@ -9,7 +9,6 @@ from transformers import DeepseekV3Config, LlamaConfig
 
 from stillroom.models import loading, safetensors_io
 from stillroom.models.dtensor import materialize
-from stillroom.models.meta_init import initialize
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
 LLAMA = LlamaConfig(**SIZES, num_hidden_layers=2, vocab_size=40, pad_token_id=0)
@@ -79,7 +78,7 @@ def test_first_values_leave_adapters_as_they_are():
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     adapters = {name: parameter.data.fill_(0.5) for name, parameter in model.named_parameters() if ".lora_" in name}
     assert adapters
-    initialize(model, seed=0)
+    loading.initialize(model, seed=0)
     assert all(parameter.eq(0.5).all() for parameter in adapters.values())
     assert torch.equal(model.model.norm.weight, torch.ones(16))
     assert not model.lm_head.weight.isnan().any()
