@@ -1,5 +1,6 @@
 """Run folders, files that are written whole or not at all, and interrupts that wait until the work is saved."""
 
+import ctypes
 import fcntl
 import json
 import os
@@ -93,6 +94,41 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+EXCHANGE = 2
+"""The flag of Linux's ``renameat2`` that lets two names change places."""
+
+
+def replace_folder(temporary: Path, path: Path) -> None:
+    """Gives a folder that is written its name, under which another one may be, which is then deleted.
+
+    Where the file system can exchange two names in one step (Linux's local ones), the old folder or the new one is
+    under the name at every moment; after a kill the other may be left under the temporary name. Elsewhere the old one
+    is moved aside first, to ``.NAME.old``, and moved back where the new one cannot take its place.
+    """
+    aside = path.with_name(f".{path.name}.old")
+    if not path.exists():
+        temporary.rename(path)
+    elif _exchange(temporary, path):
+        aside = temporary
+    else:
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        try:
+            temporary.rename(path)
+        except BaseException:
+            aside.rename(path)
+            raise
+    sync_folder(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Lets two names of one folder change places in one step; False where the system cannot do so."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here = -100  # AT_FDCWD: paths are relative to the working folder
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), EXCHANGE) == 0
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -5,10 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from stillroom import runs
 from stillroom.errors import ConfigError, DataError, StorageError
 from stillroom.runs import Metrics, RunFolder, read_json, read_metrics, redact, write_json
 
@@ -122,6 +124,21 @@ def test_overwrite_deletes_all_that_the_run_wrote(earlier, tmp_path):
     assert entries(earlier) == ["run.json"]
     assert read_json(earlier / "run.json")["config"] == {"steps": 9}
     assert (outside / "kept").read_text() == "kept"
+
+
+def test_overwrite_deletes_the_mark_of_a_run_last(earlier, monkeypatch):
+    """Killed on the way, the folder is still a run's, and --overwrite can be said again."""
+    for name in ("a.txt", "z.txt"):
+        (earlier / name).touch()
+    (earlier / "zz").mkdir()
+    deleted: list[str] = []
+    unlink, rmtree = Path.unlink, shutil.rmtree
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path, **flags: (deleted.append(path.name), unlink(path, **flags)))
+        patch.setattr(shutil, "rmtree", lambda path, *flags: (deleted.append(path.name), rmtree(path, *flags)))
+        RunFolder(earlier, {"steps": 9}, overwrite=True).close()
+    assert sorted(deleted) == ["a.txt", "checkpoints", "run.json", "z.txt", "zz"]
+    assert deleted[-1] == "run.json"
 
 
 @pytest.mark.parametrize("made", [False, True])
@@ -308,6 +325,54 @@ def test_json_is_utf_8_whatever_the_locale(tmp_path):
     )
     assert done.stderr == ""
     assert json.loads((tmp_path / "x.json").read_bytes().decode("utf-8")) == {"a": "é→"}
+
+
+@pytest.fixture
+def replaced(tmp_path):
+    """Makes an old folder ``model`` and a new one that is to replace it; tells which of them is under the name."""
+    for name, text in (("model", "old"), (".model.tmp", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text").write_text(text)
+    return lambda: (tmp_path / "model" / "text").read_text()
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_that_is_replaced_is_gone_and_leaves_nothing(exchange, replaced, tmp_path, monkeypatch):
+    if not exchange:
+        monkeypatch.setattr(runs, "_exchange", lambda *_: False)
+        (tmp_path / ".model.old").mkdir()  # what a killed one left
+    runs.replace_folder(tmp_path / ".model.tmp", tmp_path / "model")
+    assert replaced() == "new"
+    assert entries(tmp_path) == ["model"]
+    (tmp_path / ".model.tmp").mkdir()
+    runs.replace_folder(tmp_path / ".model.tmp", tmp_path / "first")
+    assert entries(tmp_path) == ["first", "model"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot exchange two names")
+@pytest.mark.parametrize("step", ["rename", "replace", "exchange", "sync_folder", "rmtree"])
+def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new_one(step, replaced, tmp_path, monkeypatch):
+    """At each step that changes names or deletes, before it is done."""
+
+    def kill(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    place, name = {
+        "rename": (Path, step), "replace": (Path, step), "exchange": (runs, "_exchange"), "rmtree": (shutil, step),
+    }.get(step, (runs, step))  # fmt: skip
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(place, name, kill)
+        runs.replace_folder(tmp_path / ".model.tmp", tmp_path / "model")
+    assert replaced() == ("old" if step == "exchange" else "new")
+
+
+def test_a_folder_that_cannot_take_the_place_of_another_leaves_it(replaced, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "_exchange", lambda *_: False)
+    shutil.rmtree(tmp_path / ".model.tmp")
+    with pytest.raises(FileNotFoundError):
+        runs.replace_folder(tmp_path / ".model.tmp", tmp_path / "model")
+    assert replaced() == "old"
+    assert entries(tmp_path) == ["model"]
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):

@@ -9,7 +9,14 @@ from stillroom.data.config import ChatData, HeldOutConfig, PromptCompletionData,
 from stillroom.distributed.config import AutoParallelConfig, ParallelConfig
 from stillroom.losses.config import ByColumn, ObjectiveConfig
 from stillroom.teachers.config import LiveTeacherConfig, ServerTeacherConfig, StoreTeacherConfig
-from stillroom.training.config import AdamWConfig, BatchConfig, CheckpointConfig, PrunedStudentConfig, StudentConfig
+from stillroom.training.config import (
+    AdamWConfig,
+    BatchConfig,
+    CheckpointConfig,
+    ExportConfig,
+    PrunedStudentConfig,
+    StudentConfig,
+)
 
 
 class DistillConfig(Config):
@@ -40,6 +47,8 @@ class DistillConfig(Config):
     """AdamW and its schedule."""
     checkpoints: CheckpointConfig = CheckpointConfig()
     """What can be resumed from."""
+    export: ExportConfig = ExportConfig()
+    """How the trained student is written."""
     parallel: ParallelConfig = AutoParallelConfig()
     """How the student lies on the processes that `torchrun` starts."""
     precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"

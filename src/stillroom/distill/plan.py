@@ -26,7 +26,7 @@ from stillroom.distill.stored_plan import (
     shown_length,
     stored_template,
 )
-from stillroom.distill.student_plan import cut_from, origin_of, student_parts
+from stillroom.distill.student_plan import cut_from, export_dtype, origin_of, student_parts
 from stillroom.distributed.init import SINGLE_PROCESS, DistContext
 from stillroom.errors import ConfigError, MismatchError
 from stillroom.estimates.headers import Headers
@@ -175,6 +175,8 @@ def make_plan(config: DistillConfig, context: DistContext = SINGLE_PROCESS) -> D
         if teacher.quantization is not None:
             check_quantizable(teacher_config, teacher.quantization, "the teacher")
     cut, fresh, student_config = student_parts(config.student, teacher_config, tokenizer)
+    if config.export.dtype == "auto":
+        config = replace(config, {"export.dtype": export_dtype(config, cut, student_config)})
     whose_tokenizer = _whose_tokenizer(config)
     fix = "Use the tokenizer that the model was trained with, or set vocab_size in student.init.settings."
     for who, model in (("the student", student_config), ("the teacher", teacher_config)):

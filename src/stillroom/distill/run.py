@@ -57,6 +57,7 @@ from stillroom.verbs import Report, recorded
 FREE_TO_CHANGE = (
     "tracking", "checkpoints.every", "checkpoints.keep", "out", "batch.micro_tokens", "logits_bytes", "device",
     "data.cache", "parallel", "teacher.placement", "teacher.ranks", "checkpoints.background", "student.compile",
+    "export",
 )  # fmt: skip
 """Settings that change nothing of what is learnt, but for rounding, so a resumed run may have others."""
 
@@ -171,7 +172,7 @@ def _distill(
         report("note", {"text": f"exporting the best step, {state.step}"})
         results |= {"exported_step": state.step, "held_out": state.held_out}
     report("note", {"text": f"writing {folder.path / 'model'}"})
-    student.save(folder.path / "model", plan.tokenizer, ranks)
+    student.save(folder.path / "model", plan.tokenizer, ranks, dtype=getattr(torch, config.export.dtype))
     folder.update(status="done", **results)
     return folder.record
 

@@ -9,6 +9,7 @@ from stillroom.config import is_local
 from stillroom.distill.config import DistillConfig
 from stillroom.distill.hidden_plan import StudentOrigin
 from stillroom.errors import ConfigError
+from stillroom.estimates.weights import read_model
 from stillroom.models import loading
 from stillroom.pruning.plan import PruningPlan, plan_pruning
 from stillroom.pruning.prune import read_mask
@@ -76,6 +77,36 @@ def new_config(
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))
     return config
+
+
+EXPORT_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""The types in which a student can be exported, by what safetensors calls them."""
+
+
+def export_dtype(config: DistillConfig, cut: PruningPlan | None, described: PretrainedConfig) -> str:
+    """Returns the type of the exported weights where the recipe leaves it open.
+
+    It is float64 in a run of that precision, and else the type of the checkpoint that the student comes from: what its
+    config.json says, or what most of its weights are stored in. It is float32 where neither is a type of weights that
+    can be exported, as with a new student of a family's default settings.
+
+    Args:
+        described: the student's config; that of a pruned one is its source's in ``cut``.
+    """
+    if config.precision == "float64":
+        return "float64"
+    source = described if cut is None else cut.teacher
+    dtype = source.dtype or source.get_text_config().dtype
+    if dtype is not None:
+        name = str(dtype).removeprefix("torch.")
+        return name if name in EXPORT_DTYPES.values() else "float32"
+    name, revision = cut_from(config) or config.student.model, config.student.revision
+    if name is None:
+        return "float32"
+    if cut is not None and getattr(config.student.init, "model", None) is None:
+        revision = getattr(config.teacher, "revision", None)
+    numbers = read_model(name, revision, "the student").numbers
+    return EXPORT_DTYPES.get(max(numbers, key=lambda kind: numbers[kind], default="F32"), "float32")
 
 
 def cut_from(config: DistillConfig) -> str | None:

@@ -1,6 +1,6 @@
 """What an evaluation will need: memory, arithmetic and time, from its settings and its models' configs alone."""
 
-from stillroom.data.bounds import most_tokens
+from stillroom.data.config import most_tokens
 from stillroom.estimates.flops import forward_flops
 from stillroom.estimates.hardware import Hardware
 from stillroom.estimates.headers import Headers, read_sizes

@@ -17,10 +17,9 @@ from stillroom.errors import ConfigError, DataError, MismatchError, MissingError
 from stillroom.lm_head import LMHead
 from stillroom.models import safetensors_io
 from stillroom.models.config import Quantization
-from stillroom.models.dtensor import materialize
+from stillroom.models.dtensor import fill_local, is_adapter, materialize, own_rows
 from stillroom.models.folder import check_folder
 from stillroom.models.hidden_states import lm_head
-from stillroom.models.meta_init import initialize, meta_model
 from stillroom.models.quantization import check_quantized, num_numbers, quantized_loading
 from stillroom.models.safetensors_io import check_whole
 
@@ -177,7 +176,7 @@ def build_model(
     device: torch.device | str = "cpu",
     attention: str | None = None,
 ) -> PreTrainedModel:
-    """A new model with random weights, the same for the same seed: see `weights.skeleton.initialise`."""
+    """A new model with random weights, the same for the same seed: see `initialize`."""
     model = build_meta_model(config, dtype=dtype, attention=attention)
     materialize(model, device)
     model.tie_weights()
@@ -192,9 +191,76 @@ def build_meta_model(
     attention: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A model whose parameters take no memory yet: see `weights.skeleton`."""
-    with _possible(config.model_type, "those of its config.json"):
-        return meta_model(config, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
+    """A model whose parameters take no memory yet: only its buffers (a few numbers, such as the frequencies of
+    positions) are there."""
+    with _possible(config.model_type, "those of its config.json"), parameters_on_meta():
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+        )
+    model.tie_weights()
+    return model.eval()
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Inside, modules are built with parameters that take no memory, and draw no random numbers for them."""
+    register = nn.Module.register_parameter
+
+    def without_memory(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(self, name, parameter)
+
+    nn.Module.register_parameter = without_memory  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+@torch.no_grad()
+def initialize(model: PreTrainedModel, seed: int) -> None:
+    """Gives a new model its random values, as its family draws them, one module after the other.
+
+    Of each module the whole is drawn on the CPU and this process's part kept, so the model is the same for the same
+    seed, however many processes hold it. It must have memory already (`dtensor.materialize`). Parameters beside those
+    of the family (adapters) stay as they are.
+    """
+    families = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for name, module in model.named_modules():
+        module.__dict__.pop("_is_hf_initialized", None)
+        if is_adapter(f".{name}"):
+            module._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
+    for family in families:
+        family._init_weights = _drawing(family)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model.initialize_weights()
+    finally:
+        for family in families:
+            del family.__dict__["_init_weights"]
+
+
+def _drawing(family: PreTrainedModel) -> Any:
+    """The family's own way to draw a module, over stand-ins for its parameters that are whole and on the CPU."""
+    own = type(family)._init_weights
+
+    def draw(module: nn.Module) -> None:
+        held = {name: p for name, p in module._parameters.items() if p is not None}
+        for name, parameter in held.items():
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype)
+            module._parameters[name] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+        try:
+            own(family, module)
+            for name, parameter in held.items():
+                drawn = module._parameters[name]
+                assert drawn is not None
+                fill_local(parameter, drawn.detach()[own_rows(parameter)] if drawn.ndim else drawn.detach())
+        finally:
+            module._parameters.update(held)
+
+    return draw
 
 
 def load_head(model: PreTrainedModel, folder: Path, device: torch.device | str) -> LMHead:

@@ -2,8 +2,9 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from stillroom.errors import DataError
 from stillroom.models.dtensor import fill_local, full_tensor, is_adapter, named, own_rows
+from stillroom.runs import replace_folder, writing
 
 
 def load_weights(model: PreTrainedModel, folder: Path, *, whole: bool = True) -> None:
@@ -184,17 +186,76 @@ FILE_BYTES = 2**30
 """A file ends with the layer that takes it to this size, so that one process holds little more than that at a time."""
 
 
-def save_weights(model: PreTrainedModel, folder: Path, *, writes: bool, file_bytes: int = FILE_BYTES) -> None:
+@contextmanager
+def new_model_folder(folder: Path) -> Iterator[Path]:
+    """Gives the temporary folder in which a model is to be written, and gives it its name where that went well.
+
+    An older folder of the name is there until then, and what is not whole is deleted.
+
+    Raises:
+        StorageError: the disk is full, say.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
+    try:
+        with writing(folder):
+            try:
+                yield temporary
+            except SafetensorError as error:
+                raise OSError(str(error)) from error  # what it says of a disk
+            replace_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class _Rounding:
+    """Gives a model's tensors the type in which they are exported.
+
+    Numbers that are no floating point numbers stay, and so do those that `transformers` keeps in float32 whatever the
+    type of the model is (the biases by which some mixtures of experts route).
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
+        kept = () if dtype is None else model._get_dtype_plan(dtype)
+        self.kept = [pattern.replace("*", ".*") for pattern in kept]
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        if self.dtype is None or not tensor.is_floating_point():
+            return tensor
+        return tensor.to(torch.float32 if any(re.search(p, name) for p in self.kept) else self.dtype)
+
+
+def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Rounds a model's parameters and saved buffers to another type in place, one after the other, which ends its
+    training; adapters beside them too."""
+    rounded = _Rounding(model, dtype)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tensor.data = rounded(name, tensor.data)
+
+
+def save_weights(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    writes: bool,
+    dtype: torch.dtype | None = None,
+    file_bytes: int = FILE_BYTES,
+) -> None:
     """Writes weights and configs as ``save_pretrained`` does; low-rank adapters are merged into the weights.
 
     Every process that holds a part calls it, and the one that ``writes`` makes the folder.
+
+    Args:
+        dtype: the type to which whole tensors are rounded as they are written; None leaves them as they are.
     """
+    rounded = _Rounding(model, dtype)
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
     kept: dict[str, Tensor] = {}
     written: list[dict[str, Tensor]] = []  # of each file its tensors, without memory
     for layer in _layers(model):
-        tensors = _as_in_files(model, layer)
+        tensors = _as_in_files(model, layer, rounded)
         if not writes:
             continue
         kept |= {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -205,7 +266,7 @@ def save_weights(model: PreTrainedModel, folder: Path, *, writes: bool, file_byt
         if kept:
             written.append(_write_file(kept, folder, len(written)))
         _name_files(written, folder)
-        _write_configs(model, folder)
+        _write_configs(model, folder, dtype or model.dtype)
 
 
 def _layers(model: PreTrainedModel) -> Iterator[list[tuple[str, nn.Module]]]:
@@ -225,7 +286,9 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((k, b) for k, b in module.named_buffers(recurse=False) if k not in module._non_persistent_buffers_set)
 
 
-def _as_in_files(model: PreTrainedModel, modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Tensor]:
+def _as_in_files(
+    model: PreTrainedModel, modules: Iterable[tuple[str, nn.Module]], rounded: _Rounding
+) -> dict[str, Tensor]:
     """A block's tensors, whole and by the names of the family's files. A tied head is the embeddings, and left out."""
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -243,7 +306,7 @@ def _as_in_files(model: PreTrainedModel, modules: Iterable[tuple[str, nn.Module]
                 whole = whole + _delta(model.get_submodule(place)).to(whole.dtype)
             key = key.replace(".base_layer.", ".")
             if key not in tied:
-                found[key] = whole
+                found[key] = rounded(key, whole)
     return revert_weight_conversion(model, found)
 
 
@@ -301,10 +364,10 @@ def _name_files(written: list[dict[str, Tensor]], folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_configs(model: PreTrainedModel, folder: Path) -> None:
+def _write_configs(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
     config: Any = model.config
     config.architectures = [type(model).__name__]
-    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.dtype = str(dtype).removeprefix("torch.")
     config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)

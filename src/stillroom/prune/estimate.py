@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import AutoConfig
 
-from stillroom.data.bounds import most_tokens
+from stillroom.data.config import most_tokens
 from stillroom.errors import ConfigError
 from stillroom.estimates.flops import forward_flops, layers_flops
 from stillroom.estimates.hardware import Hardware

@@ -1,12 +1,9 @@
 """`stillroom prune`: model -> smaller model."""
 
-import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from stillroom.data.config import AnyData
@@ -14,11 +11,12 @@ from stillroom.data.dataset import Documents, prepare
 from stillroom.errors import OutOfMemoryError
 from stillroom.models import loading
 from stillroom.models.hidden_states import verify
+from stillroom.models.safetensors_io import new_model_folder
 from stillroom.prune.config import PruneConfig
 from stillroom.prune.plan import PrunePlan, make_plan
 from stillroom.pruning.importance import loss_nats, text_batches
-from stillroom.pruning.prune import PruneMask, choose_mask, prune_model, report, write_mask
-from stillroom.runs import RunFolder, check_place, writing
+from stillroom.pruning.prune import choose_mask, prune_model, report, write_mask
+from stillroom.runs import RunFolder, check_place
 from stillroom.tokenizers import fingerprint, template_fingerprint
 from stillroom.verbs import Report, recorded
 
@@ -90,7 +88,10 @@ def _prune(plan: PrunePlan, folder: RunFolder, say: Report) -> None:
     losses["cut"] = _loss(plan, smaller, held_out)
     after = loading.num_parameters(smaller)
     note(f"writing {folder.path / 'model'}")
-    _save(folder.path / "model", smaller, plan, cut)
+    with new_model_folder(folder.path / "model") as place:
+        smaller.save_pretrained(place)
+        plan.tokenizer.save_pretrained(place)
+        write_mask(place, cut)
     results: dict[str, Any] = {
         "cut": {"layers": list(cut.layers), "num_parameters": after},
         "report": report(cut, plan.cut, before, after),
@@ -147,21 +148,3 @@ def _facts(
     if plan.template is not None:
         facts["template"] = {"fingerprint": template_fingerprint(plan.template)}
     return facts
-
-
-def _save(folder: Path, model: PreTrainedModel, plan: PrunePlan, cut: PruneMask) -> None:
-    """Writes the model, its tokenizer and cut.json under a temporary name and renames it."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
-    try:
-        with writing(folder):
-            try:
-                model.save_pretrained(temporary)
-            except SafetensorError as error:
-                raise OSError(str(error)) from error  # what it says of a disk
-            plan.tokenizer.save_pretrained(temporary)
-            write_mask(temporary, cut)
-            shutil.rmtree(folder, ignore_errors=True)  # a whole one, whose run was killed before it said so
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

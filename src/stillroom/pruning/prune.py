@@ -18,8 +18,7 @@ from stillroom.batch import Batch
 from stillroom.errors import DataError, MismatchError
 from stillroom.pruning.config import BestLayers
 from stillroom.pruning.families import Axis, described, head_dim
-from stillroom.pruning.importance import activations, only
-from stillroom.pruning.layer_importance import Say, best_layers
+from stillroom.pruning.importance import Say, activations, best_layers, only
 from stillroom.pruning.plan import PruningPlan, pruned_config, widths_of
 
 CUT_FILE = "cut.json"

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from stillroom.distributed.group import SINGLE_RANK, RankGroup
 from stillroom.errors import DataError, StillroomError, StorageError
-from stillroom.runs import crc32, read_json, sync_folder, write_json
+from stillroom.runs import crc32, read_json, replace_folder, sync_folder, write_json
 from stillroom.training.state import TrainState
 
 PLAIN = ("step", "num_tokens", "time_s", "held_out", "measured_at", "best")
@@ -147,9 +147,7 @@ class Checkpoints:
             )
         write_json(temporary / "state.json", numbers)
         sync_folder(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-        sync_folder(self.folder)
+        replace_folder(temporary, path)
         everything = self.all()
         kept = {*everything[-self.keep :], *([] if best is None else [self.at(best)])}
         for other in everything:

@@ -110,6 +110,15 @@ class AdamWConfig(Config):
     """The longest that the gradient of all parameters together may be; null is no limit."""
 
 
+class ExportConfig(Config):
+    """How the trained student is written."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """The type of the exported weights, to which the trained ones are rounded. auto is that of the student's own
+    checkpoint (a pruned student: of the model that it was cut from; a new one: what the config that it is built like
+    says, else float32), and float64 where the precision is float64."""
+
+
 class CheckpointConfig(Config):
     """What can be resumed from."""
 

@@ -1,26 +1,23 @@
 """The student: an existing model or a new one, with adapters, frozen parameters and checkpointing as asked."""
 
-import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stillroom.distributed.group import SINGLE_RANK, RankGroup
 from stillroom.errors import ConfigError, MismatchError, require
 from stillroom.models import loading, safetensors_io
 from stillroom.models.dtensor import full_tensor, is_adapter
 from stillroom.models.hidden_states import blocks
-from stillroom.models.meta_init import initialize
 from stillroom.pruning.prune import PruneMask, write_mask
-from stillroom.runs import writing
 from stillroom.training.config import LoraConfig, StudentConfig
 
 
@@ -35,52 +32,58 @@ class Student(NamedTuple):
     fill: Callable[[], None] | None = None
     """Gives its parameters their first values, where they have no memory yet; None where they have both."""
 
-    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, ranks: RankGroup = SINGLE_RANK) -> None:
+    def save(
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        ranks: RankGroup = SINGLE_RANK,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Writes model and tokenizer under a temporary name and renames it to ``folder``, replacing an older one.
 
-        Adapters are merged into the model, which ends its training, or written alone, as the config says.
+        Adapters are merged into the model or written alone, as the config says. This ends the student's training: its
+        weights may have been merged and rounded in place.
 
         Args:
-            processes: those that hold it, which all call this; the first writes.
+            ranks: the processes that hold it, which all call this; the first writes.
+            dtype: the type to which the weights are rounded; None leaves them as they are.
         """
-        temporary = folder.with_name(f".{folder.name}.tmp")
         sharded = isinstance(next(self.model.parameters()), DTensor)
         _end_as(self.model, tokenizer)
-        with writing(folder):
-            if ranks.is_rank0:
-                shutil.rmtree(temporary, ignore_errors=True)
+        with safetensors_io.new_model_folder(folder) if ranks.is_rank0 else nullcontext(folder) as place:
             if sharded:
-                self._gather(temporary, writes=ranks.is_rank0)
+                self._gather(place, dtype, writes=ranks.is_rank0)
             elif ranks.is_rank0:
-                self._write(temporary)
+                self._write(place, dtype)
             if ranks.is_rank0:
-                tokenizer.save_pretrained(temporary)
+                tokenizer.save_pretrained(place)
                 if self.cut is not None:
-                    write_mask(temporary, self.cut)
-                shutil.rmtree(folder, ignore_errors=True)
-                temporary.rename(folder)
+                    write_mask(place, self.cut)
         ranks.barrier()
 
-    def _gather(self, folder: Path, *, writes: bool) -> None:
+    def _gather(self, folder: Path, dtype: torch.dtype | None, *, writes: bool) -> None:
         """Puts together what lies in many processes, a few layers at a time."""
         if self.adapters is None or self.export == "merged":
-            safetensors_io.save_weights(self.model, folder, writes=writes)
+            safetensors_io.save_weights(self.model, folder, writes=writes, dtype=dtype)
             return
-        whole = {name: full_tensor(p).cpu() for name, p in self.adapters.named_parameters() if is_adapter(name)}
+        whole = {
+            name: full_tensor(p).to(dtype or p.dtype).cpu()
+            for name, p in self.adapters.named_parameters()
+            if is_adapter(name)
+        }
         if writes:
             self.adapters.save_pretrained(folder, state_dict=whole, save_embedding_layers=False)
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Path, dtype: torch.dtype | None) -> None:
         model = self.model if self.adapters is None else self.adapters
         if self.adapters is not None and self.export == "merged":
             model = self.adapters.merge_and_unload()
+        if dtype is not None:
+            safetensors_io.round_weights(self.model, dtype)
         options: dict[str, Any] = (
             {"save_embedding_layers": False} if self.adapters is not None and self.export == "adapter" else {}
         )
-        try:
-            model.save_pretrained(folder, **options)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error  # what it says of a disk
+        model.save_pretrained(folder, **options)
 
 
 def _end_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -94,6 +97,10 @@ def _end_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         before = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         ends = list(dict.fromkeys(t for t in (tokenizer.eos_token_id, *before) if t is not None))
         config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+    if model.generation_config is not None:
+        # Published configs that contradict themselves (a temperature without sampling) can be written back as they
+        # were; transformers refuses to write them once they differ from what was loaded.
+        model.generation_config._original_object_hash = hash(model.generation_config)
 
 
 def build_student(
@@ -147,12 +154,14 @@ def build_meta_student(
     }
     if fresh is not None:
         model = loading.build_meta_model(fresh, **settings)
-        fill = partial(initialize, model, seed)
+        fill = partial(loading.initialize, model, seed)
     else:
         folder = pruned[0] if pruned is not None else loading.local_folder(str(student.model), student.revision)
         described = loading.read_config(str(folder), trust_remote_code=student.trust_remote_code)
         model = loading.build_meta_model(described, **settings)
         fill = partial(safetensors_io.load_weights, model, folder)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     return _prepared(model, student, seed, None if pruned is None else pruned[1])._replace(fill=fill)
 
 

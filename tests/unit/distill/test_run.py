@@ -371,6 +371,26 @@ def copied(saved_model, tmp_path: Path, seed: int) -> Path:
     return Path(shutil.copytree(saved_model("llama", seed=seed), tmp_path / f"model-{seed}", dirs_exist_ok=True))
 
 
+@pytest.mark.parametrize("asked", ["auto", "float32"])
+def test_the_export_is_of_the_type_of_the_students_checkpoint_or_of_the_one_that_is_asked_for(
+    asked, distil, tmp_path, saved_model
+):
+    source = copied(saved_model, tmp_path, 0)
+    AutoModelForCausalLM.from_pretrained(source).bfloat16().save_pretrained(source)
+    settings = (f"student.model={source}", "steps=1")
+    with pytest.raises(Interrupted):
+        distil("run", *settings, "export.dtype=float16", report=at_step(1, press))
+    record = read_json(tmp_path / "run" / "run.json")
+    assert record["config"].pop("export") == {"dtype": "float16"}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))  # as a version before wrote it
+    wanted = "bfloat16" if asked == "auto" else asked
+    done = distil("run", *settings, f"export.dtype={asked}", resume=True)
+    assert done["config"]["export"] == {"dtype": wanted}
+    found = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in found.values()} == {getattr(torch, wanted)}
+    assert read_json(tmp_path / "run" / "model" / "config.json")["dtype"] == wanted
+
+
 def test_other_data_at_the_same_path_cannot_go_on(distil, tmp_path, text_files):
     data = Path(shutil.copy(text_files / "train.jsonl", tmp_path / "train.jsonl"))
     with pytest.raises(Interrupted):

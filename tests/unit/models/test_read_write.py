@@ -9,7 +9,6 @@ from transformers import DeepseekV3Config, LlamaConfig
 
 from stillroom.models import loading, safetensors_io
 from stillroom.models.dtensor import materialize
-from stillroom.models.meta_init import initialize
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
 LLAMA = LlamaConfig(**SIZES, num_hidden_layers=2, vocab_size=40, pad_token_id=0)
@@ -44,6 +43,22 @@ def test_saved_buffers_are_written_and_read(tmp_path):
     assert torch.equal(again.model.layers[1].mlp.gate.e_score_correction_bias, bias)
 
 
+def test_what_a_family_keeps_in_float32_is_not_rounded(tmp_path):
+    """The bias by which a mixture routes, which transformers reads in float32 whatever the model's type."""
+    model: Any = loading.build_model(MIXTURE, seed=0)
+    bias = model.model.layers[1].mlp.gate.e_score_correction_bias.copy_(torch.full((4,), 1 / 3))
+    safetensors_io.save_weights(model, tmp_path / "ours", writes=True, dtype=torch.bfloat16)
+    safetensors_io.round_weights(model, torch.bfloat16)
+    model.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert {name: tensor.dtype for name, tensor in ours.items()} == {name: t.dtype for name, t in theirs.items()}
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert torch.equal(ours[name], bias)
+    assert {tensor.dtype for key, tensor in ours.items() if key != name} == {torch.bfloat16}
+
+
 def test_what_a_family_leaves_out_of_its_files_is_not_missed(tmp_path):
     """The frequencies of positions, which old files have."""
     loading.build_model(LLAMA, seed=0).save_pretrained(tmp_path)
@@ -63,7 +78,7 @@ def test_first_values_leave_adapters_as_they_are():
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     adapters = {name: parameter.data.fill_(0.5) for name, parameter in model.named_parameters() if ".lora_" in name}
     assert adapters
-    initialize(model, seed=0)
+    loading.initialize(model, seed=0)
     assert all(parameter.eq(0.5).all() for parameter in adapters.values())
     assert torch.equal(model.model.norm.weight, torch.ones(16))
     assert not model.lm_head.weight.isnan().any()

@@ -14,7 +14,6 @@ from stillroom.errors import DataError
 from stillroom.models import loading, safetensors_io
 from stillroom.models.dtensor import materialize, own_rows
 from stillroom.models.hidden_states import lm_head
-from stillroom.models.meta_init import initialize, meta_model
 
 MIXTURE: dict[str, Any] = {"num_experts": 4, "moe_intermediate_size": 8, "num_experts_per_tok": 2, "head_dim": 8}
 
@@ -29,7 +28,7 @@ def mixture() -> PreTrainedModel:
 
 def hollow(model: PreTrainedModel) -> PreTrainedModel:
     """The skeleton of a model, with memory in which anything lies."""
-    made = meta_model(model.config, dtype=torch.float32, attention=None, trust_remote_code=False)
+    made = loading.build_meta_model(model.config, dtype=torch.float32)
     assert all(parameter.is_meta for parameter in made.parameters())
     materialize(made, "cpu")
     made.tie_weights()
@@ -63,6 +62,17 @@ def test_what_is_read_and_written_part_by_part_is_what_the_library_reads_and_wri
     )
 
 
+@pytest.mark.parametrize("family", ["qwen2", "mixture"])
+def test_weights_can_be_rounded_as_they_are_written(family, tmp_path):
+    model = mixture() if family == "mixture" else build_model(family, seed=3)
+    safetensors_io.save_weights(model, tmp_path / "parts", writes=True, dtype=torch.bfloat16, file_bytes=2000)
+    assert model.dtype == torch.float32
+    model.bfloat16().save_pretrained(tmp_path / "whole")
+    assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "parts", dtype="auto"), model)
+    ours, theirs = (json.loads((tmp_path / place / "config.json").read_text()) for place in ("parts", "whole"))
+    assert ours == theirs
+
+
 def test_one_that_does_not_write_leaves_nothing(tmp_path):
     safetensors_io.save_weights(build_model(), tmp_path / "none", writes=False)
     assert not (tmp_path / "none").exists()
@@ -74,13 +84,13 @@ def test_new_values_follow_from_the_seed_and_leave_none_out(family):
     first, again, other = (loading.build_model(config, seed=seed) for seed in (5, 5, 6))
     assert_equal(first, again)
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
-    made = meta_model(config, dtype=torch.float32, attention=None, trust_remote_code=False)
+    made = loading.build_meta_model(config, dtype=torch.float32)
     materialize(made, "cpu")
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.fill_(torch.nan)
     made.tie_weights()
-    initialize(made, 5)
+    loading.initialize(made, 5)
     assert_equal(made, first)
     spread = first.get_input_embeddings().weight.std().item()
     assert spread == pytest.approx(getattr(config, "initializer_range", 0.02), rel=0.1)
@@ -113,7 +123,7 @@ def test_files_that_are_not_the_models_are_refused(change, said, tmp_path):
 def test_a_head_is_read_without_its_model(family, tmp_path):
     model = build_model(family, seed=3)
     model.save_pretrained(tmp_path)
-    made = meta_model(model.config, dtype=torch.float32, attention=None, trust_remote_code=False)
+    made = loading.build_meta_model(model.config, dtype=torch.float32)
     found, wanted = loading.load_head(made, tmp_path, "cpu"), lm_head(model)
     assert torch.equal(found.weight, wanted.weight)
     assert (found.bias is None) == (wanted.bias is None)

@@ -15,7 +15,7 @@ from stillroom.prune.config import PruneConfig
 from stillroom.prune.estimate import LOGITS_BYTES, Pass, costs, passes, read_headers
 from stillroom.prune.plan import make_plan
 from stillroom.prune.run import run
-from stillroom.pruning import layer_importance
+from stillroom.pruning import importance
 from stillroom.pruning.config import BestLayers, PruningConfig
 from stillroom.pruning.plan import plan_pruning
 from stillroom.recipe import from_yaml
@@ -38,9 +38,9 @@ def test_the_passes_are_those_that_a_cut_makes(saved_model, text_files, tmp_path
     words = [f"model={model}", f"layers={{kind: best, count: 2, by: loss_increase, {shape}}}", f"out={tmp_path}/x",
              f"data.path={text_files}/train.jsonl", "data.format=text", "data.length=32"]  # fmt: skip
     config, made = load(PruneConfig, None, words), []
-    real = layer_importance.loss_nats
+    real = importance.loss_nats
     monkeypatch.setattr(
-        layer_importance,
+        importance,
         "loss_nats",
         lambda model, text: (made.append(model.config.num_hidden_layers), real(model, text))[1],
     )

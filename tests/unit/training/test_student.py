@@ -1,9 +1,12 @@
 """The student: existing or new, with adapters, frozen parameters and checkpointing as asked; and its export."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -12,7 +15,7 @@ from stillroom.batch import Batch
 from stillroom.config import load
 from stillroom.distill.build import student_dtype
 from stillroom.distill.config import DistillConfig
-from stillroom.distill.student_plan import new_config
+from stillroom.distill.student_plan import export_dtype, new_config
 from stillroom.errors import ConfigError, MismatchError
 from stillroom.losses.divergences import forward_kl
 from stillroom.losses.logits import cross_entropy
@@ -23,7 +26,7 @@ from stillroom.teachers.live import LiveTeacher
 from stillroom.training.config import AdamWConfig, NewStudentConfig
 from stillroom.training.optimizer import build_optimizer
 from stillroom.training.step import StudentStep
-from stillroom.training.student import Student, build_student
+from stillroom.training.student import Student, build_meta_student, build_student
 
 # peft itself still asks for the old name
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
@@ -304,6 +307,83 @@ def test_the_export_stops_where_its_tokenizer_ends_a_sequence(student, tmp_path,
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert again.generation_config.eos_token_id == [wanted, 7, 1]
     assert again.config.eos_token_id == [wanted, 7]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("lora", [None, "merged", "adapter"])
+def test_an_export_of_another_type_is_the_rounded_weights(lora, tied, student, saved_model, tmp_path, tiny_tokenizer):
+    folder, stored = saved_model("qwen2", seed=1, tie_word_embeddings=tied), []
+    for place, dtype in (("as it is", None), ("full", torch.float32), ("half", torch.bfloat16)):
+        built = student(*([] if lora is None else [f"student.lora={{rank: 2, export: {lora}}}"]), model=folder)
+        if lora is not None:
+            randomise_adapters(built)
+        built.save(tmp_path / place, tiny_tokenizer, dtype=dtype)
+        (weights,) = (tmp_path / place).glob("*.safetensors")
+        stored.append(weights)
+    as_it_is, full, half = stored
+    assert as_it_is.read_bytes() == full.read_bytes()
+    wanted, found = load_file(full), load_file(half)
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(found[name], wanted[name].bfloat16()) for name in wanted)
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    files = {path.name for path in half.parent.iterdir()}
+    assert files >= {"tokenizer.json", "tokenizer_config.json"}
+    assert files == {path.name for path in as_it_is.parent.iterdir()}
+    if lora != "adapter":
+        assert "generation_config.json" in files
+        assert json.loads((half.parent / "config.json").read_text())["dtype"] == "bfloat16"
+        assert json.loads((full.parent / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_an_export_has_the_type_of_the_checkpoint_it_comes_from(recipe, tmp_path):
+    model = build_model("llama").bfloat16()
+    model.save_pretrained(tmp_path / "half")
+
+    def resolved(*settings: str) -> str:
+        config = load(DistillConfig, recipe, [f"student.model={tmp_path}/half", f"out={tmp_path}/run", *settings])
+        return export_dtype(config, None, loading.read_config(str(tmp_path / "half")))
+
+    assert resolved() == "bfloat16"
+    assert resolved("precision=float64") == "float64"
+    described = json.loads((tmp_path / "half" / "config.json").read_text())
+    del described["dtype"]
+    (tmp_path / "half" / "config.json").write_text(json.dumps(described))
+    assert resolved() == "bfloat16"
+    weights = load_file(tmp_path / "half" / "model.safetensors")
+    norm = {name: tensor.float() if "norm" in name else tensor.half() for name, tensor in weights.items()}
+    save_file(norm, tmp_path / "half" / "model.safetensors", {"format": "pt"})
+    assert resolved() == "float16"
+    (tmp_path / "half" / "config.json").write_text(json.dumps({**described, "torch_dtype": "float16"}))
+    assert resolved() == "float16"
+
+
+def test_a_new_student_is_exported_in_float32_or_as_its_pattern_says(recipe, tmp_path, tiny_tokenizer):
+    config = load(DistillConfig, recipe, ["student={init: {kind: config}}", f"out={tmp_path}/run"])
+    of_family = new_config(NewStudentConfig(kind="config", family="llama"), None, tiny_tokenizer)
+    assert export_dtype(config, None, of_family) == "float32"
+    pattern = build_config("llama")
+    pattern.dtype = torch.bfloat16
+    assert (
+        export_dtype(config, None, new_config(NewStudentConfig(kind="config"), pattern, tiny_tokenizer)) == "bfloat16"
+    )
+
+
+def test_a_student_that_will_be_sharded_keeps_its_generation_config(recipe, tmp_path):
+    model = build_model("llama")
+    model.generation_config.do_sample, model.generation_config.top_k = True, 7
+    model.save_pretrained(tmp_path / "model")
+    config = load(DistillConfig, recipe, [f"student.model={tmp_path}/model", f"out={tmp_path}/run"])
+    built = build_meta_student(config.student, dtype=torch.float32, seed=0)
+    assert built.model.generation_config.top_k == 7
+
+
+def test_a_generation_config_that_contradicts_itself_is_written_back(student, saved_model, tmp_path):
+    """As published ones do; a run must not fail for it at its end."""
+    folder = Path(shutil.copytree(saved_model("llama"), tmp_path / "published"))
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "temperature": 0.5, "eos_token_id": [9, 8]}))
+    student(model=folder).save(tmp_path / "model", AutoTokenizer.from_pretrained(folder))
+    assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["temperature"] == 0.5
 
 
 def test_an_adapter_on_embeddings_that_the_head_shares_is_refused(student, saved_model):
