@@ -9,7 +9,7 @@ from stillroom.config import is_local
 from stillroom.distill.config import DistillConfig
 from stillroom.distill.hidden_plan import StudentOrigin
 from stillroom.errors import ConfigError
-from stillroom.estimates.weights import read_model
+from stillroom.estimates.headers import read_model
 from stillroom.models import loading
 from stillroom.pruning.plan import PruningPlan, plan_pruning
 from stillroom.pruning.prune import read_mask
