@@ -15,7 +15,7 @@ from stillroom.batch import Batch
 from stillroom.config import replace
 from stillroom.data.config import AnyData
 from stillroom.data.dataloader import collate, group, in_batches, totals
-from stillroom.data.dataset import CountedDocuments, Documents, prepared
+from stillroom.data.dataset import CountedDocuments, prepared
 from stillroom.data.packing import epoch_order, plan_rows
 from stillroom.distill.build import (
     asked_in_training,
@@ -32,13 +32,13 @@ from stillroom.distill.plan import make_plan
 from stillroom.errors import OutOfMemoryError
 from stillroom.models import loading
 from stillroom.runs import peak_memory_bytes
-from stillroom.store.reader import Store
 from stillroom.teachers.config import LiveTeacherConfig, StoreTeacherConfig
 from stillroom.teachers.live import LiveTeacher
 from stillroom.tokenizers import fingerprint, required_vocab_size, template_fingerprint
 from stillroom.training.checkpoint import Checkpoints
 from stillroom.training.loop import Report, optimizer_step
 from stillroom.training.prefetch import MicroBatches, Prefetcher
+from stillroom.training.step import StudentStep
 from stillroom.training.validation import measure_held_out
 
 Facts = dict[str, Any]
@@ -96,15 +96,15 @@ class Preflight:
             StillroomError: the data cannot be read, or a row cannot be used.
         """
         plan, data = self.plan, self.plan.config.data
-        self.documents: Documents | CountedDocuments | Store
         if plan.store is not None:
             self.documents, self.whole = plan.store, True
         elif (there := prepared(cast(AnyData, data), plan.tokenizer, template=plan.template)) is not None:
             self.documents, self.whole = there, True
         else:
+            data = cast(AnyData, data)
             most = min(self.sequences, data.max_documents or self.sequences)
             self.documents = found = CountedDocuments(
-                replace(cast(AnyData, data), {"max_documents": most}),
+                replace(data, {"max_documents": most}),
                 plan.tokenizer,
                 template=plan.template,
                 report=lambda rows: self.report("tokenise", {"rows": rows, "path": data.path}),
@@ -147,7 +147,9 @@ class Preflight:
                 most=self.micro_tokens,
                 pad_token=pad_token(plan),
             )
-            measured = measure_held_out(self.state.module, self.teacher, [list(drawn)], config.device)
+            module = self.state.module
+            assert isinstance(module, StudentStep)
+            measured = measure_held_out(module, self.teacher, [list(drawn)], config.device)
         assert measured is not None  # nothing asked it to stop
         model, teacher = self.student.model, self.teacher
         return {
@@ -168,11 +170,12 @@ class Preflight:
         plan = self.plan
         if not isinstance(self.teacher, LiveTeacher) or plan.fresh is not None or plan.cut is not None:
             return None
-        end = plan.tokenizer.eos_token_id
+        end, module = plan.tokenizer.eos_token_id, self.state.module
+        assert isinstance(module, StudentStep)
         assert plan.vocab_size is not None  # there is a teacher
         with self._enough_memory("a text of the student's own"):
             nats, num_tokens = on_policy_kl(
-                self.state.module,
+                module,
                 self.teacher,
                 self.documents,
                 self.drawn.tolist(),

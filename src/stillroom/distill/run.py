@@ -50,6 +50,7 @@ from stillroom.training.hidden_objective import layers_of
 from stillroom.training.loop import Measure, Scheduled, train
 from stillroom.training.prefetch import Prefetcher
 from stillroom.training.state import TrainState
+from stillroom.training.step import StudentStep
 from stillroom.training.student import Student
 from stillroom.training.validation import measure_held_out
 from stillroom.verbs import Report, recorded
@@ -292,6 +293,7 @@ def _measure(
 ) -> dict[str, float] | None:
     tokens = plan.micro_tokens * state.ranks.world_size
     steps = build_stream(plan, documents, data, tokens=tokens, epochs=1, ranks=state.ranks)
+    assert isinstance(state.module, StudentStep)
     return measure_held_out(state.module, teacher, steps, plan.config.device, stop, state.ranks)
 
 

@@ -149,7 +149,8 @@ def summarize(
     """
     by_name, first = {one.model.name: one for one in outputs}, outputs[0]
     alike = [name for name in by_name if by_name[name].model.mismatch is None]
-    refused = {name: dict.fromkeys((*ALONE, *BESIDE_THE_TEACHER, "recovered_gap"), NO_DISTRIBUTION) for name in names}
+    every = (*ALONE, *BESIDE_THE_TEACHER, "recovered_gap")
+    refused: dict[str, dict[str, str]] = {name: dict.fromkeys(every, NO_DISTRIBUTION) for name in names}
     for name, output in by_name.items():
         refused[name], reason = {}, not_compared[name]
         if name != teacher and reason is not None:

@@ -108,7 +108,8 @@ def see(block: LogitBlock, signal: Sparse, temperature: float) -> Seen:
         (log_t.exp() * mask, log_residual.exp()),
         (log_s.exp() * mask, residual),
     )
-    return Seen(signal.ids, *(torch.cat([entries, last.unsqueeze(-1)], -1) for entries, last in outcomes), others)
+    columns = (torch.cat([entries, last.unsqueeze(-1)], -1) for entries, last in outcomes)
+    return Seen(signal.ids, *columns, others)  # pyright: ignore[reportCallIssue]
 
 
 def forward_kl(

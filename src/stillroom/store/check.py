@@ -77,7 +77,8 @@ def check(path: str | Path, report: Callable[[str], object] = lambda _: None) ->
         files = StoreFiles(checked.path)
         checked.manifest = manifest = read_manifest(files.read(MANIFEST, MOST_MANIFEST_BYTES), checked.path)
         _check_manifest(checked, files, manifest)
-        totals, counted = dict.fromkeys(COUNTS, 0), True
+        totals: dict[str, int] = dict.fromkeys(COUNTS, 0)
+        counted = True
         for number, shard in enumerate(manifest.shards):
             report(f"checking shard {number + 1} of {len(manifest.shards)}")
             shard_check = ShardCheck(files, manifest, number)
@@ -150,7 +151,7 @@ class ShardCheck:
 
     def __init__(self, files: StoreFiles, manifest: Manifest, number: int) -> None:
         self.manifest, self.path, self.problems = manifest, files.path, list[StillroomError]()
-        self.counts = dict.fromkeys(COUNTS, 0)
+        self.counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
         self.counted = False
         self._num_damaged = 0
         with _noted(self.problems):

@@ -77,9 +77,13 @@ class Store:
         m = self.manifest
         return {"documents": m.documents, "tokens": m.tokens, "tokens_learnt": m.positions}
 
-    @cached_property
+    @property
     def lengths(self) -> np.ndarray:
         """int64 [documents]: the tokens of each document."""
+        return self._lengths
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
         batches = [batch for shard in self.shards for batch in shard.batches]
         offsets = [batch["tokens"].offsets.to_numpy() for batch in batches]
         return np.concatenate([np.zeros(0, np.int64), *(np.diff(each).astype(np.int64) for each in offsets)])

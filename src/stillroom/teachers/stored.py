@@ -47,10 +47,11 @@ class StoredTeacher(PrefetchedTeacher):
 
     def _read(self, documents: Sequence[int]) -> TeacherOutput:
         store, signal, hidden = self.store, None, None
-        if self.signals and isinstance(store.signal_config, Full):
+        config = store.signal_config
+        if self.signals and isinstance(config, Full):
             signal = Logits(torch.from_numpy(store.logits(documents).copy()))
-        elif self.signals:
-            signal = to_sparse(store.levels(documents), store.signal_config, store.manifest.num_columns)
+        elif self.signals and not isinstance(config, Full):
+            signal = to_sparse(store.levels(documents), config, store.manifest.num_columns)
         if self.layers:
             states = store.hidden(documents, self.layers)
             hidden = HiddenStates({layer: torch.from_numpy(states[layer]) for layer in self.layers})

@@ -156,11 +156,11 @@ def fit_to_first_step(
         device: where the student works; None is where its parameters are.
     """
     fits = [_Fit(term) for term in module.hidden.values() if isinstance(term, HiddenLoss) and term.spec.measures_first]
-    device = device or next(module.parameters()).device
+    place = device or next(module.parameters()).device
     was_training = module.training
     module.eval()
     for micro_batch, prefetched in micro_batches:
-        batch = micro_batch.to(device)
+        batch = micro_batch.to(place)
         _, student = module.within(
             lambda batch=batch: hidden_states.all_hidden_states(module.model, batch, module.layers, module.attention)
         )

@@ -69,7 +69,7 @@ class StudentStep(TrainedModule):
             f"{o.name}_temperature": t for o in objectives if (t := o.arguments.get("temperature")) is not None
         }
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # what is scheduled has names here
         self,
         batch: Batch,
         teacher_output: TeacherOutput | None,

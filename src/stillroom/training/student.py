@@ -210,7 +210,12 @@ def _with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> Any:
             fix="Leave the embeddings out of student.lora.targets.",
         )
     head = model.get_output_embeddings()
-    if lora.export == "merged" and targets != "all-linear" and _is_tied_target(model, head, targets):
+    if (
+        head is not None
+        and lora.export == "merged"
+        and targets != "all-linear"
+        and _is_tied_target(model, head, targets)
+    ):
         # merged into a weight that the embeddings share, the adapter would change these too
         head.weight = nn.Parameter(head.weight.detach().clone())
         for config in (model.config, model.config.get_text_config()):

@@ -188,10 +188,11 @@ def _before(description: Description, parse: Parser) -> str:
     examples: list[tuple[Name, Row]] = []
     if isinstance(description.examples, str) and description.shots:
         for file, place, row in islice(_rows(description.examples), description.shots):
-            examples.append((partial("{} {}".format, file, place), row))
+            examples.append((lambda file=file, place=place: f"{file} {place}", row))
     elif description.shots:
-        for i, row in enumerate((description.examples or ())[: description.shots], 1):
-            examples.append((partial("example {} of {}".format, i, description.name), row))
+        given: Any = description.examples or ()
+        for i, row in enumerate(given[: description.shots], 1):
+            examples.append((lambda i=i: f"example {i} of {description.name}", row))
     if len(examples) < description.shots:
         raise ConfigError(
             f"the task {description.name} has too few examples",

@@ -29,7 +29,8 @@ FIRST_WAIT_S, LONGEST_WAIT_S, LONGEST_ASKED_WAIT_S = 0.5, 60.0, 600.0
 MOST_BYTES = 2**30
 """A longer answer is refused before it fills the memory."""
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass
