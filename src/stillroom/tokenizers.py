@@ -3,6 +3,7 @@
 import hashlib
 import json
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -205,7 +206,9 @@ def _differences(
     a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase, roles: bool, limit: int = 5
 ) -> tuple[str, int, list[tuple[str, str, str]]] | None:
     """What differs first (tokens, special tokens or encodings), how many do, and the first few as texts; or None."""
-    maps = [{f"id {number}": token for token, number in sorted(t.get_vocab().items(), key=_by_id)} for t in (a, b)]
+    maps = [
+        {f"id {number}": token for token, number in sorted(t.get_vocab().items(), key=itemgetter(1))} for t in (a, b)
+    ]
     special = (_roles(a), _roles(b)) if roles else ({}, {})
     kinds = (("tokens", *maps), ("special tokens", *special), ("encodings", *(_encodings(t, roles) for t in (a, b))))
     for kind, of_a, of_b in kinds:
@@ -213,10 +216,6 @@ def _differences(
         if keys:
             return kind, len(keys), [_show(kind, k, of_a.get(k), of_b.get(k)) for k in islice(keys, limit)]
     return None
-
-
-def _by_id(item: tuple[str, int]) -> int:
-    return item[1]
 
 
 def _show(kind: str, key: str, in_a: object, in_b: object) -> tuple[str, str, str]:

@@ -96,14 +96,10 @@ class BatchStream(Iterator[Step]):
         groups = [group(some, lengths, self.micro_tokens) for some in shares(rows, lengths, self.part.size)]
         mine = [collate(self.documents, some, self.pad_token) for some in groups[self.part.rank]]
         empty = [nothing(self.documents, self.pad_token)] * (max(map(len, groups)) - len(mine))
-        return Step(mine + empty, self._totals(rows, mine))
-
-    def _totals(self, rows: Sequence[np.ndarray], mine: Sequence[Batch]) -> Totals:
-        """What the step holds in all: counted in this process's batches where it has all of it."""
         if self.part.size == 1:
-            return totals(mine)
+            return Step(mine + empty, totals(mine))  # this process's batches are all of the step
         num_kept = sum(int(self.documents.target_mask(d)[1:].sum()) for row in rows for d in row.tolist())
-        return Totals(num_kept, sum(int((self.documents.lengths[row] - 1).sum()) for row in rows))
+        return Step(mine + empty, Totals(num_kept, sum(int((lengths[row] - 1).sum()) for row in rows)))
 
     def num_steps(self) -> int | None:
         """The steps from the first to the end of the last epoch; None without end."""

@@ -297,15 +297,12 @@ def _fit(document: Encoded, config: AnyData, counts: Counts, name: Callable[[], 
 
 def _record_batch(documents: list[tuple[int, Encoded]]) -> pa.RecordBatch:
     tokens = [document.tokens for _, document in documents]
-    runs = [_runs(document.target_mask) for _, document in documents]
+    # Of each target mask the runs of True as int32 [2 * runs]: start, end (excluded), start, end …
+    edges = [np.diff(document.target_mask, prepend=False, append=False) for _, document in documents]
+    runs = [np.flatnonzero(edge).astype(np.int32) for edge in edges]
     rows = pa.array([row for row, _ in documents], type=pa.int64())
     weights = pa.array([document.weight for _, document in documents], type=pa.float32())
     return pa.record_batch([_list_array(tokens), _list_array(runs), rows, weights], schema=SCHEMA)
-
-
-def _runs(target_mask: np.ndarray) -> np.ndarray:
-    """The runs of True as int32 [2 * runs]: start, end (excluded), start, end …"""
-    return np.flatnonzero(np.diff(target_mask, prepend=False, append=False)).astype(np.int32)
 
 
 def _list_array(arrays: list[np.ndarray]) -> pa.Array:

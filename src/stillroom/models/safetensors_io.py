@@ -49,7 +49,8 @@ def load_weights(model: PreTrainedModel, folder: Path, *, whole: bool = True) ->
         for name, (converter, parts) in composed.items():
             for target, tensor in _compose(model, name, converter, parts, files).items():
                 given.add(id(wanted[target]))
-                _fill_from(wanted[target], tensor, target, folder)
+                _check_shape(wanted[target], tuple(tensor.shape), target, folder)
+                fill_local(wanted[target], tensor[own_rows(wanted[target])])
     missing = [name for name, tensor in wanted.items() if id(tensor) not in given]
     left_over = [key for key in left_over if not any(re.search(p, key) for p in _left_out(model))]
     check_whole(str(folder), missing, left_over if whole else [], model.base_model_prefix)
@@ -165,11 +166,6 @@ def _read_rows(parameter: Tensor, there: Any, key: str, folder: Path) -> None:
             why="The model cannot be whole without it.",
             fix="Copy or download its files again.",
         ) from error
-
-
-def _fill_from(parameter: Tensor, whole: Tensor, name: str, folder: Path) -> None:
-    _check_shape(parameter, tuple(whole.shape), name, folder)
-    fill_local(parameter, whole[own_rows(parameter)])
 
 
 def _check_shape(parameter: Tensor, shape: tuple[int, ...], key: str, folder: Path) -> None:

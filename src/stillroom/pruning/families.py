@@ -44,7 +44,7 @@ class Family:
         Raises:
             MismatchError: it is not described.
         """
-        if (pattern := _pattern(name)) not in self.tensors:
+        if (pattern := re.sub(r"\.layers\.\d+\.", ".layers.*.", name)) not in self.tensors:
             raise MismatchError(
                 f"the tensor {name} is not described",
                 {"looked for": pattern, "described": f"{len(self.tensors)} patterns"},
@@ -52,10 +52,6 @@ class Family:
                 fix="Say which axis of it is which in the family's `tensors` in stillroom/cut/families.py.",
             )
         return self.tensors[pattern]
-
-
-def _pattern(name: str) -> str:
-    return re.sub(r"\.layers\.\d+\.", ".layers.*.", name)
 
 
 BLOCK = "model.layers.*."

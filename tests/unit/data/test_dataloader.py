@@ -46,7 +46,7 @@ def stream_of(documents: Documents, **settings: Any) -> BatchStream:
 
 
 def same(a: list[list[Batch]], b: list[list[Batch]]) -> bool:
-    names = ("tokens", "next_tokens", "keep", "positions", "documents")
+    names = ("tokens", "labels", "loss_mask", "positions", "documents")
     return [len(step) for step in a] == [len(step) for step in b] and all(
         torch.equal(getattr(x, name), getattr(y, name))
         for one, other in zip(a, b, strict=True)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from conftest import SaveModel
 from stillroom.config import load
@@ -119,6 +120,14 @@ def test_another_teacher_under_the_same_name_is_told_when_it_resumes(settings, t
     shutil.copy(other / "model.safetensors", here / "model.safetensors")
     with pytest.raises(MismatchError, match="began with a part of another model"):
         run(base, resume=True)
+
+
+def test_it_is_exported_in_the_type_of_the_model_that_it_is_cut_from(settings, teacher, tmp_path):
+    half = Path(shutil.copytree(teacher, tmp_path / "half"))
+    AutoModelForCausalLM.from_pretrained(teacher).bfloat16().save_pretrained(half)
+    for model, dtype in ((teacher, "float32"), (half, "bfloat16")):
+        plan = make_plan(settings("run", "{kind: from_teacher, layers: 2}", f"teacher.model={model}"))
+        assert plan.config.export.dtype == dtype
 
 
 def test_a_student_that_was_cut_before_is_known_by_its_file(settings, tmp_path, teacher, recipe):
