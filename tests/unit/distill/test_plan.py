@@ -119,9 +119,9 @@ def test_it_tells_what_will_be_read_and_written(plan, tmp_path, text_files, own_
     assert made.writes()["tokenised data"].startswith(f"{own_cache}/data/")
     assert made.writes()["tokenised data"].endswith("(new)")
     assert f"{tmp_path}/run/run.json" in made.writes()["run"]
-    assert "note" not in made.writes()
+    assert "--resume or --overwrite" not in str(made)
     (tmp_path / "run").mkdir()
-    assert "--resume or --overwrite" in plan().writes()["note"]
+    assert "--resume or --overwrite" in from_yaml(str(plan()))["writes"]["note"]
 
 
 def test_held_out_data_are_read_as_the_data_are(plan, text_files):
