@@ -22,7 +22,7 @@ VERBS = {
     "plan": "what a run will need: memory, time, cost and storage, from headers alone",
     "prune": "cut a smaller model out of a bigger one",
     "report": "make the report of an evaluation anew from its files",
-    "store": "check, show, export, import and merge stores of what teachers said",
+    "store": "check, show, export, import, join and concatenate stores of what teachers said",
 }
 
 HELP = f"""stillroom {__version__}: distil large language models into small ones

@@ -154,7 +154,7 @@ def make_plan(config: DistillConfig, context: DistContext = SINGLE_PROCESS) -> D
     """Resolves and checks a config from headers alone.
 
     Args:
-        meeting: the processes that will make the run.
+        context: the processes that will make the run.
 
     Raises:
         MissingError: a model, a tokenizer, a data file, a device or a package is not there.

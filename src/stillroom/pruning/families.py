@@ -49,7 +49,7 @@ class Family:
                 f"the tensor {name} is not described",
                 {"looked for": pattern, "described": f"{len(self.tensors)} patterns"},
                 why="Nobody knows which of its numbers belong to what is dropped.",
-                fix="Say which axis of it is which in the family's `tensors` in stillroom/cut/families.py.",
+                fix="Say which axis of it is which in the family's `tensors` in stillroom/pruning/families.py.",
             )
         return self.tensors[pattern]
 
@@ -126,7 +126,7 @@ def describe(config: PretrainedConfig, who: str = "teacher") -> Family:
             f"no smaller model can be cut out of the family {config.model_type}",
             {f"the {who}'s family": config.model_type, "described": ", ".join(FAMILIES)},
             why="Nobody has said which axis of each of its tensors is hidden, heads, groups or MLP channels.",
-            fix="Describe the axes of each of its tensors in FAMILIES, in stillroom/cut/families.py.",
+            fix="Describe the axes of each of its tensors in FAMILIES, in stillroom/pruning/families.py.",
         )
     if getattr(config, "is_heterogeneous", False):
         raise MismatchError(
@@ -170,6 +170,6 @@ def described(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, Ten
                 f"the tensor {name} is not as its family is described",
                 {"described": f"{', '.join(axes)}: {expected}", "found": tuple(parameter.shape)},
                 why="Other numbers than are meant would be dropped.",
-                fix="Mend the family's `tensors` in stillroom/cut/families.py, or the model's config.json.",
+                fix="Mend the family's `tensors` in stillroom/pruning/families.py, or the model's config.json.",
             )
         yield name, parameter, axes

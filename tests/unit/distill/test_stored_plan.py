@@ -78,7 +78,7 @@ def change(store: Path, **values: Any) -> None:
 
 def test_what_a_store_says_is_filled_in(plan, stored):
     made = plan(stored(), f"held_out.path={stored('valid')}")
-    assert (made.config.data.length, made.config.batch.micro_tokens, made.columns) == (32, 32, 300)
+    assert (made.config.data.length, made.config.batch.micro_tokens, made.vocab_size) == (32, 32, 300)
     assert made.template is None
     assert made.teacher_config is None
     assert made.reads()["store"].startswith(f"{stored()} (")
@@ -190,7 +190,7 @@ def test_the_stores_own_tokenizer_was_changed(plan, stored, tmp_path):
 
 def test_a_head_that_lacks_columns(plan, stored, saved_model):
     narrow = saved_model("llama", seed=1, vocab_size=300)
-    assert plan(stored(), f"student.model={narrow}").columns == 300
+    assert plan(stored(), f"student.model={narrow}").vocab_size == 300
     with pytest.raises(MismatchError, match="have different vocabularies") as raised:
         plan(stored("train", "teacher.columns=302"), f"student.model={narrow}")
     assert raised.value.values == {
@@ -200,7 +200,7 @@ def test_a_head_that_lacks_columns(plan, stored, saved_model):
 
 
 def test_a_wider_head_is_taken(plan, stored, saved_model):
-    assert plan(stored(), f"student.model={saved_model('llama', seed=1, vocab_size=400)}").columns == 300
+    assert plan(stored(), f"student.model={saved_model('llama', seed=1, vocab_size=400)}").vocab_size == 300
 
 
 # --- chat templates --------------------------------------------------------------------------------------------------

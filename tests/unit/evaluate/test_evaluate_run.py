@@ -231,7 +231,7 @@ def test_a_teacher_behind_an_address_compares_nobody(text_files, tmp_path, stude
     words = settings(text_files, tmp_path / "run", served, distilled=student, stranger=stranger)
     plan = make_plan(load(EvaluateConfig, None, words))
     for name in ("distilled", "stranger"):
-        assert plan.compares()[name] == f"not token by token: of teacher, {NO_DISTRIBUTION}"
+        assert plan.details()["compares"][name] == f"not token by token: of teacher, {NO_DISTRIBUTION}"
     _, results = evaluate(*words)
     for name in ("distilled", "stranger"):
         assert results.refused[name]["forward_kl_nats"] == f"of teacher, {NO_DISTRIBUTION}"
@@ -321,10 +321,10 @@ def test_the_plan_says_who_is_compared_how_and_writes_nothing(text_files, tmp_pa
     models = {"distilled": student, "teacher": teacher, "stranger": stranger}
     plan = make_plan(load(EvaluateConfig, None, settings(text_files, tmp_path / "run", served, **models)))
     assert [local.name for local in plan.local_models] == ["teacher", "distilled", "stranger"]
-    assert list(plan.compares()) == ["distilled", "teacher", "stranger", "served"]
-    assert plan.compares()["distilled"] == "token by token"
-    assert plan.compares()["stranger"].startswith("not token by token: its tokenizer")
-    assert "tasks alone" in plan.compares()["served"]
+    assert list(plan.details()["compares"]) == ["distilled", "teacher", "stranger", "served"]
+    assert plan.details()["compares"]["distilled"] == "token by token"
+    assert plan.details()["compares"]["stranger"].startswith("not token by token: its tokenizer")
+    assert "tasks alone" in plan.details()["compares"]["served"]
     assert "results.json" in str(plan)
     assert not (tmp_path / "run").exists()
 

@@ -351,7 +351,7 @@ def test_rankings_take_the_order_from_the_entries():
 @pytest.mark.parametrize("name", ["logit_mse", "hinge_ranking", "logistic_ranking", "jensen_shannon"])
 def test_losses_that_a_sample_cannot_teach_are_refused(name):
     block = LogitBlock(random_logits()[0], None, no_tokens(5), a_sample())
-    with pytest.raises(MismatchError, match="cannot be learnt"):
+    with pytest.raises(MismatchError, match="cannot be learned"):
         config.LOSSES[name].load()(block)
 
 
