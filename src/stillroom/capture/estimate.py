@@ -1,6 +1,8 @@
 """What a capture will need: memory, arithmetic, time and storage, from its settings and its teacher's config alone."""
 
 from stillroom.capture.config import CaptureConfig, Transformers
+from stillroom.config import BATCH_TOKENS
+from stillroom.config import LOGITS_BYTES as DEFAULT_LOGITS_BYTES
 from stillroom.errors import ConfigError
 from stillroom.estimates.flops import CAPTURE_SPEED, forward_flops
 from stillroom.estimates.hardware import Hardware
@@ -12,7 +14,7 @@ from stillroom.estimates.sections import ARITHMETIC, add_memory, add_parameters,
 from stillroom.estimates.storage import Kind, add_kinds, full, hidden_states, stored
 from stillroom.store.config import Full, HeadAndSample, Sampled, TopK
 
-LOGITS_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
+LOGITS_BYTES = {"cpu": 8 * 2**20, "cuda": DEFAULT_LOGITS_BYTES}
 """The value of `logits_bytes=auto`."""
 
 
@@ -61,7 +63,7 @@ def costs(config: CaptureConfig, headers: Headers, hardware: Hardware, title: st
 def _add_memory(
     report: CostReport, config: CaptureConfig, engine: Transformers, model: ModelSize, item: int, hardware: Hardware
 ) -> None:
-    tokens = max(config.data.length, 16384) if engine.batch_tokens == "auto" else engine.batch_tokens
+    tokens = max(config.data.length, BATCH_TOKENS) if engine.batch_tokens == "auto" else engine.batch_tokens
     logits = (
         LOGITS_BYTES["cpu" if hardware.is_cpu else "cuda"] if engine.logits_bytes == "auto" else engine.logits_bytes
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from stillroom.config import BATCH_TOKENS, LOGITS_BYTES
 from stillroom.distill.config import DistillConfig
 from stillroom.distill.student_plan import student_parts
 from stillroom.errors import ConfigError, DataError
@@ -22,8 +23,6 @@ from stillroom.losses.config import Every, HiddenObjective, Last, Pairs, Uniform
 from stillroom.pruning.config import BestLayers, PruningConfig
 from stillroom.teachers.config import LiveTeacherConfig, ServerTeacherConfig, StoreTeacherConfig
 
-LOGITS_BYTES = 256 * 2**20
-"""The value of `logits_bytes=auto`."""
 ENTRIES = 20.0
 """Entries of a position in a store that is not there yet: at most those of the default signal."""
 
@@ -90,7 +89,7 @@ def load_of(config: DistillConfig, headers: Headers, hardware: Hardware) -> Load
             fix="Set data.length to the length that the store will be captured with.",
         )
     length = int(store["length"]) if length == "auto" else length
-    micro_tokens = max(length, 16384) if config.batch.micro_tokens == "auto" else config.batch.micro_tokens
+    micro_tokens = max(length, BATCH_TOKENS) if config.batch.micro_tokens == "auto" else config.batch.micro_tokens
     live, chosen = headers.models.get("teacher"), config.parallel.kind
     theirs = int(store.get("num_layers", 0)) if live is None else live.num_layers
     told = hardware.parallel == "auto" and hardware.num_devices > 1 and chosen in ("ddp", "fsdp")

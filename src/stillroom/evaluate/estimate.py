@@ -1,5 +1,6 @@
 """What an evaluation will need: memory, arithmetic and time, from its settings and its models' configs alone."""
 
+from stillroom.config import BATCH_TOKENS, LOGITS_BYTES
 from stillroom.data.config import most_tokens
 from stillroom.estimates.flops import forward_flops
 from stillroom.estimates.hardware import Hardware
@@ -9,10 +10,6 @@ from stillroom.estimates.report import CostReport, bytes_text
 from stillroom.estimates.sections import ARITHMETIC, add_memory, add_parameters, add_time, fit
 from stillroom.evaluate.config import EvaluateConfig
 
-LOGITS_BYTES = 256 * 2**20
-"""The value of `logits_bytes=auto`."""
-BATCH_TOKENS = 16384
-"""The value of `batch_tokens=auto`, or the length of a row where that is more."""
 OF_TRAINING = ("states", "students", "num_devices", "parallel")
 """Settings of a plan that say nothing of an evaluation."""
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from transformers import AutoConfig
 
+from stillroom.config import LOGITS_BYTES
 from stillroom.data.config import most_tokens
 from stillroom.errors import ConfigError
 from stillroom.estimates.flops import forward_flops, layers_flops
@@ -19,8 +20,6 @@ from stillroom.prune.config import PruneConfig
 from stillroom.pruning.config import BestLayers
 from stillroom.pruning.plan import plan_pruning
 
-LOGITS_BYTES = 256 * 2**20
-"""The budget for logits where a loss is measured."""
 BATCH_TOKENS = 4096
 """What `batch_tokens=auto` is, or the length of a row where that is more."""
 OF_TRAINING = ("states", "students", "num_devices", "parallel")
