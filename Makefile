@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 EVERY_CORE := OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test coverage mutations check e2e gpu bench docs clean
+.PHONY: demo test coverage mutations check e2e gpu gpu-bench bench docs clean
 
 demo: .venv/.stillroom  ## a teacher and four students on this machine's own Python source, and their report, in about ten minutes
 	$(OFFLINE) $(BIN)/python examples/demo.py
@@ -30,6 +30,9 @@ e2e: .venv/.tools  ## whole runs by the real command line
 
 gpu: .venv/.tools  ## what needs a CUDA device, against the CPU
 	$(OFFLINE) $(BIN)/python -m pytest tests/gpu
+
+gpu-bench: .venv/.bench  ## exactness, memory and speed on a CUDA device, in 20 minutes at most; results in benchmarks/gpu.json
+	$(OFFLINE) $(BIN)/python benchmarks/gpu.py
 
 bench: .venv/.bench  ## start-up, losses, throughput, store, quality, hidden states, evaluation, memory, many processes and quantised teachers, as told in LOG.md; results in benchmarks/*.json
 	$(OFFLINE) $(BIN)/python benchmarks/startup.py
