@@ -171,7 +171,7 @@ MUTATIONS = (
     Mutation("export-in-float32", "distill/run.py", "dtype=getattr(torch, config.export.dtype))",
              "dtype=torch.float32)", "distill/test_run.py -k export", "export.dtype is not heeded"),
     Mutation("export-dtype-not-found", "distill/plan.py", "export_dtype(config, cut, student_config)", '"float32"',
-             "training/test_student.py -k type", "a bfloat16 checkpoint is exported in float32"),
+             "distill/test_run.py -k export", "a bfloat16 checkpoint is exported in float32"),
     # --- many processes
     Mutation("all-do-it", "distributed/group.py", "make() if self.is_rank0 else None", "make()",
              "distributed/test_many_ranks.py", "every process writes what the first should"),
@@ -183,9 +183,10 @@ MUTATIONS = (
              "distributed/test_init.py -k leave", "a second run meets at the addresses of the first"),
     # --- text that a model writes
     Mutation("answer-without-its-end", "models/generation.py", "row[: places[0] + 1]", "row[: places[0]]",
-             "capture/test_signals.py -k answers", "an answer lacks the token that ends it"),
+             "capture/test_signals.py -k answer", "an answer lacks the token that ends it"),
     Mutation("text-beyond-the-vocabulary", "models/generation.py", "logits[0, :vocab_size].softmax",
-             "logits[0].softmax", "distill/test_on_policy_kl.py", "tokens are drawn that the two vocabularies do not share"),
+             "logits[0].softmax", "distill/test_on_policy_kl.py",
+             "tokens are drawn that the two vocabularies do not share"),
     Mutation("text-goes-on", "models/generation.py", "if token.item() == end:", "if False:",
              "distill/test_on_policy_kl.py", "a text goes on after its end"),
     # --- store
