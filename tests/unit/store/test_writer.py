@@ -207,7 +207,11 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("name", IDENTITY)
+def test_every_key_of_a_stores_identity_has_a_test():
+    assert set(IDENTITY) == {*OTHER, "hidden"}
+
+
+@pytest.mark.parametrize("name", [*OTHER, "hidden"])
 def test_a_store_of_something_else_is_refused_and_left_as_it_is(name, tmp_path):
     config = CONFIGS["top_p"]
     path = write(tmp_path / "store", config, build_documents(config)[:3])

@@ -100,6 +100,18 @@ def test_loss_and_gradients_are_those_of_the_formula():
         torch.testing.assert_close(ours_of[name], gradient, rtol=1e-4, atol=1e-8)  # norms are in float32
 
 
+def test_pairs_without_weights_count_as_their_mean():
+    (student, teacher), spec, batch = models_of(), spec_of(shared=True), build_batch(20, 9)
+    output = teacher_of(teacher, spec).forward(batch)
+
+    def result(*pairs):
+        return step_of(student, replace(spec, pairs=pairs), objectives=())(batch, output, 1)
+
+    whole, single = result(*PAIRS), [result(pair) for pair in PAIRS]
+    assert whole.loss.item() == pytest.approx(sum(one.loss.item() for one in single) / 4, rel=1e-9)
+    assert whole.sums.item() == pytest.approx(sum(one.sums.item() for one in single) / 4, rel=1e-9)
+
+
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_a_step_is_the_same_however_its_batch_is_split(distance):
     student, teacher = models_of()
