@@ -1,5 +1,6 @@
 """What every verb does alike: a plan that --dry-run shows, checks that several plans make, and a run folder's life."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ C = TypeVar("C", bound=Config)
 
 
 @dataclass(frozen=True)
-class VerbPlan(Generic[C]):
+class VerbPlan(ABC, Generic[C]):
     """What a verb will do: its settings, resolved and checked against headers. Making one writes nothing."""
 
     config: C
@@ -52,17 +53,17 @@ class VerbPlan(Generic[C]):
         """Returns what a verb shows of its plan besides, by name."""
         return {}
 
+    @abstractmethod
     def reads(self) -> dict[str, str]:
         """Returns the models and files that a run reads, by what they are for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def writes(self) -> dict[str, str]:
         """Returns the files that a run writes, by what they are."""
-        raise NotImplementedError
 
+    @abstractmethod
     def costs(self) -> dict[str, Any] | str:
         """Returns memory, arithmetic and time on the device of the run; or why they are not known."""
-        raise NotImplementedError
 
 
 def costs_on(device: str, costs: Callable[[Hardware], CostReport]) -> dict[str, Any] | str:

@@ -62,7 +62,7 @@ def prune_student(
 
 
 def _revision(plan: DistillPlan) -> str | None:
-    """Of the model that the student is cut from."""
+    """Returns the revision of the model that the student is pruned from."""
     teacher, init = plan.config.teacher, plan.config.student.init
     return getattr(teacher, "revision", None) if getattr(init, "model", None) is None else plan.config.student.revision
 

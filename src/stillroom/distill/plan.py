@@ -353,7 +353,7 @@ def _vocab_size(
 def _template(
     data: AnyData | StoredDataConfig, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None
 ) -> tuple[str | None, str | None]:
-    """Whose chat template rows go through, and its text; None where they go through none."""
+    """Returns whose chat template rows go through, and its text; None where they go through none."""
     if isinstance(data, StoredDataConfig) or not needs_template(data):
         return None, None
     ours, theirs = template_of(student), None if teacher is None else template_of(teacher)

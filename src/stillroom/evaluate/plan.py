@@ -254,7 +254,7 @@ def _unlike(first: str, name: str, tokenizers: dict[str, PreTrainedTokenizerBase
 def _templates(
     config: EvaluateConfig, tokenizers: dict[str, PreTrainedTokenizerBase], unlike: dict[str, str | None]
 ) -> dict[str, str | None]:
-    """By model, the chat template that its text goes through: the same for all that are compared token by token."""
+    """Returns each model's chat template, which is the same for all that are compared token by token."""
     if config.data is None or not needs_template(config.data):
         return dict.fromkeys(tokenizers)
     own = {name: template_of(tokenizer) for name, tokenizer in tokenizers.items()}

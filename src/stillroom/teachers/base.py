@@ -1,5 +1,6 @@
 """The interface of every teacher, and what several of them share."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -24,11 +25,12 @@ class Teacher(Protocol):
         ...
 
 
-class PrefetchedTeacher:
+class PrefetchedTeacher(ABC):
     """A teacher whose output is read or received into the CPU's memory whole."""
 
+    @abstractmethod
     def prefetch(self, batch: Batch) -> TeacherOutput:
-        raise NotImplementedError
+        """Returns the output at the batch's kept positions, on the CPU."""
 
     def forward(self, batch: Batch, prefetch: TeacherOutput | None = None) -> TeacherOutput:
         prefetch = self.prefetch(batch) if prefetch is None else prefetch
