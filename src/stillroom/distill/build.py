@@ -284,6 +284,7 @@ def build_state(
         ranks=ranks,
         parallel=parallel,
         place=torch.device(config.device),
+        late=next(module.parameters()).device.type == "cuda",
     )
 
 

@@ -203,7 +203,7 @@ class Preflight:
             torch.cuda.reset_peak_memory_stats(device)
         with self._enough_memory("a step on the longest rows"):
             for some in (self._micros([micro_batches[0][0]]), micro_batches):
-                made = optimizer_step(state, self.asked, config.optimizer.clip, checkpoints, micro_batches=some)
+                made = optimizer_step(state, self.asked, config.optimizer.clip, checkpoints, micro_batches=some).read()
         batches = [batch for batch, _ in micro_batches]
         on_device = device.type == "cuda"
         return {

@@ -41,8 +41,12 @@ class RankGroup:
         return self.rank == 0
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
-        """Replaces ``tensor`` by its sum over all processes, and returns it."""
-        if self.world_size > 1:
+        """Replaces ``tensor`` by its sum over all processes, and returns it. A tensor on a CUDA device is summed there,
+        over one dimension of the mesh after the other, and the host does not wait for it."""
+        if self.world_size > 1 and tensor.is_cuda and self.mesh is not None:
+            for group in self.mesh.get_all_groups():
+                dist.all_reduce(tensor, group=group)
+        elif self.world_size > 1:
             on_cpu = tensor.cpu()
             dist.all_reduce(on_cpu, group=self.group)
             tensor.copy_(on_cpu)

@@ -151,19 +151,22 @@ def gradients_summed_later(forward: Callable[..., Any], later: bool) -> Iterator
 
 
 @torch.no_grad()
-def squared_norm(gradients: list[Tensor], ranks: RankGroup) -> Tensor:
-    """Returns this process's share of the squared norm of all gradients, a float64 number [] on the CPU: the shares of
-    all processes add up to it. A part that lies in several processes counts once."""
-    norms, copies = [], []
+def squared_norm(gradients: list[Tensor], ranks: RankGroup, device: torch.device) -> Tensor:
+    """Returns this process's share of the squared norm of all gradients, a float64 number [] on ``device``: the shares
+    of all processes add up to it. A part that lies in several processes counts once. Where the gradients lie on
+    ``device``, the host does not wait for them."""
+    parts, copies = [], []
     for gradient in gradients:
         if not local_part(gradient).numel():
             continue
-        norms.append(torch.linalg.vector_norm(local_part(gradient)))
+        parts.append(local_part(gradient))
         sharded = 1
         if isinstance(gradient, DTensor):
             for dimension, placement in enumerate(gradient.placements):
                 sharded *= gradient.device_mesh.size(dimension) if placement.is_shard() else 1
         copies.append(ranks.world_size // sharded)
-    if not norms:
-        return torch.zeros((), dtype=torch.float64)
-    return (torch.stack(norms).cpu().double().square() / torch.tensor(copies)).sum()
+    if not parts:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    norms = torch.stack(torch._foreach_norm(parts)).to(device)  # pyright: ignore[reportPrivateImportUsage]
+    counts = torch.tensor(copies, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return (norms.double().square() / counts).sum()

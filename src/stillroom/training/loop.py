@@ -8,6 +8,7 @@ from signal import SIGINT, SIGTERM
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stillroom.batch import Batch
 from stillroom.distributed.sharding import gradients_summed_later, squared_norm
@@ -17,6 +18,7 @@ from stillroom.models.dtensor import local_part
 from stillroom.runs import deferred_interrupts, ended
 from stillroom.teachers.base import Teacher
 from stillroom.training.checkpoint import Checkpoints
+from stillroom.training.optimizer import skip_updates
 from stillroom.training.prefetch import MicroBatches
 from stillroom.training.state import TrainState
 
@@ -70,6 +72,15 @@ def train(
     def signal() -> int:
         return interrupted.number or getattr(teacher, "signal", 0)  # of a teacher on other processes
 
+    launched: list[LaunchedStep] = []
+
+    def read(unread: int = 0) -> None:
+        """Reads the steps that have been launched, but for the last ``unread``."""
+        while len(launched) > unread:
+            values = launched.pop(0).read()
+            record(values)
+            report("step", {**values, "num_steps": num_steps, "total_time_s": state.time_s})
+
     note = "finishing this step, then saving; press Ctrl-C again to stop at once, without saving"
     state.stopped_by = 0
     with deferred_interrupts(lambda: report("note", {"text": note})) as interrupted:
@@ -77,9 +88,10 @@ def train(
             if not measurement_is_due():
                 state.module.train()
                 scheduled = None if objectives is None else objectives(state.step / max(1, num_steps - 1))
-                values = optimizer_step(state, teacher, clip, checkpoints, scheduled, signal())
-                record(values)
-                report("step", {**values, "num_steps": num_steps, "total_time_s": state.time_s})
+                launched.append(optimizer_step(state, teacher, clip, checkpoints, scheduled, signal()))
+                read(unread=int(state.late))
+            if measurement_is_due():
+                read()
             if measure is not None and measurement_is_due() and not state.stopped_by:
                 if (measured := measure(interrupted)) is None:
                     state.stopped_by = _most_urgent(state.ranks.all_reduce_(_signal_code(signal())).item())
@@ -95,6 +107,7 @@ def train(
             last, is_best = state.step == num_steps, state.best.get("step") == state.step
             due = bool(checkpoint_every) and state.step % checkpoint_every == 0
             if last or due or is_best or state.stopped_by:
+                read()
                 path = checkpoints.save(state)
                 if state.stopped_by:
                     checkpoints.finish()
@@ -102,6 +115,96 @@ def train(
                         state.stopped_by, f"interrupted after step {state.step} of {num_steps}; saved as {path}"
                     )
         checkpoints.finish()
+
+
+class LaunchedStep:
+    """An optimizer step that has been launched, and its line of metrics.jsonl once its numbers are there.
+
+    Args:
+        numbers: the loss, the squared norm of the gradient, the mean of each term and the code of the signals, summed
+            over all processes; where they lie on a CUDA device, they are copied without waiting for it.
+        line: the values of the line that are known already, in its order; those of the numbers are None.
+        start: when the step began, on the clock of `time.perf_counter`.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        numbers: Tensor,
+        line: dict[str, Any],
+        micro_batches: MicroBatches,
+        checkpoints: Checkpoints,
+        start: float,
+    ) -> None:
+        self.state, self.line, self.checkpoints, self.start = state, line, checkpoints, start
+        self.documents = [micro_batch.documents for micro_batch, _ in micro_batches]
+        self.numbers, self.copied, self.checked = numbers, None, False
+        if numbers.is_cuda:
+            self.numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self.numbers.copy_(numbers, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record(torch.cuda.current_stream(numbers.device))
+        rates = [group["lr"] for group in state.optimizer.param_groups]
+        self.before = state.step, state.num_tokens, state.schedule.state_dict(), rates
+
+    def check(self) -> None:
+        """Waits for the numbers, and sets ``state.stopped_by`` to the signal that any process was sent.
+
+        Raises:
+            NonFiniteError: the loss or the gradient is not finite. This update was not made nor any after it, and the
+                state is set to what it was when the step was launched.
+        """
+        if self.checked:
+            return
+        if self.copied is not None:
+            self.copied.synchronize()
+        loss, square, *terms, stopped_by = self.numbers.tolist()
+        state, grad_norm, self.checked = self.state, math.sqrt(square), True
+        state.stopped_by = _most_urgent(stopped_by) or state.stopped_by
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            state.step, state.num_tokens, schedule, rates = self.before
+            state.schedule.load_state_dict(schedule)
+            for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            skip_updates(state.optimizer, None)
+            raise self._not_finite(loss, grad_norm)
+        names = ["loss_nats", *state.module.columns, "grad_norm"]
+        self.line.update(zip(names, [loss, *terms, grad_norm], strict=True))
+
+    def read(self) -> dict[str, Any]:
+        """Waits for the step, and returns its line of metrics.jsonl. A step's time ends here, and begins no earlier
+        than that of the step before ended.
+
+        Raises:
+            NonFiniteError: as `check` says.
+        """
+        self.check()
+        now, state = time.perf_counter(), self.state
+        seconds = now - max(self.start, state.read_at)
+        state.read_at = now
+        state.time_s += seconds
+        return {
+            **self.line,
+            "time_s": round(seconds, 4),
+            "tokens_per_s": round(self.line["num_tokens"] / seconds, 1),
+        }
+
+    def _not_finite(self, loss: float, grad_norm: float) -> NonFiniteError:
+        """Returns the error of a step, which fails in all processes at once, with the documents of all."""
+        state, checkpoints = self.state, self.checkpoints
+        own = {int(d) for numbers in self.documents for d in numbers.unique() if d >= 0}
+        documents = sorted(set().union(*state.ranks.all_gather(own)))
+        names = list(dict.fromkeys(state.stream.documents.name(d) for d in documents[:8]))
+        more = f" and {len(documents) - 8} more" if len(documents) > 8 else ""
+        return NonFiniteError(
+            f"step {state.step + 1} is not finite",
+            {"loss": loss, "gradient norm": grad_norm, "documents": ", ".join(names) + more},
+            why="The update was not made: it would have spoilt every parameter. The last good checkpoint is "
+            f"{checkpoints.latest() or 'none: no checkpoint was due before this step'}.",
+            fix="Look at those documents. A run that is resumed meets them again with the same settings; to train with "
+            "a lower optimizer.learning_rate, with optimizer.clip or in precision=float32, start again with "
+            "--overwrite.",
+        )
 
 
 def optimizer_step(
@@ -112,16 +215,19 @@ def optimizer_step(
     scheduled: Scheduled | None = None,
     signal: int = 0,
     micro_batches: MicroBatches | None = None,
-) -> dict[str, Any]:
-    """Makes one optimizer step: all its micro-batches, then the update. Returns its line of metrics.jsonl.
+) -> LaunchedStep:
+    """Launches one optimizer step: all its micro-batches, then the update. With ``state.late`` nothing waits for the
+    device, which leaves out the updates of a step that is not finite and of all after it, until that step is read.
 
     Args:
         scheduled: what the trained module's forward takes besides, where there is a schedule.
-        signal: the signal that asked this process to stop, or 0; ``state.stopped_by`` then has it in all processes.
+        signal: the signal that asked this process to stop, or 0; ``state.stopped_by`` has it in all processes once the
+            step is read.
         micro_batches: None takes the next of the stream.
 
     Raises:
-        NonFiniteError, OutOfMemoryError: the update was not made.
+        NonFiniteError: without ``state.late``; the update was not made.
+        OutOfMemoryError: the update was not made.
     """
     start = time.perf_counter()
     device, module = state.device, state.module
@@ -140,44 +246,43 @@ def optimizer_step(
         total += result.loss.detach()
         sums += result.sums
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    square = squared_norm(gradients, state.ranks)
-    numbers = [total.cpu().double().view(1), square.view(1), sums.cpu().double() / num_counted, _signal_code(signal)]
-    loss, square, *terms, stopped_by = state.ranks.all_reduce_(torch.cat(numbers)).tolist()
-    state.stopped_by = _most_urgent(stopped_by)
-    grad_norm = math.sqrt(square)
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise _not_finite(state, loss, grad_norm, micro_batches, checkpoints)
-    if clip is not None and grad_norm > clip:
-        for gradient in gradients:
-            local_part(gradient).mul_(clip / (grad_norm + 1e-6))
-    learning_rate = state.schedule.get_last_lr()[0]
+    home = device if state.late else torch.device("cpu")
+    square = squared_norm(gradients, state.ranks, home)
+    numbers = [total.to(home).double().view(1), square.view(1), sums.to(home).double() / num_counted]
+    numbers = state.ranks.all_reduce_(torch.cat([*numbers, _signal_code(signal, home)]))
+    line = {
+        "step": state.step + 1,
+        "epoch": state.stream.epoch,
+        "loss_nats": None,
+        **dict.fromkeys(module.columns),
+        **({} if scheduled is None else module.scheduled_columns(*scheduled)),
+        "grad_norm": None,
+        "learning_rate": state.schedule.get_last_lr()[0],
+        "num_tokens": micro_batches.totals.num_positions,
+        module.counts: num_counted,
+    }
+    launched = LaunchedStep(state, numbers, line, micro_batches, checkpoints, start)
+    if state.late:
+        skip_updates(state.optimizer, ~numbers[:2].isfinite().all())
+    else:
+        launched.check()
+    norm = numbers[1].sqrt()
+    if gradients and clip is not None and (state.late or norm > clip):
+        parts = [local_part(gradient) for gradient in gradients]
+        factor = torch.where(norm > clip, clip / (norm + 1e-6), 1.0)
+        torch._foreach_mul_(parts, factor.to(parts[0]))  # pyright: ignore[reportPrivateImportUsage]
     state.optimizer.step()
     state.schedule.step()
     state.optimizer.zero_grad(set_to_none=True)
-
-    seconds = time.perf_counter() - start
     state.step += 1
     state.num_tokens += micro_batches.totals.num_kept
-    state.time_s += seconds
-    num_positions = micro_batches.totals.num_positions
-    return {
-        "step": state.step,
-        "epoch": state.stream.epoch,
-        "loss_nats": loss,
-        **dict(zip(module.columns, terms, strict=True)),
-        **({} if scheduled is None else module.scheduled_columns(*scheduled)),
-        "grad_norm": grad_norm,
-        "learning_rate": learning_rate,
-        "num_tokens": num_positions,
-        module.counts: num_counted,
-        "time_s": round(seconds, 4),
-        "tokens_per_s": round(num_positions / seconds, 1),
-    }
+    return launched
 
 
-def _signal_code(signal: int) -> torch.Tensor:
+def _signal_code(signal: int, device: torch.device | str = "cpu") -> Tensor:
     """Returns a signal as a number [1] whose sum over ranks still tells which signals came."""
-    return torch.tensor([SIGINT_CODE if signal == SIGINT else 1.0 if signal else 0.0], dtype=torch.float64)
+    code = SIGINT_CODE if signal == SIGINT else 1.0 if signal else 0.0
+    return torch.full((1,), code, dtype=torch.float64, device=device)  # filled there: a copy would wait for the device
 
 
 def _most_urgent(total: float) -> int:
@@ -198,21 +303,3 @@ def _enough_memory(micro_batch: Batch) -> Iterator[None]:
             fix="Lower batch.micro_tokens, which does not change the result, or logits_bytes, and go on with --resume; "
             "or use student.gradient_checkpointing=true in a new run.",
         ) from error
-
-
-def _not_finite(
-    state: TrainState, loss: float, grad_norm: float, micro_batches: MicroBatches, checkpoints: Checkpoints
-) -> NonFiniteError:
-    """Returns the error of a step, which fails in all processes at once, with the documents of all."""
-    own = {int(d) for micro_batch, _ in micro_batches for d in micro_batch.documents.unique() if d >= 0}
-    documents = sorted(set().union(*state.ranks.all_gather(own)))
-    names = list(dict.fromkeys(state.stream.documents.name(d) for d in documents[:8]))
-    more = f" and {len(documents) - 8} more" if len(documents) > 8 else ""
-    return NonFiniteError(
-        f"step {state.step + 1} is not finite",
-        {"loss": loss, "gradient norm": grad_norm, "documents": ", ".join(names) + more},
-        why="The update was not made: it would have spoilt every parameter. The last good checkpoint is "
-        f"{checkpoints.latest() or 'none: no checkpoint was due before this step'}.",
-        fix="Look at those documents. A run that is resumed meets them again with the same settings; to train with a "
-        "lower optimizer.learning_rate, with optimizer.clip or in precision=float32, start again with --overwrite.",
-    )

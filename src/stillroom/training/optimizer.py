@@ -1,7 +1,7 @@
 """The optimizer with its parameter groups, and the learning-rate schedule."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
@@ -22,6 +22,15 @@ def build_optimizer(module: nn.Module, config: AdamWConfig) -> torch.optim.Optim
         eps=config.epsilon,
         fused=True,
     )
+
+
+def skip_updates(optimizer: torch.optim.Optimizer, wanted: Tensor | None) -> None:
+    """Has the fused AdamW leave parameters, moments and its step counters as they are, from now on where ``wanted``, a
+    boolean [], is true. It is read on its device by the update itself. None ends the skipping."""
+    before, flag = getattr(optimizer, "found_inf", None), None  # the name that torch's optimizers look for
+    if wanted is not None:
+        flag = wanted.float() if before is None else torch.maximum(before, wanted.float())
+    setattr(optimizer, "found_inf", flag)  # noqa: B010  # the class does not declare it
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: AdamWConfig, num_steps: int) -> LRScheduler:

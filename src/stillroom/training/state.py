@@ -77,6 +77,11 @@ class TrainState:
     """The DDP module that is called in place of ``module`` in training, where there is one."""
     place: torch.device | None = None
     """Where batches go; None is where the parameters are."""
+    late: bool = False
+    """Whether a step's numbers are read when the next step has been launched, so that a device need not wait for the
+    host, and not before the step's own update. The optimizer must then be a fused one."""
+    read_at: float = 0.0
+    """The time when a step was last read, on the clock of `time.perf_counter`."""
     stopped_by: int = 0
     """The operating system's signal that asked for an end, or 0."""
 

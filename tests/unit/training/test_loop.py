@@ -3,6 +3,7 @@
 import math
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 
 from conftest import build_documents, build_model, build_stream
 from stillroom.data.dataloader import BatchStream
-from stillroom.errors import Interrupted, NonFiniteError
+from stillroom.distributed.group import RankGroup
+from stillroom.errors import Interrupted, NonFiniteError, Stopped
 from stillroom.losses.divergences import forward_kl
 from stillroom.losses.logits import cross_entropy
 from stillroom.losses.objective import Objective
@@ -267,3 +269,106 @@ def test_a_schedule_is_followed_step_by_step_and_told(tmp_path):
         assert line["loss_nats"] == pytest.approx(
             (1 - share) * line["forward_kl_nats"] + share * line["cross_entropy_nats"]
         )
+
+
+# --- a step that is read when the next has been launched, as on a CUDA device ----------------------------------------
+
+
+def late_state(num_steps: int = 4) -> TrainState:
+    state = state_of(num_steps)
+    state.late = True
+    return state
+
+
+def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in ("time_s", "tokens_per_s")} for line in lines]
+
+
+def trained(state: TrainState) -> dict[str, Any]:
+    return {"module": dict(state.module.state_dict()), "optimizer": state.optimizer.state_dict()["state"]}
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_a_late_reading_changes_no_number(tmp_path, clip):
+    settings: dict[str, Any] = {"clip": clip, "checkpoint_every": 3, "measure_every": 2}
+    at_once, late = state_of(), late_state()
+    measure = {"measure": lambda _: {"loss_nats": 1.0}}
+    wanted = run(at_once, tmp_path / "at_once", **settings, **measure)
+    lines = run(late, tmp_path / "late", **settings, **measure)
+    assert without_times(lines) == without_times(wanted)
+    assert [list(line) for line in lines] == [list(line) for line in wanted]
+    assert all(line["time_s"] > 0 for line in lines if "time_s" in line)
+    assert late.time_s == pytest.approx(sum(line.get("time_s", 0) for line in lines), abs=1e-3)
+    torch.testing.assert_close(trained(late), trained(at_once), rtol=0, atol=0)
+    assert saved(tmp_path / "late") == saved(tmp_path / "at_once")
+
+
+def test_a_late_step_is_read_after_the_next_is_launched_and_before_a_boundary(tmp_path):
+    state, order = late_state(6), []
+    state.optimizer.register_step_post_hook(lambda *_: order.append("update"))
+    run(state, tmp_path, num_steps=6, checkpoint_every=3, report=lambda _, values: order.append(values["step"]))
+    assert order == ["update", "update", 1, "update", 2, 3, "update", "update", 4, "update", 5, 6]
+
+
+@pytest.mark.parametrize("bad", [1, 3, 4])
+def test_no_update_is_made_from_a_late_step_that_is_not_finite_on(tmp_path, bad):
+    """The step after it is launched before it is read, and is not applied either."""
+    wanted = state_of()
+    before = run(wanted, tmp_path / "wanted", num_steps=bad - 1) if bad > 1 else []
+    state, recorded, updates = late_state(), [], []
+    state.module.model.model.norm.weight.register_hook(lambda g: g * math.nan if state.step == bad - 1 else g)
+    state.optimizer.register_step_post_hook(lambda *_: updates.append(state.step))
+    with pytest.raises(NonFiniteError, match=f"step {bad} is not finite") as raised:
+        run(state, tmp_path / "late", record=recorded.append)
+    assert raised.value.values["documents"]
+    assert len(updates) == min(bad + 1, 4)
+    assert without_times(recorded) == without_times(before)
+    assert (state.step, state.num_tokens) == (wanted.step, wanted.num_tokens) == (bad - 1, wanted.num_tokens)
+    torch.testing.assert_close(dict(state.module.state_dict()), dict(wanted.module.state_dict()), rtol=0, atol=0)
+    if bad > 1:
+        torch.testing.assert_close(trained(state), trained(wanted), rtol=0, atol=0)
+    assert all(moments["step"] == bad - 1 for moments in trained(state)["optimizer"].values())
+    assert state.schedule.state_dict() == wanted.schedule.state_dict()
+    assert state.optimizer.param_groups[0]["lr"] == wanted.optimizer.param_groups[0]["lr"]
+    assert saved(tmp_path / "late") == []
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_signal_during_a_step_stops_after_it(tmp_path, late):
+    state, recorded = late_state() if late else state_of(), []
+
+    def press(*_: Any) -> None:
+        if state.step == 2:
+            handle.remove()
+            signal.raise_signal(signal.SIGINT)
+
+    handle = state.module.register_forward_pre_hook(press)
+    with pytest.raises(Interrupted, match=r"interrupted after step 3 of 4; saved as .*step-00000003"):
+        run(state, tmp_path, record=recorded.append)
+    assert [line["step"] for line in recorded] == [1, 2, 3]
+    assert saved(tmp_path) == ["step-00000003"]
+
+
+@dataclass(frozen=True)
+class OneOfTwo(RankGroup):
+    """A rank beside another one that adds nothing but SIGTERM, from its step 2 on."""
+
+    world_size: int = 2
+    sums: list[int] = field(default_factory=list)
+
+    def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.sums.append(len(tensor))
+        tensor[-1] += len(self.sums) >= 2
+        return tensor
+
+
+@pytest.mark.parametrize(("late", "last"), [(False, 2), (True, 3)])
+def test_a_signal_of_another_rank_stops_all_when_its_step_is_read(tmp_path, late, last):
+    state, ranks = late_state() if late else state_of(), OneOfTwo()
+    state.ranks, recorded = ranks, []
+    with pytest.raises(Stopped, match=f"after step {last} of 4"):
+        run(state, tmp_path, record=recorded.append)
+    assert [line["step"] for line in recorded] == list(range(1, last + 1))
+    assert state.step == last
+    assert ranks.sums == [5] * last  # one sum a step: loss, square, two terms, signal
+    assert saved(tmp_path) == [f"step-{last:08d}"]
