@@ -72,7 +72,8 @@ def test_real_models(here, shared_data: Path, recipe, tmp_path):
              "sequences=20", f"out={tmp_path}/run", "--json"]  # fmt: skip
     record = json.loads(here(*words).stdout)
     assert record["measures"]["forward_kl_nats"] == 0
-    assert record["measures"]["top1_agreement"] == record["measures"]["accepted_mass"] == pytest.approx(1)
+    assert record["measures"]["top1_agreement"] == 1
+    assert record["measures"]["accepted_mass"] == pytest.approx(1, abs=1e-6)  # a sum, rounded as the machine has it
     assert 1.2 < record["measures"]["teacher_cross_entropy_nats"] < 1.6
     assert ["no better" in finding["what"] for finding in record["findings"]] == [True]
     assert record["step"]["num_tokens"] == 512

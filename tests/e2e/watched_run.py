@@ -106,7 +106,7 @@ def main(out: str, recipe: str, tiny: list[str], words: list[str]) -> None:
     run.build_state = held.during("load", run.build_state)
     checkpoint.Checkpoints.save = held.during("save", checkpoint.Checkpoints.save)
     student.Student.save = held.during("export", student.Student.save)
-    safetensors_io.save.__kwdefaults__["file_bytes"] = FILE_BYTES
+    safetensors_io.save_weights.__kwdefaults__["file_bytes"] = FILE_BYTES
     run.run(config)
     held.ended = True
     held.thread.join()
