@@ -153,7 +153,7 @@ def start(environment: dict[str, str]) -> Iterator[Start]:
 
 def ended(ranks: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     """Exit code and output of each."""
-    told = [process.communicate(timeout=100)[0] for process in ranks]
+    told = [process.communicate(timeout=400)[0] for process in ranks]
     return [(process.returncode, text) for process, text in zip(ranks, told, strict=True)]
 
 
