@@ -39,7 +39,7 @@ verbs
   plan        what a run will need: memory, time, cost and storage, from headers alone
   prune       cut a smaller model out of a bigger one
   report      make the report of an evaluation anew from its files
-  store       check, show, export, import and merge stores of what teachers said
+  store       check, show, export, import, join and concatenate stores of what teachers said
 
 Any setting can come from the recipe or from key=value, with dots into the tree:
   stillroom distill recipes/qwen2-7b-to-1.5b-logits.yaml steps=100 objectives.0.weight=0.9 out=runs/x
