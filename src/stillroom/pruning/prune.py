@@ -173,7 +173,7 @@ def choose_mask(
 
 
 def _kept_heads(values: Tensor, plan: PruningPlan) -> tuple[Indices, Indices]:
-    """Of a layer the key and value heads whose kept query heads are used most, and these query heads."""
+    """Returns a layer's key and value heads whose kept query heads are used most, and these query heads."""
     config = plan.config
     by_group = values.unflatten(0, (plan.teacher.num_key_value_heads, -1))
     share, size = config.num_attention_heads // config.num_key_value_heads, by_group.shape[1]
