@@ -128,7 +128,7 @@ MUTATIONS = (
     Mutation("resume-skips-a-row", "data/dataloader.py", 'state["epoch"], state["row"], state["step"]',
              'state["epoch"], state["row"] + 1, state["step"]', "data/test_dataloader.py",
              "a resumed run skips documents"),
-    Mutation("epochs-alike", "data/packing.py", 'f"order {seed} {epoch}"', 'f"order {seed}"', "data/test_packing.py",
+    Mutation("epochs-alike", "data/dataloader.py", '"order", epoch)', '"order", 0)', "data/test_packing.py",
              "the seed does not depend on the epoch"),
     Mutation("split-loses-a-label", "data/dataset.py", "len(tokens) - 1, config.length)",
              "len(tokens) - 1, config.length + 1)", "data/test_dataset.py", "pieces do not overlap by one token"),

@@ -333,7 +333,7 @@ def step_time(model: Any, documents: Documents, repeats: int) -> dict[str, Any]:
     from transformers import AutoConfig
 
     from stillroom.data.dataloader import BatchStream
-    from stillroom.teachers.stored import StoredTeacher
+    from stillroom.teachers.base import StoredTeacher
     from stillroom.training.prefetch import Prefetcher
     from stillroom.training.step import StudentStep
 

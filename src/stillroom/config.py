@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -135,3 +135,9 @@ AboveZero = Annotated[float, Field(gt=0)]
 
 
 NotNegative = Annotated[float, Field(ge=0)]
+
+
+Quantization = Literal["int8", "fp8", "nf4"]
+
+
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from stillroom.errors import DataError, MissingError
-from stillroom.teachers.http.engine import ServerEngine
+from stillroom.teachers.engine import ServerEngine
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("STILLROOM_SHARED", ROOT.parent / "shared"))

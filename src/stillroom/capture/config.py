@@ -5,11 +5,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from stillroom.config import Config, PathText, Positive
+from stillroom.config import Config, PathText, Positive, Quantization
 from stillroom.data.config import DataConfig, TextData
-from stillroom.models.config import Quantization
 from stillroom.store.config import SHARD_POSITIONS, HeadAndSample, HiddenStatesConfig, SignalConfig, TopK, TopP
-from stillroom.teachers.http import MOST_OPENAI
+from stillroom.teachers.config import MOST_OPENAI
 
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
 

@@ -35,9 +35,9 @@ from stillroom.store.config import AnySignal, HiddenStatesConfig, TopK, TopP, si
 from stillroom.store.format import TOKENIZER, Manifest, SourceInfo, format_of
 from stillroom.store.quantize import hidden_bytes_per_position
 from stillroom.store.writer import StoreWriter
+from stillroom.teachers.base import ServerTeacher
 from stillroom.teachers.config import ServerTeacherConfig
 from stillroom.teachers.live import LiveTeacher
-from stillroom.teachers.server import ServerTeacher
 from stillroom.tokenizers import fingerprint, template_fingerprint
 from stillroom.verbs import Report, recorded
 

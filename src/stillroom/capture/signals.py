@@ -29,9 +29,9 @@ from stillroom.store.config import (
     known_temperatures,
 )
 from stillroom.store.quantize import MAX_STATE, LogProbCodes, encode_hidden, num_uniforms, quantize
-from stillroom.teachers.http.answers import TopLogProbs
+from stillroom.teachers.answers import TopLogProbs
+from stillroom.teachers.base import ServerTeacher
 from stillroom.teachers.live import LiveTeacher, check_finite
-from stillroom.teachers.server import ServerTeacher
 
 Where = Callable[[int], tuple[int, int]]
 """Gives the document and the position of a row."""

@@ -14,9 +14,8 @@ from transformers import PretrainedConfig
 from stillroom.batch import Batch
 from stillroom.config import replace
 from stillroom.data.config import AnyData
-from stillroom.data.dataloader import collate, group, in_batches, totals
+from stillroom.data.dataloader import collate, epoch_order, group, in_batches, plan_rows, totals
 from stillroom.data.dataset import CountedDocuments, prepared
-from stillroom.data.packing import epoch_order, plan_rows
 from stillroom.distill.build import (
     asked_in_training,
     build_pair,

@@ -37,12 +37,10 @@ from stillroom.losses.objective import build_objectives, hidden_weights, needs_t
 from stillroom.models import loading
 from stillroom.runs import Metrics, RunFolder, RunFolderView, check_place, deferred_interrupts, versions
 from stillroom.store.reader import Store
-from stillroom.teachers.base import Teacher
+from stillroom.teachers.base import ServerTeacher, StoredTeacher, Teacher
 from stillroom.teachers.config import LiveTeacherConfig, StoreTeacherConfig
 from stillroom.teachers.live import LiveTeacher
 from stillroom.teachers.remote import RemoteTeacher, serve
-from stillroom.teachers.server import ServerTeacher
-from stillroom.teachers.stored import StoredTeacher
 from stillroom.tokenizers import fingerprint, template_fingerprint
 from stillroom.tracking import check, track
 from stillroom.training.checkpoint import Checkpoints

@@ -28,10 +28,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from stillroom.config import Quantization
 from stillroom.estimates.hardware import Parallel
 from stillroom.estimates.model_size import Layer, ModelSize
 from stillroom.estimates.report import bytes_text
-from stillroom.models.config import Quantization
 
 STATE_BYTES = {"float32": 8.0, "int8": 2.0}
 """AdamW's two moments of a parameter; in 8 bits their scales (a number for each 256) are left out."""

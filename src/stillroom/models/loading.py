@@ -12,11 +12,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from stillroom.config import is_local
+from stillroom.config import Quantization, is_local
 from stillroom.errors import ConfigError, DataError, MismatchError, MissingError
 from stillroom.lm_head import LMHead
 from stillroom.models import safetensors_io
-from stillroom.models.config import Quantization
 from stillroom.models.dtensor import fill_local, is_adapter, materialize, own_rows
 from stillroom.models.folder import check_folder
 from stillroom.models.hidden_states import lm_head

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from stillroom.config import Quantization
 from stillroom.errors import MismatchError, require
-from stillroom.models.config import Quantization
 
 PACKAGES: dict[Quantization, str] = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
 

@@ -4,8 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from stillroom.config import Config, PathText, Positive
-from stillroom.models.config import Attention, Quantization
+from stillroom.config import Attention, Config, PathText, Positive, Quantization
+
+MOST_OPENAI = 20
+"""Tokens of a position that OpenAI's interface tells at the most."""
 
 
 class LiveTeacherConfig(Config):

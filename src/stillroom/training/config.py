@@ -4,8 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from stillroom.config import Config, Fraction, PathText, Positive
-from stillroom.models.config import Attention
+from stillroom.config import Attention, Config, Fraction, PathText, Positive
 from stillroom.pruning.config import PruningConfig
 
 

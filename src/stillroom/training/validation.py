@@ -12,9 +12,7 @@ from stillroom.losses.logits import cross_entropy
 from stillroom.losses.metrics import accepted_mass, student_entropy, teacher_cross_entropy, top1_agreement
 from stillroom.losses.objective import Measure, Objective
 from stillroom.store.config import SAMPLED, Full
-from stillroom.teachers.base import Teacher
-from stillroom.teachers.server import ServerTeacher
-from stillroom.teachers.stored import StoredTeacher
+from stillroom.teachers.base import ServerTeacher, StoredTeacher, Teacher
 from stillroom.training.step import StudentStep
 
 MEASURES: dict[Measure, str] = {

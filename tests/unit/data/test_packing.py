@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stillroom.data.packing import OPEN_ROWS, epoch_order, plan_rows
+from stillroom.data.dataloader import OPEN_ROWS, epoch_order, plan_rows
 
 
 @given(st.lists(st.integers(2, 17), max_size=200), st.booleans(), st.integers(0, 5))

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from stillroom.capture.config import CaptureConfig
 from stillroom.capture.run import run as capture
 from stillroom.config import load
+from stillroom.data.dataloader import plan_rows
 from stillroom.data.dataset import prepare
-from stillroom.data.packing import plan_rows
 from stillroom.distill import preflight as module
 from stillroom.distill.config import DistillConfig
 from stillroom.distill.preflight import Preflight

@@ -12,7 +12,7 @@ from conftest import SaveModel, build_batch, build_config, build_model
 from stillroom.capture.config import CaptureConfig
 from stillroom.capture.plan import make_plan as make_capture_plan
 from stillroom.capture.run import build_capture
-from stillroom.config import load, replace
+from stillroom.config import Quantization, load, replace
 from stillroom.distill.build import build_teacher
 from stillroom.distill.config import DistillConfig
 from stillroom.distill.parallel import resolve_parallel
@@ -23,7 +23,6 @@ from stillroom.errors import MismatchError, MissingError
 from stillroom.estimates.memory import WEIGHT_BYTES, weights_bytes
 from stillroom.estimates.model_size import model_size
 from stillroom.models import loading, quantization
-from stillroom.models.config import Quantization
 from stillroom.models.hidden_states import lm_head, verify
 from stillroom.models.quantization import PACKAGES, check_quantizable, check_quantized, is_quantized, quantized_loading
 from stillroom.signals import Dense

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from stillroom.teachers.http.vocabulary import Vocabulary
+from stillroom.teachers.vocabulary import Vocabulary
 
 Handler = BaseHTTPRequestHandler
 Fault = Callable[[Handler, bytes], None]

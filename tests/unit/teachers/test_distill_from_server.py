@@ -17,8 +17,8 @@ from stillroom.distill.preflight import Preflight
 from stillroom.distill.run import run
 from stillroom.errors import ConfigError, MismatchError, MissingError, StillroomError
 from stillroom.runs import read_metrics
+from stillroom.teachers.base import ServerTeacher
 from stillroom.teachers.config import ServerTeacherConfig
-from stillroom.teachers.server import ServerTeacher
 
 Distill = Callable[..., dict[str, Any]]
 

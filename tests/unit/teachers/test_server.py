@@ -25,7 +25,7 @@ from fake_server import (
 from transformers import PreTrainedTokenizerFast
 
 from stillroom.errors import ConfigError, DataError, MismatchError, MissingError, StillroomError
-from stillroom.teachers.http.engine import Answer, ServerEngine, TopLogProbs
+from stillroom.teachers.engine import Answer, ServerEngine, TopLogProbs
 
 TEXTS = (
     "The still runs slowly",

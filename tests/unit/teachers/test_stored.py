@@ -31,8 +31,8 @@ from stillroom.signals import Logits, Sparse, TeacherOutput
 from stillroom.store.config import HeadAndSample, Sampled
 from stillroom.store.quantize import LogProbCodes, to_sparse
 from stillroom.store.reader import Store
+from stillroom.teachers.base import StoredTeacher
 from stillroom.teachers.live import LiveTeacher
-from stillroom.teachers.stored import StoredTeacher
 from stillroom.training import loop
 from stillroom.training.step import StudentStep
 from stillroom.training.validation import measure_held_out

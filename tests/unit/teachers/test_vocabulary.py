@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from stillroom.teachers.http.vocabulary import Vocabulary, token_bytes
+from stillroom.teachers.vocabulary import Vocabulary, token_bytes
 
 
 @pytest.fixture

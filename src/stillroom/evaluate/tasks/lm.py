@@ -13,8 +13,8 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from stillroom.errors import DataError, MissingError, NonFiniteError, OutOfMemoryError
 from stillroom.evaluate.tasks.likelihood import Likelihood, encode, encoded, log_likelihoods
 from stillroom.models.loading import max_length
-from stillroom.teachers.http.client import Connection, Endpoint, connected, in_order
-from stillroom.teachers.http.engine import ServerEngine
+from stillroom.teachers.client import Connection, Endpoint, connected, in_order
+from stillroom.teachers.engine import ServerEngine
 
 Report = Callable[[str, Mapping[str, Any]], None]
 """A function that is called with the answers so far: "task" with task, model, done and total; "note" with text."""

@@ -11,10 +11,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from stillroom.errors import ConfigError, DataError, MismatchError, MissingError, StillroomError
-from stillroom.teachers.http import MOST_OPENAI
-from stillroom.teachers.http.answers import Answer, AnswerReader, TopLogProbs
-from stillroom.teachers.http.client import Connection, Endpoint, connected, in_order
-from stillroom.teachers.http.vocabulary import Vocabulary
+from stillroom.teachers.answers import Answer, AnswerReader, TopLogProbs
+from stillroom.teachers.client import Connection, Endpoint, connected, in_order
+from stillroom.teachers.config import MOST_OPENAI
+from stillroom.teachers.vocabulary import Vocabulary
 
 PROBES = (
     ("Once upon a time there was a small dog", "Once upon a time there was a small house"),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from stillroom.errors import DataError
-from stillroom.teachers.http.vocabulary import Vocabulary
+from stillroom.teachers.vocabulary import Vocabulary
 
 ROUNDING = 1e-3
 """The most by which rounding may lift a log-probability above 0, where it counts as 0, and a mass above 1."""
