@@ -9,7 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -66,12 +66,10 @@ class Endpoint:
         require("httpx", "server", "asking a server")
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+            given = f"{parts.scheme or '(no scheme)'}://{parts.hostname or '(no host)'}"
             raise ConfigError(
                 "the server's address cannot be used",
-                {
-                    "given": f"{parts.scheme or '(no scheme)'}://{parts.hostname or '(no host)'}",
-                    "wanted": "http[s]://HOST[:PORT][/v1]",
-                },
+                {"given": given, "wanted": "http[s]://HOST[:PORT][/v1]"},
                 why="It must name a host, and hold no password and no query, which would end up in logs.",
                 fix="Write it as http://127.0.0.1:8000/v1, and give a key by an environment variable (key_variable).",
             )
@@ -163,13 +161,11 @@ class Connection:
     async def _try(self, path: str, content: bytes | None) -> Any:
         import httpx
 
-        data = bytearray()
+        method, data = "GET" if content is None else "POST", bytearray()
         try:
             async with (
                 asyncio.timeout(self.endpoint.timeout_s),
-                self._client.stream(
-                    "GET" if content is None else "POST", self.endpoint.root + path, content=content
-                ) as response,
+                self._client.stream(method, self.endpoint.root + path, content=content) as response,
             ):
                 async for chunk in response.aiter_bytes():
                     data += chunk
@@ -181,23 +177,26 @@ class Connection:
         except httpx.RequestError as error:
             said = self._without_key(str(error))
             raise RequestFailure(f"{type(error).__name__}{f': {said}' if said else ''}", again=True) from None
-        status = response.status_code
-        if status != 200:
-            said = f"{status} {response.reason_phrase}: {self._without_key(_message(data))}"
-            wait_s = _asked_wait_s(response.headers.get("Retry-After"))
-            raise RequestFailure(said, status, again=status in RETRIED, wait_s=wait_s)
-        try:
-            return json.loads(data)
-        except (ValueError, RecursionError):
-            what = f"an answer that is not whole JSON ({len(data)} bytes)"
-            raise RequestFailure(what, status, again=True) from None
+        status, found = response.status_code, None
+        with suppress(ValueError, RecursionError):
+            found = json.loads(data)
+            if status == 200:
+                return found
+        if status == 200:
+            raise RequestFailure(f"an answer that is not whole JSON ({len(data)} bytes)", status, again=True)
+        text: Any = data[:10_000].decode("utf-8", "replace") if found is None else found
+        text = text.get("error", text) if isinstance(text, dict) else text
+        text = " ".join(str(text.get("message", text) if isinstance(text, dict) else text).split())
+        text = text if len(text) <= 300 else text[:299] + "…"
+        said = f"{status} {response.reason_phrase}: {self._without_key(text)}"
+        wait_s = _asked_wait_s(response.headers.get("Retry-After", ""))
+        raise RequestFailure(said, status, again=status in RETRIED, wait_s=wait_s)
 
     def _without_key(self, text: str) -> str:
         return text if self._key is None else text.replace(self._key, "***")
 
     def _error(self, failure: RequestFailure, path: str, subject: str, tries: int) -> StillroomError:
-        place = self.endpoint.root + path
-        values = {"asked": place, "answer": failure.reason}
+        values: dict[str, object] = {"asked": self.endpoint.root + path, "answer": failure.reason}
         if failure.status == 200:
             return DataError(
                 f"the server's answer about {subject} cannot be read",
@@ -210,8 +209,7 @@ class Connection:
                 f"the server gave no answer about {subject}",
                 {**values, "tries": tries},
                 why="It was tried again with longer and longer waits, and failed each time.",
-                fix="Check that it runs, its log and its limits; lower concurrency or raise timeout_s; then go on with "
-                "--resume.",
+                fix="Check that it runs, its log and its limits; lower concurrency or raise timeout_s; then --resume.",
             )
         if failure.status in (401, 403):
             return ConfigError(
@@ -220,33 +218,16 @@ class Connection:
                 why="It answers only those that it knows.",
                 fix="Set key_variable to the name of the environment variable that holds the right key.",
             )
-        kind = MissingError if failure.status == 404 else DataError
-        return kind(
+        return (MissingError if failure.status == 404 else DataError)(
             f"the server refuses what it was asked about {subject}",
             values,
             why="To ask again would change nothing.",
-            fix="See what it says: the address, the model's name, the length of the text or the number of "
-            "log-probabilities may be more than it takes.",
+            fix="See what it says: the address, the model's name, the text or the log-probabilities may not suit it.",
         )
 
 
-def _message(data: bytearray) -> str:
-    """Returns the message in an error's body, in at most 300 characters."""
-    text = data[:10_000].decode("utf-8", "replace")
-    try:
-        found = json.loads(data)
-        error = found.get("error", found)
-        text = str(error.get("message", error) if isinstance(error, dict) else error)
-    except (ValueError, AttributeError, RecursionError):
-        pass
-    text = " ".join(text.split())
-    return text if len(text) <= 300 else text[:299] + "…"
-
-
-def _asked_wait_s(value: str | None) -> float:
+def _asked_wait_s(value: str) -> float:
     """Returns Retry-After, which is seconds or a date, in seconds from now; 0 where there is none that can be read."""
-    if value is None:
-        return 0.0
     try:
         if re.fullmatch(r"\s*\d+(\.\d+)?\s*", value):
             wait_s = float(value)

@@ -88,7 +88,24 @@ class ServerEngine:
             MissingError: it cannot be reached, or does not serve the model.
         """
         with connected(self.endpoint) as (connection, submit):
-            return submit(self._check(connection)).result()
+            payload = submit(connection.ask("/v1/models", None, "its models")).result()
+            data = payload.get("data") if isinstance(payload, dict) else None
+            models = {m["id"]: m for m in data if isinstance(m, dict) and "id" in m} if isinstance(data, list) else {}
+            if self.model not in models:
+                raise MissingError(
+                    "the server does not serve the model",
+                    {"asked for": self.model, "served": ", ".join(map(str, models))[:200] or "none"},
+                    why="Another model would be taken for the teacher.",
+                    fix="Set teacher.model to a name that is served, and teacher.tokenizer to its tokenizer.",
+                )
+            server = self.dialect
+            if self.dialect == "vllm":
+                with suppress(StillroomError):  # a proxy before it may not pass this on
+                    version = submit(connection.ask("/version", None, "its version", retries=0)).result()
+                    if isinstance(version, dict) and "version" in version:
+                        server = f"vllm {version['version']}"
+        length = models[self.model].get("max_model_len")
+        return {"model": self.model, "server": server, "max_length": length if isinstance(length, int) else None}
 
     def score(self, documents: Iterable[Request]) -> Iterator[tuple[int, TopLogProbs]]:
         """Yields the top log-probabilities at the kept positions of each document, in the order of the documents.
@@ -146,46 +163,25 @@ class ServerEngine:
                 await self._negotiate(connection)
 
         async def work(connection: Connection, item: tuple[int, Prompt]) -> tuple[int, list[Answer]]:
-            return await self._answers(connection, *item, sampling, num_answers, seed, log_probs)
+            return item[0], await self._answers(connection, *item, sampling, num_answers, seed, log_probs)
 
         return in_order(self.endpoint, prompts, work, first)
 
     # -- asking ------------------------------------------------------------------------------------------------------
 
-    async def _check(self, connection: Connection) -> dict[str, Any]:
-        payload = await connection.ask("/v1/models", None, "its models")
-        data = payload.get("data") if isinstance(payload, dict) else None
-        models = {m["id"]: m for m in data if isinstance(m, dict) and "id" in m} if isinstance(data, list) else {}
-        if self.model not in models:
-            raise MissingError(
-                "the server does not serve the model",
-                {"asked for": self.model, "served": ", ".join(map(str, models))[:200] or "none"},
-                why="Another model would be taken for the teacher.",
-                fix="Set teacher.model to a name that is served, and teacher.tokenizer to its tokenizer.",
-            )
-        server = self.dialect
-        if self.dialect == "vllm":
-            with suppress(StillroomError):  # a proxy before it may not pass this on
-                version = await connection.ask("/version", None, "its version", retries=0)
-                server = f"vllm {version['version']}" if isinstance(version, dict) and "version" in version else server
-        length = models[self.model].get("max_model_len")
-        return {"model": self.model, "server": server, "max_length": length if isinstance(length, int) else None}
-
     async def _ask_about(
         self, connection: Connection, subject: str, tokens: np.ndarray, loss_mask: np.ndarray
     ) -> TopLogProbs:
-        reader = AnswerReader(subject, self.vocabulary, self.top)
+        reader, vllm = AnswerReader(subject, self.vocabulary, self.top), self.dialect == "vllm"
         if not loss_mask.any():
             return reader.collect([])
-        body = self._body(tokens, subject)
-        if self.dialect == "vllm":
-            body |= {"prompt_logprobs": self.top, "add_special_tokens": False, "return_token_ids": True}
-        else:
-            body |= {"echo": True, "logprobs": self.top}
-        payload = await connection.ask("/v1/completions", body, subject)
+        own: dict[str, Any] = {"echo": True, "logprobs": self.top}
+        if vllm:
+            own = {"prompt_logprobs": self.top, "add_special_tokens": False, "return_token_ids": True}
+        payload = await connection.ask("/v1/completions", self._body(tokens, subject) | own, subject)
         (choice,) = reader.choices(payload, 1)
         self._count(payload)
-        if self.dialect == "vllm":
+        if vllm:
             return reader.prompt_log_probs(choice, tokens, loss_mask)
         return reader.echoed(choice, tokens, loss_mask, as_text=bool(self._as_text), usage=payload.get("usage"))
 
@@ -198,7 +194,7 @@ class ServerEngine:
         num_answers: int,
         seed: int | None,
         log_probs: bool,
-    ) -> tuple[int, list[Answer]]:
+    ) -> list[Answer]:
         subject = f"prompt {number}"
         reader = AnswerReader(subject, self.vocabulary, self.top)
         chat = isinstance(prompt, list)
@@ -221,13 +217,11 @@ class ServerEngine:
             payload = await connection.ask(path, body | own, subject)
             choices = reader.choices(payload, num_answers if together else 1)
             wrote = self._count(payload)
-            return [
-                reader.written(choice, log_probs=log_probs, completion_tokens=wrote if len(choices) == 1 else None)
-                for choice in choices
-            ]
+            wrote = wrote if len(choices) == 1 else None
+            return [reader.written(choice, log_probs=log_probs, completion_tokens=wrote) for choice in choices]
 
         several = await asyncio.gather(*(ask(j) for j in range(1 if together else num_answers)))
-        return number, [answer for some in several for answer in some]
+        return [answer for some in several for answer in some]
 
     def _body(self, tokens: np.ndarray, subject: str) -> dict[str, Any]:
         sampling = {"max_tokens": 1, "temperature": 1.0, "top_p": 1.0}
@@ -277,16 +271,14 @@ class ServerEngine:
         """
         if self._as_text is not None:
             return
-        tokens, _, _ = self._probe()
 
         async def takes(as_text: bool) -> bool:
             self._as_text = as_text
-            body = self._body(tokens, "a short text")
-            try:
+            body = self._body(self._probe()[0], "a short text")
+            with suppress(StillroomError):
                 await connection.ask("/v1/completions", body, "a short text", retries=0)
-            except StillroomError:
-                return False
-            return True
+                return True
+            return False
 
         only_text = not await takes(False) and await takes(True) and not await takes(False)
         self._as_text = only_text
@@ -306,8 +298,7 @@ class ServerEngine:
                 "what the server says of a token depends on that token",
                 {"two texts that part at": f"token {part}", "mass that moved there": f"{moved:.2f}"},
                 why="So it tells of each position what it thinks one position later, or it answers at random.",
-                fix="Use another server or version; llama-cpp-python does this where the model adds no "
-                "beginning-of-sequence token.",
+                fix="Use another server or version; llama-cpp-python does so where no beginning of sequence is added.",
             )
         self._aligned = True
 

@@ -63,26 +63,18 @@ class LiveTeacher:
         answers: dict[int, list[np.ndarray]] = {}
         num_answers = sampling.num_answers
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][1]), reverse=True)
+        common = {"vocab_size": vocab_size, "pad_token": pad_token}
         while order:
             longest = len(prompts[order[0]][1]) + sampling.max_tokens
             places = order[: max(1, batch_tokens // (longest * num_answers))]
             order = order[len(places) :]
-            numbers, texts = zip(*(prompts[i] for i in places), strict=True)
+            some = [prompts[i] for i in places for _ in range(num_answers)]  # of each row that is generated
 
-            def check(logits: Tensor, num_written: int, numbers: Sequence = numbers, texts: Sequence = texts) -> None:
-                check_finite(
-                    logits, lambda row: (numbers[row // num_answers], len(texts[row // num_answers]) + num_written - 1)
-                )
+            def check(logits: Tensor, num_written: int, some: Sequence = some) -> None:
+                check_finite(logits, lambda row: (some[row][0], len(some[row][1]) + num_written - 1))
 
-            found = generate(
-                self.model,
-                texts,
-                sampling,
-                vocab_size=vocab_size,
-                pad_token=pad_token,
-                seed=derived_seed(seed, "answers", numbers[0]),
-                check=check,
-            )
+            texts, drawn_by = [prompts[i][1] for i in places], derived_seed(seed, "answers", some[0][0])
+            found = generate(self.model, texts, sampling, **common, seed=drawn_by, check=check)
             answers |= dict(zip(places, found, strict=True))
         return [answers[i] for i in range(len(prompts))]
 
@@ -102,12 +94,12 @@ def check_finite(logits: Tensor, where: Callable[[int], tuple[int, int]]) -> Non
     row = logits[rows[0, 0]]
     number, position = where(int(rows[0, 0]))
     wrong = row.isnan() | (row == torch.inf)
+    kind = "not a number" if row.isnan().any() else "infinite" if wrong.any() else "-infinity"
     raise NonFiniteError(
         f"the teacher's logits are not finite in document {number}",
         {
             "position": f"{position} (from 0)",
-            "columns": f"{int(wrong.sum()) or len(row)} of {len(row)} are "
-            f"{'not a number' if row.isnan().any() else 'infinite' if wrong.any() else '-infinity'}",
+            "columns": f"{int(wrong.sum()) or len(row)} of {len(row)} are {kind}",
         },
         why="It says nothing there that a student could learn. What is in whole shards is kept.",
         fix="Check its weights. Where they are good, teacher.engine.dtype=float32 or another teacher.engine.attention "

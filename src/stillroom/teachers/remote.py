@@ -55,7 +55,15 @@ class RemoteTeacher(PrefetchedTeacher):
             for rank, piece in pieces:
                 self._send(torch.tensor([REQUEST, *piece.tokens.shape]), rank)
                 self._send(torch.stack([piece.tokens, piece.positions, piece.loss_mask.long()]), rank)
-            responses = [self._receive(rank, piece.num_kept) for rank, piece in pieces]
+            responses = []
+            for rank, piece in pieces:
+                header = torch.empty(2 + len(self.layers) + 3 * len(self.attention), dtype=torch.long)
+                dist.recv(header, rank, group=self.context.responses)
+                signal, *widths = header.tolist()
+                self.signal = self.signal or signal
+                responses.append([torch.empty(piece.num_kept, width, dtype=self.dtype) for width in widths])
+                for state in filter(torch.numel, responses[-1]):
+                    dist.recv(state.view(torch.uint8), rank, group=self.context.responses)
         last, *inner = (torch.cat(parts) for parts in zip(*responses, strict=True))
         states = dict(zip(self.layers, inner, strict=False))
         rest = iter(inner[len(self.layers) :])
@@ -70,17 +78,6 @@ class RemoteTeacher(PrefetchedTeacher):
 
     def _send(self, tensor: Tensor, rank: int) -> None:
         dist.send(tensor.contiguous(), rank, group=self.context.requests)
-
-    def _receive(self, rank: int, num_kept: int) -> list[Tensor]:
-        header = torch.empty(2 + len(self.layers) + 3 * len(self.attention), dtype=torch.long)
-        dist.recv(header, rank, group=self.context.responses)
-        signal, *widths = header.tolist()
-        self.signal = self.signal or signal
-        states = [torch.empty(num_kept, width, dtype=self.dtype) for width in widths]
-        for state in states:
-            if state.numel():
-                dist.recv(state.view(torch.uint8), rank, group=self.context.responses)
-        return states
 
 
 def _share(theirs: int, ours: int, rank: int) -> list[int]:
@@ -114,31 +111,23 @@ def serve(teacher: LiveTeacher, context: DistContext, device: str, stop: StopReq
     """
     trainers = _share(context.num_trainers, context.num_teachers, context.group.rank)
     server, answered = _Server(teacher, context, device, stop), 0
-    if not together:
-        while trainers:
-            trainer, batch = server.next()
-            if batch is None:
-                trainers.remove(trainer)
-            else:
-                server.answer(trainer, batch)
-                answered += 1
-        return answered
-    most = -(-context.num_trainers // context.group.world_size)
-    while True:
+    most = -(-context.num_trainers // context.group.world_size) if together else 0
+    while trainers or together:
         requests = []
-        for trainer in list(trainers):
-            _, batch = server.next(trainer)
+        for sender in list(trainers) if together else [None]:
+            trainer, batch = server.next(sender)
             if batch is None:
                 trainers.remove(trainer)
             else:
                 requests.append((trainer, batch))
-        if not context.group.any_rank(bool(requests)):
-            return answered
+        if together and not context.group.any_rank(bool(requests)):
+            break
         for trainer, batch in requests:
             server.answer(trainer, batch)
         for _ in range(most - len(requests)):
             server.idle()
         answered += len(requests)
+    return answered
 
 
 @dataclass(frozen=True)
@@ -171,10 +160,9 @@ class _Server:
             tensors += output.hidden.attention[layer]
         header = torch.tensor([self.stop.number, *(tensor.shape[-1] for tensor in tensors)])
         dist.send(header, trainer, group=self.context.responses)
-        for tensor in tensors:
-            if tensor.numel():
-                sent = tensor.to("cpu", self.teacher.model.dtype).contiguous().view(torch.uint8)
-                dist.send(sent, trainer, group=self.context.responses)
+        for tensor in filter(torch.numel, tensors):
+            sent = tensor.to("cpu", self.teacher.model.dtype).contiguous().view(torch.uint8)
+            dist.send(sent, trainer, group=self.context.responses)
 
     def idle(self) -> None:
         """Runs the teacher for nobody, as its other processes do for somebody."""
