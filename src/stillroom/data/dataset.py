@@ -1,4 +1,4 @@
-"""Documents: tokenised data in a cache folder, memory-mapped; built once under a fingerprint of all that made them.
+"""Documents: tokenized data in a cache folder, memory-mapped; built once under a fingerprint of all that made them.
 
 A folder ``<cache>/data/<fingerprint>/`` holds ``documents.arrow`` and ``manifest.json``. It is written under a
 temporary name and renamed when it is whole, so a folder of that name is always complete.
@@ -10,8 +10,8 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -48,7 +48,7 @@ NOT_IN_TOKENS = {"path", "split", "subset", "revision", "shuffle", "pack", "cach
 
 @dataclass
 class Counts:
-    """What became of the rows."""
+    """A count of what became of the rows."""
 
     rows: int = 0
     """Rows read."""
@@ -59,14 +59,14 @@ class Counts:
     dropped_overlong: int = 0
     dropped_empty: int = 0
     dropped_cut_away: int = 0
-    """Rows left out because all that was to be learnt lay beyond the cut."""
+    """Rows left out because all that was to be learned lay beyond the cut."""
     tokens: int = 0
     tokens_learnt: int = 0
     """Tokens that are a target to learn; the first of a document never is."""
 
 
 class Documents:
-    """Tokenised documents in the order of their rows."""
+    """Tokenized documents in the order of their rows."""
 
     def __init__(self, table: pa.Table, counts: Counts, fingerprint: str, row_name: Callable[[int], str]) -> None:
         self.counts, self.fingerprint, self._row_name = asdict(counts), fingerprint, row_name
@@ -88,7 +88,7 @@ class Documents:
         return self._tokens[chunk][place]
 
     def target_mask(self, index: int) -> np.ndarray:
-        """Which tokens of a document are to be learnt, bool [n]; entry i speaks of token i itself."""
+        """The tokens of a document that are to be learned, bool [n]; entry i speaks of token i itself."""
         chunk, place = self._find(index)
         target_mask = np.zeros(self.lengths[index], dtype=bool)
         for start, end in self._target_mask[chunk][place].reshape(-1, 2):
@@ -96,7 +96,7 @@ class Documents:
         return target_mask
 
     def weight(self, index: int) -> float:
-        """What each token of a document counts, for objectives that go by it; 1 unless the data say otherwise."""
+        """The weight of each token of a document, for objectives that go by it; 1 unless the data say otherwise."""
         return float(self._weights[index])
 
     def name(self, index: int) -> str:
@@ -123,7 +123,7 @@ class _ListColumn:
 
 # --- where they are --------------------------------------------------------------------------------------------------
 def cache_folder(config: AnyData) -> Path:
-    """The folder for tokenised data: ``config.cache``, or by default $STILLROOM_CACHE or else ~/.cache/stillroom."""
+    """The folder for tokenized data: ``config.cache``, or by default $STILLROOM_CACHE or else ~/.cache/stillroom."""
     if config.cache != "auto":
         return Path(config.cache)
     return Path(os.environ.get("STILLROOM_CACHE") or Path.home() / ".cache" / "stillroom")
@@ -135,7 +135,7 @@ def cache_path(config: AnyData, tokenizer: PreTrainedTokenizerBase, template: st
 
 
 class RowOrigin:
-    """What identifies the documents of a config, and so the folder that they belong in."""
+    """The identity of the documents of a config, and so the folder that they belong in."""
 
     def __init__(self, config: AnyData, tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
         self.source: Source = open_source(config)
@@ -158,7 +158,7 @@ def prepare(
     template: str | None = None,
     report: Callable[[int], None] | None = None,
 ) -> Documents:
-    """Opens the tokenised documents of a config, and makes them first where the cache does not have them.
+    """Opens the tokenized documents of a config, and makes them first where the cache does not have them.
 
     A document is at most ``length`` + 1 tokens long, which is ``length`` inputs each with a next token. A longer one
     is left out, cut, or split into pieces that overlap by one token, so that each token is predicted exactly once.
@@ -180,7 +180,7 @@ def prepare(
 
 
 def prepared(config: AnyData, tokenizer: PreTrainedTokenizerBase, *, template: str | None = None) -> Documents | None:
-    """The tokenised documents of a config where the cache has them. Writes nothing.
+    """The tokenized documents of a config where the cache has them. Writes nothing.
 
     Raises:
         MissingError: the source is not there.
@@ -192,53 +192,41 @@ def prepared(config: AnyData, tokenizer: PreTrainedTokenizerBase, *, template: s
 
 # --- making them -----------------------------------------------------------------------------------------------------
 def _build(plan: RowOrigin, config: AnyData, encode: Encoder, report: Callable[[int], None]) -> None:
-    partial = plan.folder.with_name(f".{plan.fingerprint}.{secrets.token_hex(4)}.partial")
+    unnamed = plan.folder.with_name(f".{plan.fingerprint}.{secrets.token_hex(4)}.partial")
     counts = Counts()
     try:
-        with _storing(plan.folder):
-            partial.mkdir(parents=True)
-            path = partial / "documents.arrow"
-            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-                for documents in encode_all(plan.source, config, encode, counts):
-                    writer.write_batch(_record_batch(documents))
-                    report(counts.rows)
-            manifest = {
-                "format": FORMAT,
-                "fingerprint": plan.fingerprint,
-                "parts": plan.parts,
-                "counts": asdict(counts),
-                "size_bytes": path.stat().st_size,
-                "crc32": crc32(path),
-                "versions": {name: version(name) for name in ("stillroom", "tokenizers", "transformers", "pyarrow")},
-            }
-            (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            _publish(partial, plan.folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    """Gives a whole folder its name. Where another process was quicker its folder, which is the same, stays."""
-    try:
-        partial.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-
-
-@contextmanager
-def _storing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except StillroomError:
-        raise
+        unnamed.mkdir(parents=True)
+        path = unnamed / "documents.arrow"
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+            for documents in encode_all(plan.source, config, encode, counts):
+                writer.write_batch(_record_batch(documents))
+                report(counts.rows)
+        manifest = {
+            "format": FORMAT,
+            "fingerprint": plan.fingerprint,
+            "parts": plan.parts,
+            "counts": asdict(counts),
+            "size_bytes": path.stat().st_size,
+            "crc32": crc32(path),
+            "versions": {name: version(name) for name in ("stillroom", "tokenizers", "transformers", "pyarrow")},
+        }
+        (unnamed / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        try:
+            unnamed.rename(plan.folder)
+        except OSError:
+            if not plan.folder.is_dir():  # else another process was quicker, and its folder is the same
+                raise
     except OSError as error:
+        if isinstance(error, StillroomError):
+            raise
         raise StorageError(
-            "the tokenised data cannot be written",
-            {"folder": folder, "reason": error.strerror or error},
+            "the tokenized data cannot be written",
+            {"folder": plan.folder, "reason": error.strerror or error},
             why="They are kept on disk, so that they are made only once and need no memory.",
             fix="Make room there, or name another folder by data.cache or $STILLROOM_CACHE.",
         ) from None
+    finally:
+        shutil.rmtree(unnamed, ignore_errors=True)
 
 
 def encode_all(source: Source, config: AnyData, encode: Encoder, counts: Counts) -> Iterator[list[tuple[int, Encoded]]]:
@@ -249,21 +237,23 @@ def encode_all(source: Source, config: AnyData, encode: Encoder, counts: Counts)
     """
     source_rows = islice(source.rows(), config.max_documents)
     while rows := list(islice(source_rows, ROWS_AT_ONCE)):
-        first = counts.rows
-
-        def name(index: int, first: int = first) -> str:
-            return source.name(first + index)
-
-        kept: list[tuple[int, Encoded]] = []
-        for index, document in enumerate(encode(rows, name)):
+        first, kept = counts.rows, list[tuple[int, Encoded]]()
+        for row, document in enumerate(encode(rows, lambda index, first=first: source.name(first + index)), first):
             counts.rows += 1
-            kept += [(first + index, piece) for piece in _fit(document, config, counts, lambda i=index: name(i))]
+            kept += [(row, piece) for piece in _fit(document, config, counts, partial(source.name, row))]
         for _, document in kept:
             counts.documents += 1
             counts.tokens += len(document.tokens)
             counts.tokens_learnt += int(document.target_mask[1:].sum())
         yield kept
-    _check_not_nothing(counts, config)
+    if not counts.documents:
+        dropped = {name: number for name, number in asdict(counts).items() if name.startswith("dropped") and number}
+        raise DataError(
+            f"no document of {config.path} is left to learn from",
+            {"rows read": counts.rows, **dropped},
+            why="Every row was left out by the settings.",
+            fix="Raise data.length, set data.overlong=cut, or check which tokens data.keep says to learn.",
+        )
 
 
 def _fit(document: Encoded, config: AnyData, counts: Counts, name: Callable[[], str]) -> list[Encoded]:
@@ -302,24 +292,13 @@ def _record_batch(documents: list[tuple[int, Encoded]]) -> pa.RecordBatch:
     runs = [np.flatnonzero(edge).astype(np.int32) for edge in edges]
     rows = pa.array([row for row, _ in documents], type=pa.int64())
     weights = pa.array([document.weight for _, document in documents], type=pa.float32())
-    return pa.record_batch([_list_array(tokens), _list_array(runs), rows, weights], schema=SCHEMA)
+    return pa.record_batch([*map(_list_array, (tokens, runs)), rows, weights], schema=SCHEMA)
 
 
 def _list_array(arrays: list[np.ndarray]) -> pa.Array:
     offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
     values = np.concatenate([np.empty(0, dtype=np.int32), *arrays])
     return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values, type=pa.int32()))
-
-
-def _check_not_nothing(counts: Counts, config: AnyData) -> None:
-    if not counts.documents:
-        dropped = {name: number for name, number in asdict(counts).items() if name.startswith("dropped") and number}
-        raise DataError(
-            f"no document of {config.path} is left to learn from",
-            {"rows read": counts.rows, **dropped},
-            why="Every row was left out by the settings.",
-            fix="Raise data.length, set data.overlong=cut, or check which tokens data.keep says to learn.",
-        )
 
 
 # --- opening them ----------------------------------------------------------------------------------------------------
@@ -335,26 +314,26 @@ def _open(plan: RowOrigin) -> Documents:
             raise _damaged(plan.folder, "checksum", crc32(path), manifest["crc32"])
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         counts = Counts(**manifest["counts"])
+        if table.schema != SCHEMA or len(table) != counts.documents:
+            raise _damaged(plan.folder, "documents", len(table), counts.documents)
     except StillroomError:
         raise
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise _damaged(plan.folder, "reading it", f"{type(error).__name__}: {error}", "no error") from None
-    if table.schema != SCHEMA or len(table) != counts.documents:
-        raise _damaged(plan.folder, "documents", len(table), counts.documents)
     return Documents(table, counts, plan.fingerprint, plan.source.name)
 
 
 def _damaged(folder: Path, what: str, found: object, expected: object) -> DataError:
     return DataError(
-        f"the tokenised data in {folder} are damaged",
+        f"the tokenized data in {folder} are damaged",
         {f"{what} found": found, "expected": expected},
         why="Something has changed the files since they were written.",
         fix=f"Delete the folder {folder}; it is made anew from the source.",
     )
 
 
-class CountedDocuments:
-    """The documents that ``prepare`` would give of the same settings, read and tokenised anew and kept in no cache.
+class CountedDocuments(Documents):
+    """The documents that ``prepare`` would give of the same settings, read and tokenized anew and kept in no cache.
 
     Args:
         template: the chat template, where rows go through one; the tokenizer's own by default.
@@ -375,43 +354,19 @@ class CountedDocuments:
     ) -> None:
         origin, counts = RowOrigin(config, tokenizer, template), Counts()
         encode = encoder(config, tokenizer, origin.template, count_bytes=True)
-        kept: list[tuple[int, Encoded]] = []
-        for some in encode_all(origin.source, config, encode, counts):
-            kept += some
+        self._num_bytes: list[np.ndarray | None] = []
+        batches = []
+        for documents in encode_all(origin.source, config, encode, counts):
+            batches.append(_record_batch(documents))
+            self._num_bytes += [document.num_bytes for _, document in documents]
             report(counts.rows)
-        self.counts, self.fingerprint, self._row_name = asdict(counts), origin.fingerprint, origin.source.name
-        self._encoded = [document for _, document in kept]
-        self.rows = np.array([row for row, _ in kept], dtype=np.int64)
-        """int64 [documents]: the row of the source that each came from; a long row may have been split into several."""
-        self.lengths = np.array([len(document.tokens) for document in self._encoded], dtype=np.int64)
-        """int64 [documents]: the tokens of each."""
-
-    def __len__(self) -> int:
-        return len(self._encoded)
-
-    def tokens(self, index: int) -> np.ndarray:
-        """int32 [n]."""
-        return self._encoded[index].tokens
-
-    def target_mask(self, index: int) -> np.ndarray:
-        """Which of its tokens are to be predicted, bool [n]; entry i speaks of token i itself."""
-        return self._encoded[index].target_mask
-
-    def weight(self, index: int) -> float:
-        """What each of its tokens counts, for objectives that go by it; 1 unless the data say otherwise."""
-        return self._encoded[index].weight
+        super().__init__(pa.Table.from_batches(batches, SCHEMA), counts, origin.fingerprint, origin.source.name)
 
     def num_bytes(self, index: int) -> np.ndarray | None:
         """The bytes of the text that each of its tokens stands for, int32 [n]; None where the tokenizer drops some."""
-        return self._encoded[index].num_bytes
+        return self._num_bytes[index]
 
     def first(self, index: int) -> int:
-        """The place of its first token in its row."""
-        before = index - 1
-        while before >= 0 and self.rows[before] == self.rows[index]:
-            before -= 1
-        return int((self.lengths[before + 1 : index] - 1).sum())
-
-    def name(self, index: int) -> str:
-        """The row that it came from as a message calls it, such as "valid.jsonl line 12"."""
-        return self._row_name(int(self.rows[index]))
+        """The place of a document's first token in its row, of which a long one may have been split into several."""
+        before = int(np.searchsorted(self.source_rows, self.source_rows[index]))
+        return int((self.lengths[before:index] - 1).sum())

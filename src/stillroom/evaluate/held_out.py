@@ -185,7 +185,7 @@ def summarize(
         Text(
             name=str(redact(path)),
             fingerprint=first.predicted.documents.fingerprint,
-            num_documents=len(np.unique(first.predicted.documents.rows)),
+            num_documents=len(np.unique(first.predicted.documents.source_rows)),
             num_tokens=len(first.predicted),
             num_bytes=None if first.num_bytes is None else int(first.num_bytes.sum()),
         ),

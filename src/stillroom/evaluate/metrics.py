@@ -51,7 +51,7 @@ class Units:
 
 
 def units_of(predicted: Predicted) -> Units:
-    rows, row_of = np.unique(predicted.documents.rows, return_inverse=True)
+    rows, row_of = np.unique(predicted.documents.source_rows, return_inverse=True)
     if len(rows) >= FEWEST_ROWS or len(rows) == len(predicted.documents):
         return Units(row_of[predicted.document], len(rows), "documents")
     return Units(predicted.document, len(predicted.documents), "pieces")

@@ -30,7 +30,7 @@ def test_the_bytes_of_all_predicted_tokens_are_those_of_the_text(tmp_path, trim)
     path = written(tmp_path, [{"text": text} for text in TEXTS])
     documents = CountedDocuments(TextData(format="text", path=path, length=16), tokenizer)
     of_rows = np.zeros(len(TEXTS), dtype=int)
-    for i, row in enumerate(documents.rows):
+    for i, row in enumerate(documents.source_rows):
         num_bytes = documents.num_bytes(i)
         assert num_bytes is not None
         assert len(num_bytes) == documents.lengths[i]
@@ -58,7 +58,7 @@ def test_documents_are_those_of_the_cache_and_pieces_know_their_place(tmp_path, 
         assert ours.tokens(i).tolist() == cached.tokens(i).tolist()
         assert ours.target_mask(i).tolist() == cached.target_mask(i).tolist()
         assert ours.name(i) == cached.name(i)
-    last = int(np.flatnonzero(ours.rows == 3)[1])
+    last = int(np.flatnonzero(ours.source_rows == 3)[1])
     assert ours.first(last - 1) == 0
     assert ours.first(last) == 16
 

@@ -54,7 +54,7 @@ def test_the_worst_passages_are_the_worst_and_do_not_overlap(tmp_path):
     kl = np.full(len(predicted), 0.01, np.float32)
     first = np.flatnonzero(predicted.document == 1)
     kl[first[10] : first[10] + 3] = 9.0
-    short = np.flatnonzero(predicted.documents.rows[predicted.document] == 1)
+    short = np.flatnonzero(predicted.documents.source_rows[predicted.document] == 1)
     kl[short] = 1.0
     found = worst_passages(predicted, kl, build_tokenizer())
     assert found[0].document == "text.jsonl line 1"
