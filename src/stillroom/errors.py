@@ -1,6 +1,7 @@
 """Everything that can be the user's fault, in four parts: what, the values, why it matters, what to do."""
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -95,3 +96,14 @@ def require(package: str, extra: str, purpose: str) -> None:
             why="It is optional, so that those who do not use it need not install it.",
             fix=f'Install it with `pip install "stillroom[{extra}]"`.',
         )
+
+
+def did_you_mean(name: str, known: Iterable[object]) -> dict[str, object]:
+    """Returns the known name that is nearest to one that is not, as a value of an error; none where none is near."""
+    near = difflib.get_close_matches(name, [str(one) for one in known], n=1)
+    return {"did you mean": near[0]} if near else {}
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of what a library says of a fault, or else the fault's kind."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from stillroom.config import is_local
-from stillroom.errors import DataError, MismatchError, MissingError
+from stillroom.errors import DataError, MismatchError, MissingError, first_line
 
 PROBE = (
     "The quick brown fox can't jump over 13 lazy dogs; it's 3.14159 (or 1,234,567)...",
@@ -20,18 +19,28 @@ PROBE = (
     "🙂👩‍👩‍👧🏽🇨🇭 e\u0301 \u00a0\u200b\ufeff ﬁ ½ Ⅷ",
     "",
 )
-"""What the fingerprint encodes: scripts, whitespace, digits, code, emoji and forms that normalisers change."""
+"""The texts that the fingerprint encodes: scripts, whitespace, digits, code, emoji, forms that normalizers change."""
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token", "mask_token")
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-"""Of which a model's folder has at least one, where it has a tokenizer."""
-_LFS = b"version https://git-lfs.github.com/spec/"
+"""The files of which a model's folder has at least one, where it has a tokenizer."""
 
 
-def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file is a git-lfs pointer, which stands where the real file should be."""
+def refuse_lfs_pointer(path: Path, what: str) -> None:
+    """Returns where a file is not a git-lfs pointer, which stands where ``what`` should be.
+
+    Raises:
+        DataError: it is one.
+    """
+    mark = b"version https://git-lfs.github.com/spec/"
     with path.open("rb") as file:
-        return file.read(len(_LFS)) == _LFS
+        if file.read(len(mark)) == mark:
+            raise DataError(
+                f"{path} is a git-lfs pointer, not {what}",
+                {"size": f"{path.stat().st_size} bytes"},
+                why="The repository was cloned without its large files.",
+                fix="Run `git lfs pull` in that folder.",
+            )
 
 
 def load_tokenizer(
@@ -43,25 +52,32 @@ def load_tokenizer(
         MissingError: the folder is not there, or the hub cannot give it.
         DataError: what is there is not a tokenizer, or has no fast form.
     """
-    local = is_local(path)
-    if local:
-        _check_folder(path)
+    local, folder = is_local(path), Path(path)
+    if local and not folder.exists():
+        raise MissingError(
+            f"the tokenizer folder {path} is not there",
+            {"looked in": folder.absolute()},
+            why="The path is one on this machine, so the hub was not asked.",
+            fix="Check the path; a hub name is written as owner/name.",
+        )
+    for file in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
+        if local and file.is_file():
+            refuse_lfs_pointer(file, "the file itself")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
         if not local and isinstance(error, OSError):
             raise MissingError(
                 f"the tokenizer {path} is not there",
-                {"folder": "does not exist", "hub": _first_line(error)},
+                {"folder": "does not exist", "hub": first_line(error)},
                 why="The name is neither a folder on this machine nor one that the hub gives.",
                 fix="Check the spelling and the connection; a private model also needs `hf auth login`.",
             ) from None
         raise DataError(
             f"{path} cannot be read as a tokenizer",
-            {"reason": _first_line(error)},
+            {"reason": first_line(error)},
             why="Text becomes tokens only by the tokenizer that the model was trained with.",
-            fix="Copy tokenizer.json and tokenizer_config.json from the model's source again, or, if it brings its own "
-            "code, set trust_remote_code=true.",
+            fix="Copy its tokenizer*.json from their source; if it brings its own code, set trust_remote_code=true.",
         ) from None
     if not tokenizer.is_fast:
         raise DataError(
@@ -85,31 +101,10 @@ def has_tokenizer(model: str, *, revision: str | None = None) -> bool:
     except OSError as error:
         raise MissingError(
             f"whether {model} has a tokenizer is not known",
-            {"hub": _first_line(error)},
+            {"hub": first_line(error)},
             why="A tokenizer that is not the model's own would feed it the wrong tokens.",
             fix="Check the connection; or give a local folder.",
         ) from None
-
-
-def _check_folder(path: str) -> None:
-    if not Path(path).exists():
-        raise MissingError(
-            f"the tokenizer folder {path} is not there",
-            {"looked in": str(Path(path).absolute())},
-            why="The path is one on this machine, so the hub was not asked.",
-            fix="Check the path; a hub name is written as owner/name.",
-        )
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        if (Path(path) / file).is_file() and is_lfs_pointer(Path(path) / file):
-            raise DataError(
-                f"{Path(path) / file} is a git-lfs pointer, not the file itself",
-                why="The clone holds only the address of the file.",
-                fix="Run `git lfs pull` in that folder.",
-            )
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def required_vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -126,7 +121,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
     except ValueError as error:
         raise DataError(
             "the tokenizer has several chat templates and none of them is the default",
-            {"tokenizer": tokenizer.name_or_path, "reason": _first_line(error)},
+            {"tokenizer": tokenizer.name_or_path, "reason": first_line(error)},
             why="Which one a conversation goes through must not be guessed.",
             fix="Name one of them `default` in the tokenizer's configuration.",
         ) from None
@@ -149,19 +144,15 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _roles(tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[str, int | None] | None]:
     vocabulary = tokenizer.get_vocab()
-    roles: dict[str, tuple[str, int | None] | None] = {}
-    for role in _ROLES:
-        token = getattr(tokenizer, role, None)
-        roles[role] = None if token is None else (str(token), vocabulary.get(str(token)))
-    return roles
+    tokens = {role: getattr(tokenizer, role, None) for role in _ROLES}
+    return {r: None if token is None else (str(token), vocabulary.get(str(token))) for r, token in tokens.items()}
 
 
 def _encodings(tokenizer: PreTrainedTokenizerBase, special_tokens: bool = True) -> dict[str, list[int]]:
     added = tuple(str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items()))
     texts = list(dict.fromkeys((*PROBE, *added)))
-    return dict(
-        zip(texts, tokenizer(texts, add_special_tokens=special_tokens, verbose=False)["input_ids"], strict=True)
-    )
+    ids = tokenizer(texts, add_special_tokens=special_tokens, verbose=False)["input_ids"]
+    return dict(zip(texts, ids, strict=True))
 
 
 def compare(
@@ -182,46 +173,35 @@ def compare(
             special tokens, or else of the probe's encodings. Equal sizes prove nothing.
     """
     prints = fingerprint(a), fingerprint(b)
-    found = None if prints[0] == prints[1] else _differences(a, b, roles)
-    if found is None:
+    if prints[0] == prints[1]:
         return
-    values: dict[str, object] = {
-        name: f"fingerprint {print_[:16]}, {len(tokenizer.get_vocab())} tokens ({tokenizer.name_or_path or 'unnamed'})"
-        for name, print_, tokenizer in zip(names, prints, (a, b), strict=True)
-    }
-    kind, count, differences = found
-    for subject, in_a, in_b in differences:
-        values[subject] = f"{in_a} in the {names[0]}, {in_b} in the {names[1]}"
-    raise MismatchError(
-        f"the {names[0]} and the {names[1]} have different tokenizers",
-        values,
-        why=f"{count} {kind} differ, so the same column of their logits does not mean the same token in the same text.",
-        fix=fix
-        or f"Use models that share one tokenizer; where only special tokens differ, set student.tokenizer to the one "
-        f"that counts for both, usually the {names[0]}'s.",
-    )
-
-
-def _differences(
-    a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase, roles: bool, limit: int = 5
-) -> tuple[str, int, list[tuple[str, str, str]]] | None:
-    """What differs first (tokens, special tokens or encodings), how many do, and the first few as texts; or None."""
     maps = [
         {f"id {number}": token for token, number in sorted(t.get_vocab().items(), key=itemgetter(1))} for t in (a, b)
     ]
     special = (_roles(a), _roles(b)) if roles else ({}, {})
     kinds = (("tokens", *maps), ("special tokens", *special), ("encodings", *(_encodings(t, roles) for t in (a, b))))
-    for kind, of_a, of_b in kinds:
-        keys = [key for key in {**of_a, **of_b} if of_a.get(key) != of_b.get(key)]
-        if keys:
-            return kind, len(keys), [_show(kind, k, of_a.get(k), of_b.get(k)) for k in islice(keys, limit)]
-    return None
-
-
-def _show(kind: str, key: str, in_a: object, in_b: object) -> tuple[str, str, str]:
-    if kind == "encodings" and isinstance(in_a, list) and isinstance(in_b, list):
-        at = next((i for i, (x, y) in enumerate(zip(in_a, in_b, strict=False)) if x != y), min(len(in_a), len(in_b)))
-        return f"{key[:24]!r} from token {at}", str(in_a[at : at + 4]), str(in_b[at : at + 4])
-    subject = f"{key[:24]!r}" if kind == "encodings" else key
-    text_a, text_b = ("nothing" if value is None else repr(value) for value in (in_a, in_b))
-    return subject, text_a, text_b
+    differing = ((*each, [k for k in {**each[1], **each[2]} if each[1].get(k) != each[2].get(k)]) for each in kinds)
+    found = next((each for each in differing if each[-1]), None)
+    if found is None:
+        return
+    kind, of_a, of_b, keys = found
+    values: dict[str, object] = {
+        name: f"fingerprint {print_[:16]}, {len(tokenizer.get_vocab())} tokens ({tokenizer.name_or_path or 'unnamed'})"
+        for name, print_, tokenizer in zip(names, prints, (a, b), strict=True)
+    }
+    for key in keys[:5]:
+        subject, in_a, in_b = f"{key[:24]!r}" if kind == "encodings" else key, of_a.get(key), of_b.get(key)
+        if isinstance(in_a, list) and isinstance(in_b, list):
+            pairs = zip(in_a, in_b, strict=False)
+            at = next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(in_a), len(in_b)))
+            subject, in_a, in_b = f"{subject} from token {at}", in_a[at : at + 4], in_b[at : at + 4]
+        shown = ["nothing" if value is None else repr(value) for value in (in_a, in_b)]
+        values[subject] = f"{shown[0]} in the {names[0]}, {shown[1]} in the {names[1]}"
+    raise MismatchError(
+        f"the {names[0]} and the {names[1]} have different tokenizers",
+        values,
+        why=f"{len(keys)} {kind} differ, so the same column of their logits does not mean the same token in a text.",
+        fix=fix
+        or f"Use models that share one tokenizer; where only special tokens differ, set student.tokenizer to the one "
+        f"that counts for both, usually the {names[0]}'s.",
+    )

@@ -1,19 +1,18 @@
 """Sources: rows of text as they lie on disk or on the hub, streamed in order, each with a name for messages."""
 
-import difflib
 import gzip
 import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from stillroom.config import is_local
 from stillroom.data.config import AnyData
-from stillroom.errors import DataError, MissingError, require
-from stillroom.tokenizers import is_lfs_pointer
+from stillroom.errors import DataError, MissingError, did_you_mean, first_line, require
+from stillroom.tokenizers import refuse_lfs_pointer
 
 Row = dict[str, Any]
 
@@ -60,8 +59,26 @@ def files_of(path: Path) -> list[Path]:
         DataError: the folder holds no data files, or those of several kinds.
     """
     if not path.exists():
-        raise _missing(path)
-    return _files_in(path) if path.is_dir() else [path]
+        around = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = did_you_mean(path.name, around)
+        raise MissingError(
+            f"the data {path} is not there",
+            {name: path.parent / str(value) for name, value in near.items()} or {"looked in": path.parent.absolute()},
+            why="The path is one on this machine, so the hub was not asked.",
+            fix="Check data.path; a hub name is written as owner/name.",
+        )
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.is_file() and _kind(file) and file.name[0] != ".")
+    kinds = sorted({str(_kind(file)) for file in files})
+    if len(kinds) != 1:
+        raise DataError(
+            f"the folder {path} does not hold data files of one kind",
+            {"found": ", ".join(kinds) or "none", "read": ", ".join(_KINDS)},
+            why="All data files of a folder are read as one data set.",
+            fix="Name one file, or a folder that holds files of one kind.",
+        )
+    return files
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -74,21 +91,14 @@ class FileSource:
         self.files = files
         for path in files:
             if _kind(path) is None:
+                read = ", ".join(sorted(_KINDS)) + ", and .gz of the text kinds"
                 raise DataError(
                     f"{path} is of a kind that is not read",
-                    {
-                        "found": path.suffix or "no ending",
-                        "read": ", ".join(sorted(_KINDS)) + ", and .gz of the text kinds",
-                    },
+                    {"found": path.suffix or "no ending", "read": read},
                     why="The ending of a file's name says how it is read.",
                     fix="Convert it to one of these, or rename it if it is one.",
                 )
-            if is_lfs_pointer(path):
-                raise DataError(
-                    f"{path} is a git-lfs pointer, not the data",
-                    why="The clone holds only the address of the file.",
-                    fix="Run `git lfs pull` in that folder.",
-                )
+            refuse_lfs_pointer(path, "the data")
 
     def fingerprint(self) -> str:
         return _hash_files({path.name: path for path in self.files})
@@ -103,10 +113,10 @@ class FileSource:
     def places(self) -> Iterator[tuple[Path, str, Row]]:
         """Every row with its file and its place in it: "line 3"."""
         for path in self.files:
-            kind = _KINDS[_kind(path) or ""]
+            noun, read = _KINDS[_kind(path) or ""]
             try:
-                for number, row in kind.read(path):
-                    yield path, f"{kind.noun} {number}", row
+                for number, row in read(path):
+                    yield path, f"{noun} {number}", row
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise _unreadable(path, f"not a whole gzip file ({error})") from None
 
@@ -115,22 +125,13 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
     with _open(path) as file:
         for number, raw in enumerate(file, start=1):
             text = _decode(raw, path, number)
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise _broken_json(path, number, error) from None
-            yield number, _object(row, f"{path} line {number}")
+            if text.strip():
+                yield number, _object(_parse(text, path, number), f"{path} line {number}")
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
     with _open(path) as file:
-        text = _decode(file.read(), path)
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise _broken_json(path, error.lineno, error) from None
+        value = _parse(_decode(file.read(), path), path)
     if isinstance(value, dict):
         lists = [item for item in value.values() if isinstance(item, list)]
         value = lists[0] if len(lists) == 1 else value
@@ -149,51 +150,31 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
+            batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024))
+            yield from enumerate(chain.from_iterable(batches), start=1)
     except (pyarrow.ArrowException, OSError) as error:
-        raise _unreadable(path, f"not whole parquet ({str(error).splitlines()[0]})") from None
+        raise _unreadable(path, f"not whole parquet ({first_line(error)})") from None
 
 
-def _read_txt(path: Path) -> Iterator[tuple[int, Row]]:
+def _read_txt(path: Path) -> Iterator[tuple[int, Row]]:  # kept: a reader like the others, for the table
     with _open(path) as file:
         yield 1, {"text": _decode(file.read(), path)}
 
 
-class _Kind(NamedTuple):
-    noun: str
-    read: Callable[[Path], Iterator[tuple[int, Row]]]
-
-
-_KINDS = {
-    ".jsonl": _Kind("line", _read_jsonl),
-    ".json": _Kind("item", _read_json),
-    ".parquet": _Kind("row", _read_parquet),
-    ".txt": _Kind("document", _read_txt),
+_KINDS: dict[str, tuple[str, Callable[[Path], Iterator[tuple[int, Row]]]]] = {
+    ".jsonl": ("line", _read_jsonl),
+    ".json": ("item", _read_json),
+    ".parquet": ("row", _read_parquet),
+    ".txt": ("document", _read_txt),
 }
+"""Of each kind of file what a row of it is called, and its reader."""
 
 
 def _kind(path: Path) -> str | None:
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     return suffix if suffix in _KINDS and (suffix, path.suffix) != (".parquet", ".gz") else None
-
-
-def _files_in(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.iterdir() if path.is_file() and _kind(path) and path.name[0] != ".")
-    kinds = sorted({str(_kind(path)) for path in files})
-    if len(kinds) != 1:
-        raise DataError(
-            f"the folder {folder} does not hold data files of one kind",
-            {"found": ", ".join(kinds) or "none", "read": ", ".join(_KINDS)},
-            why="All data files of a folder are read as one data set.",
-            fix="Name one file, or a folder that holds files of one kind.",
-        )
-    return files
 
 
 def _open(path: Path) -> Any:
@@ -224,13 +205,16 @@ def _object(row: object, name: str) -> Row:
     )
 
 
-def _broken_json(path: Path, number: int, error: json.JSONDecodeError) -> DataError:
-    return DataError(
-        f"broken JSON in {path} line {number}",
-        {f"column {error.colno}": error.msg},
-        why="A row that cannot be read is not skipped, since nobody would know that it is missing.",
-        fix="Mend or delete that line; a file that ends in the middle of one was not copied whole.",
-    )
+def _parse(text: str, path: Path, number: int | None = None) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"broken JSON in {path} line {number or error.lineno}",
+            {f"column {error.colno}": error.msg},
+            why="A row that cannot be read is not skipped, since nobody would know that it is missing.",
+            fix="Mend or delete that line; a file that ends in the middle of one was not copied whole.",
+        ) from None
 
 
 def _unreadable(path: Path, reason: str) -> DataError:
@@ -239,17 +223,6 @@ def _unreadable(path: Path, reason: str) -> DataError:
         {"reason": reason},
         why="The file is damaged, or was not copied whole.",
         fix="Copy or download it again.",
-    )
-
-
-def _missing(path: Path) -> MissingError:
-    around = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, around, n=1, cutoff=0.6)
-    return MissingError(
-        f"the data {path} is not there",
-        {"did you mean": str(path.parent / near[0])} if near else {"looked in": str(path.parent.absolute())},
-        why="The path is one on this machine, so the hub was not asked.",
-        fix="Check data.path; a hub name is written as owner/name.",
     )
 
 
@@ -302,13 +275,18 @@ def _open_saved(path: Path, config: AnyData) -> DatasetSource:
     folder = path
     if (path / "dataset_dict.json").is_file():
         splits = sorted(p.name for p in path.iterdir() if p.is_dir())
-        if config.split not in splits:
-            raise _no_split(config, splits)
         folder = path / config.split
+        if config.split not in splits:
+            raise DataError(
+                f"{config.path} has no split `{config.split}`",
+                {"splits": ", ".join(splits), **did_you_mean(config.split, splits)},
+                why="A data set with several splits is read one split at a time.",
+                fix="Set data.split to one of them.",
+            )
     try:
         return DatasetSource(datasets.load_from_disk(str(folder)), str(folder), folder)
     except Exception as error:
-        raise _unreadable(folder, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+        raise _unreadable(folder, first_line(error)) from None
 
 
 def _open_hub(config: AnyData) -> DatasetSource:
@@ -320,22 +298,9 @@ def _open_hub(config: AnyData) -> DatasetSource:
     except Exception as error:
         raise MissingError(
             f"the data set {config.path} cannot be loaded",
-            {
-                "file or folder": "does not exist",
-                "hub": str(error).splitlines()[0] if str(error) else type(error).__name__,
-            },
+            {"file or folder": "does not exist", "hub": first_line(error)},
             why="The name is not a place on this machine, and the hub does not give it as asked for.",
             fix="Check data.path, data.subset, data.split and the connection; a private one needs `hf auth login`.",
         ) from None
     label = " ".join(filter(None, (config.path, config.subset, config.split, config.revision)))
     return DatasetSource(dataset, label)
-
-
-def _no_split(config: AnyData, splits: list[str]) -> DataError:
-    near = difflib.get_close_matches(config.split, splits, n=1)
-    return DataError(
-        f"{config.path} has no split `{config.split}`",
-        {"splits": ", ".join(splits), **({"did you mean": near[0]} if near else {})},
-        why="A data set with several splits is read one split at a time.",
-        fix="Set data.split to one of them.",
-    )

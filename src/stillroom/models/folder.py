@@ -2,10 +2,11 @@
 
 import json
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 from stillroom.errors import DataError, MissingError
-from stillroom.tokenizers import is_lfs_pointer
+from stillroom.tokenizers import refuse_lfs_pointer
 
 MOST_HEADER_BYTES = 100_000_000
 """The longest header that safetensors itself accepts."""
@@ -28,13 +29,6 @@ def check_folder(folder: Path) -> list[Path]:
     weights = sorted(folder.glob("*.safetensors"))
     for index in folder.glob("*.safetensors.index.json"):
         named = _named_by(index)
-        if outside := [name for name in named if Path(name).name != name]:
-            raise DataError(
-                f"{index} names a file outside its folder",
-                {"named": outside[0], "folder": folder},
-                why="A model's files never leave its folder.",
-                fix="Do not use this model; its index was tampered with.",
-            )
         if missing := [name for name in named if not (folder / name).is_file()]:
             raise MissingError(
                 f"{folder} lacks some of its weights",
@@ -50,66 +44,49 @@ def check_folder(folder: Path) -> list[Path]:
             fix="Convert the weights to safetensors, or check that the download was complete.",
         )
     for path in weights:
-        _check_safetensors(path)
+        refuse_lfs_pointer(path, "weights")
+        size, header, expected = path.stat().st_size, read_header(path), None
+        with suppress(ValueError, TypeError, KeyError, IndexError, AttributeError):
+            tensors = json.loads(header).items()
+            ends = [tensor["data_offsets"][1] for name, tensor in tensors if name != "__metadata__"]
+            expected = 8 + len(header) + max(ends, default=0)
+        if expected != size:
+            raise DataError(
+                f"{path} is truncated or damaged",
+                {"bytes there": size, "bytes expected": expected or "unknown: the header is broken"},
+                why="Some of the weights are missing or cannot be trusted.",
+                fix="Copy or download the file again.",
+            )
     return [folder / "config.json", *weights]
 
 
 def _named_by(index: Path) -> list[str]:
-    """The weight files that an index names."""
+    """The weight files that an index names. Raises as `check_folder` does."""
+    folder = index.parent
     try:
-        places = json.loads(index.read_bytes())["weight_map"].values()
-        if all(isinstance(place, str) for place in places):
-            return sorted(set(places))
-        problem = "its weight_map does not name files"
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        problem = f"{type(error).__name__}: {error}"
-    raise DataError(
-        f"the index {index} is damaged",
-        {"expected": "weight_map with the file of each tensor", "found": problem},
-        why="Nobody can tell which files belong to the model.",
-        fix="Copy or download the index again.",
-    )
+        raise DataError(
+            f"the index {index} is damaged",
+            {"expected": "weight_map with the file of each tensor", "found": f"{type(error).__name__}: {error}"},
+            why="Nobody can tell which files belong to the model.",
+            fix="Copy or download the index again.",
+        ) from None
+    if outside:
+        raise DataError(
+            f"{index} names a file outside its folder",
+            {"named": outside[0], "folder": folder},
+            why="A model's files never leave its folder.",
+            fix="Do not use this model; its index was tampered with.",
+        )
+    return names
 
 
 def _listing(folder: Path) -> str:
     if not folder.is_dir():
         return "no such folder"
     return ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "an empty folder"
-
-
-def _check_safetensors(path: Path) -> None:
-    size = path.stat().st_size
-    if is_lfs_pointer(path):
-        raise DataError(
-            f"{path} is a git-lfs pointer, not weights",
-            {"size": f"{size} bytes", "expected": "a safetensors file"},
-            why="The repository was cloned without its large files.",
-            fix="Run `git lfs pull` in the model's folder.",
-        )
-    header = read_header(path)
-    data_bytes = _data_bytes(header)
-    expected = None if data_bytes is None else 8 + len(header) + data_bytes
-    if expected != size:
-        raise DataError(
-            f"{path} is truncated or damaged",
-            {
-                "bytes there": size,
-                "bytes expected": expected if expected is not None else "unknown: the header is broken",
-            },
-            why="Some of the weights are missing or cannot be trusted.",
-            fix="Copy or download the file again.",
-        )
-
-
-def _data_bytes(header: bytes) -> int | None:
-    """How many bytes of tensors a safetensors header promises; None where it is broken."""
-    try:
-        tensors = json.loads(header)
-        ends = [tensors[name]["data_offsets"][1] for name in tensors if name != "__metadata__"]
-    except (ValueError, TypeError, KeyError, IndexError):
-        return None
-    whole = isinstance(tensors, dict) and all(isinstance(end, int) for end in ends)
-    return max(ends, default=0) if whole else None
 
 
 def read_header(path: Path) -> bytes:
