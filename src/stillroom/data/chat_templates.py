@@ -1,6 +1,5 @@
 """Templates that turn rows into text: chat templates, and plain ones with column names in braces."""
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from string import Formatter
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from stillroom.errors import ConfigError, DataError, MissingError
+from stillroom.errors import ConfigError, DataError, MissingError, did_you_mean, first_line
 
 Row = dict[str, Any]
 
@@ -28,38 +27,33 @@ class Template:
     """
 
     def __init__(self, setting: str, text: str) -> None:
-        self.pieces = _pieces(setting, text)
+        self.pieces: list[tuple[str, str | None]] = [("", text)]
+        """Pairs of what is literal and the column that follows it; a text without braces is the name of a column."""
+        if "{" not in text and "}" not in text:
+            return
+        reason = None
+        try:
+            parsed = list(Formatter().parse(text))
+            if any(column == "" or form or conversion for _, column, form, conversion in parsed):
+                reason = "braces must hold the name of a column and nothing else"
+            elif all(column is None for _, column, _, _ in parsed):
+                reason = "no column is named"
+            self.pieces = [(literal, column) for literal, column, _, _ in parsed]
+        except ValueError as error:
+            reason = str(error)
+        if reason is not None:
+            raise ConfigError(
+                f"the setting `{setting}` is not valid",
+                {"text": repr(text), "reason": reason},
+                why="It is filled with the columns of each row.",
+                fix='Write a column as {column}, as in "Question: {question}\\nAnswer: ", and a brace as {{ or }}.',
+            )
 
     def __call__(self, row: Row, name: Name, hint: str = "") -> str:
         """The text of a row. Raises DataError where it lacks a column, or one does not hold a text."""
         return "".join(
             literal + ("" if column is None else text_in(row, column, name, hint)) for literal, column in self.pieces
         )
-
-
-def _pieces(setting: str, text: str) -> list[tuple[str, str | None]]:
-    """A text as pairs of what is literal and the column that follows it."""
-    if "{" not in text and "}" not in text:
-        return [("", text)]
-    try:
-        parsed = list(Formatter().parse(text))
-    except ValueError as error:
-        raise _braces(setting, text, str(error)) from None
-    for _, column, form, conversion in parsed:
-        if column == "" or form or conversion:
-            raise _braces(setting, text, "braces must hold the name of a column and nothing else")
-    if all(column is None for _, column, _, _ in parsed):
-        raise _braces(setting, text, "no column is named")
-    return [(literal, column) for literal, column, _, _ in parsed]
-
-
-def _braces(setting: str, text: str, reason: str) -> ConfigError:
-    return ConfigError(
-        f"the setting `{setting}` is not valid",
-        {"text": repr(text), "reason": reason},
-        why="It is filled with the columns of each row.",
-        fix='Write a column as {column}, such as "Question: {question}\\nAnswer: ", and a brace itself as {{ or }}.',
-    )
 
 
 def text_in(row: Row, column: str, name: Name, hint: str = "") -> str:
@@ -76,14 +70,12 @@ def text_in(row: Row, column: str, name: Name, hint: str = "") -> str:
 
 
 def value_in(row: Row, column: str, name: Name, hint: str = "") -> Any:
-    """What a column holds; ``hint`` is a setting that would help where it is not there."""
+    """The value in a column; ``hint`` is a setting that would help where it is not there."""
     if column in row:
         return row[column]
-    near = difflib.get_close_matches(column, list(row), n=1, cutoff=0.6)
-    values = {"columns there": ", ".join(map(str, row)) or "none", **({"did you mean": near[0]} if near else {})}
     raise DataError(
         f"{name()} has no column `{column}`",
-        values,
+        {"columns there": ", ".join(map(str, row)) or "none", **did_you_mean(column, row)},
         why="Every row must have the columns that the settings name.",
         fix=f"Set {hint}." if hint else "Name the right column in the settings, or mend the row.",
     )
@@ -91,21 +83,13 @@ def value_in(row: Row, column: str, name: Name, hint: str = "") -> Any:
 
 Messages = list[dict[str, Any]]
 
-ROLES = {
-    "system": "system",
-    "developer": "developer",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "tool": "tool",
-    "function": "tool",
-}
+ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
+ROLES |= {"human": "user", "gpt": "assistant", "function": "tool"}
 """The roles that are known, those of ShareGPT among them, and what chat templates call them."""
 
 
 class Rendered(NamedTuple):
-    """A row as text, with what of it is to be learnt."""
+    """A row as text, with what of it is to be learned."""
 
     text: str
     spans: list[tuple[int, int]] | None
@@ -174,68 +158,60 @@ class ChatRenderer:
     def __call__(self, messages: Messages, name: Name) -> Rendered:
         """The whole conversation as text, with its spans to learn; no span where the assistant said nothing."""
         if self.keep_all:
-            return Rendered(self._render(messages, name), None)
+            return self._render(messages, name)
         if not any(message["content"] for message in messages if message["role"] == "assistant"):
-            return Rendered(self._render(messages, name), [])
+            return Rendered(self._render(messages, name).text, [])
         if self.marked:
-            return self._render_marked(messages, name)
-        text = self._render(messages, name)
+            return self._render(messages, name, marked=True)
+        text = self._render(messages, name).text
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         return Rendered(text, [self._span(text, messages, turn, name) for turn in turns])
 
-    def _render(self, messages: Messages, name: Name, prompt: bool = False) -> str:
+    def _render(self, messages: Messages, name: Name, prompt: bool = False, marked: bool = False) -> Rendered:
+        """The text, with the spans that the template's own marks give."""
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
+            if marked:
+                special_tokens: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
+                texts, spans = render_jinja_template(
+                    [messages], chat_template=self.template, return_assistant_tokens_mask=True, **special_tokens
                 )
+                return Rendered(texts[0], [(int(start), int(end)) for start, end in spans[0]])
+            text = self.tokenizer.apply_chat_template(
+                messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
             )
+            return Rendered(str(text), None)
         except Exception as error:
-            raise _refused(name, error) from None
-
-    def _render_marked(self, messages: Messages, name: Name) -> Rendered:
-        try:
-            special_tokens: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
-            texts, spans = render_jinja_template(
-                [messages], chat_template=self.template, return_assistant_tokens_mask=True, **special_tokens
-            )
-        except Exception as error:
-            raise _refused(name, error) from None
-        return Rendered(texts[0], [(int(start), int(end)) for start, end in spans[0]])
+            raise DataError(
+                f"{name()}: the chat template refuses the conversation",
+                {"reason": first_line(error)},
+                why="A template may demand an order of roles, or that a system message is absent.",
+                fix="Mend the conversation, or use another template.",
+            ) from None
 
     def _span(self, text: str, messages: Messages, turn: int, name: Name) -> tuple[int, int]:
-        before = self._render(messages[:turn], name, prompt=True) if turn else self._opening(messages, name)
-        through = text if turn + 1 == len(messages) else self._render(messages[: turn + 1], name)
+        """The characters of an assistant's turn. Where it begins the conversation, what is written before its words is
+        told by the header that the generation prompt adds to another conversation."""
+        if turn:
+            before = self._render(messages[:turn], name, prompt=True).text
+        else:
+            user = [{"role": "user", "content": "?"}]
+            asked, prompted = (self._render(user, name, prompt=prompt).text for prompt in (False, True))
+            header, first = prompted.removeprefix(asked), self._render(messages[:1], name).text
+            if not header or not prompted.startswith(asked) or header not in first:
+                raise DataError(
+                    f"{name()}: the conversation begins with the assistant",
+                    {"generation prompt": repr(header or "none")},
+                    why="The chat template does not show where the assistant's first words begin.",
+                    fix="Use a template with {% generation %} marks, let the user speak first, or set data.keep=all.",
+                )
+            before = first[: first.index(header) + len(header)]
+        through = text if turn + 1 == len(messages) else self._render(messages[: turn + 1], name).text
         if not (text.startswith(through) and through.startswith(before)):
             raise DataError(
                 f"{name()}: the chat template rewrites earlier turns",
                 {"the assistant's turn": f"message {turn + 1} of {len(messages)}"},
-                why="The text of the first messages alone is not a beginning of the whole text, so what the assistant "
-                "said cannot be found in it.",
+                why="The text of the first messages is not a beginning of the whole, so what the assistant said cannot "
+                "be found in it.",
                 fix="Use a template with {% generation %} marks around the assistant's words, or set data.keep=all.",
             )
         return len(before), max(len(before), len(through.rstrip()))
-
-    def _opening(self, messages: Messages, name: Name) -> str:
-        """What is written before the assistant's words in a conversation that the assistant begins."""
-        user = [{"role": "user", "content": "?"}]
-        asked, prompted = self._render(user, name), self._render(user, name, prompt=True)
-        header = prompted.removeprefix(asked)
-        first = self._render(messages[:1], name)
-        if not header or not prompted.startswith(asked) or header not in first:
-            raise DataError(
-                f"{name()}: the conversation begins with the assistant",
-                {"generation prompt": repr(header or "none")},
-                why="The chat template does not show where the assistant's first words begin.",
-                fix="Use a template with {% generation %} marks, let the user speak first, or set data.keep=all.",
-            )
-        return first[: first.index(header) + len(header)]
-
-
-def _refused(name: Name, error: Exception) -> DataError:
-    return DataError(
-        f"{name()}: the chat template refuses the conversation",
-        {"reason": str(error).splitlines()[0] if str(error) else type(error).__name__},
-        why="A template may demand an order of roles, or that a system message is absent.",
-        fix="Mend the conversation, or use another template.",
-    )

@@ -93,11 +93,11 @@ class StoredDataConfig(Config):
     """Take the documents in a new order each epoch, which follows from the run's seed."""
 
 
-class HeldOutConfig(Config):
-    """Text that is never trained on, read as `data` is read."""
+class HeldOutText(Config):
+    """Text that nothing is learned from or chosen by, read as `data` is read."""
 
     path: PathText
-    """A file, folder or data set like data.path; where data.format is store, another store."""
+    """A file, folder or data set like data.path."""
     split: str = "train"
     """The split, where the data set has several."""
     subset: str | None = None
@@ -106,6 +106,13 @@ class HeldOutConfig(Config):
     """The commit or tag on the hub; null is data.revision where the path is the same."""
     max_documents: Positive | None = None
     """Read only the first so many documents."""
+
+
+class HeldOutConfig(HeldOutText):
+    """Text that is never trained on, read as `data` is read."""
+
+    path: PathText
+    """A file, folder or data set like data.path; where data.format is store, another store."""
     every: Positive | None = None
     """Measure after every so many steps; always at the end."""
 

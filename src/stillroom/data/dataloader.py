@@ -13,7 +13,7 @@ from stillroom.errors import DataError, MismatchError
 from stillroom.models.generation import derived_seed
 
 OPEN_ROWS = 64
-"""How many rows wait for a document that fits, at any one time."""
+"""The most rows that wait for a document that fits, at any one time."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ WHOLE = RankSlice(0, 1)
 
 
 class Totals(NamedTuple):
-    """What all processes together have of a step."""
+    """All that the processes have of a step together."""
 
     num_kept: int
     """Kept positions."""
@@ -187,7 +187,7 @@ class BatchStream(Iterator[Step]):
             steps += 1
 
     def state(self) -> dict[str, Any]:
-        """Where the stream stands, as JSON values: after the last step that it gave."""
+        """Returns where the stream stands, as JSON values: after the last step that it gave."""
         return {"epoch": self.epoch, "row": self.row, "step": self.step, **self._identity()}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -221,19 +221,16 @@ class BatchStream(Iterator[Step]):
         names = ("length", "pack", "shuffle", "tokens", "seed")
         return {"documents": self.documents.fingerprint, **{name: getattr(self, name) for name in names}}
 
-    def _rows(self, epoch: int) -> Rows:
-        key = epoch if self.shuffle else 0
-        if self._planned is None or self._planned[0] != key:
-            order = epoch_order(len(self.documents), self.shuffle, self.seed, epoch)
-            self._planned = key, plan_rows(self.documents.lengths, self.length, self.pack, order)
-        return self._planned[1]
-
     def _take(self, epoch: int, row: int) -> tuple[int, int, list[np.ndarray]]:
         """The next step's rows, each as its documents, and the epoch and row after them."""
         taken: list[np.ndarray] = []
         total = 0
         while self.epochs is None or epoch < self.epochs:
-            rows = self._rows(epoch)
+            key = epoch if self.shuffle else 0
+            if self._planned is None or self._planned[0] != key:
+                order = epoch_order(len(self.documents), self.shuffle, self.seed, epoch)
+                self._planned = key, plan_rows(self.documents.lengths, self.length, self.pack, order)
+            rows = self._planned[1]
             if row >= len(rows):
                 epoch, row = epoch + 1, 0
                 continue
@@ -277,11 +274,10 @@ def collate(documents: Sequences, rows: Sequence[np.ndarray], pad_token: int) ->
     """
     taken = [[(d, documents.tokens(d), documents.target_mask(d)) for d in row.tolist()] for row in rows]
     shape = len(rows), max(sum(len(ids) - 1 for _, ids, _ in row) for row in taken)
-    tokens, labels = np.full(shape, pad_token, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    loss_mask, positions = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=np.int64)
-    numbers = np.full(shape, -1, dtype=np.int64)
-    weigh = getattr(documents, "weight", None)
-    weights = None if weigh is None else np.ones(shape, dtype=np.float32)
+    tokens, numbers = np.full(shape, pad_token, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
+    labels, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    loss_mask, weigh = np.zeros(shape, dtype=bool), getattr(documents, "weight", None)
+    weights = [] if weigh is None else [np.ones(shape, dtype=np.float32)]
     for r, row in enumerate(taken):
         start = 0
         for document, ids, target_mask in row:
@@ -290,12 +286,11 @@ def collate(documents: Sequences, rows: Sequence[np.ndarray], pad_token: int) ->
             loss_mask[r, start:end] = target_mask[1:]
             positions[r, start:end] = np.arange(end - start)
             numbers[r, start:end] = document
-            if weigh is not None and weights is not None:
-                weights[r, start:end] = weigh(document)
+            if weigh is not None:
+                weights[0][r, start:end] = weigh(document)
             start = end
         positions[r, start:] = np.arange(shape[1] - start)
-    arrays = [tokens, labels, loss_mask, positions, numbers, *([] if weights is None else [weights])]
-    return Batch(*map(torch.from_numpy, arrays))
+    return Batch(*map(torch.from_numpy, (tokens, labels, loss_mask, positions, numbers, *weights)))
 
 
 def nothing(documents: Sequences, pad_token: int) -> Batch:
@@ -335,14 +330,7 @@ def group(rows: Iterable[np.ndarray], lengths: np.ndarray, most: int) -> list[li
 
 
 def in_batches(
-    documents: Sequences,
-    lengths: np.ndarray,
-    order: np.ndarray,
-    *,
-    length: int,
-    pack: bool,
-    most: int,
-    pad_token: int,
+    documents: Sequences, lengths: np.ndarray, order: np.ndarray, *, length: int, pack: bool, most: int, pad_token: int
 ) -> Iterator[Batch]:
     """The documents of ``order`` once, in batches of at most ``most`` positions, longest rows first.
 

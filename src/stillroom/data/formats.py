@@ -1,7 +1,7 @@
-"""Formats: how a row becomes tokens, and which of them are to be learnt.
+"""Formats: how a row becomes tokens, and which of them are to be learned.
 
-A format turns a row into one text and the spans of its characters that are to be learnt. The text is tokenised once,
-as a whole, and a token is learnt where it reaches into a span, so no token depends on where a span begins.
+A format turns a row into one text and the spans of its characters that are to be learned. The text is tokenized once,
+as a whole, and a token is learned where it reaches into a span, so no token depends on where a span begins.
 """
 
 import math
@@ -23,9 +23,9 @@ class Encoded(NamedTuple):
     tokens: np.ndarray
     """int32, shape [n]."""
     target_mask: np.ndarray
-    """bool, shape [n]: True where this token is to be learnt."""
+    """bool, shape [n]: True where this token is to be learned."""
     weight: float = 1.0
-    """What each of its tokens counts."""
+    """The weight of each of its tokens."""
     num_bytes: np.ndarray | None = None
     """int32, shape [n]: the UTF-8 bytes of the text that each token stands for, where they are counted; special tokens
     stand for none. None too where the tokenizer drops characters, so that its tokens do not stand for the text."""
@@ -33,18 +33,13 @@ class Encoded(NamedTuple):
     def part(self, start: int, stop: int) -> "Encoded":
         """Some of its tokens, which count what they did."""
         num_bytes = None if self.num_bytes is None else self.num_bytes[start:stop]
-        return self._replace(
-            tokens=self.tokens[start:stop], target_mask=self.target_mask[start:stop], num_bytes=num_bytes
-        )
+        return Encoded(self.tokens[start:stop], self.target_mask[start:stop], self.weight, num_bytes)
 
     def longer(self, token: int) -> "Encoded":
-        """With one more token, which stands for no text and is not to be learnt."""
+        """The same with one more token, which stands for no text and is not to be learned."""
         num_bytes = None if self.num_bytes is None else np.append(self.num_bytes, np.int32(0))
-        return self._replace(
-            tokens=np.append(self.tokens, np.int32(token)),
-            target_mask=np.append(self.target_mask, False),
-            num_bytes=num_bytes,
-        )
+        target_mask = np.append(self.target_mask, False)
+        return Encoded(np.append(self.tokens, np.int32(token)), target_mask, self.weight, num_bytes)
 
 
 Encoder = Callable[[Sequence[Row], Callable[[int], str]], list[Encoded]]
@@ -61,7 +56,7 @@ def encoder(
 ) -> Encoder:
     """Makes the function that turns rows into documents as ``config`` says; with ``count_bytes``, each token's too.
 
-    Text, and pairs outside a chat, get the tokenizer's own special tokens and one end of sequence, which is learnt.
+    Text, and pairs outside a chat, get the tokenizer's own special tokens and one end of sequence, which is learned.
     A conversation gets exactly what its template writes. No document begins with two beginnings of sequence.
     A row whose text, completion or assistant messages are empty has nothing to learn.
 
@@ -72,14 +67,24 @@ def encoder(
     """
     render = _renderer(config, tokenizer, template)
     finish = _finisher(tokenizer, special_tokens=not needs_template(config), count_bytes=count_bytes)
+    column = config.weight
+
+    def weighted(document: Encoded, row: Row, name: Name) -> Encoded:
+        assert column is not None
+        value = value_in(row, column, name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf:
+            return document._replace(weight=float(value))
+        raise DataError(
+            f"{name()}: the column `{column}` does not hold a weight",
+            {"expected": "a number of at least 0", "found": f"{value!r:.60} ({type(value).__name__})"},
+            why="It says what each token of the row counts in the loss.",
+            fix="Mend or delete the row, or name another column in data.weight.",
+        )
 
     def encode(rows: Sequence[Row], name: Callable[[int], str]) -> list[Encoded]:
-        rendered = [render(row, partial(name, index)) for index, row in enumerate(rows)]
-        documents = finish(rendered, name)
-        if config.weight is None:
-            return documents
-        weights = [_weight(row, config.weight, partial(name, index)) for index, row in enumerate(rows)]
-        return [document._replace(weight=weight) for document, weight in zip(documents, weights, strict=True)]
+        names = [partial(name, index) for index in range(len(rows))]
+        documents = finish(list(map(render, rows, names)), name)
+        return documents if column is None else list(map(weighted, documents, rows, names))
 
     return encode
 
@@ -90,66 +95,31 @@ def encoder(
 def _renderer(
     config: AnyData, tokenizer: PreTrainedTokenizerBase, template: str | None
 ) -> Callable[[Row, Name], Rendered]:
-    if isinstance(config, TextData):
-        return partial(_render_text, config.column)
-    if isinstance(config, ChatData):
-        chat = ChatRenderer(tokenizer, template, keep_all=config.keep == "all")
-        return lambda row, name: chat(messages_of(_conversation(row, config.column, name), name), name)
-    pair = _PairReader(config)
-    if not config.chat:
-        return lambda row, name: _render_pair(*pair(row, name), keep_all=config.keep == "all")
-    chat = ChatRenderer(tokenizer, template, keep_all=config.keep == "all")
+    keep_all = isinstance(config, TextData) or config.keep == "all"
+    chat = ChatRenderer(tokenizer, template, keep_all) if needs_template(config) else None
+    parts = ("prompt", "completion") if isinstance(config, PromptCompletionData) else ()
+    templates = [Template(f"data.{part}", getattr(config, part)) for part in parts]
 
     def render(row: Row, name: Name) -> Rendered:
-        prompt, completion = pair(row, name)
-        return chat([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}], name)
+        if isinstance(config, ChatData) and chat is not None:
+            columns = ("messages", "conversations") if config.column == "auto" else (config.column,)
+            column = next((column for column in columns if row.get(column) is not None), columns[0])
+            return chat(messages_of(value_in(row, column, name), name), name)
+        if isinstance(config, PromptCompletionData):
+            hint, defaults = "", (config.prompt, config.completion) == ("prompt", "completion")
+            if defaults and "prompt" not in row and {"question", "answer"} <= row.keys():
+                hint = "data.prompt='{question}\\n' data.completion=answer"
+            asked, answer = (template(row, name, hint) for template in templates)
+            if chat is not None:
+                return chat([{"role": "user", "content": asked}, {"role": "assistant", "content": answer}], name)
+            if not keep_all:
+                return Rendered(asked + answer, [(len(asked), len(asked) + len(answer))] if answer else [])
+            text = asked + answer
+        else:
+            text = text_in(row, config.column, name)
+        return Rendered(text, None if text else [])
 
     return render
-
-
-def _render_text(column: str, row: Row, name: Name) -> Rendered:
-    text = text_in(row, column, name)
-    return Rendered(text, None if text else [])
-
-
-def _render_pair(prompt: str, completion: str, keep_all: bool) -> Rendered:
-    text = prompt + completion
-    if keep_all:
-        return Rendered(text, None if text else [])
-    return Rendered(text, [(len(prompt), len(text))] if completion else [])
-
-
-class _PairReader:
-    """Reads (prompt, completion) from a row by two columns, or by texts with columns in braces."""
-
-    def __init__(self, config: PromptCompletionData) -> None:
-        self.prompt = Template("data.prompt", config.prompt)
-        self.completion = Template("data.completion", config.completion)
-        self.defaults = (config.prompt, config.completion) == ("prompt", "completion")
-
-    def __call__(self, row: Row, name: Name) -> tuple[str, str]:
-        hint = ""
-        if self.defaults and "prompt" not in row and {"question", "answer"} <= row.keys():
-            hint = "data.prompt='{question}\\n' data.completion=answer"
-        return self.prompt(row, name, hint), self.completion(row, name, hint)
-
-
-def _conversation(row: Row, column: str, name: Name) -> object:
-    if column == "auto":
-        column = next((c for c in ("messages", "conversations") if row.get(c) is not None), "messages")
-    return value_in(row, column, name)
-
-
-def _weight(row: Row, column: str, name: Name) -> float:
-    value = value_in(row, column, name)
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf:
-        return float(value)
-    raise DataError(
-        f"{name()}: the column `{column}` does not hold a weight",
-        {"expected": "a number of at least 0", "found": f"{value!r:.60} ({type(value).__name__})"},
-        why="It says what each token of the row counts in the loss.",
-        fix="Mend or delete the row, or name another column in data.weight.",
-    )
 
 
 # --- text to tokens --------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from stillroom.models.hidden_states import backbone, lm_head
 
@@ -21,17 +21,6 @@ class Sampling(NamedTuple):
     top_p: float
     num_answers: int
     """The number of answers to each prompt."""
-
-
-class _Check(LogitsProcessor):
-    """Changes nothing of what is generated, and shows the logits to a function that may raise an error."""
-
-    def __init__(self, check: Callable[[Tensor, int], None], width: int) -> None:
-        self.check, self.width = check, width
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.check(scores, input_ids.shape[1] - self.width)
-        return scores
 
 
 @torch.no_grad()
@@ -73,6 +62,11 @@ def generate(
         suppress_tokens=list(range(vocab_size, lm_head(model).vocab_size)) or None,
         **how,
     )
+
+    def see(input_ids: Tensor, scores: Tensor) -> Tensor:
+        check(scores, input_ids.shape[1] - width)
+        return scores
+
     device = model.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -82,7 +76,7 @@ def generate(
             written = write(
                 torch.from_numpy(ids).to(device),
                 attention_mask=torch.from_numpy(mask).to(device),
-                logits_processor=LogitsProcessorList([_Check(check, width)]),
+                logits_processor=LogitsProcessorList([see]),  # pyright: ignore[reportArgumentType]
             )
         finally:
             model.generation_config = own

@@ -2,7 +2,8 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,17 +60,12 @@ def lm_head(model: PreTrainedModel) -> LMHead:
     config = model.config.get_text_config()
     factor, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
     scale = (factor if isinstance(factor, int | float) else 1.0) / (divisor or 1.0)
-    weight, bias = _weight_and_bias(layer)
-    return LMHead(weight, bias, scale, getattr(config, "final_logit_softcapping", None))
-
-
-def _weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    if hasattr(layer, "lora_A"):  # peft's wrapper around a linear layer
-        weight, bias = _weight_and_bias(layer.base_layer)  # pyright: ignore[reportArgumentType]
-        for name in layer.active_adapters:  # pyright: ignore[reportGeneralTypeIssues]
-            weight = weight + layer.get_delta_weight(name)  # pyright: ignore[reportCallIssue]
-        return weight, bias
-    return layer.weight, getattr(layer, "bias", None)  # pyright: ignore[reportReturnType]
+    deltas: list[Tensor] = []
+    while hasattr(layer, "lora_A"):  # peft's wrapper around a linear layer
+        deltas += [layer.get_delta_weight(name) for name in layer.active_adapters]  # pyright: ignore
+        layer = layer.base_layer  # pyright: ignore[reportAssignmentType]
+    weight = sum(deltas, layer.weight)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    return LMHead(weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
 
 
 @torch.no_grad()
@@ -107,8 +103,11 @@ def verify(model: PreTrainedModel, name: str, *, pack: bool, device: torch.devic
             fix="Check its weights; where they are good, another dtype or attention may mend it.",
         )
     tolerance = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 1e-2
-    ours = lm_head(model).logits(hidden.flatten(0, 1)).view(own.shape)
-    error = ((ours - own).abs().max() / own.abs().max().clamp_min(1e-6)).item()
+
+    def apart(a: Tensor, b: Tensor, of: Tensor) -> float:
+        return ((a - b).abs().max() / of.abs().max().clamp_min(1e-6)).item()
+
+    error = apart(lm_head(model).logits(hidden.flatten(0, 1)).view(own.shape), own, own)
     if not error <= tolerance:
         raise MismatchError(
             f"the head of {name} is not understood",
@@ -116,15 +115,14 @@ def verify(model: PreTrainedModel, name: str, *, pack: bool, device: torch.devic
             why="Its family changes the logits in a way that would be left out of every loss.",
             fix="Please report the family; until it is described it cannot be distilled.",
         )
-    largest = hidden.abs().max().clamp_min(1e-6)
-    if not ((hidden[0, :15] - hidden[2, :15]).abs().max() / largest).item() <= tolerance:
+    if not apart(hidden[0, :15], hidden[2, :15], hidden) <= tolerance:
         raise MismatchError(
             f"{name} sees the tokens that it is to predict",
             {"family": model.config.model_type, "expected": "a causal language model"},
             why="Its hidden states depend on what comes later, so every loss would be meaningless.",
             fix="Use a decoder; for some families that is a setting, such as is_decoder.",
         )
-    leak = ((hidden[0, 8:] - hidden[1, 8:]).abs().max() / largest).item()
+    leak = apart(hidden[0, 8:], hidden[1, 8:], hidden)
     if pack and leak > tolerance / 10:  # the same arithmetic on the same numbers differs by nothing, or nearly so
         raise MismatchError(
             f"{name} lets documents that share a row see each other",
@@ -135,7 +133,7 @@ def verify(model: PreTrainedModel, name: str, *, pack: bool, device: torch.devic
 
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-"""What a block's queries, keys and values are made by, in every family that keeps them apart."""
+"""The modules that make a block's queries, keys and values, in every family that keeps them apart."""
 
 
 def all_hidden_states(
@@ -157,14 +155,18 @@ def all_hidden_states(
         # With gradients nothing may be computed here: a checkpointed block would not find it in its second run.
         taken[name] = state if torch.is_grad_enabled() else kept(state)
 
+    def enters(args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+        take("embeddings", args[0] if args else kwargs["hidden_states"])
+
+    def leaves(layer: Layer, _: Any, __: Any, output: Any) -> None:
+        take(layer, output if isinstance(output, Tensor) else output[0])
+
     with hooks() as hook:
         for layer in layers:
             if layer == "embeddings":
-                hook(
-                    inside[0], lambda args, kwargs, _: take("embeddings", args[0] if args else kwargs["hidden_states"])
-                )
+                hook(inside[0], enters)
             elif layer != "final_norm":
-                hook(inside[layer], lambda *given, layer=layer: take(layer, _first(given[-1])))
+                hook(inside[layer], partial(leaves, layer))
         for layer in attention:
             for name, projection in projections(inside[layer], layer).items():
                 hook(projection, lambda *given, name=(layer, name): take(name, given[-1]))
@@ -172,34 +174,29 @@ def all_hidden_states(
     if torch.is_grad_enabled():
         taken = {name: kept(state) for name, state in taken.items()}
     states: dict[Layer, Tensor] = {layer: last if layer == "final_norm" else taken[layer] for layer in layers}
-    return last, HiddenStates(
-        states, {layer: Attention(*(taken[layer, n] for n in PROJECTIONS)) for layer in attention}
-    )
+    inner = {layer: Attention(*(taken[layer, name] for name in PROJECTIONS)) for layer in attention}
+    return last, HiddenStates(states, inner)
+
+
+Take = Callable[[tuple[Any, ...], dict[str, Any], Any], object]
+"""Is called with a module's arguments and its output."""
 
 
 @contextmanager
-def hooks() -> Iterator[Callable[[nn.Module, Callable[[tuple[Any, ...], dict[str, Any], Any], object]], None]]:
+def hooks() -> Iterator[Callable[[nn.Module, Take], None]]:
     """Gives a function that has another called with a module's arguments and output; in the end all are taken away.
 
     They must be gone before backward, in which checkpointed blocks run a second time.
     """
-    handles = []
+    with ExitStack() as stack:
 
-    def hook(module: nn.Module, take: Callable[[tuple[Any, ...], dict[str, Any], Any], object]) -> None:
-        def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            take(args, kwargs, output)
+        def hook(module: nn.Module, take: Take) -> None:
+            def after(_: nn.Module, *given: Any) -> None:
+                take(*given)
 
-        handles.append(module.register_forward_hook(after, with_kwargs=True))
+            stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
 
-    try:
         yield hook
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _first(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
 
 
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -222,7 +219,7 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def projections(block: nn.Module, layer: int) -> dict[str, nn.Module]:
-    """What makes a block's queries, keys and values.
+    """The modules that make a block's queries, keys and values.
 
     Raises:
         MismatchError: they are not kept apart, or not named as is usual.

@@ -4,6 +4,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging
 
 from stillroom.config import Quantization, is_local
-from stillroom.errors import ConfigError, DataError, MismatchError, MissingError
+from stillroom.errors import ConfigError, DataError, MismatchError, MissingError, did_you_mean
 from stillroom.lm_head import LMHead
 from stillroom.models import safetensors_io
 from stillroom.models.dtensor import fill_local, is_adapter, materialize, own_rows
@@ -43,24 +44,19 @@ def _not_loaded(name: str, error: Exception) -> MissingError | DataError:
             why="Its code would run on this machine with your rights.",
             fix="Read the code first, then set trust_remote_code=true beside the model's name if you trust it.",
         )
-    if is_local(name):
-        return DataError(
-            f"the model in {name} could not be loaded",
-            {"reason": reason[:300]},
-            why="Without it there is nothing to train or to learn from.",
-            fix="Check that the folder is whole, and that it holds a causal language model that `transformers` knows.",
-        )
-    return MissingError(
-        f"the model {name} could not be loaded",
+    local = is_local(name)
+    fix = "Check the name, the network and the access rights (`hf auth login`); or give a local folder."
+    return (DataError if local else MissingError)(
+        f"the model {'in ' if local else ''}{name} could not be loaded",
         {"reason": reason[:300]},
         why="Without it there is nothing to train or to learn from.",
-        fix="Check the name, the network and the access rights (`hf auth login`); or give a local folder.",
+        fix="Check that the folder is whole, and holds a causal model that `transformers` knows." if local else fix,
     )
 
 
 def fingerprint(name: str, config: PretrainedConfig) -> str:
-    """What tells one model from another: the commit on the hub; for a folder a hash of its config, its tensors' names,
-    shapes and places, and samples of each weight file (hashing all of 800 GB would take an hour)."""
+    """The identity of a model: its commit on the hub; for a folder a hash of its config, its tensors' names, shapes and
+    places, and samples of each weight file (hashing all of 800 GB would take an hour)."""
     if not is_local(name):
         return f"commit {getattr(config, '_commit_hash', None)}"
     digest = hashlib.sha256()
@@ -92,11 +88,12 @@ def load_model(
         quantization: of the weights of its linear layers but the head, one by one as they are read, on the device; its
             arithmetic is in ``dtype``, which cannot be auto then.
     """
-    if is_local(name):
-        check_folder(Path(name).expanduser())
+    folder = Path(name).expanduser() if is_local(name) else None
+    if folder is not None:
+        check_folder(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(Path(name).expanduser()) if is_local(name) else name,
+            str(folder or name),
             dtype=dtype,
             attn_implementation=attention,
             revision=revision,
@@ -133,15 +130,13 @@ def local_folder(name: str, revision: str | None = None) -> Path:
 
 def configure(base: PretrainedConfig, settings: Mapping[str, Any]) -> PretrainedConfig:
     """A model's config with some of its settings changed, each of which must be known to the model's family."""
-    import difflib
-
     values = base.to_dict()
     for key in settings:
         if key not in values:
-            near = difflib.get_close_matches(key, values, n=1)
+            near = did_you_mean(key, values) or {"did you mean": "see the model's config.json"}
             raise MismatchError(
                 f"the family {base.model_type} has no setting `{key}`",
-                {"asked for": key, "did you mean": near[0] if near else "see the model's config.json"},
+                {"asked for": key, **near},
                 why="It would be stored with the model and do nothing.",
                 fix="Use the names of the family's config.json in init.settings.",
             )
@@ -184,11 +179,7 @@ def build_model(
 
 
 def build_meta_model(
-    config: PretrainedConfig,
-    *,
-    dtype: torch.dtype,
-    attention: str | None = None,
-    trust_remote_code: bool = False,
+    config: PretrainedConfig, *, dtype: torch.dtype, attention: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A model whose parameters take no memory yet: only its buffers (a few numbers, such as the frequencies of
     positions) are there."""
@@ -231,7 +222,7 @@ def initialize(model: PreTrainedModel, seed: int) -> None:
         if is_adapter(f".{name}"):
             module._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
     for family in families:
-        family._init_weights = _drawing(family)  # pyright: ignore[reportAttributeAccessIssue]
+        family._init_weights = partial(_draw, family)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -241,25 +232,19 @@ def initialize(model: PreTrainedModel, seed: int) -> None:
             del family.__dict__["_init_weights"]
 
 
-def _drawing(family: PreTrainedModel) -> Any:
-    """The family's own way to draw a module, over stand-ins for its parameters that are whole and on the CPU."""
-    own = type(family)._init_weights
-
-    def draw(module: nn.Module) -> None:
-        held = {name: p for name, p in module._parameters.items() if p is not None}
+def _draw(family: PreTrainedModel, module: nn.Module) -> None:
+    """Draws a module as its family does, over stand-ins for its parameters that are whole and on the CPU."""
+    held = {name: p for name, p in module._parameters.items() if p is not None}
+    for name, parameter in held.items():
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype)
+        module._parameters[name] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+    try:
+        type(family)._init_weights(family, module)
         for name, parameter in held.items():
-            whole = torch.empty(parameter.shape, dtype=parameter.dtype)
-            module._parameters[name] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
-        try:
-            own(family, module)
-            for name, parameter in held.items():
-                drawn = module._parameters[name]
-                assert drawn is not None
-                fill_local(parameter, drawn.detach()[own_rows(parameter)] if drawn.ndim else drawn.detach())
-        finally:
-            module._parameters.update(held)
-
-    return draw
+            drawn: Any = module._parameters[name]
+            fill_local(parameter, drawn.detach()[own_rows(parameter)] if drawn.ndim else drawn.detach())
+    finally:
+        module._parameters.update(held)
 
 
 def load_head(model: PreTrainedModel, folder: Path, device: torch.device | str) -> LMHead:
@@ -345,7 +330,7 @@ def resolve_device(device: str, setting: str) -> str:
 
 
 def device_name(device: str) -> str:
-    """What a device calls itself: "NVIDIA H100 80GB HBM3"; cpu, mps by these names."""
+    """The name that a device gives itself: "NVIDIA H100 80GB HBM3"; cpu, mps by these names."""
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 

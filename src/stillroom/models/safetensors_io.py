@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -30,15 +30,15 @@ def load_weights(model: PreTrainedModel, folder: Path, *, whole: bool = True) ->
     Raises:
         DataError: tensors are missing or left over, or have other shapes.
     """
-    wanted, names = dict(named(model)), _Names(model)
+    wanted, renamed = dict(named(model)), _renaming(model)
     if not whole:
         wanted = {name: tensor for name, tensor in wanted.items() if not tensor.is_meta}
     given: set[int] = set()
-    with _Files(folder) as files:
+    with _slices(folder) as files:
         left_over: list[str] = []
         composed: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
         for key in files:
-            name, pattern, converter = (key, None, None) if key in wanted else names.of(key, wanted)
+            name, pattern, converter = (key, None, None) if key in wanted else renamed(key, wanted)
             if name not in wanted:
                 left_over.append(key)
             elif pattern is None:
@@ -52,8 +52,9 @@ def load_weights(model: PreTrainedModel, folder: Path, *, whole: bool = True) ->
                 _check_shape(wanted[target], tuple(tensor.shape), target, folder)
                 fill_local(wanted[target], tensor[own_rows(wanted[target])])
     missing = [name for name, tensor in wanted.items() if id(tensor) not in given]
-    left_over = [key for key in left_over if not any(re.search(p, key) for p in _left_out(model))]
-    check_whole(str(folder), missing, left_over if whole else [], model.base_model_prefix)
+    left_out = _left_out(model)
+    left_over = [key for key in left_over if whole and not any(re.search(pattern, key) for pattern in left_out)]
+    check_whole(str(folder), missing, left_over, model.base_model_prefix)
 
 
 def _left_out(model: PreTrainedModel) -> set[str]:
@@ -94,52 +95,32 @@ def check_whole(name: str, missing: list[str], left_over: list[str], prefix: str
         )
 
 
-class _Files(ExitStack):
-    """The tensors of a folder's safetensors by their names, none of them read yet."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
-
-    def __enter__(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        super().__enter__()
-        slices: dict[str, Any] = {}
-        for path in _paths(self.folder):
-            file = self.enter_context(safe_open(path, framework="pt"))
-            slices |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-        return slices
-
-
-def _paths(folder: Path) -> Iterator[Path]:
-    index = folder / "model.safetensors.index.json"
+@contextmanager
+def _slices(folder: Path) -> Iterator[dict[str, Any]]:
+    """Gives the tensors of a folder's safetensors by their names, none of them read yet."""
+    index, names = folder / "model.safetensors.index.json", {"model.safetensors"}
     if index.is_file():
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        yield from (folder / name for name in names)
-    else:
-        yield folder / "model.safetensors"
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(folder / name, framework="pt")) for name in sorted(names)]
+        yield {key: file.get_slice(key) for file in files for key in file.keys()}  # noqa: SIM118
 
 
-class _Names:
-    """What tensors of a family's files are called in its model, as `transformers` says."""
+def _renaming(model: PreTrainedModel) -> Callable[[str, Mapping[str, Tensor]], tuple[str, str | None, Any]]:
+    """Returns a function from the name of a tensor in a family's files to its name in the model, as `transformers` has
+    it; and, where it is one of several that make up a parameter, by which pattern it was found and what joins them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
+    rules = get_model_conversion_mapping(model)
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
 
-        rules = get_model_conversion_mapping(model)
-        self.prefix = model.base_model_prefix
-        self.converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        self.renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    def renamed(key: str, wanted: Mapping[str, Tensor]) -> tuple[str, str | None, Any]:
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, dict(wanted))
+        return name, pattern, next((rule for rule in converters if pattern in rule.source_patterns), None)
 
-    def of(self, key: str, wanted: Mapping[str, Tensor]) -> tuple[str, str | None, Any]:
-        """The name; and, where the tensor is one of several that make up a parameter, by which pattern it was found and
-        what makes the parameter of them."""
-        from transformers.core_model_loading import rename_source_key
-
-        name, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, dict(wanted))
-        if pattern is None:
-            return name, None, None
-        return name, pattern, next(rule for rule in self.converters if pattern in rule.source_patterns)
+    return renamed
 
 
 def _compose(
@@ -180,6 +161,8 @@ def _check_shape(parameter: Tensor, shape: tuple[int, ...], key: str, folder: Pa
 
 FILE_BYTES = 2**30
 """A file ends with the layer that takes it to this size, so that one process holds little more than that at a time."""
+PART = "{:05d}.part"
+"""The name of a file while nobody knows how many there will be."""
 
 
 @contextmanager
@@ -204,28 +187,26 @@ def new_model_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-class _Rounding:
-    """Gives a model's tensors the type in which they are exported.
+def _rounding(model: PreTrainedModel, dtype: torch.dtype | None) -> Callable[[str, Tensor], Tensor]:
+    """Returns a function that gives a model's tensors, by name, the type in which they are exported.
 
     Numbers that are no floating point numbers stay, and so do those that `transformers` keeps in float32 whatever the
     type of the model is (the biases by which some mixtures of experts route).
     """
+    kept = [pattern.replace("*", ".*") for pattern in (() if dtype is None else model._get_dtype_plan(dtype))]
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
-        self.dtype = dtype
-        kept = () if dtype is None else model._get_dtype_plan(dtype)
-        self.kept = [pattern.replace("*", ".*") for pattern in kept]
-
-    def __call__(self, name: str, tensor: Tensor) -> Tensor:
-        if self.dtype is None or not tensor.is_floating_point():
+    def rounded(name: str, tensor: Tensor) -> Tensor:
+        if dtype is None or not tensor.is_floating_point():
             return tensor
-        return tensor.to(torch.float32 if any(re.search(p, name) for p in self.kept) else self.dtype)
+        return tensor.to(torch.float32 if any(re.search(pattern, name) for pattern in kept) else dtype)
+
+    return rounded
 
 
 def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Rounds a model's parameters and saved buffers to another type in place, one after the other, which ends its
     training; adapters beside them too."""
-    rounded = _Rounding(model, dtype)
+    rounded = _rounding(model, dtype)
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensor.data = rounded(name, tensor.data)
 
@@ -245,24 +226,33 @@ def save_weights(
     Args:
         dtype: the type to which whole tensors are rounded as they are written; None leaves them as they are.
     """
-    rounded = _Rounding(model, dtype)
+    rounded = _rounding(model, dtype)
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
     kept: dict[str, Tensor] = {}
     written: list[dict[str, Tensor]] = []  # of each file its tensors, without memory
+
+    def write() -> None:
+        save_file(kept, folder / PART.format(len(written)), metadata={"format": "pt"})
+        written.append({name: tensor.to("meta") for name, tensor in kept.items()})
+        kept.clear()
+
     for layer in _layers(model):
         tensors = _as_in_files(model, layer, rounded)
-        if not writes:
-            continue
-        kept |= {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        if _size(kept) >= file_bytes:
-            written.append(_write_file(kept, folder, len(written)))
-            kept = {}
+        if writes:
+            kept |= {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            if _size(kept) >= file_bytes:
+                write()
     if writes:
         if kept:
-            written.append(_write_file(kept, folder, len(written)))
+            write()
         _name_files(written, folder)
-        _write_configs(model, folder, dtype or model.dtype)
+        config: Any = model.config
+        config.architectures = [type(model).__name__]
+        config.dtype = str(dtype or model.dtype).removeprefix("torch.")
+        config.save_pretrained(folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
 
 
 def _layers(model: PreTrainedModel) -> Iterator[list[tuple[str, nn.Module]]]:
@@ -282,8 +272,9 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((k, b) for k, b in module.named_buffers(recurse=False) if k not in module._non_persistent_buffers_set)
 
 
+@torch.no_grad()
 def _as_in_files(
-    model: PreTrainedModel, modules: Iterable[tuple[str, nn.Module]], rounded: _Rounding
+    model: PreTrainedModel, modules: Iterable[tuple[str, nn.Module]], rounded: Callable[[str, Tensor], Tensor]
 ) -> dict[str, Tensor]:
     """A block's tensors, whole and by the names of the family's files. A tied head is the embeddings, and left out."""
     from transformers.core_model_loading import revert_weight_conversion
@@ -299,7 +290,9 @@ def _as_in_files(
             whole = full_tensor(tensor)
             place = name.removesuffix(".base_layer")
             if own == "weight" and place != name and place in adapted:
-                whole = whole + _delta(model.get_submodule(place)).to(whole.dtype)
+                adapter = _Delta(model.get_submodule(place))
+                parts = {k: full_tensor(p) for k, p in adapter.named_parameters() if ".base_layer." not in k}
+                whole = whole + functional_call(adapter, parts, ()).to(whole.dtype)
             key = key.replace(".base_layer.", ".")
             if key not in tied:
                 found[key] = rounded(key, whole)
@@ -307,7 +300,7 @@ def _as_in_files(
 
 
 class _Delta(nn.Module):
-    """What an adapter adds to the weight beside it, of parameters that are given."""
+    """Gives what an adapter adds to the weight beside it, of parameters that are given."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -315,55 +308,25 @@ class _Delta(nn.Module):
 
     def forward(self) -> Tensor:
         layer: Any = self.layer
-        deltas = [layer.get_delta_weight(name) for name in layer.active_adapters]
-        return torch.stack(deltas).sum(0)
-
-
-@torch.no_grad()
-def _delta(layer: nn.Module) -> Tensor:
-    whole = {
-        f"layer.{name}": full_tensor(parameter)
-        for name, parameter in layer.named_parameters()
-        if not name.startswith("base_layer.")
-    }
-    return functional_call(_Delta(layer), whole, ())
+        return torch.stack([layer.get_delta_weight(name) for name in layer.active_adapters]).sum(0)
 
 
 def _size(tensors: dict[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
 
 
-def _write_file(tensors: dict[str, Tensor], folder: Path, number: int) -> dict[str, Tensor]:
-    """Writes a file under a name that does not yet say how many there are; returns its tensors without memory."""
-    save_file(tensors, folder / _temporary(number), metadata={"format": "pt"})
-    return {name: tensor.to("meta") for name, tensor in tensors.items()}
-
-
-def _temporary(number: int) -> str:
-    return f"{number:05d}.part"
-
-
 def _name_files(written: list[dict[str, Tensor]], folder: Path) -> None:
-    if len(written) == 1:
-        (folder / _temporary(0)).rename(folder / "model.safetensors")
-        return
+    """Gives files their names, which say how many there are, and writes the index of several."""
     places: dict[str, str] = {}
     for number, tensors in enumerate(written):
         name = f"model-{number + 1:05d}-of-{len(written):05d}.safetensors"
-        (folder / _temporary(number)).rename(folder / name)
+        name = "model.safetensors" if len(written) == 1 else name
+        (folder / PART.format(number)).rename(folder / name)
         places |= dict.fromkeys(tensors, name)
-    sizes = {
-        "total_size": sum(map(_size, written)),
-        "total_parameters": sum(t.numel() for w in written for t in w.values()),
-    }
-    index = {"metadata": sizes, "weight_map": dict(sorted(places.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_configs(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    config: Any = model.config
-    config.architectures = [type(model).__name__]
-    config.dtype = str(dtype).removeprefix("torch.")
-    config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+    if len(written) > 1:
+        sizes = {
+            "total_size": sum(map(_size, written)),
+            "total_parameters": sum(t.numel() for w in written for t in w.values()),
+        }
+        index = {"metadata": sizes, "weight_map": dict(sorted(places.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -5,23 +5,8 @@ from typing import ClassVar, Literal
 from pydantic import model_validator
 
 from stillroom.config import Config, PathText, Positive, replace
-from stillroom.data.config import AnyData, DataConfig
+from stillroom.data.config import AnyData, DataConfig, HeldOutText
 from stillroom.pruning.config import PruningConfig
-
-
-class PruneHeldOutConfig(Config):
-    """Text that nothing is chosen by, read as `data` is read."""
-
-    path: PathText
-    """A file, folder or data set like data.path."""
-    split: str = "train"
-    """The split, where the data set has several."""
-    subset: str | None = None
-    """The configuration on the hub; null is data.subset where the path is the same."""
-    revision: str | None = None
-    """The commit or tag on the hub; null is data.revision where the path is the same."""
-    max_documents: Positive | None = None
-    """Read only the first so many documents."""
 
 
 class _Model(Config):
@@ -41,7 +26,7 @@ class PruneConfig(PruningConfig, _Model):
     data: DataConfig | None = None
     """The text on which it is measured what matters, where `layers` or `width` need that; and how `held_out` is
     read."""
-    held_out: PruneHeldOutConfig | None = None
+    held_out: HeldOutText | None = None
     """What the cross-entropy of both models is measured on; null measures none."""
     batch_tokens: Positive | Literal["auto"] = "auto"
     """Tokens that go through the model at once, with padding; auto is the length of a row or 4096, whichever is more.
@@ -74,7 +59,7 @@ class PruneConfig(PruningConfig, _Model):
 
     @property
     def held_out_data(self) -> AnyData | None:
-        """What is held out, with all settings that it is read by."""
+        """The text that is held out, with all settings that it is read by."""
         if self.held_out is None or self.data is None:
             return None
         own = self.held_out.model_dump()

@@ -1,17 +1,16 @@
-"""What a cut will need: memory, arithmetic and time of measuring, and the size of the smaller model; from configs and
-headers alone."""
+"""The costs of a cut, from headers alone: memory, arithmetic and time of measuring; and the smaller model's size."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from transformers import AutoConfig
 
 from stillroom.config import LOGITS_BYTES
-from stillroom.data.config import most_tokens
+from stillroom.data.config import AnyData, most_tokens
 from stillroom.errors import ConfigError
 from stillroom.estimates.flops import forward_flops, layers_flops
 from stillroom.estimates.hardware import Hardware
-from stillroom.estimates.headers import ITEM_BYTES, Headers, ModelFiles, read_sizes
+from stillroom.estimates.headers import ITEM_BYTES, Headers, read_sizes
 from stillroom.estimates.memory import logits_bytes, passing_bytes
 from stillroom.estimates.model_size import model_size
 from stillroom.estimates.report import CostReport, bytes_text
@@ -21,7 +20,7 @@ from stillroom.pruning.config import BestLayers
 from stillroom.pruning.plan import plan_pruning
 
 BATCH_TOKENS = 4096
-"""What `batch_tokens=auto` is, or the length of a row where that is more."""
+"""The `batch_tokens` that auto means, or the length of a row where that is more."""
 OF_TRAINING = ("states", "students", "num_devices", "parallel")
 """Settings of a plan that say nothing of a cut."""
 ITEMS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -38,23 +37,21 @@ def read_headers(config: PruneConfig) -> Headers:
     files, model = read_sizes(config.model, config.revision, "the model")
     smaller = plan_pruning(config, AutoConfig.for_model(**files.config), "model").config
     sizes = {"model": model, "smaller model": model_size(smaller, "the smaller model")}
-    return Headers(sizes, itemsize=_itemsize(config.dtype, files))
-
-
-def _itemsize(name: str | None, files: ModelFiles) -> int:
-    """Bytes of a number of the weights: as it is set, as config.json says, or as most of them are stored."""
-    if name == "auto":
-        name = files.config.get("dtype") or files.config.get("torch_dtype")
-    if name is None:
-        return ITEM_BYTES[max(files.numbers, key=lambda dtype: files.numbers[dtype])]
-    if name not in ITEMS:
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = files.config.get("dtype") or files.config.get("torch_dtype")
+    if dtype is None:  # the one that most of them are stored in
+        itemsize = ITEM_BYTES[max(files.numbers, key=lambda stored: files.numbers[stored])]
+    elif dtype in ITEMS:
+        itemsize = ITEMS[dtype]
+    else:
         raise ConfigError(
             "the type of the model's weights is not known",
-            {"dtype": name, "known": ", ".join(ITEMS)},
+            {"dtype": dtype, "known": ", ".join(ITEMS)},
             why="How large it is follows from it.",
             fix="Set dtype to float32 or bfloat16.",
         )
-    return ITEMS[name]
+    return Headers(sizes, itemsize=itemsize)
 
 
 def costs(config: PruneConfig, headers: Headers, hardware: Hardware, title: str = "prune") -> CostReport:
@@ -63,9 +60,17 @@ def costs(config: PruneConfig, headers: Headers, hardware: Hardware, title: str 
     report = CostReport(title, assumptions=hardware.assumptions(single=headers.itemsize == 4))
     for name, model in headers.models.items():
         add_parameters(report, name, model)
-    _add_memory(report, config, headers, hardware)
-    if config.data is not None:
-        _add_time(report, config, headers, hardware, config.data.length)
+    data, measured = config.data, list(passes(config.layers, headers))
+    batches = ()
+    if data is not None:
+        auto = max(data.length, BATCH_TOKENS)
+        most = auto if config.batch_tokens == "auto" else config.batch_tokens
+        loss = config.held_out is not None or any(one.head for one in measured)
+        influence = bool(measured) and getattr(config.layers, "by", None) == "block_influence"
+        batches = tuple((n, _reading(headers, loss, influence, data.length, n, data.pack)) for n in (most, data.length))
+    _add_memory(report, headers, hardware, batches)
+    if data is not None:
+        _add_time(report, headers, hardware, measured, data.length, config.documents, config.held_out_data)
     written = headers.itemsize * headers.models["smaller model"].total
     report.add("written", "smaller model", written, "bytes", f"{headers.itemsize} bytes a parameter")
     report.assumptions.append("loading, cutting and writing take as long as the disk does, which is not counted")
@@ -83,7 +88,7 @@ class Pass:
 
 
 def passes(rule: object, headers: Headers) -> Iterator[Pass]:
-    """What is measured before the cut, pass by pass.
+    """Yields what is measured before the cut, pass by pass.
 
     Args:
         rule: the setting `layers`.
@@ -104,14 +109,14 @@ def _widths_change(headers: Headers) -> bool:
     return headers.models["model"].shapes.keys() != headers.models["smaller model"].shapes.keys()
 
 
-def _add_memory(report: CostReport, config: PruneConfig, headers: Headers, hardware: Hardware) -> None:
+def _add_memory(
+    report: CostReport, headers: Headers, hardware: Hardware, batches: Sequence[tuple[int, dict[str, dict[str, float]]]]
+) -> None:
+    """Adds the moment that needs most; ``batches`` tells of each size of a batch, largest first, what reading takes."""
     weights = {name: float(headers.itemsize * model.total) for name, model in headers.models.items()}
     stays = {"model's weights": weights["model"], "driver and workspaces": float(hardware.driver_bytes)}
     cutting = {"cutting": {"smaller model's weights": weights["smaller model"]}}
-    moments = cutting
-    if config.data is not None:
-        n = max(config.data.length, BATCH_TOKENS) if config.batch_tokens == "auto" else config.batch_tokens
-        moments = {**cutting, **_reading(config, headers, config.data.length, n, config.data.pack)}
+    moments = cutting | (batches[0][1] if batches else {})
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     comes = moments[moment]
     total = add_memory(report, {**stays, **comes}, hardware, dict.fromkeys(comes, f"while {moment}"))
@@ -119,29 +124,29 @@ def _add_memory(report: CostReport, config: PruneConfig, headers: Headers, hardw
     report.advice.append(sentence)
     if fits:
         return
-    if config.data is not None:
-        length = config.data.length
-        fewer = {**cutting, **_reading(config, headers, length, length, config.data.pack)}
-        least = sum(stays.values()) + max(sum(parts.values()) for parts in fewer.values())
+    for n, fewer in batches[1:]:
+        least = sum(stays.values()) + max(sum(parts.values()) for parts in (cutting | fewer).values())
         if least <= hardware.resolved().memory_bytes:
-            report.advice.append(f"would fit with batch_tokens={length}: {bytes_text(least)}")
+            report.advice.append(f"would fit with batch_tokens={n}: {bytes_text(least)}")
             return
     report.advice.append("no smaller batch is enough: dtype=bfloat16, device=cpu or a device with more memory")
 
 
-def _reading(config: PruneConfig, headers: Headers, length: int, n: int, pack: bool) -> dict[str, dict[str, float]]:
+def _reading(
+    headers: Headers, loss: bool, influence: bool, length: int, n: int, pack: bool
+) -> dict[str, dict[str, float]]:
     """Bytes by part that are needed besides the weights while the model reads batches of n tokens, by what is
-    measured."""
-    model, item, rule = headers.models["model"], headers.itemsize, config.layers
+    measured: a loss, how far layers turn their input, and widths."""
+    model, item = headers.models["model"], headers.itemsize
     activations = {"activations": n * passing_bytes(model, length, item, masked=pack)}
-    found, measured = {}, list(passes(rule, headers))
-    if any(one.head for one in measured) or config.held_out is not None:
+    found = {}
+    if loss:
         found["measuring a loss"] = {
             **activations,
             "last states": 2.0 * n * model.hidden_size * item,
             "logits": logits_bytes(model.vocab_size, 1, LOGITS_BYTES, n),
         }
-    if isinstance(rule, BestLayers) and measured and rule.by == "block_influence":
+    if influence:
         states = n * (model.num_layers + 1) * model.hidden_size
         found["measuring block influence"] = {
             **activations,
@@ -154,23 +159,31 @@ def _reading(config: PruneConfig, headers: Headers, length: int, n: int, pack: b
     return found
 
 
-def _add_time(report: CostReport, config: PruneConfig, headers: Headers, hardware: Hardware, length: int) -> None:
+def _add_time(
+    report: CostReport,
+    headers: Headers,
+    hardware: Hardware,
+    measured: Sequence[Pass],
+    length: int,
+    documents: int,
+    held_out: AnyData | None,
+) -> None:
     model, smaller = headers.models["model"], headers.models["smaller model"]
     section, total, left_out = time_section(hardware), 0.0, ""
-    if measured := list(passes(config.layers, headers)):
+    if measured:
         head = 2.0 * model.head_entries
         each = sum(layers_flops(model, length, one.num_layers) + head * one.head for one in measured)
-        tokens, why = float(config.documents * length), f"at most: {config.documents:,} documents of up to {length:,}"
+        tokens, why = float(documents * length), f"at most: {documents:,} documents of up to {length:,}"
         if headers.num_tokens is not None:
-            tokens, why = headers.num_tokens, f"in the first {config.documents:,} documents"
+            tokens, why = headers.num_tokens, f"in the first {documents:,} documents"
         elif hardware.data_tokens is not None:
             tokens, why = hardware.data_tokens, "as data_tokens says"
         report.add(ARITHMETIC, "measuring", each, "FLOP", f"{len(measured):,} passes over the text")
         report.add(section, "tokens measured on", tokens, "count", why)
         total += each * tokens
-    if config.held_out_data is not None:
+    if held_out is not None:
         each = forward_flops(model, length) + forward_flops(smaller, length)
-        tokens, why = most_tokens(config.held_out_data) if headers.num_held_out is None else (headers.num_held_out, "")
+        tokens, why = most_tokens(held_out) if headers.num_held_out is None else (headers.num_held_out, "")
         report.add(ARITHMETIC, "held out, both models", each, "FLOP")
         report.add(section, "tokens held out", tokens, "count", why.partition(":")[0] if tokens is None else why)
         total += each * (tokens or 0.0)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stillroom.config import format_setting, is_local, replace
 from stillroom.data.config import AnyData
-from stillroom.data.dataset import Documents, cache_folder, prepared
+from stillroom.data.dataset import cache_folder, prepared
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.errors import ConfigError
@@ -24,7 +24,7 @@ from stillroom.verbs import VerbPlan, check_vocabulary, costs_on, files_of, requ
 
 @dataclass(frozen=True)
 class PrunePlan(VerbPlan[PruneConfig]):
-    """What a cut will do. A dtype that is the model's own stays "auto" in its config."""
+    """The plan of a cut. A dtype that is the model's own stays "auto" in its config."""
 
     cut: PruningPlan
     tokenizer: PreTrainedTokenizerBase
@@ -40,19 +40,16 @@ class PrunePlan(VerbPlan[PruneConfig]):
         return {"cut": self.cut.facts()}
 
     def costs(self) -> dict[str, Any] | str:
-        data, held_out = (self._documents(data) for data in (self.data, self.held_out))
+        data, held_out = (
+            prepared(data, self.tokenizer, template=self.template) if data is not None and is_local(data.path) else None
+            for data in (self.data, self.held_out)
+        )
         headers = dataclasses.replace(
             read_headers(self.config),
             num_tokens=None if data is None else float((data.lengths[: self.config.documents] - 1).sum()),
             num_held_out=None if held_out is None else float((held_out.lengths - 1).sum()),
         )
         return costs_on(self.config.device, lambda hardware: costs(self.config, headers, hardware))
-
-    def _documents(self, data: AnyData | None) -> Documents | None:
-        """Returns a data set that is tokenized already."""
-        if data is None or not is_local(data.path):
-            return None
-        return prepared(data, self.tokenizer, template=self.template)
 
     def reads(self) -> dict[str, str]:
         named = (("data", self.data), ("held_out", self.held_out))
@@ -77,61 +74,50 @@ def make_plan(config: PruneConfig) -> PrunePlan:
         MismatchError: the model cannot be cut so, or has no column for a token of its tokenizer.
         ConfigError: settings contradict what the headers say.
     """
-    given, (config, batch_tokens) = config, _resolve(config)
+    given, values, batch_tokens = config, dict[str, object](), config.batch_tokens
+    values["device"] = loading.resolve_device(config.device, "device")
+    if batch_tokens == "auto":
+        batch_tokens = BATCH_TOKENS if config.data is None else max(config.data.length, BATCH_TOKENS)
+    if config.data is not None:
+        values |= {"data.cache": str(cache_folder(config.data)), "batch_tokens": batch_tokens}
+    config = replace(config, values)
     own = loading.read_config(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     cut = plan_pruning(config, own, "model")
-    if cut.measured and config.data is None:
-        raise ConfigError(
-            "there is no text to measure on",
-            {"data": "null", "to be measured": "layers" if cut.layers is None else "heads and channels"},
-            why="What matters to a model shows on text alone.",
-            fix="Give `data`, such as data={path: text.jsonl, format: text, length: 1024}; or name the layers.",
-        )
-    if not cut.measured and config.data is not None and config.held_out is None:
-        raise ConfigError(
-            "nothing would read `data`",
-            {"data.path": config.data.path, "to be measured": "nothing"},
-            why="The layers are known without it, and there is no `held_out` that is read as it is.",
-            fix="Leave `data` out, or give `held_out`.",
-        )
+    _check_text(config.data, config.held_out_data, cut)
     tokenizer = load_tokenizer(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    template = None
+    template = measured_on = None
     if config.data is not None:
         loading.check_length(config.data.length, own, "model", format_setting(given, "data.length"))
         fix = "Put the tokenizer that the model was trained with into its folder."
         check_vocabulary(tokenizer, own, "the model", tokenizer_name=config.model, fix=fix)
         if needs_template(config.data):
             template = required_template(tokenizer, config.data, tokenizer_name=config.model)
-    check_outside(
-        config.out,
-        {
-            "model": config.model,
-            "data.path": config.data.path if config.data else None,
-            "held_out.path": config.held_out.path if config.held_out else None,
-        },
-    )
-    plan = PrunePlan(config, cut, tokenizer, template, _measured_on(config, cut), config.held_out_data, batch_tokens)
+        if cut.measured:  # no more rows are read than documents are needed
+            rows = min(config.documents, config.data.max_documents or config.documents)
+            measured_on = replace(config.data, {"max_documents": rows, "shuffle": False})
+    named = {"data.path": config.data, "held_out.path": config.held_out}
+    paths = {name: None if data is None else data.path for name, data in named.items()}
+    check_outside(config.out, {"model": config.model, **paths})
+    plan = PrunePlan(config, cut, tokenizer, template, measured_on, config.held_out_data, batch_tokens)
     for data in (plan.data, plan.held_out):
         if data is not None and is_local(data.path):
             open_source(data)  # which says where it is not there
     return plan
 
 
-def _resolve(config: PruneConfig) -> tuple[PruneConfig, int]:
-    """Returns the settings with every "auto" resolved that headers need not tell, and the tokens of a batch."""
-    values: dict[str, object] = {"device": loading.resolve_device(config.device, "device")}
-    batch_tokens = BATCH_TOKENS if config.batch_tokens == "auto" else config.batch_tokens
-    if config.data is not None:
-        values["data.cache"] = str(cache_folder(config.data))
-        if config.batch_tokens == "auto":
-            batch_tokens = max(config.data.length, BATCH_TOKENS)
-            values["batch_tokens"] = batch_tokens
-    return replace(config, values), batch_tokens
-
-
-def _measured_on(config: PruneConfig, cut: PruningPlan) -> AnyData | None:
-    """The data that are measured on: no more rows of them are read than documents are needed."""
-    if config.data is None or not cut.measured:
-        return None
-    rows = min(config.documents, config.data.max_documents or config.documents)
-    return replace(config.data, {"max_documents": rows, "shuffle": False})
+def _check_text(data: AnyData | None, held_out: AnyData | None, cut: PruningPlan) -> None:
+    """Returns where there is text to measure on if something is measured, and none that nothing would read."""
+    if cut.measured and data is None:
+        raise ConfigError(
+            "there is no text to measure on",
+            {"data": "null", "to be measured": "layers" if cut.layers is None else "heads and channels"},
+            why="What matters to a model shows on text alone.",
+            fix="Give `data`, such as data={path: text.jsonl, format: text, length: 1024}; or name the layers.",
+        )
+    if not cut.measured and data is not None and held_out is None:
+        raise ConfigError(
+            "nothing would read `data`",
+            {"data.path": data.path, "to be measured": "nothing"},
+            why="The layers are known without it, and there is no `held_out` that is read as it is.",
+            fix="Leave `data` out, or give `held_out`.",
+        )

@@ -1,11 +1,13 @@
 """`stillroom prune`: model -> smaller model."""
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from stillroom.batch import Batch
 from stillroom.data.config import AnyData
 from stillroom.data.dataset import Documents, prepare
 from stillroom.errors import OutOfMemoryError
@@ -60,12 +62,21 @@ def run(
 
 
 def _prune(plan: PrunePlan, folder: RunFolder, say: Report) -> None:
-    start, config = time.monotonic(), plan.config
+    start, config, data = time.monotonic(), plan.config, plan.config.data
 
     def note(text: str) -> None:
         say("note", {"text": text})
 
-    documents, held_out = (None if data is None else _prepare(data, plan, say) for data in (plan.data, plan.held_out))
+    def read(data: AnyData) -> Documents:
+        return prepare(
+            data,
+            plan.tokenizer,
+            template=plan.template,
+            report=lambda rows: say("tokenise", {"rows": rows, "path": data.path}),
+        )
+
+    named = {"data": plan.data, "held_out_data": plan.held_out}
+    texts = {key: read(text) for key, text in named.items() if text is not None}
     model = loading.load_model(
         config.model,
         dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
@@ -73,78 +84,48 @@ def _prune(plan: PrunePlan, folder: RunFolder, say: Report) -> None:
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )
-    verify(model, "the model", pack=config.data is not None and config.data.pack)
-    facts = _facts(plan, model, documents, held_out)
+    verify(model, "the model", pack=data is not None and data.pack)
+    facts = {
+        "model": {
+            "fingerprint": loading.fingerprint(config.model, model.config),
+            "num_parameters": loading.num_parameters(model),
+        },
+        "tokenizer": {"fingerprint": fingerprint(plan.tokenizer)},
+        **{key: {"fingerprint": text.fingerprint, **text.counts} for key, text in texts.items()},
+        **({} if plan.template is None else {"template": {"fingerprint": template_fingerprint(plan.template)}}),
+    }
     folder.update(status="started", **facts)
-    batches = []
-    if documents is not None:
-        batches = list(_batches(plan, documents, config.documents))
-        note(f"measuring on {min(config.documents, len(documents))} documents")
-    cut = choose_mask(plan.cut, model, batches, teacher=facts["model"]["fingerprint"], say=note)
-    before = loading.num_parameters(model)
-    losses = {"model": _loss(plan, model, held_out)}
-    smaller = prune_model(model, cut, plan.cut)
+
+    def batches(documents: Documents, number: int | None = None) -> Iterator[Batch]:
+        assert data is not None
+        pad: Any = plan.tokenizer.pad_token_id
+        form = {"length": data.length, "pack": data.pack, "batch_tokens": plan.batch_tokens, "pad_token": pad}
+        return text_batches(documents, number=number, **form)
+
+    def losses(model: PreTrainedModel) -> list[tuple[float, int]]:
+        return [loss_nats(model, batches(text)) for key, text in texts.items() if key == "held_out_data"]
+
+    measured_on = []
+    if "data" in texts:
+        measured_on = list(batches(texts["data"], config.documents))
+        note(f"measuring on {min(config.documents, len(texts['data']))} documents")
+    mask = choose_mask(plan.cut, model, measured_on, teacher=facts["model"]["fingerprint"], say=note)
+    before, of_model = loading.num_parameters(model), losses(model)
+    smaller = prune_model(model, mask, plan.cut)
     del model
-    losses["cut"] = _loss(plan, smaller, held_out)
+    of_smaller = losses(smaller)
     after = loading.num_parameters(smaller)
     note(f"writing {folder.path / 'model'}")
     with new_model_folder(folder.path / "model") as place:
         smaller.save_pretrained(place)
         plan.tokenizer.save_pretrained(place)
-        write_mask(place, cut)
+        write_mask(place, mask)
     results: dict[str, Any] = {
-        "cut": {"layers": list(cut.layers), "num_parameters": after},
-        "report": report(cut, plan.cut, before, after),
+        "cut": {"layers": list(mask.layers), "num_parameters": after},
+        "report": report(mask, plan.cut, before, after),
         "time_s": round(time.monotonic() - start, 3),
     }
-    if losses["model"] is not None and losses["cut"] is not None:
-        (whole, num_tokens), (left, _) = losses["model"], losses["cut"]
+    for (whole, num_tokens), (left, _) in zip(of_model, of_smaller, strict=True):
         found = {"model_cross_entropy_nats": whole, "cut_cross_entropy_nats": left, "num_tokens": num_tokens}
         results["held_out"] = found
     folder.update(status="done", **results)
-
-
-def _prepare(data: AnyData, plan: PrunePlan, say: Report) -> Documents:
-    return prepare(
-        data,
-        plan.tokenizer,
-        template=plan.template,
-        report=lambda rows: say("tokenise", {"rows": rows, "path": data.path}),
-    )
-
-
-def _batches(plan: PrunePlan, documents: Documents, number: int | None = None):
-    data = plan.config.data
-    assert data is not None
-    return text_batches(
-        documents,
-        number=number,
-        length=data.length,
-        pack=data.pack,
-        batch_tokens=plan.batch_tokens,
-        pad_token=plan.tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
-    )
-
-
-def _loss(plan: PrunePlan, model: PreTrainedModel, held_out: Documents | None) -> tuple[float, int] | None:
-    return None if held_out is None else loss_nats(model, _batches(plan, held_out))
-
-
-def _facts(
-    plan: PrunePlan, model: PreTrainedModel, data: Documents | None, held_out: Documents | None
-) -> dict[str, Any]:
-    """What run.json says of the things that went in."""
-    name = plan.config.model
-    facts: dict[str, Any] = {
-        "model": {
-            "fingerprint": loading.fingerprint(name, model.config),
-            "num_parameters": loading.num_parameters(model),
-        },
-        "tokenizer": {"fingerprint": fingerprint(plan.tokenizer)},
-    }
-    for key, documents in (("data", data), ("held_out_data", held_out)):
-        if documents is not None:
-            facts[key] = {"fingerprint": documents.fingerprint, **documents.counts}
-    if plan.template is not None:
-        facts["template"] = {"fingerprint": template_fingerprint(plan.template)}
-    return facts

@@ -31,7 +31,7 @@ class BestLayers(Config):
     """Drop one stretch of neighbouring layers instead: of all such stretches the one that matters least."""
 
 
-def _rising(layers: tuple[int, ...]) -> tuple[int, ...]:
+def _rising(layers: tuple[int, ...]) -> tuple[int, ...]:  # kept: pydantic calls it
     if any(a >= b for a, b in itertools.pairwise(layers)):
         raise ValueError(f"layers are listed in rising order, each once, not {list(layers)}")
     return layers
@@ -42,8 +42,8 @@ LayerList = Annotated[
 ]
 
 
-def _form(value: Any) -> str | None:
-    """Which branch a value belongs to, so that what is wrong with it is told of that branch alone."""
+def _form(value: Any) -> str | None:  # kept: pydantic calls it
+    """Returns the branch that a value belongs to, so that what is wrong with it is told of that branch alone."""
     if isinstance(value, int) and not isinstance(value, bool):
         return "int"
     if isinstance(value, list | tuple):
@@ -77,7 +77,7 @@ Layers = Annotated[
 
 
 class PruningConfig(Config):
-    """What of a bigger model is kept in a smaller one."""
+    """The parts of a bigger model that are kept in a smaller one."""
 
     layers: Layers | None = None
     """The layers that are kept: so many of them, evenly spaced with the first and the last (1 is the first alone); a

@@ -23,9 +23,9 @@ class Family:
     norms: tuple[str, ...]
     """The norms of the residual stream, whose outputs measure the hidden channels."""
     heads: str = "model.layers.*.self_attn.o_proj"
-    """What reads the heads."""
+    """The modules that read the heads."""
     mlp: str = "model.layers.*.mlp.down_proj"
-    """What reads the MLP's channels."""
+    """The modules that read the MLP's channels."""
     per_layer: tuple[str, ...] = ("layer_types",)
     """Lists in the config with one entry for each layer."""
     counts_layers: tuple[str, ...] = ()
@@ -58,23 +58,21 @@ BLOCK = "model.layers.*."
 
 ATTENTION, MLP = f"{BLOCK}self_attn.", f"{BLOCK}mlp."
 
+_LINEAR: dict[str, tuple[Axis, ...]] = {
+    f"{ATTENTION}q_proj": ("heads", "hidden"),
+    f"{ATTENTION}k_proj": ("groups", "hidden"),
+    f"{ATTENTION}v_proj": ("groups", "hidden"),
+    f"{ATTENTION}o_proj": ("hidden", "heads"),
+    f"{MLP}gate_proj": ("mlp", "hidden"),
+    f"{MLP}up_proj": ("mlp", "hidden"),
+    f"{MLP}down_proj": ("hidden", "mlp"),
+}
+
 _LLAMA = Family(
     tensors={
+        **{f"{name}.weight": axes for name, axes in _LINEAR.items()},
+        **{f"{name}.bias": axes[:1] for name, axes in _LINEAR.items()},
         "model.embed_tokens.weight": ("vocabulary", "hidden"),
-        f"{ATTENTION}q_proj.weight": ("heads", "hidden"),
-        f"{ATTENTION}q_proj.bias": ("heads",),
-        f"{ATTENTION}k_proj.weight": ("groups", "hidden"),
-        f"{ATTENTION}k_proj.bias": ("groups",),
-        f"{ATTENTION}v_proj.weight": ("groups", "hidden"),
-        f"{ATTENTION}v_proj.bias": ("groups",),
-        f"{ATTENTION}o_proj.weight": ("hidden", "heads"),
-        f"{ATTENTION}o_proj.bias": ("hidden",),
-        f"{MLP}gate_proj.weight": ("mlp", "hidden"),
-        f"{MLP}gate_proj.bias": ("mlp",),
-        f"{MLP}up_proj.weight": ("mlp", "hidden"),
-        f"{MLP}up_proj.bias": ("mlp",),
-        f"{MLP}down_proj.weight": ("hidden", "mlp"),
-        f"{MLP}down_proj.bias": ("hidden",),
         f"{BLOCK}input_layernorm.weight": ("hidden",),
         f"{BLOCK}post_attention_layernorm.weight": ("hidden",),
         "model.norm.weight": ("hidden",),
@@ -112,7 +110,7 @@ FAMILIES: Mapping[str, Family] = {
     "gemma2": _GEMMA2,
     "gemma3_text": replace(_GEMMA2, tensors={**_GEMMA2.tensors, **_NORMED_HEADS}),
 }
-"""By the ``model_type`` of their configs."""
+"""Each family by the ``model_type`` of its configs."""
 
 
 def describe(config: PretrainedConfig, who: str = "teacher") -> Family:
@@ -139,7 +137,7 @@ def describe(config: PretrainedConfig, who: str = "teacher") -> Family:
 
 
 def sizes(config: PretrainedConfig) -> dict[Axis, int]:
-    """How long each axis is in a model of that config."""
+    """Returns how long each axis is in a model of that config."""
     return {
         "vocabulary": config.vocab_size,
         "hidden": config.hidden_size,

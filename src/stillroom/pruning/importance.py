@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,7 +104,7 @@ def finite(what: str, values: list[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Activations:
-    """How strongly each part is used: the mean over the positions of a document, then the L2 norm over documents
+    """The strength with which each part is used: the mean over the positions of a document, then the L2 norm over them
     (arXiv 2407.14679). float64, on the CPU."""
 
     hidden: Float[Tensor, " d"]
@@ -193,78 +193,52 @@ def text_batches(
 Say = Callable[[str], object]
 
 
-class BestFound(NamedTuple):
-    layers: tuple[int, ...]
-    """Those that are kept."""
-    scores: dict[str, Any]
-    """The numbers by which they were chosen."""
+def best_layers(
+    rule: BestLayers, model: PreTrainedModel, batches: Sequence[Batch], say: Say
+) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Returns the layers that a rule keeps, and the numbers by which they were chosen.
 
-
-def best_layers(rule: BestLayers, model: PreTrainedModel, batches: Sequence[Batch], say: Say) -> BestFound:
-    """The layers that a rule keeps.
+    Where single layers are dropped by loss, the one that is missed least goes first, and all others are measured again;
+    a layer's value is then what the loss was above the whole model's when it was last tried without that layer. Of
+    stretches of layers the values are those of each stretch, by its first layer.
 
     Args:
         say: is told what was found, step by step.
     """
-    by_loss = rule.by == "loss_increase"
-    if rule.contiguous:
-        found = _least_span(rule, model, batches, say)
-    else:
-        found = (_greedy if by_loss else _least_influence)(rule, model, batches, say)
-    return BestFound(found.layers, {"by": rule.by, "contiguous": rule.contiguous, **found.scores})
+    num_layers, dropped, values = model.config.num_hidden_layers, list[int](), list[float]()
+    span = num_layers - rule.count if rule.contiguous else 1
+    scores: dict[str, Any] = {"by": rule.by, "contiguous": rule.contiguous}
 
+    def kept(dropped: Sequence[int]) -> tuple[int, ...]:
+        return tuple(layer for layer in range(num_layers) if layer not in dropped)
 
-def _least_influence(rule: BestLayers, model: PreTrainedModel, batches: Sequence[Batch], say: Say) -> BestFound:
-    values = block_influence(model, batches)
-    say("measured the block influence of each layer")
-    order = sorted(range(len(values)), key=lambda layer: (values[layer], layer))
-    dropped = order[: len(values) - rule.count]
-    return BestFound(_all_but(dropped, len(values)), {"values": values, "dropped": dropped})
+    def increase(dropped: Sequence[int]) -> float:
+        with only(model, kept(dropped)):
+            loss, _ = loss_nats(model, batches)
+        return finite("loss", [loss - scores["loss_nats"]])[0]
 
-
-def _greedy(rule: BestLayers, model: PreTrainedModel, batches: Sequence[Batch], say: Say) -> BestFound:
-    """Drops the layer that is missed least, and measures again, until so many are left.
-
-    A layer's value is what the loss was above the whole model's when it was last tried without that layer.
-    """
-    whole, _ = loss_nats(model, batches)
-    num_layers = model.config.num_hidden_layers
-    values, dropped = [0.0] * num_layers, list[int]()
-    while num_layers - len(dropped) > rule.count:
-        left = _all_but(dropped, num_layers)
-        for layer in left:
-            values[layer] = _increase(model, batches, [n for n in left if n != layer], whole)
-        dropped.append(min(left, key=lambda layer: (values[layer], layer)))
-        say(f"without layer {', '.join(map(str, sorted(dropped)))} the loss rises by {values[dropped[-1]]:.4f} nats")
-    return BestFound(_all_but(dropped, num_layers), {"loss_nats": whole, "values": values, "dropped": dropped})
-
-
-def _least_span(rule: BestLayers, model: PreTrainedModel, batches: Sequence[Batch], say: Say) -> BestFound:
-    """Drops the span of layers that matters least; the values are those of each span, by its first layer."""
-    num_layers = model.config.num_hidden_layers
-    span = num_layers - rule.count
-    scores: dict[str, Any] = {}
     if rule.by == "block_influence":
         values = block_influence(model, batches, span)
-        say(f"measured how far each stretch of {span} layers turns its input")
+        stretch = f"how far each stretch of {span} layers turns its input"
+        say(f"measured {stretch if rule.contiguous else 'the block influence of each layer'}")
     else:
-        values, (whole, _) = [], loss_nats(model, batches)
-        scores["loss_nats"] = whole
+        scores["loss_nats"], _ = loss_nats(model, batches)
+    if rule.by == "loss_increase" and rule.contiguous:
         for first in range(rule.count + 1):
-            kept = _all_but(range(first, first + span), num_layers)
-            values.append(_increase(model, batches, kept, whole))
+            values.append(increase(range(first, first + span)))
             say(f"without layers {first} to {first + span - 1} the loss rises by {values[-1]:.4f} nats")
-    first = min(range(len(values)), key=lambda first: (values[first], first))
-    dropped = list(range(first, first + span))
-    return BestFound(_all_but(dropped, num_layers), {**scores, "values": values, "dropped": dropped})
-
-
-def _increase(model: PreTrainedModel, batches: Sequence[Batch], layers: Sequence[int], whole: float) -> float:
-    """How much the loss rises where the model has these layers alone."""
-    with only(model, layers):
-        loss, _ = loss_nats(model, batches)
-    return finite("loss", [loss - whole])[0]
-
-
-def _all_but(dropped: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    return tuple(layer for layer in range(num_layers) if layer not in dropped)
+    elif rule.by == "loss_increase":
+        values = [0.0] * num_layers
+        while len(left := kept(dropped)) > rule.count:
+            for layer in left:
+                values[layer] = increase([*dropped, layer])
+            dropped.append(min(left, key=lambda layer: (values[layer], layer)))
+            say(
+                f"without layer {', '.join(map(str, sorted(dropped)))} the loss rises by {values[dropped[-1]]:.4f} nats"
+            )
+    order = sorted(range(len(values)), key=lambda number: (values[number], number))
+    if rule.contiguous:
+        dropped = list(range(order[0], order[0] + span))
+    elif rule.by == "block_influence":
+        dropped = order[: num_layers - rule.count]
+    return kept(dropped), {**scores, "values": values, "dropped": dropped}

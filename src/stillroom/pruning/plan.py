@@ -1,7 +1,7 @@
 """The plan of a cut: what the smaller model will be, as far as configs tell. No weights are read."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,13 +23,13 @@ class Widths(NamedTuple):
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """What is to be cut out of a model of the config ``teacher``."""
+    """A cut out of a model of the config ``teacher``."""
 
     cut: PruningConfig
     family: Family
     teacher: PretrainedConfig
     config: PretrainedConfig
-    """Of the smaller model. Its numbers are always known; where its layers have to be measured, the type of each is
+    """The smaller model's. Its numbers are always known; where its layers have to be measured, the type of each is
     that of evenly spaced ones until then."""
     layers: tuple[int, ...] | None
     """The layers that are kept; None where they have to be measured."""
@@ -40,7 +40,7 @@ class PruningPlan:
         return self.layers is None or widths_of(self.config) != widths_of(self.teacher)
 
     def facts(self) -> dict[str, str]:
-        """What changes and what does not, for people."""
+        """Says what changes and what does not, for people."""
         there, left = self.teacher.num_hidden_layers, self.config.num_hidden_layers
         if self.layers is None:
             assert isinstance(self.cut.layers, BestLayers)
@@ -94,14 +94,8 @@ def pruned_config(teacher: PretrainedConfig, family: Family, layers: Sequence[in
         config.head_dim = head_dim(teacher)
         for name, value in widths._asdict().items():
             setattr(config, name, value)
-    _validate(config)
-    return config
-
-
-def _validate(config: PretrainedConfig) -> None:
-    """Has the family's own code look at a config that was changed."""
     try:
-        config.validate()
+        config.validate()  # by the family's own code
     except Exception as error:
         raise MismatchError(
             f"the family {config.model_type} cannot have these widths",
@@ -109,6 +103,7 @@ def _validate(config: PretrainedConfig) -> None:
             why="`transformers` would not load the smaller model.",
             fix="Change width.",
         ) from error
+    return config
 
 
 # --- widths ----------------------------------------------------------------------------------------------------------
@@ -119,15 +114,21 @@ def _group(config: PretrainedConfig) -> int:
 
 def _widths(width: int | Width | None, teacher: PretrainedConfig, family: Family, who: str) -> Widths:
     there = widths_of(teacher)
-    if width is None:
-        return there
+    asked = {"hidden_size": width} if isinstance(width, int) else {n: getattr(width, n, None) for n in Widths._fields}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    for name, value in asked.items():
+        if value > getattr(there, name):
+            setting = "width" if isinstance(width, int) else f"width.{name}"
+            raise MismatchError(
+                f"{setting} is more than the {who} has",
+                {setting: value, f"the {who} has": getattr(there, name)},
+                why="A cut takes channels away and adds none.",
+                fix=f"Set it to at most {getattr(there, name)}.",
+            )
     if isinstance(width, int):
-        check_most({"width": width}, {"width": there.hidden_size}, who)
         return _in_proportion(width, teacher, family, who)
-    asked = {name: value for name in Widths._fields if (value := getattr(width, name)) is not None}
-    check_most({f"width.{k}": v for k, v in asked.items()}, {f"width.{k}": getattr(there, k) for k in asked}, who)
     widths = _with_groups(there._replace(**asked), "num_key_value_heads" in asked, teacher, who)
-    if family.divides and widths.hidden_size % widths.num_attention_heads:
+    if width is not None and family.divides and widths.hidden_size % widths.num_attention_heads:
         raise ConfigError(
             "the hidden size does not divide by the heads",
             {"hidden_size": widths.hidden_size, "num_attention_heads": widths.num_attention_heads},
@@ -150,17 +151,15 @@ def _with_groups(widths: Widths, named: bool, teacher: PretrainedConfig, who: st
                 "equal share of the query heads.",
             )
         return widths._replace(num_key_value_heads=heads // group)
-    share, rest = divmod(heads, widths.num_key_value_heads)
+    groups = widths.num_key_value_heads
+    share, rest = divmod(heads, groups)
     if rest or share > group:
+        named_heads = {"width.num_attention_heads": heads, "width.num_key_value_heads": groups}
         raise ConfigError(
             "the heads cannot be shared out among the key and value heads",
-            {
-                "width.num_attention_heads": heads,
-                "width.num_key_value_heads": widths.num_key_value_heads,
-                f"the {who}'s groups": _heads_text(teacher),
-            },
+            {**named_heads, f"the {who}'s groups": _heads_text(teacher)},
             why="Each key and value head keeps as many query heads as every other, and at most those that it has.",
-            fix=f"Use a multiple of {widths.num_key_value_heads}, up to {widths.num_key_value_heads * group}.",
+            fix=f"Use a multiple of {groups}, up to {groups * group}.",
         )
     return widths
 
@@ -182,17 +181,17 @@ def _in_proportion(hidden_size: int, teacher: PretrainedConfig, family: Family, 
         return Widths(*(number * hidden_size // there.hidden_size for number in there))
     near = sorted(filter(fits, range(1, there.hidden_size)), key=lambda size: abs(size - hidden_size))
     share = hidden_size / there.hidden_size
+    heads, channels = there.num_attention_heads, there.intermediate_size
+    hint = f"; or take one that fits, such as {' or '.join(map(str, sorted(near[:2])))}." if near else "."
     raise ConfigError(
         f"width={hidden_size} is not a whole share of heads and MLP channels",
         {
             "hidden size": f"{hidden_size} of {there.hidden_size}",
-            "heads": f"{there.num_attention_heads * share:g} of {there.num_attention_heads}, the {who} having "
-            f"{_heads_text(teacher)}",
-            "MLP channels": f"{there.intermediate_size * share:g} of {there.intermediate_size}",
+            "heads": f"{heads * share:g} of {heads}, the {who} having {_heads_text(teacher)}",
+            "MLP channels": f"{channels * share:g} of {channels}",
         },
         why="A width by itself cuts all three in the same proportion, and heads of a group stay or go together.",
-        fix="Give them by name: width={hidden_size: …, num_attention_heads: …, intermediate_size: …}"
-        + (f"; or take one that fits, such as {' or '.join(map(str, sorted(near[:2])))}." if near else "."),
+        fix="Give them by name: width={hidden_size: …, num_attention_heads: …, intermediate_size: …}" + hint,
     )
 
 
@@ -209,38 +208,21 @@ def kept_layers(rule: Layers | None, num_layers: int, who: str) -> tuple[int, ..
     if rule is None:
         return tuple(range(num_layers))
     if isinstance(rule, EveryLayer):
-        if rule.step > num_layers:
-            raise _too_many(f"every {rule.step}th", num_layers, who, "layers.step", "No layer would be left.")
+        setting, needed, asked = "layers.step", rule.step, f"every {rule.step}th"
+    elif isinstance(rule, tuple):
+        setting, needed, asked = "layers", rule[-1] + 1, f"layer {rule[-1]}"
+    else:
+        setting, needed = ("layers.count", rule.count) if isinstance(rule, BestLayers) else ("layers", rule)
+        asked = f"{needed} layers"
+    if needed > num_layers:
+        raise MismatchError(
+            f"{setting} asks for layers that are not there",
+            {setting: asked, f"the {who} has": f"{num_layers} layers, 0 to {num_layers - 1}"},
+            why="A cut takes layers away and adds none.",
+            fix=f"Ask for at most {num_layers} layers; they are counted from 0.",
+        )
+    if isinstance(rule, EveryLayer):
         return tuple(range(rule.step - 1, num_layers, rule.step))
     if isinstance(rule, tuple):
-        if rule[-1] >= num_layers:
-            raise _too_many(f"layer {rule[-1]}", num_layers, who, "layers", "It cannot be kept.")
         return rule
-    count = rule.count if isinstance(rule, BestLayers) else rule
-    if count > num_layers:
-        setting = "layers.count" if isinstance(rule, BestLayers) else "layers"
-        raise _too_many(f"{count} layers", num_layers, who, setting, "A cut takes layers away and adds none.")
-    if isinstance(rule, BestLayers) and count < num_layers:
-        return None
-    return evenly(count, num_layers)
-
-
-def _too_many(asked: str, num_layers: int, who: str, setting: str, why: str) -> MismatchError:
-    return MismatchError(
-        f"{setting} asks for layers that are not there",
-        {setting: asked, f"the {who} has": f"{num_layers} layers, 0 to {num_layers - 1}"},
-        why=why,
-        fix=f"Ask for at most {num_layers} layers; they are counted from 0.",
-    )
-
-
-def check_most(asked: Mapping[str, int], there: Mapping[str, int], who: str) -> None:
-    """Raises MismatchError where more of something is asked for than is there."""
-    for name, value in asked.items():
-        if value > there[name]:
-            raise MismatchError(
-                f"{name} is more than the {who} has",
-                {name: value, f"the {who} has": there[name]},
-                why="A cut takes channels away and adds none.",
-                fix=f"Set it to at most {there[name]}.",
-            )
+    return None if isinstance(rule, BestLayers) and needed < num_layers else evenly(needed, num_layers)

@@ -1,22 +1,23 @@
 """Cut: what of a bigger model was kept, how it is chosen, and the smaller model itself."""
 
 import copy
-import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stillroom.batch import Batch
 from stillroom.errors import DataError, MismatchError
-from stillroom.pruning.config import BestLayers
+from stillroom.pruning.config import BestLayers, LayerList
 from stillroom.pruning.families import Axis, described, head_dim
 from stillroom.pruning.importance import Say, activations, best_layers, only
 from stillroom.pruning.plan import PruningPlan, pruned_config, widths_of
@@ -29,67 +30,52 @@ FORMAT = 1
 Indices = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class PruneMask:
-    """What was kept, by the numbers that it had in the bigger model, from 0 and rising."""
+PerLayer = Annotated[tuple[LayerList, ...], Field(strict=False)]
+"""Of each kept layer as many numbers, from 0 and rising."""
 
-    layers: Indices
-    channels: Indices | None
+
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
+class PruneMask:
+    """The parts that were kept, by the numbers that they had in the bigger model, from 0 and rising."""
+
+    layers: LayerList
+    channels: LayerList | None
     """Hidden channels; None where all were kept."""
-    groups: tuple[Indices, ...] | None
-    """Of each kept layer its key and value heads; None where all were kept."""
-    heads: tuple[Indices, ...] | None
-    """Of each kept layer its query heads; None where all were kept."""
-    mlp: tuple[Indices, ...] | None
-    """Of each kept layer its MLP channels; None where all were kept."""
-    scores: Mapping[str, Any]
+    groups: PerLayer | None
+    """Key and value heads of each kept layer; None where all were kept."""
+    heads: PerLayer | None
+    """Query heads of each kept layer; None where all were kept."""
+    mlp: PerLayer | None
+    """MLP channels of each kept layer; None where all were kept."""
+    scores: dict[str, Any]
     """The measured numbers by which it was chosen, as JSON values."""
     teacher: str
     """The fingerprint of the bigger model."""
+
+    def __post_init__(self) -> None:
+        for by_layer in (self.groups, self.heads, self.mlp):
+            if by_layer is not None and [len(by_layer), len({*map(len, by_layer)})] != [len(self.layers), 1]:
+                raise ValueError(f"needs a list for each of {len(self.layers)} layers, and as many in each")
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **json.loads(json.dumps(asdict(self)))}
 
     @classmethod
     def from_json(cls, values: Any, where: str = CUT_FILE) -> "PruneMask":
-        """What ``to_json`` gave.
+        """Returns what ``to_json`` was made of.
 
         Raises:
             DataError: it is something else.
         """
-        names = ["format", *cls.__dataclass_fields__]
-        if not isinstance(values, dict) or sorted(values) != sorted(names):
-            found = ", ".join(map(str, values)) if isinstance(values, dict) else type(values).__name__
-            raise _damaged(where, ", ".join(names), found)
-        if values["format"] != FORMAT or isinstance(values["format"], bool):
-            raise _damaged(where, f"format {FORMAT}", f"format {values['format']!r}")
-        layers = _indices(values["layers"], where, "layers")
-        channels = values["channels"]
-        if channels is not None:
-            channels = _indices(channels, where, "channels")
-        groups, heads, mlp = (_by_layer(values[name], len(layers), where, name) for name in ("groups", "heads", "mlp"))
-        for name, kind in (("scores", dict), ("teacher", str)):
-            if not isinstance(values[name], kind):
-                raise _damaged(where, f"{name}: {kind.__name__}", f"{type(values[name]).__name__}")
-        return cls(layers, channels, groups, heads, mlp, values["scores"], values["teacher"])
-
-
-def _indices(values: Any, where: str, name: str) -> Indices:
-    whole = isinstance(values, list) and values and all(type(value) is int and value >= 0 for value in values)
-    if not whole or any(a >= b for a, b in itertools.pairwise(values)):
-        raise _damaged(where, f"{name}: numbers from 0 in rising order", json.dumps(values)[:60])
-    return tuple(values)
-
-
-def _by_layer(values: Any, num_layers: int, where: str, name: str) -> tuple[Indices, ...] | None:
-    if values is None:
-        return None
-    if not isinstance(values, list) or len(values) != num_layers:
-        raise _damaged(where, f"{name}: a list for each of {num_layers} layers", json.dumps(values)[:60])
-    found = tuple(_indices(of_layer, where, name) for of_layer in values)
-    if len({len(of_layer) for of_layer in found}) != 1:
-        raise _damaged(where, f"{name}: as many in each layer", ", ".join(str(len(of_layer)) for of_layer in found))
-    return found
+        version = values.get("format") if isinstance(values, dict) else type(values).__name__
+        if version != FORMAT or isinstance(version, bool):
+            raise _damaged(where, f"format {FORMAT}", f"format {version!r}")
+        try:
+            return TypeAdapter(cls).validate_python({key: values[key] for key in values if key != "format"})
+        except ValidationError as error:
+            first = error.errors()[0]
+            found = f"{first['msg']}: {first['input']!r:.60}"
+            raise _damaged(where, f"{'.'.join(map(str, first['loc']))} as a cut has it", found) from None
 
 
 def _damaged(where: str, expected: str, found: str) -> DataError:
@@ -108,7 +94,7 @@ def write_mask(folder: Path, cut: PruneMask) -> None:
 
 
 def read_mask(folder: str | Path) -> PruneMask | None:
-    """What a model's folder says of how it was cut out of another; None where it says nothing.
+    """Returns what a model's folder says of how it was cut out of another; None where it says nothing.
 
     Raises:
         DataError: its cut.json is damaged.
@@ -116,15 +102,15 @@ def read_mask(folder: str | Path) -> PruneMask | None:
     path = Path(folder) / CUT_FILE
     if not path.is_file():
         return None
+
+    def refuse(text: str) -> Any:
+        raise ValueError(f"{text} is not JSON")
+
     try:
-        values = json.loads(path.read_bytes(), parse_constant=_no_number)
+        values = json.loads(path.read_bytes(), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise _damaged(str(path), "JSON", f"{type(error).__name__}: {error}"[:100]) from None
     return PruneMask.from_json(values, str(path))
-
-
-def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")
 
 
 # --- choosing --------------------------------------------------------------------------------------------------------
@@ -172,7 +158,7 @@ def choose_mask(
     return PruneMask(layers, channels, groups, heads, mlp, scores, teacher)
 
 
-def _kept_heads(values: Tensor, plan: PruningPlan) -> tuple[Indices, Indices]:
+def _kept_heads(values: Tensor, plan: PruningPlan) -> tuple[Indices, Indices]:  # kept: a test speaks of it
     """Returns a layer's key and value heads whose kept query heads are used most, and these query heads."""
     config = plan.config
     by_group = values.unflatten(0, (plan.teacher.num_key_value_heads, -1))
@@ -207,18 +193,18 @@ def prune_model(model: PreTrainedModel, cut: PruneMask, plan: PruningPlan) -> Pr
     _check_fits(cut, plan)
     config = pruned_config(plan.teacher, plan.family, cut.layers, widths_of(plan.config))
     with torch.random.fork_rng(devices=[]):
-        smaller = AutoModelForCausalLM.from_config(
-            config,
-            dtype=model.dtype,
-            attn_implementation=model.config._attn_implementation,
-        )
+        attention = model.config._attn_implementation
+        smaller = AutoModelForCausalLM.from_config(config, dtype=model.dtype, attn_implementation=attention)
     there = {name: (parameter, axes) for name, parameter, axes in described(model, plan.family)}
-    kept = _Kept(cut, plan)
     for name, parameter in smaller.named_parameters():
-        layer, before = _renumbered(name, cut.layers)
+        number = re.search(r"(?<=\.layers\.)\d+(?=\.)", name)
+        layer, before = None, name
+        if number is not None:
+            layer = int(number[0])
+            before = f"{name[: number.start()]}{cut.layers[layer]}{name[number.end() :]}"
         source, axes = there[before]
         for dim, axis in enumerate(axes):
-            if (index := kept.along(axis, layer)) is not None:
+            if (index := _places(cut, axis, layer, head_dim(plan.teacher))) is not None:
                 source = source.index_select(dim, torch.tensor(index, device=source.device))
         parameter.copy_(source)
     _keep_scale(smaller, plan)
@@ -226,32 +212,16 @@ def prune_model(model: PreTrainedModel, cut: PruneMask, plan: PruningPlan) -> Pr
     return smaller.to(model.device).eval()  # pyright: ignore[reportArgumentType]
 
 
-def _renumbered(name: str, layers: Indices) -> tuple[int | None, str]:
-    """Which of the kept layers a parameter is in, and the name that it has in the bigger model."""
-    found = re.search(r"(?<=\.layers\.)\d+(?=\.)", name)
-    if found is None:
-        return None, name
-    return int(found[0]), f"{name[: found.start()]}{layers[int(found[0])]}{name[found.end() :]}"
-
-
-class _Kept:
-    """What a cut keeps along each axis."""
-
-    def __init__(self, cut: PruneMask, plan: PruningPlan) -> None:
-        self.cut, self.head_dim = cut, head_dim(plan.teacher)
-
-    def along(self, axis: Axis, layer: int | None) -> list[int] | None:
-        """Places along an axis in a kept layer; None for all of them."""
-        if axis == "hidden" and self.cut.channels is not None:
-            return list(self.cut.channels)
-        if layer is None:
-            return None
-        if axis == "mlp" and self.cut.mlp is not None:
-            return list(self.cut.mlp[layer])
-        heads = {"heads": self.cut.heads, "groups": self.cut.groups}.get(axis)
-        if heads is None:
-            return None
-        return [head * self.head_dim + place for head in heads[layer] for place in range(self.head_dim)]
+def _places(cut: PruneMask, axis: Axis, layer: int | None, head_dim: int) -> Sequence[int] | None:
+    """Returns the places that a cut keeps along an axis in a kept layer; None for all of them."""
+    if axis == "hidden" or layer is None:
+        return cut.channels if axis == "hidden" else None
+    if axis == "mlp":
+        return None if cut.mlp is None else cut.mlp[layer]
+    heads = {"heads": cut.heads, "groups": cut.groups}.get(axis)
+    if heads is None:
+        return None
+    return [head * head_dim + place for head in heads[layer] for place in range(head_dim)]
 
 
 def _keep_scale(smaller: PreTrainedModel, plan: PruningPlan) -> None:
@@ -293,7 +263,7 @@ def _check_fits(cut: PruneMask, plan: PruningPlan) -> None:
 
 # --- reporting -------------------------------------------------------------------------------------------------------
 def report(cut: PruneMask, plan: PruningPlan, before: int, after: int) -> str:
-    """What was kept and why, for people; ``before`` and ``after`` are numbers of parameters."""
+    """Says what was kept and why, for people; ``before`` and ``after`` are numbers of parameters."""
     lines = _layer_lines(cut, plan)
     for name, kept, setting, what in (
         ("channels", cut.channels, "hidden_size", "hidden channels"),
@@ -326,13 +296,13 @@ def _layer_lines(cut: PruneMask, plan: PruningPlan) -> list[str]:
     span = there - len(cut.layers)
     lines.append(f"{'':16}{f'{span} layers from' if scores['contiguous'] else 'layer':>14}  {unit}")
     for number, value in enumerate(scores["values"]):
-        fate = "kept" if number in cut.layers else f"dropped {_ordinal(scores['dropped'].index(number) + 1)}"
         if scores["contiguous"]:
             fate = "dropped" if number == scores["dropped"][0] else ""
+        elif number in cut.layers:
+            fate = "kept"
+        else:
+            place = scores["dropped"].index(number) + 1
+            ending = "th" if 10 <= place % 100 < 20 else {1: "st", 2: "nd", 3: "rd"}.get(place % 10, "th")
+            fate = f"dropped {place}{ending}"
         lines.append(f"{'':16}{number:>14}  {value:{len(unit)}.4f}  {fate}".rstrip())
     return lines
-
-
-def _ordinal(number: int) -> str:
-    ending = "th" if 10 <= number % 100 < 20 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
-    return f"{number}{ending}"

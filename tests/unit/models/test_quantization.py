@@ -120,14 +120,14 @@ def test_a_model_that_is_stored_quantised_is_refused(monkeypatch: pytest.MonkeyP
     config = build_config("llama")
     check_quantizable(config, "int8", "the teacher")
     config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    with pytest.raises(MismatchError, match=r"the teacher is quantised already\n.*gptq"):
+    with pytest.raises(MismatchError, match=r"the teacher is quantized already\n.*gptq"):
         check_quantizable(config, "int8", "the teacher")
 
 
 def test_a_model_of_which_nothing_is_quantised_is_refused(saved_model: SaveModel):
     """gpt2's layers are not linear layers of torch's, which is all that torchao knows."""
     pytest.importorskip("torchao", reason="the extra `quantized` is not installed")
-    with pytest.raises(MismatchError, match=r"no layer of .* can be quantised to int8"):
+    with pytest.raises(MismatchError, match=r"no layer of .* can be quantized to int8"):
         loading.load_model(str(saved_model("gpt2")), dtype=torch.float32, quantization="int8")
 
 
@@ -141,7 +141,7 @@ def test_a_head_that_is_quantised_is_refused():
     ao = pytest.importorskip("torchao.quantization", reason="the extra `quantized` is not installed")
     model = build_model("llama")
     ao.quantize_(model, ao.Int8WeightOnlyConfig())
-    with pytest.raises(MismatchError, match="the head of the teacher would be quantised"):
+    with pytest.raises(MismatchError, match="the head of the teacher would be quantized"):
         check_quantized(model, "int8", "the teacher")
 
 
