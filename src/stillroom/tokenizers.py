@@ -27,11 +27,8 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.j
 
 
 def refuse_lfs_pointer(path: Path, what: str) -> None:
-    """Returns where a file is not a git-lfs pointer, which stands where ``what`` should be.
-
-    Raises:
-        DataError: it is one.
-    """
+    """Returns where a file is not a git-lfs pointer, which stands where ``what`` should be. Raises DataError where
+    it is one."""
     mark = b"version https://git-lfs.github.com/spec/"
     with path.open("rb") as file:
         if file.read(len(mark)) == mark:
@@ -46,12 +43,8 @@ def refuse_lfs_pointer(path: Path, what: str) -> None:
 def load_tokenizer(
     path: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Loads a fast tokenizer from a folder or from the hub.
-
-    Raises:
-        MissingError: the folder is not there, or the hub cannot give it.
-        DataError: what is there is not a tokenizer, or has no fast form.
-    """
+    """Loads a fast tokenizer from a folder or from the hub. Raises MissingError where the folder is not there, or
+    the hub cannot give it; DataError where what is there is not a tokenizer, or has no fast form."""
     local, folder = is_local(path), Path(path)
     if local and not folder.exists():
         raise MissingError(
@@ -90,11 +83,8 @@ def load_tokenizer(
 
 
 def has_tokenizer(model: str, *, revision: str | None = None) -> bool:
-    """Whether a model's folder, here or on the hub, holds a tokenizer too.
-
-    Raises:
-        MissingError: the hub does not tell.
-    """
+    """Whether a model's folder, here or on the hub, holds a tokenizer too. Raises MissingError where the hub does
+    not tell."""
     look = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     try:
         return any(cached_file(model, name, **look) is not None for name in _FILES)

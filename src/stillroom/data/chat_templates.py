@@ -22,8 +22,7 @@ class Template:
     Args:
         setting: where it was set, for errors.
 
-    Raises:
-        ConfigError: it cannot be meant.
+    Raises ConfigError where it cannot be meant.
     """
 
     def __init__(self, setting: str, text: str) -> None:
@@ -99,8 +98,7 @@ class Rendered(NamedTuple):
 def messages_of(value: object, name: Name) -> Messages:
     """A conversation in the form that chat templates read, from ``role``/``content`` or ShareGPT's ``from``/``value``.
 
-    Raises:
-        DataError: it is not a list of messages, or a message has no known role or no text.
+    Raises DataError where it is not a list of messages, or a message has no known role or no text.
     """
     if not isinstance(value, list) or not value:
         found = "an empty list" if value == [] else type(value).__name__
@@ -149,8 +147,7 @@ class ChatRenderer:
                 "there is no chat template for chat data",
                 {"tokenizer": tokenizer.name_or_path or "unnamed", "its template": "none"},
                 why="Only a template says how roles and turns are written, and a guessed one would teach a wrong form.",
-                fix="Use a tokenizer with a chat template, add chat_template.jinja to its folder, or use "
-                "`format: prompt_completion`.",
+                fix="Use one with a template, add chat_template.jinja to it, or use `format: prompt_completion`.",
             )
         self.tokenizer, self.template, self.keep_all = tokenizer, template, keep_all
         self.marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
@@ -210,8 +207,7 @@ class ChatRenderer:
             raise DataError(
                 f"{name()}: the chat template rewrites earlier turns",
                 {"the assistant's turn": f"message {turn + 1} of {len(messages)}"},
-                why="The text of the first messages is not a beginning of the whole, so what the assistant said cannot "
-                "be found in it.",
+                why="The text of the first messages does not begin the whole, so the assistant's words are not found.",
                 fix="Use a template with {% generation %} marks around the assistant's words, or set data.keep=all.",
             )
         return len(before), max(len(before), len(through.rstrip()))

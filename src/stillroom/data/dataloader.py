@@ -49,8 +49,7 @@ def plan_rows(lengths: np.ndarray, length: int, pack: bool, order: np.ndarray) -
     into the fullest open row that has room for it (best fit), else into a new row; at most 64 rows stay open, and the
     fullest is closed when there are more. Without, each has a row of its own. Rows come in the order of their begin.
 
-    Raises:
-        ValueError: a document has no position, or more than ``length``.
+    Raises ValueError where a document has no position, or more than ``length``.
     """
     needs = np.asarray(lengths, dtype=np.int64)[order] - 1
     if len(needs) and (needs.min() < 1 or needs.max() > length):
@@ -193,9 +192,8 @@ class BatchStream(Iterator[Step]):
     def restore(self, state: dict[str, Any]) -> None:
         """Goes to where ``state`` was taken, so that the next step is the one that would have come then.
 
-        Raises:
-            DataError: the state lacks something.
-            MismatchError: it was taken over other documents, or with other settings that choose the rows of a step.
+        Raises DataError where the state lacks something; MismatchError where it was taken over other documents, or with
+        other settings that choose the rows of a step.
         """
         for key, value in self._identity().items():
             if key in state and state[key] != value:

@@ -167,10 +167,8 @@ def prepare(
         template: the chat template, where rows go through one; the tokenizer's own by default.
         report: is called with the number of rows done so far, while documents are made.
 
-    Raises:
-        MissingError: the source, or a chat template that is needed, is not there.
-        DataError: a row cannot be used, or the folder in the cache is damaged.
-        StorageError: the cache cannot be written.
+    Raises MissingError where the source, or a chat template that is needed, is not there; DataError where a row cannot
+    be used, or the folder in the cache is damaged; StorageError where the cache cannot be written.
     """
     plan = RowOrigin(config, tokenizer, template)
     encode = encoder(config, tokenizer, plan.template)
@@ -180,12 +178,8 @@ def prepare(
 
 
 def prepared(config: AnyData, tokenizer: PreTrainedTokenizerBase, *, template: str | None = None) -> Documents | None:
-    """The tokenized documents of a config where the cache has them. Writes nothing.
-
-    Raises:
-        MissingError: the source is not there.
-        DataError: the folder in the cache is damaged.
-    """
+    """The tokenized documents of a config where the cache has them. Writes nothing. Raises MissingError where the
+    source is not there; DataError where the folder in the cache is damaged."""
     plan = RowOrigin(config, tokenizer, template)
     return _open(plan) if plan.folder.exists() else None
 
@@ -230,11 +224,8 @@ def _build(plan: RowOrigin, config: AnyData, encode: Encoder, report: Callable[[
 
 
 def encode_all(source: Source, config: AnyData, encode: Encoder, counts: Counts) -> Iterator[list[tuple[int, Encoded]]]:
-    """Lists of (row number, document), as they are kept; counts as it goes.
-
-    Raises:
-        DataError: a row cannot be used, or no document is left.
-    """
+    """Lists of (row number, document), as they are kept; counts as it goes. Raises DataError where a row cannot be
+    used, or no document is left."""
     source_rows = islice(source.rows(), config.max_documents)
     while rows := list(islice(source_rows, ROWS_AT_ONCE)):
         first, kept = counts.rows, list[tuple[int, Encoded]]()
@@ -339,9 +330,8 @@ class CountedDocuments(Documents):
         template: the chat template, where rows go through one; the tokenizer's own by default.
         report: is called with the number of rows done so far.
 
-    Raises:
-        MissingError: the source, or a chat template that is needed, is not there.
-        DataError: a row cannot be used, or nothing is left to learn.
+    Raises MissingError where the source, or a chat template that is needed, is not there; DataError where a row cannot
+    be used, or nothing is left to learn.
     """
 
     def __init__(

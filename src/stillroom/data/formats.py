@@ -90,8 +90,6 @@ def encoder(
 
 
 # --- rows to text ----------------------------------------------------------------------------------------------------
-
-
 def _renderer(
     config: AnyData, tokenizer: PreTrainedTokenizerBase, template: str | None
 ) -> Callable[[Row, Name], Rendered]:
@@ -123,8 +121,6 @@ def _renderer(
 
 
 # --- text to tokens --------------------------------------------------------------------------------------------------
-
-
 def _finisher(
     tokenizer: PreTrainedTokenizerBase, special_tokens: bool, count_bytes: bool
 ) -> Callable[[list[Rendered], Callable[[int], str]], list[Encoded]]:

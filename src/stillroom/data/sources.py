@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from stillroom.config import is_local
 from stillroom.data.config import AnyData
@@ -17,32 +17,9 @@ from stillroom.tokenizers import refuse_lfs_pointer
 Row = dict[str, Any]
 
 
-class Source(Protocol):
-    """Rows in a fixed order, numbered from 0."""
-
-    files: list[Path]
-    """The files that are read; empty for a data set of the hub."""
-
-    def fingerprint(self) -> str:
-        """A hex digest that changes when the rows do."""
-        ...
-
-    def rows(self) -> Iterator[Row]:
-        """Every row, streamed. Raises DataError where one cannot be read, or where there is none."""
-        ...
-
-    def name(self, index: int) -> str:
-        """Row ``index`` as a message calls it, such as "train.jsonl line 12"."""
-        ...
-
-
-def open_source(config: AnyData) -> Source:
+def open_source(config: AnyData) -> "Source":
     """Finds what ``config.path`` means: a file, a folder of files, a folder written by `datasets`, or a hub name.
-
-    Raises:
-        MissingError: nothing is there.
-        DataError: it is there, and is not data that can be read.
-    """
+    Raises MissingError where nothing is there; DataError where it is there, and is not data that can be read."""
     path = Path(config.path)
     if path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
         return _open_saved(path, config)
@@ -52,12 +29,8 @@ def open_source(config: AnyData) -> Source:
 
 
 def files_of(path: Path) -> list[Path]:
-    """A file, or the data files of a folder, in the order of their names.
-
-    Raises:
-        MissingError: nothing is there.
-        DataError: the folder holds no data files, or those of several kinds.
-    """
+    """A file, or the data files of a folder, in the order of their names. Raises MissingError where nothing is
+    there; DataError where the folder holds no data files, or those of several kinds."""
     if not path.exists():
         around = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = did_you_mean(path.name, around)
@@ -82,8 +55,6 @@ def files_of(path: Path) -> list[Path]:
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
-
-
 class FileSource:
     """Rows from files of one kind, in the order of the files."""
 
@@ -101,12 +72,15 @@ class FileSource:
             refuse_lfs_pointer(path, "the data")
 
     def fingerprint(self) -> str:
+        """Returns a hex digest that changes when the rows do."""
         return _hash_files({path.name: path for path in self.files})
 
     def rows(self) -> Iterator[Row]:
+        """Returns every row, streamed. Raises DataError where one cannot be read, or where there is none."""
         return _not_empty((row for _, _, row in self.places()), ", ".join(str(path) for path in self.files[:3]))
 
     def name(self, index: int) -> str:
+        """Returns how a message calls a row, such as "train.jsonl line 12"; they are numbered from 0."""
         found = next(islice(self.places(), index, None), None)
         return f"{found[0].name} {found[1]}" if found else f"row {index + 1} of {self.files[0].name}"
 
@@ -247,8 +221,6 @@ def _not_empty(rows: Iterator[Row], name: str) -> Iterator[Row]:
 
 
 # --- the `datasets` library ------------------------------------------------------------------------------------------
-
-
 class DatasetSource:
     """Rows of a `datasets.Dataset`. A saved one is known by its files' bytes, one of the hub by its own fingerprint."""
 
@@ -266,6 +238,10 @@ class DatasetSource:
 
     def name(self, index: int) -> str:
         return f"row {index + 1} of {self.label}"
+
+
+Source = FileSource | DatasetSource
+"""Rows in a fixed order, numbered from 0."""
 
 
 def _open_saved(path: Path, config: AnyData) -> DatasetSource:

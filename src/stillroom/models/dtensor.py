@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 def own_rows(parameter: Tensor) -> slice:
@@ -15,17 +16,13 @@ def own_rows(parameter: Tensor) -> slice:
     """
     if not parameter.ndim:
         return slice(0, 1)
-    start, rows = 0, parameter.shape[0]
-    stop = rows
-    if isinstance(parameter, DTensor):
-        for dimension, placement in enumerate(parameter.placements):
-            if placement.is_shard():
-                assert placement.is_shard(0)  # as fully_shard does where it is not told otherwise
-                mesh = parameter.device_mesh
-                size = -(-rows // mesh.size(dimension))
-                start = min(rows, size * mesh.get_local_rank(dimension))
-                stop = min(rows, start + size)
-    return slice(start, stop)
+    if not isinstance(parameter, DTensor):
+        return slice(0, parameter.shape[0])
+    assert all(placement.is_shard(0) for placement in parameter.placements if placement.is_shard())
+    mesh, placements = parameter.device_mesh, parameter.placements
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+    start = min(offset[0], parameter.shape[0])
+    return slice(start, start + shape[0])
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -15,9 +15,8 @@ MOST_HEADER_BYTES = 100_000_000
 def check_folder(folder: Path) -> list[Path]:
     """The files of a local model that will be read, after a look at their headers.
 
-    Raises:
-        MissingError: the folder, its config.json or one of its weight files is not there.
-        DataError: a weight file is truncated, a git-lfs pointer, or not safetensors.
+    Raises MissingError where the folder, its config.json or one of its weight files is not there; DataError where a
+    weight file is truncated, a git-lfs pointer, or not safetensors.
     """
     if not (folder / "config.json").is_file():
         raise MissingError(

@@ -202,8 +202,7 @@ def hooks() -> Iterator[Callable[[nn.Module, Take], None]]:
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
     """The model's blocks ("layers") in their order.
 
-    Raises:
-        MismatchError: its backbone has none that can be told.
+    Raises MismatchError where its backbone has none that can be told.
     """
     number = model.config.get_text_config().num_hidden_layers
     body = backbone(model)
@@ -219,11 +218,8 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def projections(block: nn.Module, layer: int) -> dict[str, nn.Module]:
-    """The modules that make a block's queries, keys and values.
-
-    Raises:
-        MismatchError: they are not kept apart, or not named as is usual.
-    """
+    """The modules that make a block's queries, keys and values. Raises MismatchError where they are not kept apart,
+    or not named as is usual."""
     named = {name.rpartition(".")[2]: module for name, module in block.named_modules()}
     if any(name not in named for name in PROJECTIONS):
         raise MismatchError(

@@ -113,11 +113,8 @@ def load_model(
 
 
 def local_folder(name: str, revision: str | None = None) -> Path:
-    """The folder of a model: its own, or what is downloaded of it from the hub.
-
-    Raises:
-        MissingError: it cannot be had.
-    """
+    """The folder of a model: its own, or what is downloaded of it from the hub. Raises MissingError where it cannot
+    be had."""
     if is_local(name):
         return Path(name).expanduser()
     from huggingface_hub import snapshot_download
@@ -278,11 +275,8 @@ def max_length(config: PretrainedConfig) -> int | None:
 
 
 def check_length(length: int, config: PretrainedConfig, who: str, shown: object = None) -> None:
-    """Returns where a model can read rows of ``length`` tokens; an error quotes them as ``shown``.
-
-    Raises:
-        ConfigError: it has fewer positions.
-    """
+    """Returns where a model can read rows of ``length`` tokens; an error quotes them as ``shown``. Raises
+    ConfigError where it has fewer positions."""
     limit = max_length(config)
     if limit is not None and length > limit:
         raise ConfigError(
@@ -310,11 +304,8 @@ def rope_border(config: PretrainedConfig) -> int | None:
 
 
 def resolve_device(device: str, setting: str) -> str:
-    """The device that is meant: for auto a CUDA device where there is one, and else the CPU.
-
-    Raises:
-        MissingError: it is not there.
-    """
+    """The device that is meant: for auto a CUDA device where there is one, and else the CPU. Raises MissingError
+    where it is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -20,12 +20,8 @@ PACKAGES: dict[Quantization, str] = {"int8": "torchao", "fp8": "torchao", "nf4":
 
 
 def check_quantizable(config: PretrainedConfig, kind: Quantization, name: str) -> None:
-    """Returns where a model's weights can be quantized.
-
-    Raises:
-        MissingError: a package that does it is not installed.
-        MismatchError: the model's weights are stored in a quantized form already.
-    """
+    """Returns where a model's weights can be quantized. Raises MissingError where a package that does it is not
+    installed; MismatchError where the model's weights are stored in a quantized form already."""
     for package in (PACKAGES[kind], "accelerate"):
         require(package, "quantized", f"weights in {kind}")
     stored: Any = getattr(config, "quantization_config", None)

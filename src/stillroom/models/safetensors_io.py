@@ -27,8 +27,7 @@ def load_weights(model: PreTrainedModel, folder: Path, *, whole: bool = True) ->
     Where the family's parameters are made of several tensors of the files (the experts of a mixture, say), those of one
     parameter are read whole, one parameter after the other.
 
-    Raises:
-        DataError: tensors are missing or left over, or have other shapes.
+    Raises DataError where tensors are missing or left over, or have other shapes.
     """
     wanted, renamed = dict(named(model)), _renaming(model)
     if not whole:
@@ -76,8 +75,7 @@ def check_whole(name: str, missing: list[str], left_over: list[str], prefix: str
         name: the model's.
         prefix: of the body's tensors.
 
-    Raises:
-        DataError: they do not.
+    Raises DataError where they do not.
     """
     if missing := sorted(missing):
         raise DataError(
@@ -171,8 +169,7 @@ def new_model_folder(folder: Path) -> Iterator[Path]:
 
     An older folder of the name is there until then, and what is not whole is deleted.
 
-    Raises:
-        StorageError: the disk is full, say.
+    Raises StorageError where the disk is full, say.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left

@@ -29,10 +29,8 @@ ITEMS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 def read_headers(config: PruneConfig) -> Headers:
     """The sizes of the model and of the smaller one, from its config.json and the headers of its weights.
 
-    Raises:
-        MissingError, DataError: the model is not there, or not whole.
-        ConfigError: its size is not headers, or its parts cannot be kept so.
-        MismatchError: it does not have what is to be kept.
+    Raises MissingError; DataError where the model is not there, or not whole; ConfigError where its size is not
+    headers, or its parts cannot be kept so; MismatchError where it does not have what is to be kept.
     """
     files, model = read_sizes(config.model, config.revision, "the model")
     smaller = plan_pruning(config, AutoConfig.for_model(**files.config), "model").config

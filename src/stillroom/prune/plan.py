@@ -69,10 +69,9 @@ class PrunePlan(VerbPlan[PruneConfig]):
 def make_plan(config: PruneConfig) -> PrunePlan:
     """Resolves and checks a config from headers alone.
 
-    Raises:
-        MissingError: a model, a tokenizer, a data file or a device is not there.
-        MismatchError: the model cannot be cut so, or has no column for a token of its tokenizer.
-        ConfigError: settings contradict what the headers say.
+    Raises MissingError where a model, a tokenizer, a data file or a device is not there; MismatchError where the model
+    cannot be cut so, or has no column for a token of its tokenizer; ConfigError where settings contradict what the
+    headers say.
     """
     given, values, batch_tokens = config, dict[str, object](), config.batch_tokens
     values["device"] = loading.resolve_device(config.device, "device")

@@ -39,11 +39,7 @@ class Family:
     """A norm multiplies by this and its weight."""
 
     def axes(self, name: str) -> tuple[Axis, ...]:
-        """The axes of the parameter of that name.
-
-        Raises:
-            MismatchError: it is not described.
-        """
+        """The axes of the parameter of that name. Raises MismatchError where it is not described."""
         if (pattern := re.sub(r"\.layers\.\d+\.", ".layers.*.", name)) not in self.tensors:
             raise MismatchError(
                 f"the tensor {name} is not described",
@@ -114,11 +110,7 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def describe(config: PretrainedConfig, who: str = "teacher") -> Family:
-    """The family of a model.
-
-    Raises:
-        MismatchError: it is not described, or its layers are not all of one shape.
-    """
+    """The family of a model. Raises MismatchError where it is not described, or its layers are not all of one shape."""
     if config.model_type not in FAMILIES:
         raise MismatchError(
             f"no smaller model can be cut out of the family {config.model_type}",
@@ -154,11 +146,8 @@ def head_dim(config: PretrainedConfig) -> int:
 
 
 def described(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, Tensor, tuple[Axis, ...]]]:
-    """Each parameter of a model once, with its name and its axes.
-
-    Raises:
-        MismatchError: one is not described, or is not of the shape that its axes have.
-    """
+    """Each parameter of a model once, with its name and its axes. Raises MismatchError where one is not described,
+    or is not of the shape that its axes have."""
     long = sizes(model.config)
     for name, parameter in model.named_parameters():
         axes = family.axes(name)

@@ -86,11 +86,7 @@ def _all_real(batch: Batch) -> Batch:
 
 
 def finite(what: str, values: list[float]) -> list[float]:
-    """The same values.
-
-    Raises:
-        NonFiniteError: one is infinite or not a number.
-    """
+    """The same values. Raises NonFiniteError where one is infinite or not a number."""
     for number, value in enumerate(values):
         if not math.isfinite(value):
             raise NonFiniteError(
@@ -118,60 +114,41 @@ class Activations:
 @torch.no_grad()
 def activations(model: PreTrainedModel, family: Family, batches: Iterable[Batch]) -> Activations:
     """Measures heads, MLP channels and hidden channels in one pass over the text."""
-    config = model.config
-    numbers = range(config.num_hidden_layers)
-    seen = _PerDocument()
+    numbers, size = range(model.config.num_hidden_layers), head_dim(model.config)
+    squares: dict[str, Tensor] = {}
+    """Of each module what it has, squared and summed over documents, each of which lies in one batch whole."""
+
+    def watch(name: str, take: Callable[..., Tensor]) -> None:
+        def see(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            values = take(args[0] if args else kwargs.get("input"), output)
+            real = values.flatten(0, 1)[there.kept]
+            sums = real.new_zeros(len(lengths), real.shape[-1]).index_add_(0, index, real)
+            squares[name] = squares.get(name, 0) + (sums / lengths.unsqueeze(-1)).cpu().double().square().sum(0)
+
+        hook(model.get_submodule(name), see)
+
+    def wide(values: Tensor) -> Tensor:
+        return values.to(accumulator(values.dtype))
+
     with hidden_states.hooks() as hook:
-
-        def watch(name: str, take: Any) -> None:
-            hook(model.get_submodule(name), lambda args, kwargs, output: seen.add(name, take(args, kwargs, output)))
-
-        def read(args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> Tensor:
-            return args[0] if args else kwargs["input"]
-
         norms = [name.replace("*", str(n)) for name in family.norms for n in (numbers if "*" in name else [0])]
         heads, mlp = ([name.replace("*", str(n)) for n in numbers] for name in (family.heads, family.mlp))
         for name in norms:
-            watch(name, lambda _, __, output: _wide(output).abs())
+            watch(name, lambda _, output: wide(output).abs())
         for name in heads:
-            watch(name, lambda *given: _wide(read(*given)).unflatten(-1, (-1, head_dim(config))).norm(dim=-1))
+            watch(name, lambda read, _: wide(read).unflatten(-1, (-1, size)).norm(dim=-1))
         for name in mlp:
-            watch(name, lambda *given: _wide(read(*given)).abs())
+            watch(name, lambda read, _: wide(read).abs())
         for batch in batches:
             there = _all_real(batch).to(model.device)
-            seen.enter(there)
+            documents = there.documents.flatten()[there.kept]
+            _, index, lengths = documents.unique(return_inverse=True, return_counts=True)
             last_hidden_states(model, there)
-    hidden = torch.stack([seen.norm(name) for name in norms]).sum(0)
-    found = Activations(hidden, *(torch.stack([seen.norm(name) for name in names]) for names in (heads, mlp)))
+    measured = [[squares[name].sqrt() for name in names] for names in (norms, heads, mlp)]
+    found = Activations(torch.stack(measured[0]).sum(0), *map(torch.stack, measured[1:]))
     for name, values in vars(found).items():
         finite(f"importance of {name}", [values.sum().item()])
     return found
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values.to(accumulator(values.dtype))
-
-
-class _PerDocument:
-    """Sums over documents of the square of each one's mean over its positions, by name."""
-
-    def __init__(self) -> None:
-        self._squares: dict[str, Tensor] = {}
-
-    def enter(self, batch: Batch) -> None:
-        """Says of which batch the next values are. A document lies in one batch whole."""
-        self._kept = batch.kept
-        documents = batch.documents.flatten()[batch.kept]
-        _, self._index, self._lengths = documents.unique(return_inverse=True, return_counts=True)
-
-    def add(self, name: str, values: Float[Tensor, "b t c"]) -> None:
-        real = values.flatten(0, 1)[self._kept]
-        sums = real.new_zeros(len(self._lengths), real.shape[-1]).index_add_(0, self._index, real)
-        squares = (sums / self._lengths.unsqueeze(-1)).cpu().double().square().sum(0)
-        self._squares[name] = self._squares.get(name, 0) + squares
-
-    def norm(self, name: str) -> Float[Tensor, " c"]:
-        return self._squares[name].sqrt()
 
 
 def text_batches(

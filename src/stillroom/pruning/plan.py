@@ -60,12 +60,8 @@ class PruningPlan:
 
 
 def plan_pruning(config: PruningConfig, teacher: PretrainedConfig, who: str = "teacher") -> PruningPlan:
-    """Checks a cut against the config of the model that it is made in.
-
-    Raises:
-        MismatchError: its family is not described, or it has not what is asked for.
-        ConfigError: the widths asked for do not go together.
-    """
+    """Checks a cut against the config of the model that it is made in. Raises MismatchError where its family is not
+    described, or it has not what is asked for; ConfigError where the widths asked for do not go together."""
     family = describe(teacher, who)
     layers = kept_layers(config.layers, teacher.num_hidden_layers, who)
     widths = _widths(config.width, teacher, family, who)
@@ -202,8 +198,7 @@ def kept_layers(rule: Layers | None, num_layers: int, who: str) -> tuple[int, ..
     Args:
         who: what an error calls the model.
 
-    Raises:
-        MismatchError: the model does not have them.
+    Raises MismatchError where the model does not have them.
     """
     if rule is None:
         return tuple(range(num_layers))

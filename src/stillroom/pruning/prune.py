@@ -62,11 +62,7 @@ class PruneMask:
 
     @classmethod
     def from_json(cls, values: Any, where: str = CUT_FILE) -> "PruneMask":
-        """Returns what ``to_json`` was made of.
-
-        Raises:
-            DataError: it is something else.
-        """
+        """Returns what ``to_json`` was made of. Raises DataError where it is something else."""
         version = values.get("format") if isinstance(values, dict) else type(values).__name__
         if version != FORMAT or isinstance(version, bool):
             raise _damaged(where, f"format {FORMAT}", f"format {version!r}")
@@ -94,11 +90,8 @@ def write_mask(folder: Path, cut: PruneMask) -> None:
 
 
 def read_mask(folder: str | Path) -> PruneMask | None:
-    """Returns what a model's folder says of how it was cut out of another; None where it says nothing.
-
-    Raises:
-        DataError: its cut.json is damaged.
-    """
+    """Returns what a model's folder says of how it was cut out of another; None where it says nothing. Raises
+    DataError where its cut.json is damaged."""
     path = Path(folder) / CUT_FILE
     if not path.is_file():
         return None
@@ -131,8 +124,7 @@ def choose_mask(
         teacher: the model's fingerprint.
         say: is told what was found, step by step.
 
-    Raises:
-        NonFiniteError: what is measured is infinite or not a number.
+    Raises NonFiniteError where what is measured is infinite or not a number.
     """
     scores: dict[str, Any] = {}
     layers = plan.layers
@@ -187,8 +179,7 @@ def prune_model(model: PreTrainedModel, cut: PruneMask, plan: PruningPlan) -> Pr
 
     Where nothing is removed, its weights and its logits are bitwise those of ``model``.
 
-    Raises:
-        MismatchError: the cut is not one of this plan, or a tensor of the model is not described.
+    Raises MismatchError where the cut is not one of this plan, or a tensor of the model is not described.
     """
     _check_fits(cut, plan)
     config = pruned_config(plan.teacher, plan.family, cut.layers, widths_of(plan.config))

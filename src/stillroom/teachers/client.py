@@ -54,6 +54,8 @@ class Endpoint:
     concurrency: int = 8
     """Requests under way at a time."""
     retries: int = 6
+    """The number of times that a request is tried again, with longer and longer waits, after 429, 500, 502, 503, 504, a
+    lost connection, a time-out or half an answer. A wait that the server asks for is kept to."""
     timeout_s: float = 120.0
     """Seconds after which a request counts as failed."""
     key_variable: str | None = None
@@ -76,12 +78,8 @@ class Endpoint:
         self.root = urlunsplit((parts.scheme, parts.netloc, re.sub(r"(/v1)?/*$", "", parts.path), "", ""))
 
     def key(self) -> str | None:
-        """Returns the server's key, where it has one.
-
-        Raises:
-            MissingError: the environment variable is not set.
-            ConfigError: what it holds cannot be a key.
-        """
+        """Returns the server's key, where it has one. Raises MissingError where the environment variable is not set,
+        ConfigError where what it holds cannot be a key."""
         if self.key_variable is None:
             return None
         key = os.environ.get(self.key_variable, "").strip()
@@ -140,8 +138,7 @@ class Connection:
             subject: what the request is about, for errors: "document 3".
             retries: the number of times that it is tried again; None is the endpoint's.
 
-        Raises:
-            StillroomError: it refused, or the last try failed too.
+        Raises StillroomError where it refused, or the last try failed too.
         """
         content = None if body is None else json.dumps(body, separators=(",", ":")).encode()
         retries = self.endpoint.retries if retries is None else retries

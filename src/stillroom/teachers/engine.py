@@ -41,30 +41,21 @@ class ServerEngine:
     what the server made of it is compared token by token.
 
     Args:
-        url: its address, with or without the final /v1.
         model: the name that the model is served under.
         top: the tokens to request at each position.
-        concurrency: requests under way at a time.
-        retries: the number of times that a request is tried again, with longer and longer waits, after 429, 500, 502,
-            503, 504, a lost connection, a time-out or half an answer. A wait that the server asks for is kept to.
-        key_variable: the name of the environment variable that holds its key.
+        address: of the server, and how it is asked: the settings of `Endpoint`.
 
-    Raises:
-        ConfigError, MissingError: the address, the key or ``top`` cannot be used, or httpx is not installed.
+    Raises ConfigError; MissingError where the address, the key or ``top`` cannot be used, or httpx is not installed.
     """
 
     def __init__(
         self,
         *,
-        url: str,
         model: str,
         dialect: Literal["vllm", "openai"],
         tokenizer: PreTrainedTokenizerBase,
         top: int,
-        concurrency: int = 8,
-        retries: int = 6,
-        timeout_s: float = 120.0,
-        key_variable: str | None = None,
+        **address: Any,
     ) -> None:
         if top < 1 or (dialect == "openai" and top > MOST_OPENAI):
             raise ConfigError(
@@ -73,20 +64,16 @@ class ServerEngine:
                 why="OpenAI's interface tells no more of them.",
                 fix="Set signal.k (or signal.most) to such a number, or use a vLLM server.",
             )
-        self.endpoint = Endpoint(url, concurrency, retries, timeout_s, key_variable)
+        self.endpoint = Endpoint(**address)
         self.endpoint.key()
         self.model, self.dialect, self.tokenizer, self.top = model, dialect, tokenizer, top
-        self.usage = self.endpoint.usage
-        self.vocabulary = Vocabulary(tokenizer)
+        self.usage, self.vocabulary = self.endpoint.usage, Vocabulary(tokenizer)
         self._as_text: bool | None = False if dialect == "vllm" else None
         self._aligned = False
 
     def check(self) -> dict[str, Any]:
         """Returns the server's facts: ``model``, ``server`` and ``max_length`` (None where it does not give it).
-
-        Raises:
-            MissingError: it cannot be reached, or does not serve the model.
-        """
+        Raises MissingError where it cannot be reached, or does not serve the model."""
         with connected(self.endpoint) as (connection, submit):
             payload = submit(connection.ask("/v1/models", None, "its models")).result()
             data = payload.get("data") if isinstance(payload, dict) else None
@@ -228,21 +215,14 @@ class ServerEngine:
         return {"model": self.model, **self._prompt(tokens, subject), **sampling}
 
     def _prompt(self, prompt: str | np.ndarray, subject: str) -> dict[str, Any]:
-        if isinstance(prompt, str):
-            return {"prompt": prompt}
-        return {"prompt": self.text_of(prompt, subject) if self._as_text else prompt.tolist()}
-
-    def text_of(self, tokens: np.ndarray, subject: str) -> str:
-        """Returns the text that the server turns into these tokens; it adds the beginning-of-sequence token itself.
-
-        Raises:
-            DataError: the tokenizer makes other tokens of it.
-        """
-        inner = tokens.tolist()
+        """Returns a text, or the tokens or the text that the server turns into them; it adds the beginning-of-sequence
+        token itself. Raises DataError where the tokenizer makes other tokens of that text."""
+        if isinstance(prompt, str) or not self._as_text:
+            return {"prompt": prompt if isinstance(prompt, str) else prompt.tolist()}
+        inner = prompt.tolist()
         if inner and inner[0] == self.tokenizer.bos_token_id:
             inner = inner[1:]
-        text = self.tokenizer.decode(inner, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
+        text: Any = self.tokenizer.decode(inner, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] != inner:
             raise DataError(
                 f"{subject} cannot be sent to this server",
@@ -250,7 +230,7 @@ class ServerEngine:
                 why="The server would read other tokens than those that are stored.",
                 fix="Use a server that takes token ids, such as vLLM, or leave such rows out.",
             )
-        return text
+        return {"prompt": text}
 
     def _count(self, payload: dict[str, Any]) -> int | None:
         """Adds to the running count; returns the number of tokens that the server wrote, by its own count."""

@@ -57,8 +57,7 @@ class LiveTeacher:
             vocab_size: no token from here on is drawn.
             batch_tokens: the most positions of prompts and answers that are generated together, or one prompt's.
 
-        Raises:
-            NonFiniteError: the logits at a position are no distribution.
+        Raises NonFiniteError where the logits at a position are no distribution.
         """
         answers: dict[int, list[np.ndarray]] = {}
         num_answers = sampling.num_answers

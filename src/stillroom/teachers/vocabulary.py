@@ -4,16 +4,13 @@ import json
 import re
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from stillroom.tokenizers import required_vocab_size
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
-_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-
-BYTE_LEVEL = {chr(byte): byte for byte in _PRINTABLE} | {
-    chr(256 + i): byte for i, byte in enumerate(byte for byte in range(256) if byte not in _PRINTABLE)
-}
+BYTE_LEVEL = {character: byte for byte, character in bytes_to_unicode().items()}
 """The byte that each character of a byte-level vocabulary stands for."""
 
 
