@@ -162,7 +162,7 @@ MUTATIONS = (
              "progress / setting.over", "distill/test_objectives.py", "a schedule goes on beyond its stop"),
     Mutation("export-does-not-stop", "training/student.py", "(tokenizer.eos_token_id, *before)", "before",
              "training/test_student.py", "the export does not stop where its tokenizer ends a sequence"),
-    Mutation("distant-rows-lost", "teachers/remote.py", "size = -(-len(batch.tokens) // number)",
+    Mutation("distant-rows-lost", "teachers/live.py", "size = -(-len(batch.tokens) // number)",
              "size = max(1, len(batch.tokens) // number)", "distributed/test_group.py",
              "a question's last rows are asked of nobody"),
     Mutation("pairs-summed", "training/hidden_objective.py", "[1 / len(spec.pairs)] * len(spec.pairs)",

@@ -26,8 +26,7 @@ from stillroom.models.hidden_states import verify
 from stillroom.pruning.prune import PruneMask, read_mask, write_mask
 from stillroom.teachers.base import ServerTeacher, StoredTeacher, Teacher
 from stillroom.teachers.config import LiveTeacherConfig, ServerTeacherConfig, StoreTeacherConfig
-from stillroom.teachers.live import LiveTeacher
-from stillroom.teachers.remote import RemoteTeacher
+from stillroom.teachers.live import LiveTeacher, RemoteTeacher
 from stillroom.training.hidden_objective import HiddenLoss, HiddenSpec, fit_to_first_step, layers_of
 from stillroom.training.optimizer import build_optimizer, build_schedule
 from stillroom.training.prefetch import MicroBatch, Prefetcher

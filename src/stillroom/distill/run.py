@@ -39,8 +39,7 @@ from stillroom.runs import Metrics, RunFolder, RunFolderView, check_place, defer
 from stillroom.store.reader import Store
 from stillroom.teachers.base import ServerTeacher, StoredTeacher, Teacher
 from stillroom.teachers.config import LiveTeacherConfig, StoreTeacherConfig
-from stillroom.teachers.live import LiveTeacher
-from stillroom.teachers.remote import RemoteTeacher, serve
+from stillroom.teachers.live import LiveTeacher, RemoteTeacher, serve
 from stillroom.tokenizers import fingerprint, template_fingerprint
 from stillroom.tracking import check, track
 from stillroom.training.checkpoint import Checkpoints

@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from stillroom.distributed.group import RankGroup
-from stillroom.models.dtensor import local_part, materialize
 from stillroom.models.hidden_states import backbone, blocks
+from stillroom.models.safetensors_io import local_part, materialize
 
 
 def shard_trained(

@@ -17,11 +17,10 @@ from stillroom.config import Quantization, is_local
 from stillroom.errors import ConfigError, DataError, MismatchError, MissingError, did_you_mean
 from stillroom.lm_head import LMHead
 from stillroom.models import safetensors_io
-from stillroom.models.dtensor import fill_local, is_adapter, materialize, own_rows
 from stillroom.models.folder import check_folder
 from stillroom.models.hidden_states import lm_head
 from stillroom.models.quantization import check_quantized, num_numbers, quantized_loading
-from stillroom.models.safetensors_io import check_whole
+from stillroom.models.safetensors_io import check_whole, fill_local, is_adapter, materialize, own_rows
 
 
 # --- on disk ---------------------------------------------------------------------------------------------------------
@@ -210,7 +209,7 @@ def initialize(model: PreTrainedModel, seed: int) -> None:
     """Gives a new model its random values, as its family draws them, one module after the other.
 
     Of each module the whole is drawn on the CPU and this process's part kept, so the model is the same for the same
-    seed, however many processes hold it. It must have memory already (`dtensor.materialize`). Parameters beside those
+    seed, however many processes hold it. It must have memory already (`materialize`). Parameters beside those
     of the family (adapters) stay as they are.
     """
     families = [module for module in model.modules() if isinstance(module, PreTrainedModel)]

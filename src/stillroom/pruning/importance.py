@@ -27,7 +27,7 @@ from stillroom.losses.objective import Objective
 from stillroom.models import hidden_states
 from stillroom.models.hidden_states import backbone, last_hidden_states, lm_head
 from stillroom.pruning.config import BestLayers
-from stillroom.pruning.families import Family, describe, head_dim
+from stillroom.pruning.plan import Family, describe, head_dim
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -18,9 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from stillroom.batch import Batch
 from stillroom.errors import DataError, MismatchError
 from stillroom.pruning.config import BestLayers, LayerList
-from stillroom.pruning.families import Axis, described, head_dim
 from stillroom.pruning.importance import Say, activations, best_layers, only
-from stillroom.pruning.plan import PruningPlan, pruned_config, widths_of
+from stillroom.pruning.plan import Axis, PruningPlan, described, head_dim, pruned_config, widths_of
 
 CUT_FILE = "cut.json"
 """Lies beside the config.json of a model that was cut out of another."""
@@ -67,11 +66,11 @@ class PruneMask:
         if version != FORMAT or isinstance(version, bool):
             raise _damaged(where, f"format {FORMAT}", f"format {version!r}")
         try:
-            return TypeAdapter(cls).validate_python({key: values[key] for key in values if key != "format"})
+            return cls(**{key: values[key] for key in values if key != "format"})
         except ValidationError as error:
             first = error.errors()[0]
             found = f"{first['msg']}: {first['input']!r:.60}"
-            raise _damaged(where, f"{'.'.join(map(str, first['loc']))} as a cut has it", found) from None
+            raise _damaged(where, f"{'.'.join(map(str, first['loc'])) or 'lists'} as a cut has it", found) from None
 
 
 def _damaged(where: str, expected: str, found: str) -> DataError:

@@ -18,7 +18,7 @@ from stillroom.lm_head import accumulator
 from stillroom.losses.config import DISTANCES
 from stillroom.losses.hidden import Normalize, Pair, channel_scale, normalized
 from stillroom.models import hidden_states
-from stillroom.models.dtensor import fill_local, own_rows
+from stillroom.models.safetensors_io import fill_local, own_rows
 from stillroom.signals import HiddenStates, TeacherOutput
 
 ATTENTION = "attention_relation"

@@ -14,7 +14,7 @@ from stillroom.batch import Batch
 from stillroom.distributed.sharding import gradients_summed_later, squared_norm
 from stillroom.errors import NonFiniteError, OutOfMemoryError
 from stillroom.losses.objective import widest_float
-from stillroom.models.dtensor import local_part
+from stillroom.models.safetensors_io import local_part
 from stillroom.runs import deferred_interrupts, ended
 from stillroom.teachers.base import Teacher
 from stillroom.training.checkpoint import Checkpoints

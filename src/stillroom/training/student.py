@@ -15,8 +15,8 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from stillroom.distributed.group import SINGLE_RANK, RankGroup
 from stillroom.errors import ConfigError, MismatchError, require
 from stillroom.models import loading, safetensors_io
-from stillroom.models.dtensor import full_tensor, is_adapter
 from stillroom.models.hidden_states import blocks
+from stillroom.models.safetensors_io import full_tensor, is_adapter
 from stillroom.pruning.prune import PruneMask, write_mask
 from stillroom.training.config import LoraConfig, StudentConfig
 

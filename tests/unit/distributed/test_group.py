@@ -10,7 +10,7 @@ from stillroom.data.dataloader import RankSlice
 from stillroom.distributed.group import SINGLE_RANK
 from stillroom.distributed.init import SINGLE_PROCESS, RankInfo, init_distributed, rank_info
 from stillroom.errors import ConfigError, MismatchError, MissingError, ReportedElsewhere
-from stillroom.teachers.remote import _share, _split
+from stillroom.teachers.live import _share, _split
 
 LENGTHS = [6, 33, 12, 7, 29, 31, 18, 33, 5, 24, 9, 33, 16, 28, 33, 11]
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config, LlamaConfig
 
 from stillroom.models import loading, safetensors_io
-from stillroom.models.dtensor import materialize
+from stillroom.models.safetensors_io import materialize
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
 LLAMA = LlamaConfig(**SIZES, num_hidden_layers=2, vocab_size=40, pad_token_id=0)

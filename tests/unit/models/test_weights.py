@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from conftest import FAMILIES, build_config, build_model
 from stillroom.errors import DataError
 from stillroom.models import loading, safetensors_io
-from stillroom.models.dtensor import materialize, own_rows
 from stillroom.models.hidden_states import lm_head
+from stillroom.models.safetensors_io import materialize, own_rows
 
 MIXTURE: dict[str, Any] = {"num_experts": 4, "moe_intermediate_size": 8, "num_experts_per_tok": 2, "head_dim": 8}
 

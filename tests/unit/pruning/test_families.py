@@ -11,9 +11,8 @@ from stillroom.errors import MismatchError
 from stillroom.models import loading
 from stillroom.models.hidden_states import verify
 from stillroom.pruning.config import PruningConfig, Width
-from stillroom.pruning.families import FAMILIES, describe, described
 from stillroom.pruning.importance import only
-from stillroom.pruning.plan import plan_pruning
+from stillroom.pruning.plan import FAMILIES, describe, described, plan_pruning
 from stillroom.pruning.prune import PruneMask, choose_mask, prune_model
 
 BATCH = build_batch(20, 9, 30, 14, 6)

@@ -9,9 +9,8 @@ from torch.nn import functional
 from conftest import build_documents, build_model
 from stillroom.errors import NonFiniteError
 from stillroom.pruning.config import BestLayers, PruningConfig, Width
-from stillroom.pruning.families import describe
 from stillroom.pruning.importance import activations, block_influence, loss_nats, only, text_batches
-from stillroom.pruning.plan import plan_pruning
+from stillroom.pruning.plan import describe, plan_pruning
 from stillroom.pruning.prune import choose_mask, prune_model
 
 DOCUMENTS = build_documents([20, 9, 30, 4, 33, 12, 27], seed=3)
