@@ -76,7 +76,7 @@ def load_tokenizer(
         raise DataError(
             f"the tokenizer {path} has no fast form",
             {"found": type(tokenizer).__name__, "needed": "a tokenizer.json of the `tokenizers` library"},
-            why="Only a fast tokenizer tells which characters a token came from, and so which tokens are to be learnt.",
+            why="Only a fast tokenizer tells which characters a token came from, and so which are to be learned.",
             fix="Convert it with transformers' `convert_slow_tokenizer` and save it beside the model.",
         )
     return tokenizer

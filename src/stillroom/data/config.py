@@ -31,11 +31,11 @@ class _Data(Config):
     empty: Literal["refuse", "drop"] = "refuse"
     """A document with nothing to learn in it is an error, or is left out and counted."""
     cache: PathText | Literal["auto"] = "auto"
-    """The folder for tokenised data; auto is $STILLROOM_CACHE or else ~/.cache/stillroom."""
+    """The folder for tokenized data; auto is $STILLROOM_CACHE or else ~/.cache/stillroom."""
 
 
 class TextData(_Data):
-    """Plain text: every token is learnt."""
+    """Plain text: every token is learned."""
 
     format: Literal["text"]
     column: str = "text"
@@ -51,9 +51,9 @@ class ChatData(_Data):
     column: str | Literal["auto"] = "auto"
     """The column that holds the conversation; auto takes `messages` or else `conversations` (ShareGPT)."""
     keep: Literal["assistant", "all"] = "assistant"
-    """Which tokens are learnt: those that the assistant said, with its end of turn, or all."""
+    """The tokens that are learned: those that the assistant said, with its end of turn, or all."""
     template: Literal["auto", "student", "teacher"] = "auto"
-    """Whose chat template: auto demands that both have the same one."""
+    """The model whose chat template is taken; auto demands that both have the same one."""
     overlong: Literal["cut", "drop"] = "cut"
     """A conversation longer than `length`: cut after `length` tokens, or left out. Both are counted."""
 
@@ -67,11 +67,11 @@ class PromptCompletionData(_Data):
     completion: str = "completion"
     """The column that holds the completion, or a text with columns in braces."""
     keep: Literal["completion", "all"] = "completion"
-    """Which tokens are learnt: the completion with its end of sequence, or all."""
+    """The tokens that are learned: the completion with its end of sequence, or all."""
     chat: bool = False
     """Put the pair through the chat template, as a user's and an assistant's message."""
     template: Literal["auto", "student", "teacher"] = "auto"
-    """Whose chat template, where `chat` is on: auto demands that both have the same one."""
+    """The model whose chat template is taken, where `chat` is on; auto demands that both have the same one."""
     overlong: Literal["cut", "drop"] = "cut"
     """A pair longer than `length`: cut after `length` tokens, or left out. Both are counted."""
 
@@ -135,5 +135,5 @@ def most_tokens(data: AnyData) -> tuple[float | None, str]:
     if isinstance(data, TextData) and is_local(data.path) and path.is_file() and path.suffix in PLAIN:
         size = path.stat().st_size
         bounds.append((size, f"at most: {size:,} bytes of text, where a token is often 3 to 5"))
-    unknown = "not known before they are tokenised: data_tokens=… tells how many there are"
+    unknown = "not known before they are tokenized: data_tokens=… tells how many there are"
     return min(bounds) if bounds else (None, unknown)

@@ -283,13 +283,12 @@ def _record_batch(documents: list[tuple[int, Encoded]]) -> pa.RecordBatch:
     runs = [np.flatnonzero(edge).astype(np.int32) for edge in edges]
     rows = pa.array([row for row, _ in documents], type=pa.int64())
     weights = pa.array([document.weight for _, document in documents], type=pa.float32())
-    return pa.record_batch([*map(_list_array, (tokens, runs)), rows, weights], schema=SCHEMA)
-
-
-def _list_array(arrays: list[np.ndarray]) -> pa.Array:
-    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
-    values = np.concatenate([np.empty(0, dtype=np.int32), *arrays])
-    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values, type=pa.int32()))
+    lists = []
+    for arrays in (tokens, runs):
+        offsets = pa.array(np.cumsum([0, *map(len, arrays)], dtype=np.int64))
+        values = np.concatenate([np.empty(0, dtype=np.int32), *arrays])
+        lists.append(pa.LargeListArray.from_arrays(offsets, pa.array(values, type=pa.int32())))
+    return pa.record_batch([*lists, rows, weights], schema=SCHEMA)
 
 
 # --- opening them ----------------------------------------------------------------------------------------------------
@@ -326,12 +325,7 @@ def _damaged(folder: Path, what: str, found: object, expected: object) -> DataEr
 class CountedDocuments(Documents):
     """The documents that ``prepare`` would give of the same settings, read and tokenized anew and kept in no cache.
 
-    Args:
-        template: the chat template, where rows go through one; the tokenizer's own by default.
-        report: is called with the number of rows done so far.
-
-    Raises MissingError where the source, or a chat template that is needed, is not there; DataError where a row cannot
-    be used, or nothing is left to learn.
+    Its arguments are those of ``prepare``, and so are its errors.
     """
 
     def __init__(

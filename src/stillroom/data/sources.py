@@ -95,7 +95,7 @@ class FileSource:
                 raise _unreadable(path, f"not a whole gzip file ({error})") from None
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
+def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:  # kept: a reader like the others, for the table
     with _open(path) as file:
         for number, raw in enumerate(file, start=1):
             text = _decode(raw, path, number)
@@ -143,7 +143,7 @@ _KINDS: dict[str, tuple[str, Callable[[Path], Iterator[tuple[int, Row]]]]] = {
     ".parquet": ("row", _read_parquet),
     ".txt": ("document", _read_txt),
 }
-"""Of each kind of file what a row of it is called, and its reader."""
+"""The name of a row of each kind of file, and its reader."""
 
 
 def _kind(path: Path) -> str | None:

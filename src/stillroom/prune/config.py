@@ -27,7 +27,7 @@ class PruneConfig(PruningConfig, _Model):
     """The text on which it is measured what matters, where `layers` or `width` need that; and how `held_out` is
     read."""
     held_out: HeldOutText | None = None
-    """What the cross-entropy of both models is measured on; null measures none."""
+    """The text that the cross-entropy of both models is measured on; null measures none."""
     batch_tokens: Positive | Literal["auto"] = "auto"
     """Tokens that go through the model at once, with padding; auto is the length of a row or 4096, whichever is more.
     Block influence holds what each layer gives out of so many tokens."""

@@ -99,12 +99,8 @@ def passes(rule: object, headers: Headers) -> Iterator[Pass]:
         elif rule.by == "loss_increase":
             for there in range(whole, left, -1):
                 yield from [Pass(there - 1, True)] * there
-    if _widths_change(headers):
+    if headers.models["model"].shapes.keys() != headers.models["smaller model"].shapes.keys():  # widths change
         yield Pass(left, False)
-
-
-def _widths_change(headers: Headers) -> bool:
-    return headers.models["model"].shapes.keys() != headers.models["smaller model"].shapes.keys()
 
 
 def _add_memory(
@@ -151,7 +147,7 @@ def _reading(
             "what each layer gives out": float(states * item),
             "the same in float32": states * 4.0 if item == 2 else 0.0,
         }
-    if _widths_change(headers):
+    if model.shapes.keys() != headers.models["smaller model"].shapes.keys():
         widest = max(max(s.intermediate_size, s.query_size, s.hidden_size) for s in model.shapes)
         found["measuring widths"] = {**activations, "copies in float32": 4.0 * n * widest * (3 if item == 2 else 2)}
     return found

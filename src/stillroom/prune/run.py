@@ -1,11 +1,11 @@
 """`stillroom prune`: model -> smaller model."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stillroom.batch import Batch
 from stillroom.data.config import AnyData
@@ -85,15 +85,7 @@ def _prune(plan: PrunePlan, folder: RunFolder, say: Report) -> None:
         trust_remote_code=config.trust_remote_code,
     )
     verify(model, "the model", pack=data is not None and data.pack)
-    facts = {
-        "model": {
-            "fingerprint": loading.fingerprint(config.model, model.config),
-            "num_parameters": loading.num_parameters(model),
-        },
-        "tokenizer": {"fingerprint": fingerprint(plan.tokenizer)},
-        **{key: {"fingerprint": text.fingerprint, **text.counts} for key, text in texts.items()},
-        **({} if plan.template is None else {"template": {"fingerprint": template_fingerprint(plan.template)}}),
-    }
+    facts = _facts(config.model, model, plan.tokenizer, plan.template, texts)
     folder.update(status="started", **facts)
 
     def batches(documents: Documents, number: int | None = None) -> Iterator[Batch]:
@@ -129,3 +121,20 @@ def _prune(plan: PrunePlan, folder: RunFolder, say: Report) -> None:
         found = {"model_cross_entropy_nats": whole, "cut_cross_entropy_nats": left, "num_tokens": num_tokens}
         results["held_out"] = found
     folder.update(status="done", **results)
+
+
+def _facts(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None,
+    texts: Mapping[str, Documents],
+) -> dict[str, Any]:
+    """Returns what run.json says of the things that went in."""
+    number = loading.num_parameters(model)
+    return {
+        "model": {"fingerprint": loading.fingerprint(name, model.config), "num_parameters": number},
+        "tokenizer": {"fingerprint": fingerprint(tokenizer)},
+        **{key: {"fingerprint": text.fingerprint, **text.counts} for key, text in texts.items()},
+        **({} if template is None else {"template": {"fingerprint": template_fingerprint(template)}}),
+    }

@@ -22,9 +22,9 @@ class BestLayers(Config):
 
     kind: Literal["best"]
     count: Positive
-    """How many are kept."""
+    """The number of layers that are kept."""
     by: Literal["block_influence", "loss_increase"] = "block_influence"
-    """What is measured. Block influence: how far a layer turns its input, 1 - cos, in one pass over the text. Loss
+    """The measure. Block influence: how far a layer turns its input, 1 - cos, in one pass over the text. Loss
     increase: what skipping a layer costs; the least harmful is dropped and all others are measured again, until `count`
     are left."""
     contiguous: bool = False

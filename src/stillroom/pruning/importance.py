@@ -116,7 +116,7 @@ def activations(model: PreTrainedModel, family: Family, batches: Iterable[Batch]
     """Measures heads, MLP channels and hidden channels in one pass over the text."""
     numbers, size = range(model.config.num_hidden_layers), head_dim(model.config)
     squares: dict[str, Tensor] = {}
-    """Of each module what it has, squared and summed over documents, each of which lies in one batch whole."""
+    """The values of each module, squared and summed over documents, each of which lies in one batch whole."""
 
     def watch(name: str, take: Callable[..., Tensor]) -> None:
         def see(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -29,8 +29,8 @@ FORMAT = 1
 Indices = tuple[int, ...]
 
 
-PerLayer = Annotated[tuple[LayerList, ...], Field(strict=False)]
-"""Of each kept layer as many numbers, from 0 and rising."""
+PerLayer = Annotated[tuple[LayerList, ...], Field(strict=False, min_length=1)]
+"""As many numbers of each kept layer, from 0 and rising."""
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
@@ -51,11 +51,6 @@ class PruneMask:
     teacher: str
     """The fingerprint of the bigger model."""
 
-    def __post_init__(self) -> None:
-        for by_layer in (self.groups, self.heads, self.mlp):
-            if by_layer is not None and [len(by_layer), len({*map(len, by_layer)})] != [len(self.layers), 1]:
-                raise ValueError(f"needs a list for each of {len(self.layers)} layers, and as many in each")
-
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **json.loads(json.dumps(asdict(self)))}
 
@@ -66,11 +61,16 @@ class PruneMask:
         if version != FORMAT or isinstance(version, bool):
             raise _damaged(where, f"format {FORMAT}", f"format {version!r}")
         try:
-            return cls(**{key: values[key] for key in values if key != "format"})
+            cut = cls(**{key: values[key] for key in values if key != "format"})
         except ValidationError as error:
             first = error.errors()[0]
             found = f"{first['msg']}: {first['input']!r:.60}"
-            raise _damaged(where, f"{'.'.join(map(str, first['loc'])) or 'lists'} as a cut has it", found) from None
+            raise _damaged(where, f"{'.'.join(map(str, first['loc']))} as a cut has it", found) from None
+        for name in ("groups", "heads", "mlp"):
+            sizes = [len(of_layer) for of_layer in getattr(cut, name) or ()]
+            if sizes and (len(sizes) != len(cut.layers) or len(set(sizes)) != 1):
+                raise _damaged(where, f"{name}: as many in each of {len(cut.layers)} layers", str(sizes)[:60])
+        return cut
 
 
 def _damaged(where: str, expected: str, found: str) -> DataError:
@@ -283,16 +283,14 @@ def _layer_lines(cut: PruneMask, plan: PruningPlan) -> list[str]:
     if (scores := cut.scores.get("layers")) is None:
         return lines
     unit = "block influence" if scores["by"] == "block_influence" else "loss increase, nats"
-    span = there - len(cut.layers)
-    lines.append(f"{'':16}{f'{span} layers from' if scores['contiguous'] else 'layer':>14}  {unit}")
+    fates = dict.fromkeys(cut.layers, "kept")
+    for place, layer in enumerate(scores["dropped"], start=1):
+        ending = "th" if 10 <= place % 100 < 20 else {1: "st", 2: "nd", 3: "rd"}.get(place % 10, "th")
+        fates[layer] = f"dropped {place}{ending}"
+    if scores["contiguous"]:
+        fates = {scores["dropped"][0]: "dropped"}
+    what = f"{there - len(cut.layers)} layers from" if scores["contiguous"] else "layer"
+    lines.append(f"{'':16}{what:>14}  {unit}")
     for number, value in enumerate(scores["values"]):
-        if scores["contiguous"]:
-            fate = "dropped" if number == scores["dropped"][0] else ""
-        elif number in cut.layers:
-            fate = "kept"
-        else:
-            place = scores["dropped"].index(number) + 1
-            ending = "th" if 10 <= place % 100 < 20 else {1: "st", 2: "nd", 3: "rd"}.get(place % 10, "th")
-            fate = f"dropped {place}{ending}"
-        lines.append(f"{'':16}{number:>14}  {value:{len(unit)}.4f}  {fate}".rstrip())
+        lines.append(f"{'':16}{number:>14}  {value:{len(unit)}.4f}  {fates.get(number, '')}".rstrip())
     return lines

@@ -7,7 +7,6 @@ that come ahead never mix with what the student's processes send each other.
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -207,12 +206,12 @@ def serve(teacher: LiveTeacher, context: DistContext, device: str, stop: StopReq
             rounds, one batch of each trainer, all of whom send equally often.
     """
     trainers = _share(context.num_trainers, context.num_teachers, context.group.rank)
-    server, answered = _Server(teacher, context, device, stop), 0
+    nothing, answered = torch.zeros(1, 1, dtype=torch.long, device=device), 0
     most = -(-context.num_trainers // context.group.world_size) if together else 0
     while trainers or together:
         requests = []
         for sender in list(trainers) if together else [None]:
-            trainer, batch = server.next(sender)
+            trainer, batch = _receive_batch(context, device, sender)
             if batch is None:
                 trainers.remove(trainer)
             else:
@@ -220,48 +219,36 @@ def serve(teacher: LiveTeacher, context: DistContext, device: str, stop: StopReq
         if together and not context.group.any_rank(bool(requests)):
             break
         for trainer, batch in requests:
-            server.answer(trainer, batch)
-        for _ in range(most - len(requests)):
-            server.idle()
+            _answer(teacher, context, stop.number, trainer, batch)
+        for _ in range(most - len(requests)):  # for nobody, as its other processes run it for somebody
+            teacher.forward(Batch(nothing, nothing, nothing.bool(), nothing, nothing))
         answered += len(requests)
     return answered
 
 
-@dataclass(frozen=True)
-class _Server:
-    """A process of the teacher, as it answers."""
+def _receive_batch(context: DistContext, device: str, trainer: int | None) -> tuple[int, Batch | None]:
+    """Returns who sends next, or ``trainer`` alone; and its batch, or None where it leaves."""
+    header = torch.empty(3, dtype=torch.long)
+    trainer = dist.recv(header, trainer, group=context.requests)
+    kind, rows, length = header.tolist()
+    if kind == LEAVE:
+        return trainer, None
+    sent = torch.empty(3, rows, length, dtype=torch.long)
+    dist.recv(sent, trainer, group=context.requests)
+    tokens, positions, loss_mask = sent.to(device)
+    return trainer, Batch(tokens, torch.zeros_like(tokens), loss_mask.bool(), positions, torch.zeros_like(tokens))
 
-    teacher: LiveTeacher
-    context: DistContext
-    device: str
-    stop: StopRequests
 
-    def next(self, trainer: int | None = None) -> tuple[int, Batch | None]:
-        """Returns who sends next, or ``trainer`` alone; and its batch, or None where it leaves."""
-        header = torch.empty(3, dtype=torch.long)
-        trainer = dist.recv(header, trainer, group=self.context.requests)
-        kind, rows, length = header.tolist()
-        if kind == LEAVE:
-            return trainer, None
-        sent = torch.empty(3, rows, length, dtype=torch.long)
-        dist.recv(sent, trainer, group=self.context.requests)
-        tokens, positions, loss_mask = sent.to(self.device)
-        return trainer, Batch(tokens, torch.zeros_like(tokens), loss_mask.bool(), positions, torch.zeros_like(tokens))
-
-    def answer(self, trainer: int, batch: Batch) -> None:
-        output = self.teacher.forward(batch)
-        assert isinstance(output.signal, Dense)
-        assert output.hidden is not None
-        tensors = [output.signal.hidden, *(output.hidden.states[layer] for layer in self.teacher.layers)]
-        for layer in self.teacher.attention:
-            tensors += output.hidden.attention[layer]
-        header = torch.tensor([self.stop.number, *(tensor.shape[-1] for tensor in tensors)])
-        dist.send(header, trainer, group=self.context.responses)
-        for tensor in filter(torch.numel, tensors):
-            sent = tensor.to("cpu", self.teacher.model.dtype).contiguous().view(torch.uint8)
-            dist.send(sent, trainer, group=self.context.responses)
-
-    def idle(self) -> None:
-        """Runs the teacher for nobody, as its other processes do for somebody."""
-        nothing = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        self.teacher.forward(Batch(nothing, nothing, nothing.bool(), nothing, nothing))
+def _answer(teacher: LiveTeacher, context: DistContext, signal: int, trainer: int, batch: Batch) -> None:
+    output = teacher.forward(batch)
+    assert isinstance(output.signal, Dense)
+    assert output.hidden is not None
+    tensors = [output.signal.hidden, *(output.hidden.states[layer] for layer in teacher.layers)]
+    for layer in teacher.attention:
+        tensors += output.hidden.attention[layer]
+    header = torch.tensor([signal, *(tensor.shape[-1] for tensor in tensors)])
+    dist.send(header, trainer, group=context.responses)
+    for tensor in filter(torch.numel, tensors):
+        dist.send(
+            tensor.to("cpu", teacher.model.dtype).contiguous().view(torch.uint8), trainer, group=context.responses
+        )
