@@ -95,6 +95,7 @@ def load_model(
     """
     if is_local(name):
         check_folder(Path(name).expanduser())
+        safetensors_io.check_made(Path(name).expanduser())
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(Path(name).expanduser()) if is_local(name) else name,

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -11,13 +12,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import _TYPES, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from stillroom.errors import DataError
 from stillroom.models.dtensor import fill_local, full_tensor, is_adapter, named, own_rows
+from stillroom.models.folder import read_header
 from stillroom.runs import replace_folder, writing
 
 
@@ -104,6 +106,7 @@ class _Files(ExitStack):
     def __enter__(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().__enter__()
         slices: dict[str, Any] = {}
+        check_made(self.folder)
         for path in _paths(self.folder):
             file = self.enter_context(safe_open(path, framework="pt"))
             slices |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
@@ -263,6 +266,48 @@ def save_weights(
             written.append(_write_file(kept, folder, len(written)))
         _name_files(written, folder)
         _write_configs(model, folder, dtype or model.dtype)
+
+
+PROMISE = "promise"
+"""The format that the header of a promised model's weights names."""
+_PROMISED = {"format": PROMISE}
+
+
+def check_made(folder: Path) -> None:
+    """Raises DataError where a model is only promised."""
+    path = folder / "model.safetensors"
+    if path.is_file() and read_header(path).startswith(json.dumps({"__metadata__": _PROMISED})[:-1].encode()):
+        raise DataError(
+            f"the model in {folder} is promised, and not there yet",
+            {"format of model.safetensors": PROMISE},
+            why="It stands for what a run will make, so that other runs can be planned, and has no weights.",
+            fix="Make the run that writes the model, and name its folder.",
+        )
+
+
+def save_promise(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    """Writes what stands for a model until there is one: plans read it as they read a model, and nobody can load it.
+
+    The header of its model.safetensors names each tensor with its type and shape, and the rest of the file is a hole,
+    which takes no room on a disk.
+
+    Args:
+        model: on the meta device.
+        dtype: the type that the model will be written in.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rounded, names = _Rounding(model, dtype), {dtype: name for name, dtype in reversed(_TYPES.items())}
+    header: dict[str, Any] = {"__metadata__": _PROMISED}
+    end = 0
+    for layer in _layers(model):
+        for name, tensor in _as_in_files(model, layer, rounded).items():
+            start, end = end, end + tensor.numel() * tensor.itemsize
+            header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    head = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        file.truncate(8 + len(head) + end)
+    _write_configs(model, folder, dtype)
 
 
 def _layers(model: PreTrainedModel) -> Iterator[list[tuple[str, nn.Module]]]:
