@@ -10,14 +10,10 @@ def escaped(text: str) -> str:
         if sign == "\\":
             parts.append("\\\\")
         elif not sign.isprintable() or (i == 0 and unicodedata.combining(sign)):
-            parts.append(sign.encode("unicode_escape").decode() if ord(sign) < 256 or sign in "\n\r\t" else _code(sign))
+            parts.append(sign.encode("unicode_escape").decode())
         else:
             parts.append(sign)
     return "".join(parts)
-
-
-def _code(sign: str) -> str:
-    return f"\\u{ord(sign):04x}" if ord(sign) < 2**16 else f"\\U{ord(sign):08x}"
 
 
 def harmless(text: str) -> str:

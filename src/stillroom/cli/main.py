@@ -2,6 +2,7 @@
 
 import errno
 import io
+import logging
 import os
 import shlex
 import sys
@@ -58,7 +59,8 @@ def main(words: Sequence[str] | None = None) -> int:
         arguments = parse(words, tuple(VERBS))
         if arguments.verb is None:
             return _say(HELP.rstrip())
-        _hush()
+        for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
+            logging.getLogger(name).setLevel(logging.ERROR)  # transformers imports them, and they tell of kernels
         verb: Callable[[Arguments], int] = import_module(f"stillroom.cli.{arguments.verb}").main
         return verb(arguments)
     except ReportedElsewhere:
@@ -81,14 +83,6 @@ def main(words: Sequence[str] | None = None) -> int:
         if error.errno not in DISK:
             raise
         return _failed(f"error: {error.strerror}: {error.filename or 'while writing'}", "--debug" in words)
-
-
-def _hush() -> None:
-    """Keeps packages that `transformers` imports where they are installed from telling of other devices' kernels."""
-    import logging
-
-    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO}
