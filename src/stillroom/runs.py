@@ -5,7 +5,6 @@ import fcntl
 import json
 import os
 import platform
-import re
 import resource
 import shutil
 import signal
@@ -22,7 +21,8 @@ from types import TracebackType
 from typing import IO, Any
 
 from stillroom.errors import ConfigError, DataError, Interrupted, StillroomError, Stopped, StorageError
-from stillroom.recipe import differences
+from stillroom.recipe import differences, parse_json
+from stillroom.terminal import redact
 
 
 def crc32(path: Path) -> int:
@@ -36,7 +36,7 @@ def crc32(path: Path) -> int:
 
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except ValueError as error:
         raise DataError(
             f"{path} is not JSON",
@@ -131,7 +131,8 @@ def _exchange(one: Path, other: Path) -> bool:  # kept: the one call of the C li
     return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), EXCHANGE) == 0
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, a cluster's request, and a terminal that was closed."""
 
 
 class StopRequests:
@@ -146,17 +147,17 @@ class StopRequests:
 
 def ended(number: int, text: str) -> Interrupted:
     """What a verb raises that a signal ended, and whose work is saved. SIGTERM asks for an end in good order, as a
-    cluster does that wants its machine back; Ctrl-C is a user's."""
-    return Stopped(text) if number == signal.SIGTERM else Interrupted(text)
+    cluster does that wants its machine back, and so does SIGHUP when a terminal is closed; Ctrl-C is a user's."""
+    return Interrupted(text) if number == signal.SIGINT else Stopped(text)
 
 
 @contextmanager
 def deferred_interrupts(on_request: Callable[[], None] = lambda: None) -> Iterator[StopRequests]:
-    """Inside, the first Ctrl-C or SIGTERM is only remembered, and a second Ctrl-C acts at once. A second SIGTERM does
-    nothing: clusters send several, and end what does not heed them in another way.
+    """Inside, the first Ctrl-C, SIGTERM or SIGHUP is only remembered, and a second Ctrl-C acts at once. A second
+    SIGTERM does nothing: clusters send several, and end what does not heed them in another way.
 
     Gives what tells whether there was one. Outside the main thread, where signals cannot be caught, they are
-    left alone.
+    left alone, and so is a signal that is ignored already, as SIGHUP is under ``nohup``.
 
     Args:
         on_request: is called when the first one comes.
@@ -165,7 +166,8 @@ def deferred_interrupts(on_request: Callable[[], None] = lambda: None) -> Iterat
     if threading.current_thread() is not threading.main_thread():
         yield requests
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
 
     def restore() -> None:
         for number, handler in before.items():
@@ -174,10 +176,11 @@ def deferred_interrupts(on_request: Callable[[], None] = lambda: None) -> Iterat
     def remember(number: int, _: object) -> None:
         requests.number = number
         restore()
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for again in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(again, signal.SIG_IGN)
         on_request()
 
-    for number in SIGNALS:
+    for number in before:
         signal.signal(number, remember)
     try:
         yield requests
@@ -393,7 +396,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             if number == len(lines) and not line.endswith(b"\n"):
                 break
@@ -419,18 +422,6 @@ def _read_record(path: Path) -> dict[str, Any]:
             fix="Restore the file, or start again with --overwrite.",
         )
     return record
-
-
-def redact(value: Any) -> Any:
-    """The same values without secrets: passwords in addresses, and tokens, keys and signatures in their queries."""
-    if isinstance(value, dict):
-        return {key: redact(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [redact(item) for item in value]
-    if not isinstance(value, str) or "://" not in value:
-        return value
-    value = re.sub(r"(\w+://)[^/\s]*@", r"\1***@", value)
-    return re.sub(r"(?i)([?&][\w.-]*(?:token|key|secret|password|signature|credential|sig)=)[^&\s]*", r"\1***", value)
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,9 @@
-"""Texts as a terminal can show them: so many columns wide, with nothing in them that it would obey."""
+"""Texts as others may see them: without secrets, and on a terminal with nothing that it would obey, and so many columns
+wide."""
 
+import re
 import unicodedata
+from typing import Any
 
 
 def escaped(text: str) -> str:
@@ -36,3 +39,19 @@ def fitted(text: str, columns: int) -> str:
             text = text[:-1]
         text += "…"
     return text + " " * (columns - width(text))
+
+
+SECRET = "token|key|secret|pass|pwd|auth|sig|credential"
+"""What the names of an address's secrets have in them."""
+
+
+def redact(value: Any) -> Any:
+    """The same values without secrets: passwords in addresses, and tokens, keys and signatures in their queries."""
+    if isinstance(value, dict):
+        return {key: redact(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(item) for item in value]
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    value = re.sub(r"(\w+://)[^/\s]*@", r"\1***@", value)
+    return re.sub(rf"(?i)([?&][\w.-]*(?:{SECRET})[\w.-]*=)[^&\s'\"]*", r"\1***", value)

@@ -20,7 +20,8 @@ from stillroom.estimates.report import CostReport
 from stillroom.estimates.sections import costs_here
 from stillroom.models import loading
 from stillroom.recipe import to_yaml
-from stillroom.runs import RunFolder, RunFolderView, redact
+from stillroom.runs import RunFolder, RunFolderView
+from stillroom.terminal import redact
 from stillroom.tokenizers import required_vocab_size, template_of
 
 Report = Callable[[str, Mapping[str, Any]], None]

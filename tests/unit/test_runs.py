@@ -12,7 +12,8 @@ import pytest
 
 from stillroom import runs
 from stillroom.errors import ConfigError, DataError, StorageError
-from stillroom.runs import Metrics, RunFolder, read_json, read_metrics, redact, write_json
+from stillroom.runs import Metrics, RunFolder, read_json, read_metrics, write_json
+from stillroom.terminal import redact
 
 
 def entries(folder: Path) -> list[str]:
@@ -285,6 +286,12 @@ def test_peak_memory_is_the_most_of_all_resumes(out):
         ("https://me:sec@ret@host/x", "https://***@host/x"),
         ("https://host/a@b", "https://host/a@b"),
         ("me@host.org", "me@host.org"),
+        ("GET https://h/x?user=me&pwd=hunter2&a=1", "GET https://h/x?user=me&pwd=***&a=1"),
+        (
+            "https://h/x?Passphrase=p&db_pass=q&X-Amz-Signature=r&access_token=s",
+            "https://h/x?Passphrase=***&db_pass=***&X-Amz-Signature=***&access_token=***",
+        ),
+        ("'https://h/x?auth=a&authorization=b' failed", "'https://h/x?auth=***&authorization=***' failed"),
         ("Qwen/Qwen2-1.5B", "Qwen/Qwen2-1.5B"),
         (3, 3),
         (None, None),
