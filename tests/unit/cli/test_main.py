@@ -254,8 +254,8 @@ def test_an_error_out_of_a_verb_exits_with_2(capsys, monkeypatch):
         (ConfigError("no answer from https://me:pw@h/?auth=x", why="So.", fix="Thus."), "https://***@h/?auth=***\n"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "x\x1b"), "error: File name too long: x\\x1b\n"),
         (
-            OSError(errno.ELOOP, "Too many levels of symbolic links", "a"),
-            "error: Too many levels of symbolic links: a\n",
+            OSError(errno.ELOOP, "Too many levels of links", "a"),
+            "error: Too many levels of links: a\n",
         ),
         (shutil.Error([("a", "b", "[Errno 28] No space left")]), "No space left"),
         (MemoryError(), "error: this machine has too little memory for what was asked\n"),
