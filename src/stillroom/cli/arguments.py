@@ -35,7 +35,7 @@ def parse(words: Sequence[str], verbs: Sequence[str]) -> Arguments:
             arguments.flags.add(name if name in OF_SOME else _known(name, FLAGS, "flag", word))
         elif arguments.verb is None:
             arguments.verb = _known(word, verbs, "verb", word)
-        elif re.match(r"[A-Za-z_][\w.]*=", word):
+        elif re.match(r"[A-Za-z_][\w.-]*=", word):
             arguments.overrides.append(word)
         elif arguments.verb in WITH_WORDS:
             arguments.words.append(word)
