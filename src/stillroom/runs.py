@@ -2,6 +2,7 @@
 
 import ctypes
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -34,9 +35,21 @@ def crc32(path: Path) -> int:
     return checksum
 
 
+def seal(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns values with their checksum, the sha256 of them as JSON with sorted keys and no spaces."""
+    others = {key: value for key, value in values.items() if key != "sha256"}
+    text = json.dumps(others, sort_keys=True, separators=(",", ":"))
+    return {**others, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
 def read_json(path: Path) -> Any:
+    """Reads a JSON file of a run. One that is sealed is given without its checksum.
+
+    Raises:
+        DataError: it is not JSON, or was changed after it was sealed.
+    """
     try:
-        return parse_json(path.read_bytes())
+        values = parse_json(path.read_bytes())
     except ValueError as error:
         raise DataError(
             f"{path} is not JSON",
@@ -44,6 +57,17 @@ def read_json(path: Path) -> Any:
             why="It says what the run is, so nothing can go on without it.",
             fix="Restore the file, or start again with --overwrite.",
         ) from None
+    if not isinstance(values, dict) or "sha256" not in values:
+        return values
+    written, found = values.pop("sha256"), seal(values)["sha256"]
+    if written != found:
+        raise DataError(
+            f"{path} was changed after it was written",
+            {"sha256 in it": f"{written!s:.16}", "of what it says": found[:16]},
+            why="A run that goes on from it would end with a result that nobody can explain.",
+            fix="Restore the file, or start again with --overwrite.",
+        )
+    return values
 
 
 @contextmanager
@@ -62,7 +86,11 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Writes a JSON file under a temporary name, syncs it and renames it."""
+    """Writes a JSON file under a temporary name, syncs it and renames it.
+
+    Args:
+        values: JSON values, of :func:`seal` where :func:`read_json` is to tell whether they were changed.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path), temporary.open("w", encoding="utf-8") as file:
         json.dump(values, file, indent=2, ensure_ascii=False)
@@ -268,7 +296,7 @@ class RunFolder:
         """Sets values of run.json and writes it; a reader sees the old file or the new one, never half of one."""
         self.record |= redact(values)
         self.record["peak_memory_bytes"] = max(peak_memory_bytes(), self.record.get("peak_memory_bytes", 0))
-        write_json(self.path / "run.json", self.record)
+        write_json(self.path / "run.json", seal(json.loads(json.dumps(self.record))))
 
     def share(self, gather: Callable[[Any], list[Any]]) -> None:
         """Lets the other processes of the run know what run.json says, each of which calls this too."""

@@ -202,6 +202,25 @@ def test_a_broken_run_json_is_refused_on_resume(earlier, text):
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "null", "3", '{"status": "done"}'])
+@pytest.mark.parametrize(
+    "change", [("3", "4"), ("started", "done"), ('"steps"', '"step5"'), ("git_commit", "git_c0mmit")]
+)
+def test_a_run_json_that_was_changed_is_refused_on_resume(out, change):
+    RunFolder(out, {"steps": 3}).close()
+    path = out / "run.json"
+    assert json.loads(path.read_text())["sha256"]
+    path.write_text(path.read_text().replace(*change, 1))
+    with pytest.raises(DataError, match="was changed after it was written"):
+        RunFolder(out, {"steps": 3}, resume=True)
+
+
+def test_a_run_json_of_the_version_before_is_resumed(out):
+    RunFolder(out, {"steps": 3}).close()
+    write_json(out / "run.json", read_json(out / "run.json"))  # which had no checksum
+    RunFolder(out, {"steps": 3}, resume=True).close()
+    assert json.loads((out / "run.json").read_text())["sha256"]
+
+
 def test_a_run_json_without_settings_is_refused_on_resume(earlier, text):
     (earlier / "run.json").write_text(text)
     with pytest.raises(DataError):
