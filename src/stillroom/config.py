@@ -53,11 +53,9 @@ def _expand(text: str) -> str:
     return os.path.expanduser(re.sub(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", value, text))
 
 
-def _text(value: object) -> object:
-    return str(value) if isinstance(value, Path) else value
-
-
-PathText = Annotated[str, BeforeValidator(_text), AfterValidator(_expand)]
+PathText = Annotated[
+    str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value), AfterValidator(_expand)
+]
 """A path or a hub name; ``~`` and ``$VARIABLES`` are expanded, and an unset variable is an error."""
 
 

@@ -31,7 +31,9 @@ class StillroomError(Exception):
         return "\n  ".join([self.what, *filter(None, lines), self.why, self.fix])
 
 
-def _remade(kind: type[StillroomError], what: str, values: dict[str, str], why: str, fix: str) -> StillroomError:
+def _remade(  # kept: pickle calls it by its name
+    kind: type[StillroomError], what: str, values: dict[str, str], why: str, fix: str
+) -> StillroomError:
     error = kind.__new__(kind)
     StillroomError.__init__(error, what, values, why=why, fix=fix)
     return error

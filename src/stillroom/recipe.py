@@ -1,9 +1,12 @@
 """Recipes: settings as YAML 1.2, and ``key=value`` overrides of them."""
 
+import collections
 import difflib
 import io
+import itertools
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,60 @@ class _Constructor(SafeConstructor):
 _Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
 
 
+MOST_VALUES = 100_000
+"""What a YAML text may hold at the most, each alias counted as often as it stands there."""
+
+
 def from_yaml(text: str) -> Any:
-    """YAML 1.2 to plain values: ``1e-5`` is a number, ``no`` is a text, and a key given twice is an error."""
+    """YAML 1.2 to plain values: ``1e-5`` is a number, ``no`` is a text, and a key given twice is an error.
+
+    Raises:
+        YAMLError: it is not YAML, or holds what no setting can be: texts of half characters, numbers of thousands of
+            digits, aliases of aliases that make more than MOST_VALUES values.
+    """
     yaml = YAML(typ="safe", pure=True)
     yaml.Constructor = _Constructor
-    return yaml.load(text)
+    try:
+        values = yaml.load(text)
+        if sum(1 for _ in itertools.islice(_parts(values), MOST_VALUES + 1)) > MOST_VALUES:
+            raise YAMLError(f"it holds more than {MOST_VALUES:,} values")
+        return values
+    except RecursionError:
+        raise YAMLError("it is nested too deeply") from None
+    except ValueError as error:
+        raise YAMLError(str(error)) from None
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """Yields a value with all that it holds. Raises ValueError where a text has half a character (a lone surrogate)."""
+    yield value
+    if isinstance(value, str):
+        if half := re.search("[\ud800-\udfff]", value):
+            raise ValueError(f"it holds half of a character, \\u{ord(half[0]):04x}: a lone surrogate is no text")
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _parts(key)
+            yield from _parts(item)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from _parts(item)
+
+
+def parse_json(data: str | bytes) -> Any:
+    """Parses JSON that came from outside.
+
+    Raises:
+        ValueError: it is not JSON in UTF-8, or holds what cannot be used: half a character (the escape of a lone
+            surrogate), a number of thousands of digits, or lists in lists without end.
+    """
+    try:
+        values = json.loads(data)
+        escape = rb"\\u[dD]" if isinstance(data, bytes) else r"\\u[dD]"
+        if re.search(escape, data):  # pyright: ignore[reportArgumentType, reportCallIssue]
+            collections.deque(_parts(values), maxlen=0)
+        return values
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def to_yaml(values: object) -> str:
@@ -98,7 +150,7 @@ def override(values: dict[str, Any], word: str) -> str:
         twice = "duplicate key" in str(error)
         raise ConfigError(
             f"the value of `{key}` is not valid YAML",
-            {"value": text},
+            {"value": f"{text:.200}"},
             why="Values are read as YAML, so that numbers, lists and null mean the same as in a recipe.",
             fix="Give each key once." if twice else f"Put it in quotes: {key}='\"…\"'.",
         ) from None

@@ -44,6 +44,10 @@ def _tags(config_class: Model) -> set[str]:
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
+SILENT = ("missing", "value_error", "union_tag_not_found", "union_tag_invalid", "too_short")
+"""Kinds of problems beside which nobody wants to see what was given."""
+
+
 def explain_error(config_class: Model, error: ValidationError, place: Callable[[str], str]) -> ConfigError:
     """What pydantic found wrong, in the user's terms; ``place`` says in words where a dotted key was read."""
     problems: dict[str, list[str]] = {}
@@ -63,7 +67,12 @@ def explain_error(config_class: Model, error: ValidationError, place: Callable[[
     if count == 1 and not first:
         what = "these settings do not go together"
     where = place(first)
-    inputs = {_locate(config_class, item["loc"])[0]: _input(item) for item in error.errors(include_url=False)}
+    inputs = {
+        _locate(config_class, item["loc"])[0]: ""
+        if item["type"] in SILENT or isinstance(item["input"], dict)
+        else f", not {item['input']!r}"
+        for item in error.errors(include_url=False)
+    }
     return ConfigError(
         what,
         {(k or "settings"): " or ".join(dict.fromkeys(m)) + inputs[k] for k, m in problems.items()},
@@ -112,12 +121,6 @@ def _problem(item: ErrorDetails) -> str:
         case _:
             message = item["msg"].removeprefix("Value error, ")
             return message[0].lower() + message[1:]
-
-
-def _input(item: ErrorDetails) -> str:
-    """What was given instead, where that is told."""
-    silent = ("missing", "value_error", "union_tag_not_found", "union_tag_invalid", "too_short")
-    return "" if item["type"] in silent or isinstance(item["input"], dict) else f", not {item['input']!r}"
 
 
 def _locate(config_class: Model, location: Sequence[str | int]) -> tuple[str, list[str]]:
@@ -182,7 +185,7 @@ def _explain_members(members: Sequence[Model], indent: int) -> list[str]:
     shared = {
         name: field
         for name, field in members[0].model_fields.items()
-        if name != tag and all(_same(field, other.model_fields.get(name)) for other in members)
+        if name != tag and all(_said(field) == _said(other.model_fields.get(name)) for other in members)
     }
     if len(members) == 1:
         return _explain_fields({**({tag: members[0].model_fields[tag]} if tag else {}), **shared}, indent)
@@ -195,13 +198,9 @@ def _explain_members(members: Sequence[Model], indent: int) -> list[str]:
     return [*lines, *_explain_fields(shared, indent)]
 
 
-def _same(field: FieldInfo, other: FieldInfo | None) -> bool:
-    """Whether two members say the same of a field of that name."""
-    return other is not None and _said(field) == _said(other)
-
-
-def _said(field: FieldInfo) -> tuple[Any, ...]:
-    return field.annotation, field.description, field.default
+def _said(field: FieldInfo | None) -> tuple[Any, ...]:
+    """Returns what must be the same for two members to say the same of a field."""
+    return () if field is None else (field.annotation, field.description, field.default)
 
 
 def _nested(annotation: Any) -> list[Model]:

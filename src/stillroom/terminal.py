@@ -1,6 +1,9 @@
-"""Texts as a terminal can show them: so many columns wide, with nothing in them that it would obey."""
+"""Texts as others may see them: without secrets, and on a terminal with nothing that it would obey, and so many columns
+wide."""
 
+import re
 import unicodedata
+from typing import Any
 
 
 def escaped(text: str) -> str:
@@ -10,14 +13,10 @@ def escaped(text: str) -> str:
         if sign == "\\":
             parts.append("\\\\")
         elif not sign.isprintable() or (i == 0 and unicodedata.combining(sign)):
-            parts.append(sign.encode("unicode_escape").decode() if ord(sign) < 256 or sign in "\n\r\t" else _code(sign))
+            parts.append(sign.encode("unicode_escape").decode())
         else:
             parts.append(sign)
     return "".join(parts)
-
-
-def _code(sign: str) -> str:
-    return f"\\u{ord(sign):04x}" if ord(sign) < 2**16 else f"\\U{ord(sign):08x}"
 
 
 def harmless(text: str) -> str:
@@ -40,3 +39,19 @@ def fitted(text: str, columns: int) -> str:
             text = text[:-1]
         text += "…"
     return text + " " * (columns - width(text))
+
+
+SECRET = "token|key|secret|pass|pwd|auth|sig|credential"
+"""What the names of an address's secrets have in them."""
+
+
+def redact(value: Any) -> Any:
+    """The same values without secrets: passwords in addresses, and tokens, keys and signatures in their queries."""
+    if isinstance(value, dict):
+        return {key: redact(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(item) for item in value]
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    value = re.sub(r"(\w+://)[^/\s]*@", r"\1***@", value)
+    return re.sub(rf"(?i)([?&][\w.-]*(?:{SECRET})[\w.-]*=)[^&\s'\"]*", r"\1***", value)

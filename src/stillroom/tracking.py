@@ -75,7 +75,11 @@ def _wandb(folder: Path, config: Mapping[str, Any], after: int) -> Tracker:  # n
     return Tracker(lambda values, step: run.log(dict(values), step=step), run.finish)
 
 
-def _trackio(folder: Path, config: Mapping[str, Any], after: int) -> Tracker:  # noqa: ARG001
+def _trackio(  # kept: an entry of the table
+    folder: Path,
+    config: Mapping[str, Any],
+    after: int,  # noqa: ARG001
+) -> Tracker:
     import trackio
 
     run = trackio.init(project="stillroom", name=_run_id(folder), resume="allow", config=dict(config), embed=False)

@@ -20,7 +20,8 @@ from stillroom.estimates.report import CostReport
 from stillroom.estimates.sections import costs_here
 from stillroom.models import loading
 from stillroom.recipe import to_yaml
-from stillroom.runs import RunFolder, RunFolderView, redact
+from stillroom.runs import RunFolder, RunFolderView
+from stillroom.terminal import redact
 from stillroom.tokenizers import required_vocab_size, template_of
 
 Report = Callable[[str, Mapping[str, Any]], None]
@@ -60,6 +61,15 @@ class VerbPlan(ABC, Generic[C]):
     @abstractmethod
     def writes(self) -> dict[str, str]:
         """Returns the files that a run writes, by what they are."""
+
+    def promise(self, folder: Path) -> None:
+        """Writes into ``folder`` what stands for the products of a run, each where it will be in ``out``.
+
+        Another verb's plan that names ``folder`` where it means ``out`` is checked as if the run was made: a promised
+        model has its configs, its tokenizer and the headers of its weights, a promised store its manifest and its
+        tokenizer. What a run still has to measure or count is left open. A verb that makes nothing which others read
+        promises nothing.
+        """
 
     @abstractmethod
     def costs(self) -> dict[str, Any] | str:

@@ -4,6 +4,7 @@ import json
 import pkgutil
 import typing
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,7 +29,7 @@ from stillroom.evaluate.config import EvaluateConfig
 from stillroom.evaluate.tasks.config import ExactMatch, LastWord, MinimalPairs, MultipleChoice
 from stillroom.prune.config import PruneConfig
 from stillroom.pruning.config import Layers
-from stillroom.recipe import differences, to_yaml
+from stillroom.recipe import differences, parse_json, read_recipe, to_yaml
 from stillroom.store.config import ImportConfig
 
 
@@ -742,3 +743,47 @@ def test_a_recipe_may_name_its_verb_and_another_verb_refuses_it(tmp_path):
     assert "stillroom prune" in raised.value.fix
     with pytest.raises(ConfigError, match="the recipe is of `7`, and was given to `prune`"):
         load(PruneConfig, tmp_path / "plain.yaml", ["verb=7"])
+
+
+# --- what no file should do ------------------------------------------------------------------------------------------
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in pairwise("abcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 3000, "nested too deeply"),
+        ("a: &a [*a]", "nested too deeply"),
+        ("steps: " + "1" * 5000, "4300 digits"),
+        ('out: "\\ud83d"', "half of a character"),
+        (BOMB, "more than 100,000 values"),
+    ],
+    ids=["depth", "itself", "digits", "surrogate", "aliases"],
+)
+def test_yaml_that_no_setting_can_be_is_refused(tmp_path, text, reason):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="is not valid YAML") as error:
+        read_recipe(tmp_path / "r.yaml")
+    assert reason in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 200_000, "nested too deeply"),
+        ('{"a": ["\\ud83d"]}', "half of a character"),
+        ('{"\\uDE00": 1}', "half of a character"),
+        (b'"\xff"', "utf-8"),
+        ("1" * 5000, "4300 digits"),
+    ],
+)
+def test_json_that_cannot_be_used_is_a_value_error(text, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_json(text)
+
+
+def test_json_that_can_be_used():
+    assert parse_json('"\\ud83d\\ude00 \\\\ud83d"') == "😀 \\ud83d"

@@ -1,16 +1,18 @@
-"""Ctrl-C and SIGTERM: remembered the first time, obeyed at once the second time, and as before afterwards."""
+"""Ctrl-C, SIGTERM and SIGHUP: remembered the first time, obeyed at once the second time, and as before afterwards."""
 
 import signal
 import threading
 
 import pytest
 
-from stillroom.runs import deferred_interrupts
+from stillroom.errors import Interrupted, Stopped
+from stillroom.runs import deferred_interrupts, ended
 
-BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+NUMBERS = {"ctrl-c": signal.SIGINT, "sigterm": signal.SIGTERM, "sighup": signal.SIGHUP}
+EACH = pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
 
 
-@BOTH
+@EACH
 def test_the_first_is_remembered_and_told(number):
     before, told = signal.getsignal(number), []
     with deferred_interrupts(lambda: told.append("asked")) as interrupted:
@@ -21,7 +23,7 @@ def test_the_first_is_remembered_and_told(number):
     assert signal.getsignal(number) is before
 
 
-@BOTH
+@EACH
 def test_the_second_is_obeyed_at_once(number):
     with deferred_interrupts() as interrupted:
         signal.raise_signal(number)
@@ -36,7 +38,7 @@ def test_none_is_none():
     assert not interrupted()
 
 
-@BOTH
+@EACH
 def test_what_was_there_before_comes_back_after_an_error(number):
     before = signal.getsignal(number)
     with pytest.raises(ZeroDivisionError), deferred_interrupts():
@@ -56,3 +58,20 @@ def test_another_thread_leaves_ctrl_c_alone():
     thread.start()
     thread.join()
     assert found == [(False, True)]
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with deferred_interrupts() as interrupted:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interrupted()
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, Interrupted), (signal.SIGTERM, Stopped),
+                                              (signal.SIGHUP, Stopped)])  # fmt: skip
+def test_what_a_run_ends_with(number, kind):
+    assert type(ended(number, "saved")) is kind

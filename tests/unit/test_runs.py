@@ -12,7 +12,8 @@ import pytest
 
 from stillroom import runs
 from stillroom.errors import ConfigError, DataError, StorageError
-from stillroom.runs import Metrics, RunFolder, read_json, read_metrics, redact, write_json
+from stillroom.runs import Metrics, RunFolder, read_json, read_metrics, write_json
+from stillroom.terminal import redact
 
 
 def entries(folder: Path) -> list[str]:
@@ -200,6 +201,26 @@ def test_a_broken_run_json_is_refused_on_resume(earlier, text):
     assert (earlier / "run.json").read_text() == text
 
 
+@pytest.mark.parametrize(
+    "change", [(": 3", ": 4"), ("started", "done"), ('"steps"', '"step5"'), ("git_commit", "git_c0mmit")]
+)
+def test_a_run_json_that_was_changed_is_refused_on_resume(out, change):
+    RunFolder(out, {"steps": 3}).close()
+    path = out / "run.json"
+    assert json.loads(path.read_text())["sha256"]
+    path.write_text(path.read_text().replace(*change, 1))
+    with pytest.raises(DataError, match="was changed after it was written"):
+        RunFolder(out, {"steps": 3}, resume=True)
+
+
+def test_a_run_json_of_the_version_before_is_resumed(out):
+    RunFolder(out, {"steps": 3}).close()
+    write_json(out / "run.json", read_json(out / "run.json"))  # which had no checksum
+    with RunFolder(out, {"steps": 3}, resume=True) as folder:
+        folder.update(status="done")
+    assert json.loads((out / "run.json").read_text())["sha256"]
+
+
 @pytest.mark.parametrize("text", ["[]", "{}", "null", "3", '{"status": "done"}'])
 def test_a_run_json_without_settings_is_refused_on_resume(earlier, text):
     (earlier / "run.json").write_text(text)
@@ -285,6 +306,12 @@ def test_peak_memory_is_the_most_of_all_resumes(out):
         ("https://me:sec@ret@host/x", "https://***@host/x"),
         ("https://host/a@b", "https://host/a@b"),
         ("me@host.org", "me@host.org"),
+        ("GET https://h/x?user=me&pwd=hunter2&a=1", "GET https://h/x?user=me&pwd=***&a=1"),
+        (
+            "https://h/x?Passphrase=p&db_pass=q&X-Amz-Signature=r&access_token=s",
+            "https://h/x?Passphrase=***&db_pass=***&X-Amz-Signature=***&access_token=***",
+        ),
+        ("'https://h/x?auth=a&authorization=b' failed", "'https://h/x?auth=***&authorization=***' failed"),
         ("Qwen/Qwen2-1.5B", "Qwen/Qwen2-1.5B"),
         (3, 3),
         (None, None),

@@ -31,10 +31,11 @@ def parse(words: Sequence[str], verbs: Sequence[str]) -> Arguments:
         if word in ("-h", "--help"):
             arguments.flags.add("help")
         elif word.startswith("-"):
-            arguments.flags.add(_flag(word))
+            name = word.lstrip("-")
+            arguments.flags.add(name if name in OF_SOME else _known(name, FLAGS, "flag", word))
         elif arguments.verb is None:
             arguments.verb = _known(word, verbs, "verb", word)
-        elif re.match(r"[A-Za-z_][\w.]*=", word):
+        elif re.match(r"[A-Za-z_][\w.-]*=", word):
             arguments.overrides.append(word)
         elif arguments.verb in WITH_WORDS:
             arguments.words.append(word)
@@ -70,11 +71,6 @@ def parse(words: Sequence[str], verbs: Sequence[str]) -> Arguments:
             fix="Leave one of them out.",
         )
     return arguments
-
-
-def _flag(word: str) -> str:
-    name = word.lstrip("-")
-    return name if name in OF_SOME else _known(name, FLAGS, "flag", word)
 
 
 def _known(name: str, names: Sequence[str], kind: str, word: str) -> str:

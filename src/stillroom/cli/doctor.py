@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from stillroom.cli.arguments import Arguments, first_key
+from stillroom.cli.verb import import_all
 from stillroom.config import explain, load
 from stillroom.distill.config import DistillConfig
 from stillroom.doctor.config import DoctorConfig
@@ -45,15 +46,16 @@ def main(arguments: Arguments) -> int:
     config = load(DoctorConfig, None, own)
     recipe = load(DistillConfig, arguments.recipe, [word for word in arguments.overrides if word not in own])
 
+    preflight = import_all("stillroom.distill.preflight")
+
     from stillroom.cli.progress import Progress
-    from stillroom.distill.preflight import Preflight
     from stillroom.doctor.run import run
     from stillroom.models.loading import quiet
 
     quiet()
     try:
         with Progress(quiet="quiet" in arguments.flags) as progress:
-            record = run(config, Preflight(recipe, config.sequences, progress), items_of, progress)
+            record = run(config, preflight.Preflight(recipe, config.sequences, progress), items_of, progress)
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was written", file=sys.stderr)
         return 130

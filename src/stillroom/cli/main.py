@@ -1,17 +1,19 @@
 """``stillroom``: find the verb, run it, and turn what it raises into a message and an exit code."""
 
-import errno
 import io
+import logging
 import os
 import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 
 from stillroom import __version__
 from stillroom.cli.arguments import Arguments, parse
 from stillroom.errors import ReportedElsewhere, StillroomError, Stopped
+from stillroom.terminal import harmless, redact
 
 VERBS = {
     "capture": "ask a teacher once, and store what it said",
@@ -58,7 +60,8 @@ def main(words: Sequence[str] | None = None) -> int:
         arguments = parse(words, tuple(VERBS))
         if arguments.verb is None:
             return _say(HELP.rstrip())
-        _hush()
+        for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
+            logging.getLogger(name).setLevel(logging.ERROR)  # transformers imports them, and they tell of kernels
         verb: Callable[[Arguments], int] = import_module(f"stillroom.cli.{arguments.verb}").main
         return verb(arguments)
     except ReportedElsewhere:
@@ -68,31 +71,23 @@ def main(words: Sequence[str] | None = None) -> int:
     except Stopped as error:
         if str(error):
             resumed = [word for word in words if word not in ("--resume", "--overwrite")]
-            print(f"\n{error}. Resume with: stillroom {shlex.join(resumed)} --resume", file=sys.stderr)
+            _show(f"\n{error}. Resume with: stillroom {shlex.join(resumed)} --resume")
         return 0
     except KeyboardInterrupt as error:
         instead = " in the place of --overwrite" if "--overwrite" in words else ""
-        print(f"\n{str(error) or 'interrupted'}. Go on with the same command and --resume{instead}.", file=sys.stderr)
+        _show(f"\n{str(error) or 'interrupted'}. Go on with the same command and --resume{instead}.")
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in DISK:
-            raise
-        return _failed(f"error: {error.strerror}: {error.filename or 'while writing'}", "--debug" in words)
-
-
-def _hush() -> None:
-    """Keeps packages that `transformers` imports where they are installed from telling of other devices' kernels."""
-    import logging
-
-    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO}
-"""What a full, broken or locked disk says, wherever it is met."""
+        reason = error.strerror or " ".join(str(error).split())[:300]
+        return _failed(f"error: {reason}: {error.filename or 'while reading or writing'}", "--debug" in words)
+    except MemoryError:
+        return _failed("error: this machine has too little memory for what was asked", "--debug" in words)
+    except Exception:
+        _show(traceback.format_exc().rstrip())
+        return 1
 
 
 def _say(text: str) -> int:
@@ -101,8 +96,11 @@ def _say(text: str) -> int:
 
 
 def _failed(text: str, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    else:
-        print(text, file=sys.stderr)
+    _show(traceback.format_exc().rstrip() if debug else text)
     return 2
+
+
+def _show(text: str) -> None:
+    """Prints on stderr what may hold text from outside: without secrets, and without what a terminal would obey."""
+    with suppress(OSError):  # a terminal that was closed
+        print(harmless(redact(text)), file=sys.stderr)

@@ -5,6 +5,7 @@ from importlib import import_module
 from pathlib import Path
 
 from stillroom.cli.arguments import Arguments, first_key
+from stillroom.cli.verb import import_all
 from stillroom.config import explain, load
 from stillroom.errors import ConfigError
 from stillroom.estimates.hardware import Hardware
@@ -66,7 +67,7 @@ def _report(words: Sequence[str], overrides: Sequence[str]) -> CostReport:
         what = "there is nothing to plan" if not values and not rest else "nothing says which verb this is a recipe of"
         raise _what(what if verb is None else f"`{verb}` is no verb that can be planned", recipe or "no recipe")
     config = load(getattr(import_module(f"stillroom.{verb}.config"), VERBS[verb]), recipe, rest)
-    module = import_module(f"stillroom.{verb}.estimate")
+    module = import_all(f"stillroom.{verb}.estimate")
     return module.costs(config, module.read_headers(config), hardware, f"{verb} {recipe or ''}".rstrip())
 
 

@@ -1,11 +1,26 @@
 """What every verb with a recipe does: explain its settings, print its plan, or run and print the result."""
 
+import gc
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 from stillroom.cli.arguments import Arguments
 from stillroom.config import Config, explain, load
+
+
+def import_all(name: str) -> Any:
+    """Imports a module that brings torch and transformers, and returns it.
+
+    Nothing of what they make can be collected, and looking through it again and again takes a third of their time. So
+    the collector waits until they are there, and never looks at it again.
+    """
+    gc.disable()
+    try:
+        return import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def run_verb(
@@ -22,18 +37,18 @@ def run_verb(
         return 0
     config = load(config_class, arguments.recipe, arguments.overrides)
 
+    dry = "dry-run" in arguments.flags
+    module = import_all(f"stillroom.{verb}.{'plan' if dry else 'run'}")
+
+    from stillroom.cli.progress import Progress
     from stillroom.models.loading import quiet
 
     quiet()
-    if "dry-run" in arguments.flags:
-        print(import_module(f"stillroom.{verb}.plan").make_plan(config), end="")
+    if dry:
+        print(module.make_plan(config), end="")
         return 0
-
-    from stillroom.cli.progress import Progress
-
-    run = import_module(f"stillroom.{verb}.run").run
     with Progress(quiet="quiet" in arguments.flags) as progress:
-        record = run(
+        record = module.run(
             config, resume="resume" in arguments.flags, overwrite="overwrite" in arguments.flags, report=progress
         )
     if not record:  # another process of the run tells it

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from stillroom.config import BATCH_TOKENS, LOGITS_BYTES, is_local, replace
@@ -33,11 +34,14 @@ from stillroom.estimates.headers import Headers
 from stillroom.models import loading
 from stillroom.models.folder import check_folder
 from stillroom.models.quantization import check_quantizable
+from stillroom.models.safetensors_io import save_promise
 from stillroom.pruning.plan import PruningPlan
+from stillroom.pruning.prune import promised_mask, write_mask
 from stillroom.runs import check_outside
 from stillroom.store.reader import Store
 from stillroom.teachers.config import LiveTeacherConfig, ServerTeacherConfig, StoreTeacherConfig
 from stillroom.tokenizers import compare, load_tokenizer, required_vocab_size, template_fingerprint, template_of
+from stillroom.training.student import end_as
 from stillroom.verbs import (
     VerbPlan,
     check_vocabulary,
@@ -144,6 +148,19 @@ class DistillPlan(VerbPlan[DistillConfig]):
             "checkpoints": str(out / "checkpoints"),
             "model": str(out / "model"),
         }
+
+    def promise(self, folder: Path) -> None:
+        student, folder = self.config.student, folder / "model"
+        if student.lora is not None and student.lora.export == "adapter":
+            return
+        code = student.trust_remote_code
+        dtype = getattr(torch, self.config.export.dtype)
+        model = loading.build_meta_model(self.student_config, dtype=dtype, trust_remote_code=code)
+        end_as(model, self.tokenizer)
+        save_promise(model, folder, dtype)
+        self.tokenizer.save_pretrained(folder)
+        if self.cut is not None and self.cut_from is not None:
+            write_mask(folder, promised_mask(self.cut, loading.fingerprint(self.cut_from, self.cut.teacher)))
 
     def _data(self) -> list[tuple[str, AnyData]]:
         named = (("data", self.config.data), ("held_out", self.held_out))

@@ -9,7 +9,7 @@ from stillroom.config import is_local
 from stillroom.distill.config import DistillConfig
 from stillroom.distill.hidden_plan import StudentOrigin
 from stillroom.errors import ConfigError
-from stillroom.estimates.headers import read_model
+from stillroom.estimates.headers import checkpoint_dtype
 from stillroom.models import loading
 from stillroom.pruning.plan import PruningPlan, plan_pruning
 from stillroom.pruning.prune import read_mask
@@ -79,10 +79,6 @@ def new_config(
     return config
 
 
-EXPORT_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""The types in which a student can be exported, by what safetensors calls them."""
-
-
 def export_dtype(config: DistillConfig, cut: PruningPlan | None, described: PretrainedConfig) -> str:
     """Returns the type of the exported weights where the recipe leaves it open.
 
@@ -95,18 +91,10 @@ def export_dtype(config: DistillConfig, cut: PruningPlan | None, described: Pret
     """
     if config.precision == "float64":
         return "float64"
-    source = described if cut is None else cut.teacher
-    dtype = source.dtype or source.get_text_config().dtype
-    if dtype is not None:
-        name = str(dtype).removeprefix("torch.")
-        return name if name in EXPORT_DTYPES.values() else "float32"
     name, revision = cut_from(config) or config.student.model, config.student.revision
-    if name is None:
-        return "float32"
     if cut is not None and getattr(config.student.init, "model", None) is None:
         revision = getattr(config.teacher, "revision", None)
-    numbers = read_model(name, revision, "the student").numbers
-    return EXPORT_DTYPES.get(max(numbers, key=lambda kind: numbers[kind], default="F32"), "float32")
+    return checkpoint_dtype(described if cut is None else cut.teacher, name, revision)
 
 
 def cut_from(config: DistillConfig) -> str | None:

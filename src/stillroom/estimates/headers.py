@@ -26,6 +26,10 @@ ITEM_BYTES = {
 }  # fmt: skip
 
 
+EXPORT_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""The types in which a model can be exported, by what safetensors calls them."""
+
+
 @dataclass(frozen=True)
 class ModelFiles:
     """What a model's small files tell."""
@@ -103,6 +107,16 @@ def read_sizes(name: str, revision: str | None, whose: str) -> tuple[ModelFiles,
             fix="Download config.json and all *.safetensors of the same model again.",
         )
     return files, size
+
+
+def checkpoint_dtype(config: PretrainedConfig, name: str | None, revision: str | None) -> str:
+    """Returns the type of a model's weights: what its config says, or what most of them are stored in; float32 where
+    that is no type that a model can be exported in, or where there are no weights (``name`` is None)."""
+    if (dtype := config.dtype or config.get_text_config().dtype) is not None:
+        found = str(dtype).removeprefix("torch.")
+        return found if found in EXPORT_DTYPES.values() else "float32"
+    numbers = {} if name is None else read_model(name, revision).numbers
+    return EXPORT_DTYPES.get(max(numbers, key=lambda kind: numbers[kind], default="F32"), "float32")
 
 
 def read_config(name: str, revision: str | None, whose: str) -> Mapping[str, Any]:

@@ -152,8 +152,14 @@ def memory(load: Load) -> Memory:
     # A second gradient of the embeddings is added to the first: of a tied head, or of an earlier micro-batch.
     summed = head not in load.frozen and (load.student.tied or load.micro_batches > 1)
     embeddings = 4.0 * load.student.head_entries if summed else 0.0
+    asked: dict[str, float] = {}
+    if (teacher := load.teacher) is not None:
+        passing = 0.0 if teacher.elsewhere else passing_bytes(
+            teacher.model, load.length, teacher.itemsize, masked=load.masked
+        )  # fmt: skip
+        asked = {"teacher's activations": load.tokens * passing, "teacher's states": _teacher_output(load)}
     moments = {
-        "teacher": _teacher_moment(load),
+        "teacher": asked,
         "backward": backward,
         "update": {**gradients, "gradient of the embeddings": embeddings},
     }
@@ -194,14 +200,6 @@ def _gathered(model: ModelSize, itemsize: int) -> float:
     """Two layers, the one in use and the next, with the embeddings and the head."""
     ends = model.parts["embeddings"] + model.parts["head"]
     return itemsize * (2.0 * model.layer_parameters + ends)
-
-
-def _teacher_moment(load: Load) -> dict[str, float]:
-    if load.teacher is None:
-        return {}
-    model, item = load.teacher.model, load.teacher.itemsize
-    each = 0.0 if load.teacher.elsewhere else passing_bytes(model, load.length, item, masked=load.masked)
-    return {"teacher's activations": load.tokens * each, "teacher's states": _teacher_output(load)}
 
 
 def _teacher_output(load: Load) -> float:

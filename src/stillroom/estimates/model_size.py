@@ -13,7 +13,8 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import Any, Literal
 
-from transformers import PretrainedConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from stillroom.errors import ConfigError
 
@@ -216,15 +217,12 @@ def model_size(config: PretrainedConfig | Mapping[str, Any], who: str = "the mod
 
 @lru_cache(maxsize=64)
 def _model_size(values: str) -> ModelSize:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     config = AutoConfig.for_model(**json.loads(values))
     text = config.get_text_config()
     if not 0 < text.num_hidden_layers <= MOST_LAYERS:
         raise ValueError(f"num_hidden_layers is {text.num_hidden_layers}")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     output, embeddings = model.get_output_embeddings(), model.get_input_embeddings().weight
     list_name, blocks = next(
         ((name, module) for name, module in model.named_modules()

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from stillroom.config import Config
-from stillroom.estimates.report import CostReport
+from stillroom.estimates.report import CostReport, bytes_text
 
 MEASURED = "measured, benchmarks/store.json"
 
@@ -141,8 +141,9 @@ def storage_report(config: Storage) -> CostReport:
     report = CostReport("storage")
     positions = config.prompts * config.length
     logits = positions * config.vocab
+    powers = bytes_text(logits).removesuffix("bytes").removesuffix("B").strip()  # of 1,024
     report.add("of these texts", "positions", positions, "count", f"{config.prompts:,} x {config.length:,}")
-    report.add("of these texts", "logits", f"{logits:.3g} ({_binary(logits)})", "text", f"x {config.vocab:,}")
+    report.add("of these texts", "logits", f"{logits:.3g} ({powers})", "text", f"x {config.vocab:,}")
     add_kinds(report, "stored", config.vocab, positions)
     if config.width is not None and config.layers is not None:
         for form in ("int8", "bfloat16"):
@@ -166,11 +167,3 @@ def add_kinds(report: CostReport, section: str, vocab_size: int, positions: floa
         else:
             each = f"{kind.bytes_per_position:,.1f} bytes a position: {kind.source}"
             report.add(section, kind.name, kind.bytes_per_position * positions, "bytes", each)
-
-
-def _binary(number: float) -> str:
-    for unit in ("", "Ki", "Mi", "Gi", "Ti"):
-        if number < 1024:
-            return f"{number:.2f} {unit}"
-        number /= 1024
-    return f"{number:.2f} Pi"

@@ -90,6 +90,7 @@ def load_model(
     folder = Path(name).expanduser() if is_local(name) else None
     if folder is not None:
         check_folder(folder)
+        safetensors_io.check_made(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder or name),

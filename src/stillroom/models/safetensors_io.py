@@ -4,6 +4,7 @@ written in shards."""
 import json
 import re
 import shutil
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import _TYPES, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -20,6 +21,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from stillroom.errors import DataError
+from stillroom.models.folder import read_header
 from stillroom.runs import replace_folder, writing
 
 
@@ -159,6 +161,7 @@ def check_whole(name: str, missing: list[str], left_over: list[str], prefix: str
 @contextmanager
 def _slices(folder: Path) -> Iterator[dict[str, Any]]:
     """Gives the tensors of a folder's safetensors by their names, none of them read yet."""
+    check_made(folder)
     index, names = folder / "model.safetensors.index.json", {"model.safetensors"}
     if index.is_file():
         names = set(json.loads(index.read_bytes())["weight_map"].values())
@@ -313,6 +316,48 @@ def save_weights(
         config.save_pretrained(folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
+
+
+PROMISE = "promise"
+"""The format that the header of a promised model's weights names."""
+_PROMISED = {"format": PROMISE}
+
+
+def check_made(folder: Path) -> None:
+    """Raises DataError where a model is only promised."""
+    path = folder / "model.safetensors"
+    if path.is_file() and read_header(path).startswith(json.dumps({"__metadata__": _PROMISED})[:-1].encode()):
+        raise DataError(
+            f"the model in {folder} is promised, and not there yet",
+            {"format of model.safetensors": PROMISE},
+            why="It stands for what a run will make, so that other runs can be planned, and has no weights.",
+            fix="Make the run that writes the model, and name its folder.",
+        )
+
+
+def save_promise(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    """Writes what stands for a model until there is one: plans read it as they read a model, and nobody can load it.
+
+    The header of its model.safetensors names each tensor with its type and shape, and the rest of the file is a hole,
+    which takes no room on a disk.
+
+    Args:
+        model: on the meta device.
+        dtype: the type that the model will be written in.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rounded, names = _Rounding(model, dtype), {dtype: name for name, dtype in reversed(_TYPES.items())}
+    header: dict[str, Any] = {"__metadata__": _PROMISED}
+    end = 0
+    for layer in _layers(model):
+        for name, tensor in _as_in_files(model, layer, rounded).items():
+            start, end = end, end + tensor.numel() * tensor.itemsize
+            header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    head = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        file.truncate(8 + len(head) + end)
+    _write_configs(model, folder, dtype)
 
 
 def _layers(model: PreTrainedModel) -> Iterator[list[tuple[str, nn.Module]]]:

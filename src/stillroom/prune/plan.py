@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from stillroom.config import format_setting, is_local, replace
@@ -13,10 +14,13 @@ from stillroom.data.dataset import cache_folder, prepared
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.errors import ConfigError
+from stillroom.estimates.headers import checkpoint_dtype
 from stillroom.models import loading
+from stillroom.models.safetensors_io import save_promise
 from stillroom.prune.config import PruneConfig
 from stillroom.prune.estimate import BATCH_TOKENS, costs, read_headers
 from stillroom.pruning.plan import PruningPlan, plan_pruning
+from stillroom.pruning.prune import promised_mask, write_mask
 from stillroom.runs import check_outside
 from stillroom.tokenizers import load_tokenizer
 from stillroom.verbs import VerbPlan, check_vocabulary, costs_on, files_of, required_template, tokenized_file
@@ -64,6 +68,16 @@ class PrunePlan(VerbPlan[PruneConfig]):
         }
         out = Path(self.config.out)
         return {**tokenized, "run": str(out / "run.json"), "model": str(out / "model")}
+
+    def promise(self, folder: Path) -> None:
+        config, folder = self.config, folder / "model"
+        name = config.dtype
+        if name == "auto":
+            name = checkpoint_dtype(self.cut.teacher, config.model, config.revision)
+        dtype = getattr(torch, name)
+        save_promise(loading.build_meta_model(self.cut.config, dtype=dtype), folder, dtype)
+        self.tokenizer.save_pretrained(folder)
+        write_mask(folder, promised_mask(self.cut, loading.fingerprint(config.model, self.cut.teacher)))
 
 
 def make_plan(config: PruneConfig) -> PrunePlan:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stillroom.batch import Batch
 from stillroom.errors import DataError, MismatchError
+from stillroom.layers import evenly
 from stillroom.pruning.config import BestLayers, LayerList
 from stillroom.pruning.importance import Say, activations, best_layers, only
 from stillroom.pruning.plan import Axis, PruningPlan, described, head_dim, pruned_config, widths_of
@@ -147,6 +148,30 @@ def choose_mask(
             mlp = tuple(_largest(values, after.intermediate_size) for values in used.mlp)
             scores["mlp"] = {"kept_share": _shares(used.mlp, mlp)}
     return PruneMask(layers, channels, groups, heads, mlp, scores, teacher)
+
+
+def promised_mask(plan: PruningPlan, teacher: str) -> PruneMask:
+    """Returns a mask of the planned size before anything is measured: layers evenly spaced, and of all else the first.
+
+    Args:
+        teacher: the model's fingerprint.
+    """
+    before, after = widths_of(plan.teacher), widths_of(plan.config)
+    layers = plan.layers or evenly(plan.config.num_hidden_layers, plan.teacher.num_hidden_layers)
+
+    def first(name: str) -> Indices | None:
+        count = getattr(after, name)
+        return None if count == getattr(before, name) else tuple(range(count))
+
+    def each(kept: Indices | None) -> tuple[Indices, ...] | None:
+        return None if kept is None else (kept,) * len(layers)
+
+    heads = after.num_attention_heads < before.num_attention_heads
+    share, size = (widths.num_attention_heads // widths.num_key_value_heads for widths in (after, before))
+    groups = tuple(range(after.num_key_value_heads)) if heads else None
+    queries = tuple(group * size + head for group in groups or () for head in range(share)) if heads else None
+    kept = first("intermediate_size")
+    return PruneMask(tuple(layers), first("hidden_size"), each(groups), each(queries), each(kept), {}, teacher)
 
 
 def _kept_heads(values: Tensor, plan: PruningPlan) -> tuple[Indices, Indices]:  # kept: a test speaks of it

@@ -49,7 +49,7 @@ class Student(NamedTuple):
             dtype: the type to which the weights are rounded; None leaves them as they are.
         """
         sharded = isinstance(next(self.model.parameters()), DTensor)
-        _end_as(self.model, tokenizer)
+        end_as(self.model, tokenizer)
         with safetensors_io.new_model_folder(folder) if ranks.is_rank0 else nullcontext(folder) as place:
             if sharded:
                 self._gather(place, dtype, writes=ranks.is_rank0)
@@ -86,8 +86,8 @@ class Student(NamedTuple):
         model.save_pretrained(folder, **options)
 
 
-def _end_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The model stops where the tokenizer's sequences end, besides where it stopped before."""
+def end_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Has the model stop where the tokenizer's sequences end, besides where it stopped before."""
     settings: list[Any] = [model.config.get_text_config()]
     if model.generation_config is not None:
         settings.append(model.generation_config)

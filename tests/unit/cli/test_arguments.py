@@ -20,6 +20,8 @@ VERBS = ("distill", "merge")
         ("distill out=a=b", Arguments("distill", None, ["out=a=b"])),
         ("distill steps=", Arguments("distill", None, ["steps="])),
         ("distill a=1 a=2", Arguments("distill", None, ["a=1", "a=2"])),
+        ("merge models.qwen2-7b.model=a/b", Arguments("merge", None, ["models.qwen2-7b.model=a/b"])),
+        ("distill optimizer.learning-rate=1", Arguments("distill", None, ["optimizer.learning-rate=1"])),
         ("distill ./a=b/r.yaml", Arguments("distill", "./a=b/r.yaml")),
         ("--resume distill r.yaml --quiet", Arguments("distill", "r.yaml", [], {"resume", "quiet"})),
         ("distill --dry-run r.yaml", Arguments("distill", "r.yaml", [], {"dry-run"})),

@@ -1,7 +1,9 @@
 """`stillroom`: exit codes, and what the user reads."""
 
+import errno
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -12,7 +14,7 @@ import pytest
 import stillroom
 from stillroom.cli import distill
 from stillroom.cli.main import VERBS, main
-from stillroom.errors import Interrupted, StorageError
+from stillroom.errors import ConfigError, Interrupted, StorageError
 
 RECIPE = """\
 student: {model: s}
@@ -240,6 +242,36 @@ def test_an_error_out_of_a_verb_exits_with_2(capsys, monkeypatch):
     monkeypatch.setattr(distill, "main", refuse)
     assert main(["distill", "r.yaml"]) == 2
     assert capsys.readouterr() == ("", "error: the folder is full\n  a: 1     b: 2\n  So.\n  Thus.\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            StorageError("full \x1b[2Jof\u202e", {"a": "\x07"}, why="b\x9b1m", fix="c\td"),
+            "full \\x1b[2Jof\\u202e\n  a: \\x07",
+        ),
+        (ConfigError("no answer from https://me:pw@h/?auth=x", why="So.", fix="Thus."), "https://***@h/?auth=***\n"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x\x1b"), "error: File name too long: x\\x1b\n"),
+        (
+            OSError(errno.ELOOP, "Too many levels of links", "a"),
+            "error: Too many levels of links: a\n",
+        ),
+        (shutil.Error([("a", "b", "[Errno 28] No space left")]), "No space left"),
+        (MemoryError(), "error: this machine has too little memory for what was asked\n"),
+    ],
+)
+def test_what_is_told_is_harmless_and_holds_no_secret(capsys, monkeypatch, error, text):
+    def fail(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(distill, "main", fail)
+    assert main(["distill", "r.yaml"]) == 2
+    out, err = capsys.readouterr()
+    assert text in err
+    assert out == ""
+    assert not set(err) & set("\x1b\x07\x9b\u202e\t")
+    assert "Traceback" not in err
 
 
 def test_debug_shows_where_and_keeps_the_exit_code():
