@@ -310,12 +310,7 @@ def save_weights(
         if kept:
             write()
         _name_files(written, folder)
-        config: Any = model.config
-        config.architectures = [type(model).__name__]
-        config.dtype = str(dtype or model.dtype).removeprefix("torch.")
-        config.save_pretrained(folder)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(folder)
+        _write_configs(model, folder, dtype or model.dtype)
 
 
 PROMISE = "promise"
@@ -346,7 +341,7 @@ def save_promise(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> No
         dtype: the type that the model will be written in.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rounded, names = _Rounding(model, dtype), {dtype: name for name, dtype in reversed(_TYPES.items())}
+    rounded, names = _rounding(model, dtype), {dtype: name for name, dtype in reversed(_TYPES.items())}
     header: dict[str, Any] = {"__metadata__": _PROMISED}
     end = 0
     for layer in _layers(model):
@@ -358,6 +353,15 @@ def save_promise(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> No
         file.write(struct.pack("<Q", len(head)) + head)
         file.truncate(8 + len(head) + end)
     _write_configs(model, folder, dtype)
+
+
+def _write_configs(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    config: Any = model.config
+    config.architectures = [type(model).__name__]
+    config.dtype = str(dtype).removeprefix("torch.")
+    config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
 
 
 def _layers(model: PreTrainedModel) -> Iterator[list[tuple[str, nn.Module]]]:
