@@ -100,11 +100,11 @@ def write_json(path: Path, values: Any) -> None:
         temporary.replace(path)
 
 
-def lock(folder: Path, busy: StorageError) -> IO[str]:
+def lock(folder: Path, busy: OSError) -> IO[str]:
     """Locks a folder by its file ``.lock``, until what is returned is closed or the process ends.
 
     Raises:
-        StorageError: ``busy``, where another process holds the lock.
+        OSError: ``busy``, where another process holds the lock.
     """
     file = (folder / ".lock").open("w")
     try:

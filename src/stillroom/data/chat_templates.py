@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from string import Formatter
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from stillroom.errors import ConfigError, DataError, MissingError, did_you_mean, first_line
+from stillroom.recipe import parse_json
 
 Row = dict[str, Any]
 
@@ -82,6 +84,17 @@ def value_in(row: Row, column: str, name: Name, hint: str = "") -> Any:
 
 Messages = list[dict[str, Any]]
 
+
+class Conversation(NamedTuple):
+    """What a chat template is given of a row."""
+
+    messages: Messages
+    learned: tuple[bool, ...]
+    """Whether the words of each message are to be learned, where it is the assistant's."""
+    rest: dict[str, Any] = {}  # noqa: RUF012
+    """What the row holds besides for the template: tools, documents and the template's own settings."""
+
+
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
 ROLES |= {"human": "user", "gpt": "assistant", "function": "tool"}
 """The roles that are known, those of ShareGPT among them, and what chat templates call them."""
@@ -95,8 +108,44 @@ class Rendered(NamedTuple):
     """Spans of characters to learn, ends excluded; None where the whole text is."""
 
 
-def messages_of(value: object, name: Name) -> Messages:
-    """A conversation in the form that chat templates read, from ``role``/``content`` or ShareGPT's ``from``/``value``.
+LEARNED = ("weight", "train", "loss_mask")
+"""Keys by which a message says whether it is learned: OpenAI's, and others'."""
+
+
+def conversation_of(row: Row, column: str, name: Name) -> Conversation:
+    """The conversation in a column of a row, with what else the row holds for the template: ``tools``, ``documents``,
+    ``chat_template_kwargs``, and a ``system`` text that stands before the messages.
+
+    Raises DataError where one of these is not what it should be, or would be passed over.
+    """
+    messages, learned = _messages_of(value_in(row, column, name), name)
+    rest: dict[str, Any] = {}
+    for key in ("tools", "documents"):
+        value = row.get(key)
+        with suppress(ValueError):
+            value = parse_json(value) if isinstance(value, str) else value  # many data sets keep it as a text
+        if value not in (None, [], ""):
+            if not isinstance(value, list):
+                found = f"{value!r:.60} ({type(value).__name__})"
+                raise _misshapen(name, f"its `{key}` are no list", {"expected": "a list of objects", "found": found})
+            rest[key] = value
+    if isinstance(kwargs := row.get("chat_template_kwargs"), dict):
+        rest |= kwargs
+    system = row.get("system")
+    if isinstance(system, str) and system:
+        if messages[0]["role"] == "system" and messages[0]["content"] != system:
+            values = {"column `system`": f"{system!r:.60}", "first message": f"{messages[0]['content']!r:.60}"}
+            raise _misshapen(name, "it has two system messages", values)
+        if messages[0]["role"] != "system":
+            messages, learned = [{"role": "system", "content": system}, *messages], (True, *learned)
+    if functions := row.get("functions"):
+        raise _misshapen(name, "`functions` are not read", {"found": f"{functions!r:.60}", "read": "tools"})
+    return Conversation(messages, learned, rest)
+
+
+def _messages_of(value: object, name: Name) -> tuple[Messages, tuple[bool, ...]]:
+    """Messages in the form that chat templates read, from ``role``/``content`` or ShareGPT's ``from``/``value``, and
+    whether each may be learned.
 
     Raises DataError where it is not a list of messages, or a message has no known role or no text.
     """
@@ -104,6 +153,7 @@ def messages_of(value: object, name: Name) -> Messages:
         found = "an empty list" if value == [] else type(value).__name__
         raise _misshapen(name, "has no conversation", {"expected": "a list of messages", "found": found})
     messages: Messages = []
+    learned: list[bool] = []
     for number, message in enumerate(value, start=1):
         if not isinstance(message, dict):
             raise _misshapen(name, f"message {number} is not an object", {"found": type(message).__name__})
@@ -114,12 +164,49 @@ def messages_of(value: object, name: Name) -> Messages:
         if not isinstance(role, str) or role not in ROLES:
             values = {"found": repr(role), "known": ", ".join(ROLES)}
             raise _misshapen(name, f"message {number} has an unknown role", values)
+        rest = {key: item for key, item in message.items() if key not in (role_key, text_key) and item is not None}
+        if calls := rest.get("tool_calls"):
+            rest["tool_calls"] = _tool_calls(calls, name, number)
+        if "function_call" in rest:
+            values = {"found": "function_call", "read": "tool_calls"}
+            raise _misshapen(name, f"message {number} calls a function in a way that is not read", values)
+        if text is None and calls:
+            text = ""  # as OpenAI's own form has it
         if not isinstance(text, str):
             values = {f"expected `{text_key}`": "a text", "found": type(text).__name__}
             raise _misshapen(name, f"message {number} has no text", values)
-        rest = {key: item for key, item in message.items() if key not in (role_key, text_key) and item is not None}
+        said = {key: rest.pop(key) for key in LEARNED if key in rest}
+        if wrong := {f"message {number}, `{key}`": item for key, item in said.items() if item not in (0, 1)}:
+            raise _misshapen(name, f"message {number} does not say whether it is learned", {**wrong, "read": "0 or 1"})
+        if any(said.values()) and ROLES[role] != "assistant":
+            found = ", ".join(f"{key}={item}" for key, item in said.items())
+            raise _misshapen(name, f"message {number} is to be learned, and is not the assistant's", {"found": found})
+        learned.append(all(said.values()))
         messages.append({"role": ROLES[role], "content": text, **rest})
-    return messages
+    return messages, tuple(learned)
+
+
+def _tool_calls(calls: object, name: Name, number: int) -> list[Any]:
+    """Tool calls whose arguments are objects, as templates read them, whether they came so or as the text of one."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        found = f"{calls!r:.60}"
+        raise _misshapen(name, f"message {number} has tool calls that are no list of objects", {"found": found})
+    read: list[Any] = []
+    for call in calls:
+        inner = call.get("function")
+        function = inner if isinstance(inner, dict) else call
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = parse_json(arguments or "{}")
+            except ValueError:
+                arguments = None
+            if not isinstance(arguments, dict):
+                values = {"found": f"{function['arguments']!r:.60}", "expected": "an object, or the text of one"}
+                raise _misshapen(name, f"message {number} calls a tool with arguments that are no object", values)
+            function = {**function, "arguments": arguments}
+        read.append({**call, "function": function} if inner is not None else function)
+    return read
 
 
 def _misshapen(name: Name, what: str, values: Mapping[str, object]) -> DataError:
@@ -152,29 +239,61 @@ class ChatRenderer:
         self.tokenizer, self.template, self.keep_all = tokenizer, template, keep_all
         self.marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
-    def __call__(self, messages: Messages, name: Name) -> Rendered:
+    def __call__(self, conversation: Conversation, name: Name) -> Rendered:
         """The whole conversation as text, with its spans to learn; no span where the assistant said nothing."""
-        if self.keep_all:
-            return self._render(messages, name)
-        if not any(message["content"] for message in messages if message["role"] == "assistant"):
-            return Rendered(self._render(messages, name).text, [])
-        if self.marked:
-            return self._render(messages, name, marked=True)
-        text = self._render(messages, name).text
+        messages, learned, rest = conversation
+        text = self._render(messages, name, rest).text
+        self._check_all_used(text, conversation, name)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        return Rendered(text, [self._span(text, messages, turn, name) for turn in turns])
+        if self.keep_all:
+            if not all(learned):
+                values = {"data.keep": "all", "not to be learned": f"message {learned.index(False) + 1}"}
+                raise _misshapen(name, "a message is not to be learned, and data.keep says that all is", values)
+            return Rendered(text, None)
+        if not any(messages[turn]["content"] or messages[turn].get("tool_calls") for turn in turns):
+            return Rendered(text, [])
+        if not self.marked:
+            return Rendered(text, [self._span(text, messages, turn, name, rest) for turn in turns if learned[turn]])
+        rendered = self._render(messages, name, rest, marked=True)
+        if all(learned[turn] for turn in turns):
+            return rendered
+        spans = rendered.spans or []
+        if len(spans) != len(turns):
+            values = {"assistant's messages": len(turns), "spans that the template marks": len(spans)}
+            raise _misshapen(name, "which marked words belong to which message is not known", values)
+        return Rendered(text, [span for span, turn in zip(spans, turns, strict=True) if learned[turn]])
 
-    def _render(self, messages: Messages, name: Name, prompt: bool = False, marked: bool = False) -> Rendered:
+    def _check_all_used(self, text: str, conversation: Conversation, name: Name) -> None:
+        """Raises DataError where the template passes over tools, documents or tool calls."""
+        messages, _, rest = conversation
+        without = [{key: item for key, item in message.items() if key != "tool_calls"} for message in messages]
+        others = {key: (messages, {k: v for k, v in rest.items() if k != key}) for key in ("tools", "documents")}
+        others["tool_calls"] = (without, rest)
+        for key, (other, left) in others.items():
+            if (other, left) != (messages, rest) and self._render(other, name, left).text == text:
+                raise DataError(
+                    f"{name()}: the chat template has no place for `{key}`",
+                    {"the row has": key, "the template": "writes the same text without"},
+                    why="The model would learn an answer to something that it was not shown.",
+                    fix=f"Use a template that writes {key}, or take them out of the data.",
+                )
+
+    def _render(
+        self, messages: Messages, name: Name, rest: dict[str, Any], prompt: bool = False, marked: bool = False
+    ) -> Rendered:
         """The text, with the spans that the template's own marks give."""
         try:
             if marked:
                 special_tokens: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
                 texts, spans = render_jinja_template(
-                    [messages], chat_template=self.template, return_assistant_tokens_mask=True, **special_tokens
+                    [messages],
+                    chat_template=self.template,
+                    return_assistant_tokens_mask=True,
+                    **{**special_tokens, **rest},
                 )
                 return Rendered(texts[0], [(int(start), int(end)) for start, end in spans[0]])
             text = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
+                messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt, **rest
             )
             return Rendered(str(text), None)
         except Exception as error:
@@ -185,15 +304,15 @@ class ChatRenderer:
                 fix="Mend the conversation, or use another template.",
             ) from None
 
-    def _span(self, text: str, messages: Messages, turn: int, name: Name) -> tuple[int, int]:
+    def _span(self, text: str, messages: Messages, turn: int, name: Name, rest: dict[str, Any]) -> tuple[int, int]:
         """The characters of an assistant's turn. Where it begins the conversation, what is written before its words is
         told by the header that the generation prompt adds to another conversation."""
         if turn:
-            before = self._render(messages[:turn], name, prompt=True).text
+            before = self._render(messages[:turn], name, rest, prompt=True).text
         else:
             user = [{"role": "user", "content": "?"}]
-            asked, prompted = (self._render(user, name, prompt=prompt).text for prompt in (False, True))
-            header, first = prompted.removeprefix(asked), self._render(messages[:1], name).text
+            asked, prompted = (self._render(user, name, rest, prompt=prompt).text for prompt in (False, True))
+            header, first = prompted.removeprefix(asked), self._render(messages[:1], name, rest).text
             if not header or not prompted.startswith(asked) or header not in first:
                 raise DataError(
                     f"{name()}: the conversation begins with the assistant",
@@ -202,7 +321,7 @@ class ChatRenderer:
                     fix="Use a template with {% generation %} marks, let the user speak first, or set data.keep=all.",
                 )
             before = first[: first.index(header) + len(header)]
-        through = text if turn + 1 == len(messages) else self._render(messages[: turn + 1], name).text
+        through = text if turn + 1 == len(messages) else self._render(messages[: turn + 1], name, rest).text
         if not (text.startswith(through) and through.startswith(before)):
             raise DataError(
                 f"{name()}: the chat template rewrites earlier turns",
@@ -211,3 +330,15 @@ class ChatRenderer:
                 fix="Use a template with {% generation %} marks around the assistant's words, or set data.keep=all.",
             )
         return len(before), max(len(before), len(through.rstrip()))
+
+
+def learns_to_stop(tokenizer: PreTrainedTokenizerBase, template: str) -> bool | None:
+    """Whether what is learned of an assistant's turn has an end besides its words, by which a student learns to stop;
+    None where the template refuses the conversation that this is tried with."""
+    words = "Stillroom"
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": words}]
+    try:
+        text, spans = ChatRenderer(tokenizer, template, keep_all=False)(Conversation(messages, (True, True)), str)
+    except DataError:
+        return None
+    return any(text[start:end].rpartition(words)[2].strip() for start, end in spans or [])

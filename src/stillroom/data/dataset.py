@@ -9,7 +9,9 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -25,7 +27,7 @@ from stillroom.data.config import AnyData
 from stillroom.data.formats import Encoded, Encoder, encoder, needs_template
 from stillroom.data.sources import Source, open_source
 from stillroom.errors import DataError, StillroomError, StorageError
-from stillroom.runs import crc32
+from stillroom.runs import crc32, lock
 from stillroom.tokenizers import fingerprint, template_fingerprint, template_of
 
 FORMAT = 2
@@ -141,7 +143,7 @@ class RowOrigin:
         self.source: Source = open_source(config)
         self.template = (template or template_of(tokenizer)) if needs_template(config) else None
         self.parts = {
-            "format": FORMAT,
+            "format": FORMAT + needs_template(config),  # a conversation's row says more since format 2
             "source": self.source.fingerprint(),
             "tokenizer": fingerprint(tokenizer),
             "template": template_fingerprint(self.template),
@@ -184,12 +186,27 @@ def prepared(config: AnyData, tokenizer: PreTrainedTokenizerBase, *, template: s
     return _open(plan) if plan.folder.exists() else None
 
 
+JUST_MADE_S = 60.0
+"""A folder that is younger than that may not have its lock yet."""
+
+
+def _sweep(folder: Path) -> None:
+    """Deletes what processes that were killed left half-made: those who are at work hold a lock."""
+    for left in folder.glob(".*.partial"):
+        with suppress(OSError):  # somebody is at work there, or has just ended
+            if time.time() - left.stat().st_mtime > JUST_MADE_S:
+                lock(left, BlockingIOError()).close()
+                shutil.rmtree(left, ignore_errors=True)
+
+
 # --- making them -----------------------------------------------------------------------------------------------------
 def _build(plan: RowOrigin, config: AnyData, encode: Encoder, report: Callable[[int], None]) -> None:
     unnamed = plan.folder.with_name(f".{plan.fingerprint}.{secrets.token_hex(4)}.partial")
-    counts = Counts()
+    counts, held = Counts(), None
     try:
+        _sweep(plan.folder.parent)
         unnamed.mkdir(parents=True)
+        held = lock(unnamed, BlockingIOError())
         path = unnamed / "documents.arrow"
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
             for documents in encode_all(plan.source, config, encode, counts):
@@ -205,6 +222,7 @@ def _build(plan: RowOrigin, config: AnyData, encode: Encoder, report: Callable[[
             "versions": {name: version(name) for name in ("stillroom", "tokenizers", "transformers", "pyarrow")},
         }
         (unnamed / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        (unnamed / ".lock").unlink()
         try:
             unnamed.rename(plan.folder)
         except OSError:
@@ -221,6 +239,8 @@ def _build(plan: RowOrigin, config: AnyData, encode: Encoder, report: Callable[[
         ) from None
     finally:
         shutil.rmtree(unnamed, ignore_errors=True)
+        if held is not None:
+            held.close()
 
 
 def encode_all(source: Source, config: AnyData, encode: Encoder, counts: Counts) -> Iterator[list[tuple[int, Encoded]]]:

@@ -12,7 +12,17 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from stillroom.data.chat_templates import ChatRenderer, Name, Rendered, Row, Template, messages_of, text_in, value_in
+from stillroom.data.chat_templates import (
+    ChatRenderer,
+    Conversation,
+    Name,
+    Rendered,
+    Row,
+    Template,
+    conversation_of,
+    text_in,
+    value_in,
+)
 from stillroom.data.config import AnyData, ChatData, PromptCompletionData, TextData
 from stillroom.errors import DataError
 
@@ -102,14 +112,15 @@ def _renderer(
         if isinstance(config, ChatData) and chat is not None:
             columns = ("messages", "conversations") if config.column == "auto" else (config.column,)
             column = next((column for column in columns if row.get(column) is not None), columns[0])
-            return chat(messages_of(value_in(row, column, name), name), name)
+            return chat(conversation_of(row, column, name), name)
         if isinstance(config, PromptCompletionData):
             hint, defaults = "", (config.prompt, config.completion) == ("prompt", "completion")
             if defaults and "prompt" not in row and {"question", "answer"} <= row.keys():
                 hint = "data.prompt='{question}\\n' data.completion=answer"
             asked, answer = (template(row, name, hint) for template in templates)
             if chat is not None:
-                return chat([{"role": "user", "content": asked}, {"role": "assistant", "content": answer}], name)
+                pair = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+                return chat(Conversation(pair, (True, True)), name)
             if not keep_all:
                 return Rendered(asked + answer, [(len(asked), len(asked) + len(answer))] if answer else [])
             text = asked + answer
@@ -126,7 +137,7 @@ def _finisher(
 ) -> Callable[[list[Rendered], Callable[[int], str]], list[Encoded]]:
     vocabulary = tokenizer.get_vocab()
     bos, eos = vocabulary.get(str(tokenizer.bos_token)), vocabulary.get(str(tokenizer.eos_token))
-    adds_bos = bos is not None and special_tokens and tokenizer("a")["input_ids"][0] == bos
+    adds_bos = bos is not None and special_tokens and tokenizer("")["input_ids"][:1] == [bos]
     added = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
     special = np.array([*added, *tokenizer.all_special_ids], dtype=np.int32)
 

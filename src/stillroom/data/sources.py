@@ -2,16 +2,19 @@
 
 import gzip
 import hashlib
-import json
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import chain, islice
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 from stillroom.config import is_local
-from stillroom.data.config import AnyData
+from stillroom.data.chat_templates import Template
+from stillroom.data.config import AnyData, ChatData, TextData
 from stillroom.errors import DataError, MissingError, did_you_mean, first_line, require
+from stillroom.recipe import parse_json
 from stillroom.tokenizers import refuse_lfs_pointer
 
 Row = dict[str, Any]
@@ -24,8 +27,18 @@ def open_source(config: AnyData) -> "Source":
     if path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
         return _open_saved(path, config)
     if path.exists() or is_local(config.path) or _kind(path) is not None:
-        return FileSource(files_of(path))
+        return FileSource(_of_split(files_of(path), path, config.split), columns_of(config))
     return _open_hub(config)
+
+
+def columns_of(config: AnyData) -> frozenset[str]:
+    """The columns that the settings may read of a row."""
+    if isinstance(config, TextData):
+        return frozenset([config.column])
+    if isinstance(config, ChatData):
+        return frozenset(["messages", "conversations"] if config.column == "auto" else [config.column])
+    templates = [Template(f"data.{part}", getattr(config, part)) for part in ("prompt", "completion")]
+    return frozenset(column for template in templates for _, column in template.pieces if column is not None)
 
 
 def files_of(path: Path) -> list[Path]:
@@ -54,12 +67,48 @@ def files_of(path: Path) -> list[Path]:
     return files
 
 
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation")
+"""Words in the names of files that tell a split, and the split."""
+
+
+def split_of(path: Path) -> str | None:
+    """The split that a file's name tells, as train-00000-of-00001.parquet does; None where it tells none."""
+    return next((SPLITS[word] for word in re.split("[^a-z]+", path.name.lower()) if word in SPLITS), None)
+
+
+def _of_split(files: list[Path], path: Path, split: str) -> list[Path]:
+    """The files that are of a split, where their names tell splits; and else all.
+
+    Raises DataError where there is none of that split, or where one is asked for and no name tells any."""
+    if not path.is_dir() and split == "train":
+        return files  # the file that was named, whatever it is called
+    told = {file: split_of(file) for file in files}
+    splits, wanted = sorted({str(name) for name in told.values()}), SPLITS.get(split, split)
+    if splits == ["None"] and split == "train":
+        return files
+    if "None" in splits or wanted not in splits:
+        untold = [file.name for file in files if told[file] is None]
+        raise DataError(
+            f"{path} has no split `{split}`" if "None" not in splits else f"{path} does not tell its splits",
+            {"data.split": split, **({"files that tell none": ", ".join(untold[:3])} if untold else {}),
+             "splits that names of files tell": ", ".join(name for name in splits if name != "None") or "none"},
+            why="Text that is to be measured on would be trained on, and nobody would know.",
+            fix="Set data.split to one that is there; or name the file that is meant, or a folder of such files alone.",
+        )  # fmt: skip
+    return [file for file in files if told[file] == wanted]
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 class FileSource:
-    """Rows from files of one kind, in the order of the files."""
+    """Rows from files of one kind, in the order of the files.
 
-    def __init__(self, files: list[Path]) -> None:
-        self.files = files
+    Args:
+        columns: those that will be read, by which an object that is a row is told from one that holds the rows.
+    """
+
+    def __init__(self, files: list[Path], columns: Collection[str] = ()) -> None:
+        self.files, self.columns = files, columns
         for path in files:
             if _kind(path) is None:
                 read = ", ".join(sorted(_KINDS)) + ", and .gz of the text kinds"
@@ -87,28 +136,51 @@ class FileSource:
     def places(self) -> Iterator[tuple[Path, str, Row]]:
         """Every row with its file and its place in it: "line 3"."""
         for path in self.files:
-            noun, read = _KINDS[_kind(path) or ""]
             try:
-                for number, row in read(path):
-                    yield path, f"{noun} {number}", row
+                for place, row in _KINDS[_kind(path) or ""](path, self.columns):
+                    yield path, place, row
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise _unreadable(path, f"not a whole gzip file ({error})") from None
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:  # kept: a reader like the others, for the table
+Places = Iterator[tuple[str, Row]]
+"""Rows, each with its place in its file: "line 3"."""
+
+
+def _read_json(path: Path, columns: Collection[str]) -> Places:
+    """The rows of a .jsonl or a .json: an object on each line, or one list of objects, whatever the name says."""
+    with _open(path) as file:
+        raw = next((line for line in file if line.strip()), b"")
+    if raw.removeprefix(BOM).lstrip()[:1] == b"[" or path.name.removesuffix(".gz").endswith(".json"):
+        with _open(path) as file:
+            text = _decode(file.read(), path)
+        if (rows := _listed(text, path, columns)) is not None:
+            yield from ((f"item {number}", _object(row, f"{path} item {number}")) for number, row in enumerate(rows, 1))
+            return
     with _open(path) as file:
         for number, raw in enumerate(file, start=1):
             text = _decode(raw, path, number)
             if text.strip():
-                yield number, _object(_parse(text, path, number), f"{path} line {number}")
+                yield f"line {number}", _object(_parse(text, path, number), f"{path} line {number}")
 
 
-def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
-    with _open(path) as file:
-        value = _parse(_decode(file.read(), path), path)
+BOM = b"\xef\xbb\xbf"
+
+
+def _listed(text: str, path: Path, columns: Collection[str]) -> list[object] | None:
+    """The rows of a text that is one JSON value: a list, an object that holds one list, or an object that is a row
+    itself, since it has one of ``columns``. None where the text is several JSON values, one after the other."""
+    try:
+        value = parse_json(text)
+    except JSONDecodeError as error:
+        if error.msg == "Extra data":
+            return None
+        raise _broken(path, error.lineno, {f"column {error.colno}": error.msg}) from None
+    except ValueError as error:
+        raise _broken(path, 1, {"problem": error}) from None
     if isinstance(value, dict):
         lists = [item for item in value.values() if isinstance(item, list)]
-        value = lists[0] if len(lists) == 1 else value
+        value = [value] if not value.keys().isdisjoint(columns) else lists[0] if len(lists) == 1 else value
     if not isinstance(value, list):
         raise DataError(
             f"{path} is not a list of rows",
@@ -116,34 +188,43 @@ def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
             why="Each object of the list is a row.",
             fix="Write it as [{…}, {…}], or as .jsonl with one object a line.",
         )
-    for number, row in enumerate(value, start=1):
-        yield number, _object(row, f"{path} item {number}")
+    return value
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
+def without_nulls(value: Any) -> Any:
+    """A value without the keys that are null, at any depth: a table gives every object of a column all the keys that
+    any of them has, and nobody wrote these."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _read_parquet(path: Path, columns: Collection[str]) -> Places:  # noqa: ARG001
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024))
-            yield from enumerate(chain.from_iterable(batches), start=1)
+            for number, row in enumerate(chain.from_iterable(batches), start=1):
+                yield f"row {number}", {name: without_nulls(value) for name, value in row.items()}
     except (pyarrow.ArrowException, OSError) as error:
         raise _unreadable(path, f"not whole parquet ({first_line(error)})") from None
 
 
-def _read_txt(path: Path) -> Iterator[tuple[int, Row]]:  # kept: a reader like the others, for the table
+def _read_txt(path: Path, columns: Collection[str]) -> Places:  # noqa: ARG001
+    # kept: a reader like the others, for the table
     with _open(path) as file:
-        yield 1, {"text": _decode(file.read(), path)}
+        yield "document 1", {"text": _decode(file.read(), path)}
 
 
-_KINDS: dict[str, tuple[str, Callable[[Path], Iterator[tuple[int, Row]]]]] = {
-    ".jsonl": ("line", _read_jsonl),
-    ".json": ("item", _read_json),
-    ".parquet": ("row", _read_parquet),
-    ".txt": ("document", _read_txt),
+_KINDS: dict[str, Callable[[Path, Collection[str]], Places]] = {
+    ".jsonl": _read_json,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".txt": _read_txt,
 }
-"""The name of a row of each kind of file, and its reader."""
+"""The reader of each kind of file."""
 
 
 def _kind(path: Path) -> str | None:
@@ -179,16 +260,22 @@ def _object(row: object, name: str) -> Row:
     )
 
 
-def _parse(text: str, path: Path, number: int | None = None) -> Any:
+def _parse(text: str, path: Path, number: int) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"broken JSON in {path} line {number or error.lineno}",
-            {f"column {error.colno}": error.msg},
-            why="A row that cannot be read is not skipped, since nobody would know that it is missing.",
-            fix="Mend or delete that line; a file that ends in the middle of one was not copied whole.",
-        ) from None
+        return parse_json(text)
+    except JSONDecodeError as error:
+        raise _broken(path, number, {f"column {error.colno}": error.msg}) from None
+    except ValueError as error:
+        raise _broken(path, number, {"problem": error}) from None
+
+
+def _broken(path: Path, line: int, values: dict[str, object]) -> DataError:
+    return DataError(
+        f"broken JSON in {path} line {line}",
+        values,
+        why="A row that cannot be read is not skipped, since nobody would know that it is missing.",
+        fix="Mend or delete that line; a file that ends in the middle of one was not copied whole.",
+    )
 
 
 def _unreadable(path: Path, reason: str) -> DataError:
@@ -234,7 +321,8 @@ class DatasetSource:
         return hashlib.sha256(f"{self.label} {self.dataset._fingerprint}".encode()).hexdigest()
 
     def rows(self) -> Iterator[Row]:
-        return _not_empty(iter(self.dataset), self.label)
+        rows = ({name: without_nulls(value) for name, value in row.items()} for row in self.dataset)
+        return _not_empty(rows, self.label)
 
     def name(self, index: int) -> str:
         return f"row {index + 1} of {self.label}"

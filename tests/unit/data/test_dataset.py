@@ -17,6 +17,7 @@ from stillroom.data.config import ChatData, PromptCompletionData, TextData
 from stillroom.data.dataloader import collate
 from stillroom.data.dataset import cache_folder, cache_path, prepare
 from stillroom.errors import DataError, StorageError
+from stillroom.runs import lock
 from stillroom.tokenizers import load_tokenizer
 
 
@@ -338,3 +339,18 @@ def test_a_weight_that_is_none_is_refused(tmp_path: Path, tiny_tokenizer: PreTra
     path = write(tmp_path / "a.jsonl", [{"text": "stir", "score": value}])
     with pytest.raises(DataError, match=r"a\.jsonl line 1: the column `score` does not hold a weight"):
         prepare(text_data(path, weight="score"), tiny_tokenizer)
+
+
+def test_what_a_killed_process_left_is_swept_and_what_is_being_made_is_not(texts, tiny_tokenizer) -> None:
+    folder = cache_path(text_data(texts), tiny_tokenizer).parent
+    left, busy, young = (folder / f".{name}.0123.partial" for name in ("left", "busy", "young"))
+    for path in (left, busy, young):
+        path.mkdir(parents=True)
+        (path / "documents.arrow").write_bytes(b"half")
+        if path != young:
+            os.utime(path, (0, 0))
+    with lock(busy, BlockingIOError()):
+        os.utime(busy, (0, 0))
+        prepare(text_data(texts), tiny_tokenizer)
+    assert [path.exists() for path in (left, busy, young)] == [False, True, True]
+    assert not list(cache_path(text_data(texts), tiny_tokenizer).glob(".lock"))

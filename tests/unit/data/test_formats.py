@@ -1,13 +1,15 @@
 """Formats: which tokens a row becomes, and exactly which of them are learnt."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from tokenizers import pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from conftest import CHATML, build_tokenizer
+from stillroom.data.chat_templates import learns_to_stop
 from stillroom.data.config import AnyData, ChatData, PromptCompletionData, TextData
 from stillroom.data.formats import encoder
 from stillroom.errors import ConfigError, DataError, MissingError
@@ -317,3 +319,109 @@ def test_real_tokenizers_learn_exactly_the_completion(shared_data, name: str) ->
     assert document.target_mask[first:].all()
     assert document.tokens[-1] == tokenizer.eos_token_id
     assert document.tokens.tolist().count(tokenizer.bos_token_id) == 1
+
+
+# --- what a row and its messages say besides -------------------------------------------------------------------------
+TOOLS = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} "
+    "{{ c.function.arguments | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOL = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+
+
+def called(arguments: object, **message) -> dict:
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    return {"messages": [{"role": "user", "content": "Bern?"}, {"role": "assistant", "tool_calls": [call], **message}]}
+
+
+def test_tools_and_a_system_text_reach_the_template(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [
+        {"messages": TURNS[1:], "tools": tools, "system": "Be brief."} for tools in (TOOL, json.dumps(TOOL), None, [])
+    ]
+    texts = [str(chat_tokenizer.decode(d.tokens)) for d in encode(chat_data(), chat_tokenizer, rows, TOOLS)]
+    for text, tools in zip(texts, (TOOL, TOOL, None, None), strict=True):
+        assert text == chat_tokenizer.apply_chat_template(TURNS, tools=tools, chat_template=TOOLS, tokenize=False)
+    assert '"weather"' in texts[0]
+
+
+def test_settings_of_the_template_reach_it(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    template = "{{ 'thinks ' if thinking }}" + CHATML
+    rows = [{"messages": TURNS, "chat_template_kwargs": {"thinking": value}} for value in (True, False)]
+    texts = [str(chat_tokenizer.decode(d.tokens)) for d in encode(chat_data(), chat_tokenizer, rows, template)]
+    assert [text.startswith("thinks ") for text in texts] == [True, False]
+
+
+@pytest.mark.parametrize("content", [{"content": None}, {}, {"content": ""}], ids=["null", "absent", "empty"])
+@pytest.mark.parametrize(
+    "arguments", [{"city": "Bern", "n": None}, '{"city": "Bern", "n": null}'], ids=["object", "text"]
+)
+def test_a_tool_call_needs_no_text(chat_tokenizer: PreTrainedTokenizerFast, content: dict, arguments: object) -> None:
+    [document] = encode(chat_data(), chat_tokenizer, [called(arguments, **content)], TOOLS)
+    assert learnt(chat_tokenizer, document) == ['<call>weather {"city": "Bern", "n": null}</call><|im_end|>']
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "loss_mask"])
+@pytest.mark.parametrize("marks", [False, True], ids=["by turns", "by marks"])
+def test_a_message_that_is_not_to_be_learned_is_not(chat_tokenizer, key: str, marks: bool) -> None:
+    turns = [{**turn, key: 0} if turn["content"].startswith("12") else turn for turn in TURNS]
+    assert turns != TURNS
+    [document, whole] = encode(
+        chat_data(), chat_tokenizer, [{"messages": turns}, {"messages": TURNS}], MARKED if marks else CHATML
+    )
+    assert document.tokens.tolist() == whole.tokens.tolist()
+    assert learnt(chat_tokenizer, document) == learnt(chat_tokenizer, whole)[1:]
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"messages": TURNS, "tools": "hammer"}, "its `tools` are no list"),
+        ({"messages": TURNS, "functions": TOOL}, "`functions` are not read"),
+        ({"messages": [{"role": "system", "content": "a"}, *TURNS], "system": "b"}, "two system messages"),
+        ({"messages": [{**TURNS[0], "weight": 1}, *TURNS[1:]]}, "is to be learned, and is not the assistant's"),
+        ({"messages": [*TURNS[:1], {"role": "assistant", "content": "x", "weight": 0.5}]}, "does not say whether"),
+        ({"messages": [*TURNS[:1], {"role": "assistant", "content": None}]}, "message 2 has no text"),
+        ({"messages": [*TURNS[:1], {"role": "assistant", "function_call": {"name": "x"}}]}, "a way that is not read"),
+        (called("not JSON"), "arguments that are no object"),
+        (called({}, tool_calls=[3]), "tool calls that are no list of objects"),
+    ],
+)
+def test_what_would_be_passed_over_is_refused(chat_tokenizer: PreTrainedTokenizerFast, row: dict, what: str) -> None:
+    with pytest.raises(DataError, match=what):
+        encode(chat_data(), chat_tokenizer, [row], TOOLS)
+
+
+@pytest.mark.parametrize(("row", "what"), [({"messages": TURNS, "tools": TOOL}, "tools"), (called({}), "tool_calls")])
+def test_a_template_without_a_place_for_tools_is_told(chat_tokenizer, row: dict, what: str) -> None:
+    with pytest.raises(DataError, match=f"the chat template has no place for `{what}`"):
+        encode(chat_data(), chat_tokenizer, [row], CHATML)
+
+
+def test_all_cannot_be_learned_where_a_message_says_otherwise(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    row = {"messages": [TURNS[1], {**TURNS[2], "weight": 0}]}
+    with pytest.raises(DataError, match=r"data\.keep says that all is"):
+        encode(chat_data(keep="all"), chat_tokenizer, [row], CHATML)
+
+
+@pytest.mark.parametrize(
+    ("template", "wanted"),
+    [
+        (CHATML, True),
+        (MARKED, True),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: "
+         "{% endif %}", False),
+        ("{{ raise_exception('never') }}", None),
+    ],
+)  # fmt: skip
+def test_a_template_in_which_no_end_is_learned_is_known(chat_tokenizer, template: str, wanted: bool | None) -> None:
+    assert learns_to_stop(chat_tokenizer, template) is wanted
+
+
+def test_a_tokenizer_that_cannot_say_a() -> None:
+    backend = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, "A": 2, "C": 3}, merges=[]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    [document] = encode(text_data(), tokenizer, [{"text": "ACCA"}])
+    assert document.tokens.tolist() == [2, 3, 3, 2, 1]
+    assert document.target_mask.all()

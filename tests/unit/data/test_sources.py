@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stillroom.data.config import TextData
+from stillroom.data.config import ChatData, PromptCompletionData, TextData
 from stillroom.data.sources import open_source
 from stillroom.errors import DataError, MissingError
 
@@ -178,3 +178,91 @@ def test_real_files(shared_data: Path) -> None:
     assert {"conversations", "chosen", "rejected"} <= rows[0].keys()
     [whole] = source_of(shared_data / "text" / "tinyshakespeare.txt").rows()
     assert len(whole["text"].encode()) == 1115394
+
+
+# --- files as people have them ---------------------------------------------------------------------------------------
+def test_a_json_that_holds_a_line_for_each_row_and_the_other_way_round(tmp_path):
+    (tmp_path / "a.json").write_bytes(JSONL)
+    (tmp_path / "b.jsonl").write_text(json.dumps(ROWS, indent=1))
+    for name in ("a.json", "b.jsonl"):
+        assert list(source_of(tmp_path / name).rows()) == ROWS
+    assert source_of(tmp_path / "a.json").name(1) == "a.json line 2"
+    assert source_of(tmp_path / "b.jsonl").name(1) == "b.jsonl item 2"
+
+
+def test_an_object_that_is_a_row_is_no_list_of_rows(tmp_path):
+    row = {"text": "hello", "tags": [{"text": "a"}, {"text": "b"}]}
+    (tmp_path / "a.json").write_text(json.dumps(row))
+    assert list(source_of(tmp_path / "a.json").rows()) == [row]
+    chat = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}
+    (tmp_path / "c.json").write_text(json.dumps(chat))
+    assert list(open_source(ChatData(format="chat", path=str(tmp_path / "c.json"))).rows()) == [chat]
+    pairs = PromptCompletionData(format="prompt_completion", path=str(tmp_path / "a.json"), prompt="Tags: {tags}")
+    assert list(open_source(pairs).rows()) == [row]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"text": "half \\ud83d"}', "half of a character"),
+        (b'{"text": ' + b"[" * 100_000, "nested too deeply"),
+        (b'{"n": ' + b"1" * 5000 + b"}", "4300 digits"),
+    ],
+    ids=["surrogate", "depth", "digits"],
+)
+def test_a_row_that_cannot_be_used_is_named_with_its_line(tmp_path, name, line, problem):
+    (tmp_path / name).write_bytes(b'{"text": "fine"}\n' + line + b"\n")
+    with pytest.raises(DataError, match=r"broken JSON in .* line 2") as caught:
+        list(source_of(tmp_path / name).rows())
+    assert problem in str(caught.value)
+
+
+def test_keys_that_a_table_fills_with_nulls_are_not_there(tmp_path):
+    def call(**arguments):
+        return {"messages": [{"role": "assistant", "calls": [{"arguments": arguments}]}], "text": None}
+
+    rows = [call(city="Bern"), call(a=1, b=2)]
+    write_parquet(tmp_path / "a.parquet", rows)
+    assert list(source_of(tmp_path / "a.parquet").rows()) == rows
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": {"a": None}}))  # which somebody wrote
+    assert list(source_of(tmp_path / "a.jsonl").rows()) == [{"text": {"a": None}}]
+
+
+@pytest.mark.parametrize(
+    ("split", "wanted"),
+    [
+        ("train", ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"]),
+        ("test", ["test.jsonl"]),
+        ("validation", ["dev_0.jsonl"]),
+        ("dev", ["dev_0.jsonl"]),
+    ],
+)
+def test_the_files_of_a_folder_are_those_of_the_split(tmp_path, split, wanted):
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test", "dev_0"):
+        (tmp_path / f"{name}.jsonl").write_bytes(JSONL)
+    assert [file.name for file in source_of(tmp_path, split=split).files] == wanted
+
+
+@pytest.mark.parametrize(
+    ("names", "path", "split", "what"),
+    [
+        (["train", "test"], "", "validation", "has no split `validation`"),
+        (["train", "test"], "", "full", "has no split `full`"),
+        (["one", "two"], "", "test", "does not tell its splits"),
+        (["train", "more"], "", "train", "does not tell its splits"),
+        (["one"], "one.jsonl", "test", "does not tell its splits"),
+        (["train"], "train.jsonl", "test", "has no split `test`"),
+    ],
+)
+def test_a_split_that_is_not_there_is_refused(tmp_path, names, path, split, what):
+    for name in names:
+        (tmp_path / f"{name}.jsonl").write_bytes(JSONL)
+    with pytest.raises(DataError, match=what):
+        source_of(tmp_path / path, split=split)
+
+
+def test_a_file_is_read_whatever_split_its_name_tells(tmp_path):
+    (tmp_path / "test.jsonl").write_bytes(JSONL)
+    assert list(source_of(tmp_path / "test.jsonl").rows()) == ROWS
+    assert list(source_of(tmp_path / "test.jsonl", split="test").rows()) == ROWS
