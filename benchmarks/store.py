@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from results import data_folder, machine, save
 
-from stillroom.capture.signals import SignalCapture
-from stillroom.capture.windows import Document, batches, windows
+from stillroom.capture.signals import Document, SignalCapture, batches, windows
 from stillroom.data.config import TextData
 from stillroom.data.dataset import Documents, prepare
 from stillroom.kernels import selection

@@ -158,7 +158,7 @@ def import_(words: Sequence[str], arguments: Arguments) -> int:
 
 def join(words: Sequence[str], arguments: Arguments) -> int:
     config = load(JoinConfig, None, arguments.overrides)
-    from stillroom.capture.join import join
+    from stillroom.capture.parts import join
     from stillroom.runs import versions
 
     settings = {"keep_parts": config.keep_parts, "overwrite": "overwrite" in arguments.flags}

@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 from conftest import build_documents, build_model
 from stillroom.batch import Batch
 from stillroom.capture.config import Generate
-from stillroom.capture.signals import CapturedSignal, SignalCapture, uniforms
-from stillroom.capture.windows import Document
+from stillroom.capture.signals import CapturedSignal, Document, SignalCapture, uniforms
 from stillroom.errors import NonFiniteError
 from stillroom.models import hidden_states
 from stillroom.store.config import AnySignal, Full, HeadAndSample, Sampled, TopK, TopP

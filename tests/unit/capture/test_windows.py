@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from conftest import build_documents
-from stillroom.capture.windows import Document, batches, windows
+from stillroom.capture.signals import Document, batches, windows
 
 LENGTHS = [6, 33, 12, 7, 29, 31, 18, 33, 5, 24, 9, 2, 16, 28, 33, 11]
 
