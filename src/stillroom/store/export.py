@@ -12,12 +12,10 @@ import pyarrow.parquet as pq
 from stillroom.errors import StorageError
 from stillroom.runs import writing
 from stillroom.store.config import SAMPLED, Full, known_temperatures, side_columns
-from stillroom.store.format import Manifest, list_array
+from stillroom.store.format import METADATA, Manifest, list_array
 from stillroom.store.quantize import to_sparse
 from stillroom.store.reader import Store
 
-METADATA = b"stillroom"
-"""The key of the file's note of the store that it came from: its manifest as JSON, without the shards."""
 ENTRIES_AT_ONCE = 1 << 20
 """Entries that are in memory at a time."""
 

@@ -35,6 +35,8 @@ FORMAT, WITH_HIDDEN = 1, 2
 """The version of everything in the folder, and that of a store which holds hidden states too."""
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
 MOST_MANIFEST_BYTES = 2**28
+METADATA = b"stillroom"
+"""The key of an exported file's note of the store that it came from: its manifest as JSON, without the shards."""
 HIDDEN_KEYS = ("hidden", "hidden_width", "num_layers")
 """The keys of a manifest that only a store with hidden states has."""
 COUNTS = ("documents", "positions", "tokens", "entries", "draws")

@@ -2,7 +2,7 @@
 
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import zip_longest
@@ -77,25 +77,24 @@ class Store:
         m = self.manifest
         return {"documents": m.documents, "tokens": m.tokens, "tokens_learnt": m.positions}
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """int64 [documents]: the tokens of each document."""
-        return self._lengths
+        return self._of_all(lambda batch: batch["tokens"].value_lengths())
 
     @cached_property
-    def _lengths(self) -> np.ndarray:
-        batches = [batch for shard in self.shards for batch in shard.batches]
-        offsets = [batch["tokens"].offsets.to_numpy() for batch in batches]
-        return np.concatenate([np.zeros(0, np.int64), *(np.diff(each).astype(np.int64) for each in offsets)])
+    def document_numbers(self) -> np.ndarray:
+        """int64 [documents]: the number of each document in the data that were captured."""
+        return self._of_all(lambda batch: batch["document"])
+
+    def _of_all(self, values: Callable[[pa.RecordBatch], pa.Array]) -> np.ndarray:
+        arrays = [values(batch).to_numpy() for shard in self.shards for batch in shard.batches]
+        return np.concatenate([np.zeros(0, np.int64), *arrays])
 
     @property
     def layers(self) -> tuple[Layer, ...]:
         """The layers whose hidden states are stored, in the order of a model; empty where none are."""
         return () if self.manifest.hidden is None else self.manifest.hidden.layers
-
-    @property
-    def num_shards(self) -> int:
-        return len(self.shards)
 
     def fetch_tokenizer(self, folder: Path) -> str:
         """The folder of the documents' tokenizer; one that is elsewhere is copied to ``folder``."""
@@ -118,7 +117,7 @@ class Store:
     def document(self, index: int) -> int:
         """The number of a document in the data that were captured."""
         shard, row = self._find(index)
-        return int(shard.column(row, "document").as_py())
+        return shard.document(row)
 
     def name(self, index: int) -> str:
         """A document as a message calls it."""
@@ -269,6 +268,9 @@ class StoredShard:
         batch = int(np.searchsorted(self._starts, row, side="right")) - 1
         return batch, row - int(self._starts[batch])
 
+    def document(self, row: int) -> int:
+        return self.column(row, "document").as_py()
+
     def tokens(self, row: int) -> np.ndarray:
         return self.column(row, "tokens").values.to_numpy(zero_copy_only=False)
 
@@ -280,7 +282,7 @@ class StoredShard:
         tokens, loss_mask = self.tokens(row), self.loss_mask(row)
         signal = memoryview(self.column(row, "signal").as_buffer())
         hidden_checksum = None if self.manifest.hidden is None else self.column(row, "hidden_crc32").as_py()
-        found = row_crc32(self.column(row, "document").as_py(), tokens, loss_mask, signal, hidden_checksum)
+        found = row_crc32(self.document(row), tokens, loss_mask, signal, hidden_checksum)
         where = f"{self.arrow} row {row}"
         check_equal(self.files.path, f"checksum of {where}", found, self.column(row, "crc32").as_py())
         highest = int(tokens.max(initial=0))
@@ -299,7 +301,7 @@ class StoredShard:
                 self._held = number, self._valid(self._hidden_file.get_batch(number))
         hidden = memoryview(self._held[1]["hidden"][place].as_buffer())
         tokens, loss_mask = self.tokens(row), self.loss_mask(row)
-        found = hidden_crc32(self.column(row, "document").as_py(), tokens, loss_mask, hidden)
+        found = hidden_crc32(self.document(row), tokens, loss_mask, hidden)
         where = f"hidden states of {self.arrow} row {row}"
         check_equal(self.files.path, f"checksum of {where}", found, self.column(row, "hidden_crc32").as_py())
         size = int(loss_mask.sum()) * hidden_bytes_per_position(config, width)

@@ -141,7 +141,7 @@ def test_what_is_read_is_what_was_written_whatever_the_order(config, kind, tmp_p
     assert list(alone) == [config.layers[-1]]
     assert np.array_equal(alone[config.layers[-1]], found[config.layers[-1]])
     assert store.hidden([1])[config.layers[0]].shape == (0, WIDTH)  # a document of one token
-    for number in range(store.num_shards):
+    for number in range(len(store.shards)):
         verify(store, number)
 
 
