@@ -126,8 +126,8 @@ def show(words: Sequence[str], arguments: Arguments) -> int:
 
 def export(words: Sequence[str], arguments: Arguments) -> int:
     path, out = _exactly(words, arguments, "export", "DIR", "OUT.parquet")
-    from stillroom.store.export import check_file, export, left_out
     from stillroom.store.reader import Store
+    from stillroom.store.show import check_file, export, left_out
 
     check_file(out, overwrite="overwrite" in arguments.flags)
     store = Store(path)

@@ -28,7 +28,7 @@ from pydantic import (
 )
 
 from stillroom.errors import DataError, MissingError, require
-from stillroom.runs import sync_folder, write_json
+from stillroom.runs import sync_folder, write_json, writing
 from stillroom.store.config import HiddenStatesConfig, SignalConfig, side_columns
 
 FORMAT, WITH_HIDDEN = 1, 2
@@ -287,11 +287,19 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def synced_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to be written: it has a temporary name, and is synced and renamed at the end."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with writing(path):
+            file = temporary.open("wb")
+        with file:
+            yield file
+            with writing(path):
+                file.flush()
+                os.fsync(file.fileno())
+        with writing(path):
+            temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 class StoreFiles:

@@ -12,11 +12,11 @@ from stillroom.errors import ConfigError, DataError, MismatchError, MissingError
 from stillroom.recipe import to_yaml
 from stillroom.store.check import check
 from stillroom.store.config import ImportConfig
-from stillroom.store.export import export
 from stillroom.store.imports import Imported, import_files
 from stillroom.store.layouts import Compression, LegacyCompression, id_bits, read_compression, unpack
 from stillroom.store.quantize import to_sparse
 from stillroom.store.reader import Store
+from stillroom.store.show import export
 
 from .whole import make_store
 
