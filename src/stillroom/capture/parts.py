@@ -139,7 +139,6 @@ def join(
     *,
     keep_parts: bool = True,
     overwrite: bool = False,
-    versions: Mapping[str, str] | None = None,
     report: Callable[[str], object] = lambda _: None,
 ) -> tuple[Path, Manifest]:
     """Writes the store of a whole capture from those of its parts; returns its folder and manifest.
@@ -168,13 +167,12 @@ def join(
         )
     target = Path(places[0], "store") if out is None else Path(out)
     parts = _found(places)
-    _check_complete(parts)
-    _check_same(parts)
+    _check(parts)
     record = parts[0].record
     answers = 1 if record["config"]["generate"] is None else record["config"]["generate"]["answers"]
     stores = [found.path / "store" for found in parts]
     count = record["data"]["documents"] * answers
-    manifest = concat(stores, target, overwrite=overwrite, num_documents=count, versions=versions, report=report)
+    manifest = concat(stores, target, overwrite=overwrite, num_documents=count, report=report)
     for store in [] if keep_parts else stores:
         shutil.rmtree(store)
     return target, manifest
@@ -216,13 +214,13 @@ def _found(places: Sequence[str | Path]) -> list[FoundPart]:
     return sorted(parts, key=lambda found: (found.part.of, found.part.index))
 
 
-def _check_complete(parts: Sequence[FoundPart]) -> None:
-    """Returns where the parts are of one division of the data, each once, and all are done."""
-    last, of = parts[-1].part, parts[0].part.of
-    if of != last.of:
+def _check(parts: Sequence[FoundPart]) -> None:
+    """Returns where the parts are of one capture and one division of its data, each once, and all are done."""
+    first, last, of = parts[0], parts[-1], parts[0].part.of
+    if of != last.part.of:
         raise MismatchError(
             "there are parts of different numbers of workers",
-            {str(parts[0].part): parts[0].path, str(last): parts[-1].path},
+            {str(first.part): first.path, str(last.part): last.path},
             why="They are of two captures, whose documents are divided differently.",
             fix="Delete those that are not meant, or name the folders of the others.",
         )
@@ -237,23 +235,18 @@ def _check_complete(parts: Sequence[FoundPart]) -> None:
     states = {found.part.index: found.record["status"] for found in parts}
     undone = {i: states.get(i, "missing") for i in range(of) if states.get(i) != "done"}
     if undone:
-        first, state = next(iter(undone.items()))
+        index, state = next(iter(undone.items()))
         state = "missing" if state == "missing" else "not finished"
-        where = next((found.path.parent for found in parts if found.part.index == first), parts[0].path.parent)
-        command = f'stillroom capture RECIPE "part={{index: {first}, of: {of}}}" out={where} --resume'
+        where = next((found.path.parent for found in parts if found.part.index == index), first.path.parent)
+        command = f'stillroom capture RECIPE "part={{index: {index}, of: {of}}}" out={where} --resume'
         shown = {"started": "started: at work, or killed"}
         raise MissingError(
-            f"part {first} of {of} is {state}" if len(undone) == 1 else f"{len(undone)} of {of} parts are not done",
+            f"part {index} of {of} is {state}" if len(undone) == 1 else f"{len(undone)} of {of} parts are not done",
             {f"part {i}": shown.get(status, status) for i, status in list(undone.items())[:8]}
             | ({"and": f"{len(undone) - 8} more"} if len(undone) > 8 else {}),
             why="The joined store would lack their documents. Parts are counted from 0.",
             fix=f"Run `{command}`, with the recipe of the others" + (", and so on." if len(undone) > 1 else "."),
         )
-
-
-def _check_same(parts: Sequence[FoundPart]) -> None:
-    """Returns where all were captured with the same settings."""
-    first = parts[0]
     bound = () if first.record["config"]["generate"] is None else DECIDES_ANSWERS[:1]
     free = [*BY_CONTENT, *(name for name in FREE_TO_CHANGE if name not in bound)]
     for found in parts[1:]:

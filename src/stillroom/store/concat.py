@@ -4,8 +4,7 @@ import hashlib
 import heapq
 import shutil
 import tempfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pyarrow as pa
 
 from stillroom.errors import ConfigError, MismatchError
 from stillroom.recipe import differences
-from stillroom.runs import crc32, writing
+from stillroom.runs import crc32, versions, writing
 from stillroom.store.config import Full
 from stillroom.store.format import (
     COUNTS,
@@ -50,7 +49,6 @@ def concat(
     *,
     overwrite: bool = False,
     num_documents: int | None = None,
-    versions: Mapping[str, str] | None = None,
     report: Report = lambda _: None,
 ) -> Manifest:
     """Writes the concatenated store, and returns its manifest. Everything is checked before anything is written.
@@ -76,7 +74,7 @@ def concat(
     alternate = parts and any(a.max() > b.min() for a, b in pairwise(each for each in numbers if len(each)))
     ends = [0, *(1 + max(0, int(each.max(initial=-1))) if len(each) else 0 for each in numbers)]
     firsts = [0] * len(stores) if parts else np.cumsum(ends).tolist()
-    manifest = _manifest(stores, parts, versions)
+    manifest = _manifest(stores, parts)
     with tempfile.TemporaryDirectory() as fetched:
         tokenizer = _tokenizer(stores, Path(fetched))
         with new_store(out, overwrite=overwrite) as folder:
@@ -141,7 +139,8 @@ def _fitting(stores: list[Store]) -> tuple[list[Store], bool]:
 
 def _same(a: Store, b: Store, names: Sequence[str]) -> None:
     """Raises MismatchError where two stores differ in a key; a model, tokenizer or data by its fingerprint alone."""
-    changed = differences(*(store.manifest.model_dump(mode="json", include=set(names)) for store in (a, b)))
+    one, other = (store.manifest.model_dump(mode="json", include=set(names)) for store in (a, b))
+    changed = differences(one, other)
     keys = [key for key in changed if not key.endswith(".name")]
     if not keys:
         return
@@ -160,7 +159,7 @@ def _same(a: Store, b: Store, names: Sequence[str]) -> None:
     )
 
 
-def _manifest(stores: Sequence[Store], parts: bool, versions: Mapping[str, str] | None) -> Manifest:
+def _manifest(stores: Sequence[Store], parts: bool) -> Manifest:
     """The manifest of the new store, with no shards yet."""
     manifests = [store.manifest for store in stores]
     first, data, merged = manifests[0], manifests[0].data, ()
@@ -176,7 +175,7 @@ def _manifest(stores: Sequence[Store], parts: bool, versions: Mapping[str, str] 
             "part": (0, 1),
             "merged": merged,
             "length": max(m.length for m in manifests),
-            "versions": dict(first.versions if versions is None else versions),
+            "versions": versions(),
             "shards": (),
             **dict.fromkeys(COUNTS, 0),
             "codec_error_nats": 0.0,
@@ -212,6 +211,7 @@ def _append(
 ) -> Manifest:
     """Writes shard after shard: copied byte for byte, or, where documents get other numbers, with the same signals."""
     shards: list[Shard] = []
+    columns = schema(manifest.num_columns, hidden=manifest.hidden is not None)
     total = sum(len(store.shards) for store in stores)
     for store, first in zip(stores, firsts, strict=False):
         for shard in store.shards:
@@ -219,10 +219,16 @@ def _append(
             name = f"{len(shards):05d}"
             arrow, tables = folder / f"{name}.arrow", folder / f"{name}.tables"
             _copy(shard, shard.tables, tables, shard.shard.tables_crc32)
-            if first:
-                _renumber(shard, first, arrow)
-            else:
+            if not first:
                 _copy(shard, shard.arrow, arrow, shard.shard.crc32)
+            else:
+                with writing(arrow), synced_file(arrow) as file, pa.ipc.new_file(file, columns) as writer:
+                    edges = np.cumsum([0, *map(len, shard.batches)]).tolist()
+                    for rows in (range(*each) for each in pairwise(edges)):
+                        signals = [shard.signal(row) for row in rows]
+                        hidden = [shard.hidden_bytes(row) for row in rows] if store.layers else []
+                        numbered = [(first + shard.document(i), shard.tokens(i), shard.loss_mask(i)) for i in rows]
+                        writer.write_batch(record_batch(columns, numbered, signals, hidden))
             changes = {"name": name, "crc32": crc32(arrow), "size_bytes": arrow.stat().st_size}
             shards.append(shard.shard.model_copy(update=changes))
     totals: dict[str, Any] = {name: sum(getattr(store.manifest, name) for store in stores) for name in COUNTS}
@@ -235,25 +241,8 @@ def _append(
 
 def _copy(shard: StoredShard, name: str, to: Path, expected: int) -> None:
     """Copies a file of a checksum."""
-    checksum = 0
-    with shard.files.open(name) as source, writing(to), synced_file(to) as file:
-        while block := source.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-            file.write(block)
-    check_equal(shard.files.path, f"checksum of {name}", checksum, expected)
-
-
-def _renumber(shard: StoredShard, first: int, to: Path) -> None:
-    """Writes a shard whose documents have other numbers; all else stays as it is, since nothing depends on them."""
-    columns = schema(shard.manifest.num_columns, hidden=shard.manifest.hidden is not None)
-    start = 0
-    with writing(to), synced_file(to) as file, pa.ipc.new_file(file, columns) as writer:
-        for batch in shard.batches:
-            places = range(start, start + len(batch))
-            rows = [(shard.document(i) + first, shard.tokens(i), shard.loss_mask(i)) for i in places]
-            hidden = [shard.hidden_bytes(i) for i in places] if shard.manifest.hidden is not None else []
-            writer.write_batch(record_batch(columns, rows, [shard.signal(i) for i in places], hidden))
-            start += len(batch)
+    with writing(to), synced_file(to) as file:
+        check_equal(shard.files.path, f"checksum of {name}", shard.files.crc32(name, file), expected)
 
 
 def _interleave(stores: Sequence[Store], folder: Path, manifest: Manifest, report: Report) -> Manifest:

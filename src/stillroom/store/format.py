@@ -354,6 +354,16 @@ class StoreFiles:
                 (folder / posixpath.basename(file["name"])).write_bytes(self._filesystem.cat_file(file["name"]))
         return str(folder)
 
+    def crc32(self, name: str, to: IO[bytes] | None = None) -> int:
+        """The checksum of a file, which is copied to another one on the way."""
+        checksum = 0
+        with self.open(name) as file:
+            while block := file.read(1 << 22):
+                checksum = zlib.crc32(block, checksum)
+                if to is not None:
+                    to.write(block)
+        return checksum
+
     def open(self, name: str) -> Any:
         """The file as Arrow reads it, memory-mapped where it is on this machine."""
         if not self.remote:

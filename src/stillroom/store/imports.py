@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stillroom.errors import ConfigError, DataError, MismatchError, MissingError
 from stillroom.kernels.selection import Selection, subtracted_rests
+from stillroom.runs import versions
 from stillroom.store.config import SAMPLED, ImportConfig, TopK, side_columns
 from stillroom.store.format import FORMAT, METADATA, TOKENIZER, Manifest, SourceInfo
 from stillroom.store.layouts import (
@@ -63,7 +64,6 @@ def import_files(
     config: ImportConfig,
     *,
     overwrite: bool = False,
-    versions: Mapping[str, str] | None = None,
     report: Callable[[str], object] = lambda _: None,
 ) -> Imported:
     """Makes the store ``config.out``; it appears when all is read and right, and not before.
@@ -96,25 +96,17 @@ def import_files(
         settings = read_compression(path, kind, vocab_size)
         most_entries = settings.k
     if not 0 < most_entries <= MOST_ENTRIES:
-        raise DataError(
-            "the files cannot be imported as top-k log-probabilities",
-            {"entries of a position": most_entries, "possible": f"1 to {MOST_ENTRIES}"},
-            why="A position says at least one token, and not all of a large vocabulary.",
-            fix="Check that the files hold lists of ids and log-probabilities.",
-        )
-    imported = Imported(_manifest(config, scanned, fingerprint(tokenizer), vocab_size, most_entries, versions))
+        raise bad(scanned.files[0], f"positions have 1 to {MOST_ENTRIES} entries", most_entries)
+    imported = Imported(_manifest(config, scanned, fingerprint(tokenizer), vocab_size, most_entries))
     with new_store(config.out, overwrite=overwrite) as folder, StoreWriter(folder, imported.manifest) as writer:
         tokenizer.save_pretrained(folder / TOKENIZER)
         for number, row in enumerate(read_rows(scanned.files, scanned.columns, settings)):
             report(f"imported {number:,} of {scanned.num_rows:,} rows")
             _add(writer, number, row, config, imported)
         if not writer.num_positions:
-            raise DataError(
-                "no position was imported",
-                {"rows": scanned.num_rows, **dict(imported.notes)},
-                why="An empty store teaches nothing.",
-                fix="Check the files, and whether `invalid=drop` left out everything.",
-            )
+            notes = {"rows": scanned.num_rows, **imported.notes}
+            fix = "Check the files, and whether `invalid=drop` left out everything."
+            raise DataError("no position was imported", notes, why="An empty store teaches nothing.", fix=fix)
         imported.manifest = writer.finish()
     return imported
 
@@ -206,12 +198,7 @@ def _vocab_size(wanted: int | Literal["auto"], tokenizer: PreTrainedTokenizerBas
 
 
 def _manifest(
-    config: ImportConfig,
-    scanned: Scan,
-    tokenizer_fingerprint: str,
-    vocab_size: int,
-    most_entries: int,
-    versions: Mapping[str, str] | None,
+    config: ImportConfig, scanned: Scan, tokenizer_fingerprint: str, vocab_size: int, most_entries: int
 ) -> Manifest:
     known = scanned.metadata
     teacher = known.get("teacher") or {"name": "unknown", "fingerprint": "unknown"}
@@ -237,7 +224,7 @@ def _manifest(
         signal=signal,
         side=tuple(side_columns(signal)),
         seed=0,
-        versions=dict(versions or {}),
+        versions=versions(),
     )
 
 
@@ -261,10 +248,8 @@ def _add(writer: StoreWriter, number: int, row: ForeignRow, config: ImportConfig
     _check_ids(row, ids, ~np.isneginf(log_probs), vocab_size)  # an entry of probability 0 may have any id
     ids, log_probs = ids[chosen], log_probs[chosen]
     further = {name: values[chosen] for name, values in row.further.items()}
-    wrong = _invalid(row.num_ordered, log_probs, further, config.tolerance, vocab_size)
+    wrong = _invalid(row, places, log_probs, further, config, vocab_size)
     if wrong.any():
-        if config.invalid == "refuse":
-            raise _refused(row, places, log_probs, wrong, config.tolerance)
         imported.notes["left out, since what they say cannot be a distribution"] += int(wrong.sum())
         places, ids, log_probs = places[~wrong], ids[~wrong], log_probs[~wrong]
         further = {name: values[~wrong] for name, values in further.items()}
@@ -320,13 +305,14 @@ def _places(row: ForeignRow, notes: Counter[str]) -> tuple[np.ndarray, np.ndarra
 
 
 def _invalid(
-    num_ordered: int | None,
+    row: ForeignRow,
+    places: np.ndarray,
     log_probs: np.ndarray,
     further: Mapping[str, np.ndarray],
-    tolerance: float,
+    config: ImportConfig,
     vocab_size: int,
 ) -> np.ndarray:
-    """Whether the entries of each position can be of no distribution, bool [p].
+    """Whether the entries of each position can be of no distribution, bool [p]; DataError where none may be.
 
     The residual mass lies on tokens no likelier than the entries, so it is at most ``vocab_size`` times as much as the
     middle one of them (the lowest may be an ill fit, or the text's own token; and twice that is let pass).
@@ -336,36 +322,30 @@ def _invalid(
     middle = np.take_along_axis(falling, middle[:, None], 1)[:, 0]
     with np.errstate(invalid="ignore", over="ignore"):
         mass = np.exp(log_probs).sum(1)
-        rising = np.diff(log_probs[:, :num_ordered], axis=1) > 1e-6
-        wrong = ~(mass <= 1 + tolerance) | ~(mass > 0) | rising.any(1)
-        wrong |= 1 - mass - tolerance > 2 * vocab_size * np.exp(middle)
+        rising = np.diff(log_probs[:, : row.num_ordered], axis=1) > 1e-6
+        wrong = ~(mass <= 1 + config.tolerance) | ~(mass > 0) | rising.any(1)
+        wrong |= 1 - mass - config.tolerance > 2 * vocab_size * np.exp(middle)
         for name, values in further.items():
             low, high = (0.0, np.inf) if name == "entropy" else (-np.inf, 1e-6)
             wrong |= ~((values >= low - 1e-6) & (values <= high))
             if not name.startswith("log_rest"):
                 wrong |= np.isinf(values)
         if "log_rest" in further:
-            wrong |= ~(np.abs(mass + np.exp(further["log_rest"]) - 1) <= max(tolerance, 1e-6))
+            wrong |= ~(np.abs(mass + np.exp(further["log_rest"]) - 1) <= max(config.tolerance, 1e-6))
+    if config.invalid == "refuse" and wrong.any():
+        first = int(np.flatnonzero(wrong)[0])
+        values = log_probs[first]
+        shown = ", ".join(f"{value:.3g}" for value in values[:6])
+        most = f"at most {1 + config.tolerance:g}"
+        raise DataError(
+            f"{row.where} has log-probabilities that cannot be",
+            {
+                f"position {places[first]}": f"{shown}{', …' if len(values) > 6 else ''}; mass {mass[first]:.4g}",
+                "possible": f"falling, of a mass of {most}, and no more left out than fits below them",
+                "wrong in this row": f"{int(wrong.sum())} of {len(wrong)} positions",
+            },
+            why="They are logits or are read by other settings than they were written by; or the fit that they come "
+            "from went wrong.",
+            fix="Check the layout and the compression settings; invalid=drop leaves out and counts such positions.",
+        )
     return wrong
-
-
-def _refused(
-    row: ForeignRow, places: np.ndarray, log_probs: np.ndarray, wrong: np.ndarray, tolerance: float
-) -> DataError:
-    """The error of the first position that is wrong."""
-    first = int(np.flatnonzero(wrong)[0])
-    values = log_probs[first]
-    with np.errstate(over="ignore"):
-        mass = np.exp(values).sum()
-    shown = ", ".join(f"{value:.3g}" for value in values[:6])
-    return DataError(
-        f"{row.where} has log-probabilities that cannot be",
-        {
-            f"position {places[first]}": f"{shown}{', …' if len(values) > 6 else ''}; mass {mass:.4g}",
-            "possible": f"falling, of a mass of at most {1 + tolerance:g}, and no more left out than fits below them",
-            "wrong in this row": f"{int(wrong.sum())} of {len(wrong)} positions",
-        },
-        why="They are logits or are read by other settings than they were written by; or the fit that they come from "
-        "went wrong.",
-        fix="Check the layout and the compression settings; invalid=drop leaves such positions out and counts them.",
-    )

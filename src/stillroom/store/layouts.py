@@ -32,11 +32,7 @@ NAMES = {
 ROWS_AT_ONCE = 8
 MOST = 65536
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
-Columns = Mapping[str, np.ndarray]
-"""The bytes (or words, or numbers) of p positions, [p, width] each, by the name of the column."""
-
-
-# --- DistillKit ------------------------------------------------------------------------------------------------------
+Columns = Mapping[str, np.ndarray]  # the bytes (or words, or numbers) of p positions, [p, width] each, by name
 
 
 class _Settings(BaseModel):
@@ -254,8 +250,6 @@ def _numbers(data: np.ndarray, dtype: Dtype) -> np.ndarray:
     return numbers.astype(np.float64).reshape(len(data), data.shape[1] // _size(dtype))
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------
-
 FURTHER = ("log_rest", "entropy", "label_log_prob")
 KINDS = {
     **dict.fromkeys(("tokens", "input_ids", "labels", "attention_mask", "keep"), (1, "whole numbers")),
@@ -295,7 +289,7 @@ def name_of(column: str, names: Collection[str]) -> str | None:
 def read_rows(files: Sequence[Path], columns: Collection[str], settings: AnyCompression | None) -> Iterator[ForeignRow]:
     """The rows of files of plain columns, or of those that DistillKit compressed by some settings."""
     known = [name for name in sorted(columns) if kind_of(name)]
-    further = [] if settings else [name for name in known if name.partition("@")[0] in FURTHER]
+    further = [] if settings else [name for name in known if name.startswith(FURTHER)]
     tokens, ids_name, log_probs_name = (str(name_of(column, columns)) for column in NAMES)
     for path in files:
         with opened(path) as parquet:

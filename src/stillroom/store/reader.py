@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +102,11 @@ class Store:
 
     def tokens(self, index: int) -> np.ndarray:
         """The tokens of a document, [n]: a read-only view of the file."""
-        shard, row = self._find(index)
-        return shard.tokens(row)
+        return StoredShard.tokens(*self._find(index))
 
     def loss_mask(self, index: int) -> np.ndarray:
         """Whether the token after each is a target, bool [n]; False for the last."""
-        shard, row = self._find(index)
-        return shard.loss_mask(row)
+        return StoredShard.loss_mask(*self._find(index))
 
     def target_mask(self, index: int) -> np.ndarray:
         """Whether each token of a document is a target, bool [n]; entry i is about token i itself."""
@@ -116,8 +114,7 @@ class Store:
 
     def document(self, index: int) -> int:
         """The number of a document in the data that were captured."""
-        shard, row = self._find(index)
-        return shard.document(row)
+        return StoredShard.document(*self._find(index))
 
     def name(self, index: int) -> str:
         """A document as a message calls it."""
@@ -125,8 +122,7 @@ class Store:
 
     def signal_bytes(self, index: int) -> int:
         """The size of a document's signal."""
-        shard, row = self._find(index)
-        return len(shard.signal(row))
+        return len(StoredShard.signal(*self._find(index)))
 
     def levels(self, indices: Sequence[int]) -> LogProbCodes:
         """The codes of the kept positions of some documents, one after the other.
@@ -142,9 +138,8 @@ class Store:
         for shard in shards:
             rows = [row for one, row in found if one is shard]
             codes = shard.levels(rows)
-            ends = np.cumsum([int(shard.loss_mask(row).sum()) for row in rows]).tolist()
-            for row, start, stop in zip(rows, [0, *ends], ends, strict=False):
-                parts[shard, row] = codes.slice(start, stop)
+            edges = np.cumsum([0, *(int(shard.loss_mask(row).sum()) for row in rows)]).tolist()
+            parts |= {(shard, row): codes.slice(*each) for row, each in zip(rows, pairwise(edges), strict=True)}
         return LogProbCodes.concatenate([parts[place] for place in found])
 
     def logits(self, indices: Sequence[int]) -> np.ndarray:
@@ -184,8 +179,7 @@ class Store:
 
     def hidden_bytes(self, index: int) -> memoryview:
         """A document's hidden states as they are stored."""
-        shard, row = self._find(index)
-        return shard.hidden_bytes(row)
+        return StoredShard.hidden_bytes(*self._find(index))
 
     def _find(self, index: int) -> tuple["StoredShard", int]:
         if not 0 <= index < len(self):
@@ -224,7 +218,8 @@ class StoredShard:
             _check_uncompressed(source, self.shard.size_bytes)
             if self.manifest.hidden is not None:
                 last = len(expected) - 1
-                file, self._hidden_file = _open_columns(source, range(last)), _open_columns(source, [last])
+                options = [pa.ipc.IpcReadOptions(included_fields=part) for part in (list(range(last)), [last])]
+                file, self._hidden_file = (pa.ipc.open_file(source, options=each) for each in options)
             batches = [self._valid(file.get_batch(i)) for i in range(file.num_record_batches)]
         check_equal(self.files.path, f"documents in {self.arrow}", sum(map(len, batches)), self.num_documents)
         return batches
@@ -337,11 +332,6 @@ class StoredShard:
         if self.manifest.signal.kind != "sampled" and found.counts.min(initial=1) < 1:
             raise damaged(self.files.path, f"entries in {self.arrow}", 0, "at least 1 a position")
         return found
-
-
-def _open_columns(source: Any, columns: Sequence[int]) -> Any:
-    """Opens an Arrow file of which some columns alone are read."""
-    return pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=list(columns)))
 
 
 def _check_uncompressed(source: Any, size: int) -> None:

@@ -5,11 +5,9 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
@@ -96,7 +94,9 @@ def describe(store: Store) -> str:
     n = max(1, m.positions)
     tables = sum(shard.tables_bytes for shard in m.shards)
     tokens = m.tokens * (2 if m.num_columns <= 2**16 else 4)
-    rows = [pc.sum(pc.binary_length(batch["signal"])).as_py() or 0 for shard in store.shards for batch in shard.batches]
+    columns = [batch["signal"] for shard in store.shards for batch in shard.batches if len(batch)]
+    offsets = [np.frombuffer(column.buffers()[1], np.int64, len(column) + 1) for column in columns]
+    signal = tables + sum(int(each[-1] - each[0]) for each in offsets)
     part = "" if m.part[1] == 1 else f", part {m.part[0]} of {m.part[1]} (counted from 0)"
     settings = {k: v for k, v in m.signal.model_dump(mode="json").items() if k != "kind" and v not in (False, [])}
     shown = ", ".join(f"{k} {v if v is not True else 'on'}" for k, v in settings.items())
@@ -113,7 +113,7 @@ def describe(store: Store) -> str:
         "holds": f"{m.documents:,} documents, {m.tokens:,} tokens, {m.positions:,} positions with a signal",
         "hidden": None,
         "shards": f"{len(m.shards)}, {_size(m.size_bytes)} in all",
-        "bytes": f"{(sum(rows) + tables) / n:.2f} a position for the signal ({tables / n:.2f} of them tables), "
+        "bytes": f"{signal / n:.2f} a position for the signal ({tables / n:.2f} of them tables), "
         f"{tokens / n:.2f} for tokens, {m.size_bytes / n:.2f} in all",
         "entries": entries,
         "error": f"{m.codec_error_nats:.2e} nats a position, by which storing changed what the teacher said",
@@ -186,9 +186,9 @@ def _candidates(store: Store, index: int, text_of: Callable[[int], str]) -> Iter
         if codes is not None and stop - start > CANDIDATES:
             names.append(f"and {stop - start - CANDIDATES} more")
         rests = {name.partition("@")[2]: values[p] for name, values in further.items() if name.startswith("log_rest")}
-        notes = [f"rest{at and f' at T={float(at):g}'} {_share(value)}" for at, value in rests.items()]
+        notes = [f"rest{at and f' at T={float(at):g}'} {_share(float(value))}" for at, value in rests.items()]
         if sampled is not None:
-            notes.append(f"a draw {_share(units[p])}" if sampled.sample_counts[p] else "no draws")
+            notes.append(f"a draw {_share(float(units[p]))}" if sampled.sample_counts[p] else "no draws")
         entropy = further["entropy"][p] if "entropy" in further else None
         if codes is None:
             kept = log_probs[start:stop]
@@ -285,10 +285,20 @@ def export(
             before = sizes[first - 1] if first else 0
             stop = max(first + 1, int(np.searchsorted(sizes, before + ENTRIES_AT_ONCE, side="right")))
             report(f"exported {first:,} of {len(store):,} documents")
-            table = pa.table(_columns(store, range(first, stop)), schema=columns)
+            rows, first = range(first, stop), stop
+            tokens, loss_masks = [store.tokens(row) for row in rows], [store.loss_mask(row) for row in rows]
+            lengths, kept = [len(each) for each in tokens], [int(mask.sum()) for mask in loss_masks]
+            _, counts, ids, log_probs, further = entries_of(store, rows)
+            arrays = [
+                pa.array([store.document(row) for row in rows], pa.int64()),
+                list_array(pa.array(np.concatenate(tokens), pa.int32()), lengths),
+                list_array(pa.array(np.concatenate(loss_masks), pa.bool_()), lengths),
+                list_array(list_array(pa.array(ids, pa.int32()), counts), kept),
+                list_array(list_array(pa.array(log_probs, pa.float32()), counts), kept),
+                *(list_array(pa.array(further[name], pa.float32()), kept) for name in columns.names[5:]),
+            ]
             with writing(path):
-                writer.write_table(table)
-            first = stop
+                writer.write_table(pa.table(arrays, schema=columns))
     return path.stat().st_size
 
 
@@ -326,18 +336,3 @@ def export_schema(manifest: Manifest) -> pa.Schema:
         *((name, pa.list_(pa.float32())) for name in further),
     ]
     return pa.schema(fields, metadata={METADATA: manifest.model_copy(update={"shards": ()}).model_dump_json().encode()})
-
-
-def _columns(store: Store, rows: range) -> dict[str, Any]:
-    """The columns of some documents."""
-    tokens, loss_mask = [store.tokens(row) for row in rows], [store.loss_mask(row) for row in rows]
-    lengths, kept = [len(t) for t in tokens], [int(mask.sum()) for mask in loss_mask]
-    _, counts, ids, log_probs, further = entries_of(store, rows)
-    return {
-        "document": pa.array([store.document(row) for row in rows], pa.int64()),
-        "tokens": list_array(pa.array(np.concatenate(tokens), pa.int32()), lengths),
-        "keep": list_array(pa.array(np.concatenate(loss_mask), pa.bool_()), lengths),
-        "ids": list_array(list_array(pa.array(ids, pa.int32()), counts), kept),
-        "log_probs": list_array(list_array(pa.array(log_probs, pa.float32()), counts), kept),
-        **{name: list_array(pa.array(values, pa.float32()), kept) for name, values in further.items()},
-    }

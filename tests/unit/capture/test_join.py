@@ -73,7 +73,7 @@ def refused(kind: type[StillroomError], what: str, *places: Path, **flags: Any) 
 
 
 def test_joined_parts_say_what_one_capture_says(parts, whole):
-    path, manifest = join([parts], versions=whole.manifest.versions)
+    path, manifest = join([parts])
     assert path == parts / "store"
     assert check(path).problems == []
     joined = Store(path)
