@@ -3,6 +3,7 @@
 from stillroom.capture.config import CaptureConfig, Transformers
 from stillroom.config import BATCH_TOKENS
 from stillroom.config import LOGITS_BYTES as DEFAULT_LOGITS_BYTES
+from stillroom.data.config import AnyData
 from stillroom.errors import ConfigError
 from stillroom.estimates.flops import CAPTURE_SPEED, forward_flops
 from stillroom.estimates.hardware import Hardware
@@ -32,13 +33,9 @@ def costs(config: CaptureConfig, headers: Headers, hardware: Hardware, title: st
     report = CostReport(title)
     positions = hardware.data_tokens or headers.num_tokens
     if (teacher := headers.models.get("teacher")) is not None:
-        engine = config.teacher.engine
-        assert isinstance(engine, Transformers)
-        itemsize = 4 if engine.dtype == "float32" or (engine.dtype == "auto" and hardware.is_cpu) else 2
-        report.assumptions += hardware.assumptions(single=itemsize == 4)
-        add_parameters(report, "teacher", teacher)
+        assert isinstance(config.teacher.engine, Transformers)
         layers = 0 if config.hidden is None else len(config.hidden.layers)
-        _add_memory(report, engine, config.data.length, config.data.pack, layers, teacher, itemsize, hardware)
+        _add_teacher(report, config.teacher.engine, config.data, layers, teacher, hardware)
         each = forward_flops(teacher, config.data.length)
         report.add(ARITHMETIC, "teacher, forward", each, "FLOP")
         why = "" if positions is not None else "the data are not tokenised yet: data_tokens=… tells how many there are"
@@ -48,9 +45,8 @@ def costs(config: CaptureConfig, headers: Headers, hardware: Hardware, title: st
             "(benchmarks/store.json)"
         )
         if config.generate is not None:
-            report.assumptions.append(
-                "answers are read as fast as any text: writing them takes longer, which is not counted"
-            )
+            text = "answers are read as fast as any text: writing them takes longer, which is not counted"
+            report.assumptions.append(text)
     vocab_size = config.teacher.columns
     if vocab_size == "auto":
         if teacher is None:
@@ -71,23 +67,20 @@ def costs(config: CaptureConfig, headers: Headers, hardware: Hardware, title: st
     return report
 
 
-def _add_memory(
-    report: CostReport,
-    engine: Transformers,
-    length: int,
-    packed: bool,
-    num_layers: int,
-    model: ModelSize,
-    itemsize: int,
-    hardware: Hardware,
+def _add_teacher(
+    report: CostReport, engine: Transformers, data: AnyData, num_layers: int, model: ModelSize, hardware: Hardware
 ) -> None:
-    tokens = max(length, BATCH_TOKENS) if engine.batch_tokens == "auto" else engine.batch_tokens
+    """Adds the teacher's parameters, and the memory that it takes where it runs."""
+    itemsize = 4 if engine.dtype == "float32" or (engine.dtype == "auto" and hardware.is_cpu) else 2
+    report.assumptions += hardware.assumptions(single=itemsize == 4)
+    add_parameters(report, "teacher", model)
+    tokens = max(data.length, BATCH_TOKENS) if engine.batch_tokens == "auto" else engine.batch_tokens
     logits = engine.logits_bytes
     logits = LOGITS_BYTES["cpu" if hardware.is_cpu else "cuda"] if logits == "auto" else logits
     parts = {
         # Each of several workers has a whole teacher on its device.
         "teacher's weights": weights_bytes(model, itemsize, engine.quantization),
-        "teacher's activations": tokens * passing_bytes(model, length, itemsize, masked=packed),
+        "teacher's activations": tokens * passing_bytes(model, data.length, itemsize, masked=data.pack),
         "last states": float(tokens * model.hidden_size * itemsize),
         "logits and probabilities": 2.0 * max(logits, 4 * model.vocab_size),
         "driver and workspaces": float(hardware.driver_bytes),
@@ -98,9 +91,9 @@ def _add_memory(
     report.advice.append(sentence)
     if fits:
         return
-    least = total - parts["teacher's activations"] * (1 - length / tokens)
+    least = total - parts["teacher's activations"] * (1 - data.length / tokens)
     if least <= hardware.resolved().memory_bytes:
-        report.advice.append(f"would fit with teacher.engine.batch_tokens={length}: {bytes_text(least)}")
+        report.advice.append(f"would fit with teacher.engine.batch_tokens={data.length}: {bytes_text(least)}")
     else:
         report.advice.append("a server that divides the teacher would do: teacher.engine.kind=vllm (top_k or top_p)")
 

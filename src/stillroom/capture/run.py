@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -56,6 +56,9 @@ def run(
     def told(event: str, values: Mapping[str, Any]) -> None:
         report(event, values if part is None else {**values, "part": str(part)})
 
+    def tokenized(rows: int) -> None:
+        told("tokenise", {"rows": rows, "path": config.data.path})
+
     with named(part):
         check_shared(config.out, part)
         place = Path(config.out) if part is None else Path(config.out, part.folder)
@@ -63,17 +66,11 @@ def run(
         plan = make_plan(config)
         config, generate, engine = plan.config, plan.config.generate, plan.config.teacher.engine
         free = [name for name in FREE_TO_CHANGE if generate is None or name not in DECIDES_ANSWERS]
-        settings = config.model_dump(mode="json")
-        with RunFolder(place, settings, resume=resume, overwrite=overwrite, free=free) as folder:
+        with RunFolder(place, config.model_dump(mode="json"), resume=resume, overwrite=overwrite, free=free) as folder:
             if folder.done:
                 told("note", {"text": f"the capture in {folder.path} is done already"})
                 return folder.record
-            documents = prepare(
-                config.data,
-                plan.tokenizer,
-                template=plan.template,
-                report=lambda rows: told("tokenise", {"rows": rows, "path": config.data.path}),
-            )
+            documents = prepare(config.data, plan.tokenizer, template=plan.template, report=tokenized)
             capture = build_capture(
                 config.teacher,
                 plan.tokenizer,
@@ -118,16 +115,21 @@ def build_capture(
     Args:
         teacher: with every "auto" resolved.
     """
-    pad = tokenizer.pad_token_id
-    engine = teacher.engine
-    settings: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "seed": seed,
-        "length": data.length,
-        "pack": data.pack,
-        "pad_token": pad if isinstance(pad, int) else 0,
-    }
-    if not isinstance(engine, Transformers):
+    engine, budgets = teacher.engine, {}
+    if isinstance(engine, Transformers):
+        model = loading.load_model(
+            teacher.model,
+            dtype=getattr(torch, engine.dtype),
+            device=engine.device,
+            attention=None if engine.attention == "auto" else engine.attention,
+            revision=teacher.revision,
+            trust_remote_code=teacher.trust_remote_code,
+            quantization=engine.quantization,
+        )
+        verify(model, "the teacher", pack=data.pack)
+        asked = LiveTeacher(model, () if hidden is None else hidden.layers)
+        budgets = engine.model_dump(include={"batch_tokens", "logits_bytes"})
+    else:
         assert isinstance(signal, TopK | TopP)  # the config demands it
         server = ServerTeacherConfig(
             kind="server",
@@ -138,24 +140,17 @@ def build_capture(
         )
         asked = ServerTeacher(server, tokenizer, None, vocab_size)
         asked.engine.check()
-        return SignalCapture(asked, signal, **settings)
-    model = loading.load_model(
-        teacher.model,
-        dtype=getattr(torch, engine.dtype),
-        device=engine.device,
-        attention=None if engine.attention == "auto" else engine.attention,
-        revision=teacher.revision,
-        trust_remote_code=teacher.trust_remote_code,
-        quantization=engine.quantization,
-    )
-    verify(model, "the teacher", pack=data.pack)
+    pad = tokenizer.pad_token_id
     return SignalCapture(
-        LiveTeacher(model, () if hidden is None else hidden.layers),
+        asked,
         signal,
-        **settings,
-        batch_tokens=cast(int, engine.batch_tokens),
-        logits_bytes=cast(int, engine.logits_bytes),
+        vocab_size=vocab_size,
+        seed=seed,
+        length=data.length,
+        pack=data.pack,
+        pad_token=pad if isinstance(pad, int) else 0,
         hidden=hidden,
+        **budgets,
     )
 
 
@@ -184,10 +179,7 @@ def _capture(
         for document, (signal, error, hidden) in zip(window, captured, strict=True):
             writer.add(document.number, document.tokens, document.loss_mask, signal, error, hidden)
 
-    with (
-        ThreadPoolExecutor(1) as later,
-        deferred_interrupts(lambda: report("note", {"text": saving})) as interrupted,
-    ):
+    with ThreadPoolExecutor(1) as later, deferred_interrupts(lambda: report("note", {"text": saving})) as interrupted:
         pending: deque[Future[None]] = deque()
         for window in windows(documents, first_window, taken.stop, size):
             if generate is not None:
@@ -240,13 +232,8 @@ class _Spent:
         if isinstance(self.teacher, LiveTeacher):
             return {}
         usage, (prompt_price, completion_price) = self.teacher.engine.usage, self.prices
-        return {
-            "requests": usage.requests,
-            "retries": usage.retries,
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
-            "cost": (usage.prompt_tokens * prompt_price + usage.completion_tokens * completion_price) / 1e6,
-        }
+        cost = (usage.prompt_tokens * prompt_price + usage.completion_tokens * completion_price) / 1e6
+        return {**vars(usage), "cost": cost}
 
     def so_far(self) -> dict[str, Any]:
         usage = {name: number + self.before.get(name, 0) for name, number in self.usage().items()}

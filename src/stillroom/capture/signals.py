@@ -3,6 +3,7 @@ quantized, with hidden states encoded."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -62,10 +63,6 @@ class Document:
     def loss_mask(self) -> np.ndarray:
         """bool [n]: whether the token after each is a target; False for the last."""
         return np.append(self.target_mask[1:], False)
-
-    @property
-    def num_kept(self) -> int:
-        return int(self.target_mask[1:].sum())
 
 
 def window_documents(length: int, generate: Generate | None, bytes_per_position: int) -> int:
@@ -234,9 +231,8 @@ class SignalCapture:
         output = teacher.forward(moved)
         assert isinstance(output.signal, Dense)
         places = batch.documents.flatten()[batch.kept].numpy()
-        starts = np.flatnonzero(np.append(True, places[1:] != places[:-1])) if len(places) else np.zeros(0, np.int64)
-        edges = [*starts.tolist(), len(places)]
-        runs = list(zip(places[starts].tolist(), edges[:-1], edges[1:], strict=True))
+        edges = np.flatnonzero(np.diff(places, prepend=-1, append=-1)).tolist()  # where another document begins
+        runs = [(int(places[a]), a, b) for a, b in pairwise(edges)]
 
         def where(row: int) -> tuple[int, int]:
             return documents[int(places[row])].number, int(batch.positions.flatten()[batch.kept[row]])
@@ -265,11 +261,9 @@ class SignalCapture:
         """Works chunk by chunk: no ``[tokens, vocabulary]`` tensor is held."""
         hidden, head = dense.hidden, dense.head
         size = max(1, self.logits_bytes // (4 * self.vocab_size))
-        parts: list[LogProbCodes] = []
-        total = 0.0
-        room = torch.empty(
-            min(size, len(hidden)), self.vocab_size, dtype=accumulator(hidden.dtype), device=hidden.device
-        )
+        parts, total = list[LogProbCodes](), 0.0
+        shape = min(size, len(hidden)), self.vocab_size
+        room = torch.empty(shape, dtype=accumulator(hidden.dtype), device=hidden.device)
         for start in range(0, len(hidden), size):
             rows = slice(start, min(start + size, len(hidden)))
             logits = room[: rows.stop - start]
@@ -317,12 +311,8 @@ def select(logits: Tensor, signal: QuantizedSignal, labels: Tensor, random: np.n
     Args:
         random: float32 [n, `num_uniforms`], from [0, 1).
     """
-    label = None
-    if signal.label:
-        label = logits.gather(1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-    entropy = None
-    if isinstance(signal, TopK | TopP) and signal.entropy:
-        entropy = selection.entropy(logits)
+    label = logits.gather(1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1) if signal.label else None
+    entropy = selection.entropy(logits) if isinstance(signal, TopK | TopP) and signal.entropy else None
     if isinstance(signal, TopK):
         selected = selection.top_k(logits, signal.k, known_temperatures(signal))
     elif isinstance(signal, TopP):
