@@ -182,7 +182,7 @@ def _candidates(store: Store, index: int, text_of: Callable[[int], str]) -> Iter
     for p, (start, stop) in enumerate(zip([0, *stops], stops, strict=False)):
         exact = stop if codes is None else start + int(codes.counts[p])
         best = start + np.argsort(-log_probs[start:stop], kind="stable")[:CANDIDATES]
-        names = [f"{text_of(int(ids[i]))} {'~' * (i >= exact)}{_share(log_probs[i])}" for i in best.tolist()]
+        names = [f"{text_of(int(ids[i]))} {'~' * (i >= exact)}{_share(log_probs[i])}" for i in map(int, best)]
         if codes is not None and stop - start > CANDIDATES:
             names.append(f"and {stop - start - CANDIDATES} more")
         rests = {name.partition("@")[2]: values[p] for name, values in further.items() if name.startswith("log_rest")}
@@ -195,7 +195,7 @@ def _candidates(store: Store, index: int, text_of: Callable[[int], str]) -> Iter
             entropy = -(np.exp(kept) * np.where(np.isfinite(kept), kept, 0)).sum()
         if entropy is not None:
             notes.append(f"entropy {about}{entropy:.2f}")
-        label = _share(further["label_log_prob"][p]) if "label_log_prob" in further else ""
+        label = _share(float(further["label_log_prob"][p])) if "label_log_prob" in further else ""
         yield names, label, ", ".join(notes)
 
 
