@@ -204,10 +204,10 @@ MUTATIONS = (
     Mutation("seed-not-compared", "store/writer.py", '"seed", "hidden")', '"hidden")', "store/test_writer.py",
              "a capture is resumed with another seed"),
     # --- capture
-    Mutation("resume-skips-a-document", "capture/run.py", "skip = done - (first_window - first) * num_answers",
-             "skip = done - (first_window - first) * num_answers + (done > 0)", "capture/test_run.py",
+    Mutation("resume-skips-a-document", "capture/run.py", "skip = done - (first_window - taken.start) * num_answers",
+             "skip = done - (first_window - taken.start) * num_answers + (done > 0)", "capture/test_run.py",
              "a resumed capture skips a document"),
-    Mutation("parts-by-end", "capture/workers.py", "2 * ends - each,", "2 * ends,", "capture/test_workers.py",
+    Mutation("parts-by-end", "capture/parts.py", "2 * ends - each,", "2 * ends,", "capture/test_workers.py",
              "a window goes by its end, not its middle"),
     # --- evaluation
     Mutation("bootstrap-normaliser", "statistics.py", "interval(gains / weighed, value)",

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from results import data_folder, machine, save
 
-from stillroom.capture.signals import SignalCapture
-from stillroom.capture.windows import Document, batches, windows
+from stillroom.capture.signals import Document, SignalCapture, batches, windows
 from stillroom.data.config import TextData
 from stillroom.data.dataset import Documents, prepare
 from stillroom.kernels import selection
@@ -228,7 +227,7 @@ def codec_speed(model: Any, documents: Documents, repeats: int) -> dict[str, Any
     said = teacher_of(model, FIXED).capture(window)
     levels = LogProbCodes.concatenate([signal for signal, _ in said])
     tokens = np.concatenate([document.tokens[document.loss_mask] for document in window]).astype(np.int32)
-    offsets = np.cumsum([0, *(document.num_kept for document in window)], dtype=np.int64)
+    offsets = np.cumsum([0, *(int(document.loss_mask.sum()) for document in window)], dtype=np.int64)
     codec = Codec.train(tokens, levels, 4096)
     rows = codec.encode(tokens, levels, offsets)
     values, ids = torch.cat(logits_of(model, window)).log_softmax(-1).topk(32)
@@ -296,7 +295,7 @@ def plain_read(path: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def capture_overhead(model: Any, documents: Documents, stop: int, repeats: int) -> dict[str, Any]:
     """Tokens a second of a whole capture, against the teacher's bare forward pass: backbone and head."""
     all_windows = list(windows(documents, 0, stop))
-    n = sum(document.num_kept for window in all_windows for document in window)
+    n = sum(int(document.loss_mask.sum()) for window in all_windows for document in window)
     head = lm_head(model)
 
     def bare() -> None:

@@ -158,34 +158,25 @@ class CaptureConfig(Config):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "CaptureConfig":
-        engine, signal = self.teacher.engine, self.signal
-        if getattr(self.data, "template", "auto") == "student":
+        engine, signal, data, generate = self.teacher.engine, self.signal, self.data, self.generate
+        if getattr(data, "template", "auto") == "student":
             raise ValueError("data.template=student: a capture has no student; the teacher's template is taken")
-        if self.data.weight is not None:
+        if data.weight is not None:
             raise ValueError("data.weight: a store holds what the teacher said, and no weights of the data's own")
-        if self.generate is not None:
-            if self.generate.answers > 1 and not self.generate.temperature:
-                raise ValueError(
-                    "generate.temperature=0 gives the same answer each time, so generate.answers must be 1"
-                )
-            if isinstance(self.data, TextData) and self.data.overlong == "split":
-                raise ValueError(
-                    "generate with data.overlong=split would take each piece of a long text for a prompt: set "
-                    "data.overlong=cut, or drop"
-                )
-            if (self.data.format == "text") == (self.generate.prompt_tokens is None):
-                raise ValueError(
-                    "generate.prompt_tokens says where the prompt of plain text ends, and is for text alone"
-                )
-            if self.generate.max_tokens >= self.data.length:
-                raise ValueError(
-                    f"generate.max_tokens ({self.generate.max_tokens}) leaves no room for a prompt in data.length "
-                    f"({self.data.length})"
-                )
-        if isinstance(self.part, Part) and self.part.index >= self.part.of:
+        if generate is not None and generate.answers > 1 and not generate.temperature:
+            raise ValueError("generate.temperature=0 gives the same answer each time, so generate.answers must be 1")
+        if generate is not None and isinstance(data, TextData) and data.overlong == "split":
             raise ValueError(
-                f"part.index ({self.part.index}) counts from 0, so it is less than part.of ({self.part.of})"
+                "generate with data.overlong=split would take each piece of a long text for a prompt: set "
+                "data.overlong=cut, or drop"
             )
+        if generate is not None and (data.format == "text") == (generate.prompt_tokens is None):
+            raise ValueError("generate.prompt_tokens says where the prompt of plain text ends, and is for text alone")
+        if generate is not None and generate.max_tokens >= data.length:
+            sizes = f"generate.max_tokens ({generate.max_tokens})", f"data.length ({data.length})"
+            raise ValueError(f"{sizes[0]} leaves no room for a prompt in {sizes[1]}")
+        if isinstance(part := self.part, Part) and part.index >= part.of:
+            raise ValueError(f"part.index ({part.index}) counts from 0, so it is less than part.of ({part.of})")
         if isinstance(engine, Transformers):
             return self
         if self.hidden is not None:

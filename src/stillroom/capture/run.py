@@ -1,13 +1,11 @@
 """`stillroom capture`: teacher + text -> store."""
 
-import hashlib
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -17,28 +15,25 @@ from stillroom.capture.config import (
     FREE_TO_CHANGE,
     CaptureConfig,
     Generate,
-    Part,
     TeacherConfig,
     Transformers,
 )
-from stillroom.capture.plan import CapturePlan, make_plan
-from stillroom.capture.signals import CapturedSignal, SignalCapture
-from stillroom.capture.windows import Document, answered, prompts, window_documents, windows
-from stillroom.capture.workers import check_shared, named, part_of, part_range, position_bytes, size_text, worker_share
+from stillroom.capture.parts import check_shared, named, part_of, part_range
+from stillroom.capture.plan import make_plan
+from stillroom.capture.signals import CapturedSignal, Document, SignalCapture, answered, prompts, windows
 from stillroom.data.config import AnyData
 from stillroom.data.dataset import Documents, prepare
 from stillroom.errors import OutOfMemoryError
 from stillroom.models import loading
 from stillroom.models.hidden_states import verify
-from stillroom.runs import RunFolder, check_place, deferred_interrupts, ended, redact, versions
-from stillroom.store.config import AnySignal, HiddenStatesConfig, TopK, TopP, side_columns
-from stillroom.store.format import TOKENIZER, Manifest, SourceInfo, format_of
+from stillroom.runs import RunFolder, check_place, deferred_interrupts, ended
+from stillroom.store.config import AnySignal, HiddenStatesConfig, TopK, TopP
+from stillroom.store.format import TOKENIZER, Manifest
 from stillroom.store.quantize import hidden_bytes_per_position
 from stillroom.store.writer import StoreWriter
 from stillroom.teachers.base import ServerTeacher
 from stillroom.teachers.config import ServerTeacherConfig
 from stillroom.teachers.live import LiveTeacher
-from stillroom.tokenizers import fingerprint, template_fingerprint
 from stillroom.verbs import Report, recorded
 
 
@@ -57,63 +52,52 @@ def run(
         KeyboardInterrupt: Ctrl-C; what was captured so far is in the store.
     """
     part = part_of(config.part)
-    if part is None:
-        return _run(config, None, resume, overwrite, report)
+
+    def told(event: str, values: Mapping[str, Any]) -> None:
+        report(event, values if part is None else {**values, "part": str(part)})
+
+    def tokenized(rows: int) -> None:
+        told("tokenise", {"rows": rows, "path": config.data.path})
+
     with named(part):
-        return _run(config, part, resume, overwrite, lambda event, values: report(event, {**values, "part": str(part)}))
-
-
-def _run(config: CaptureConfig, part: Part | None, resume: bool, overwrite: bool, report: Report) -> dict[str, Any]:
-    check_shared(config.out, part)
-    place = Path(config.out) if part is None else Path(config.out, part.folder)
-    check_place(place, may_exist=resume or overwrite)
-    plan = make_plan(config)
-    config, generate = plan.config, plan.config.generate
-    free = [name for name in FREE_TO_CHANGE if generate is None or name not in DECIDES_ANSWERS]
-    folder = RunFolder(place, config.model_dump(mode="json"), resume=resume, overwrite=overwrite, free=free)
-    with folder:
-        if folder.done:
-            report("note", {"text": f"the capture in {folder.path} is done already"})
-            return folder.record
-        documents = prepare(
-            config.data,
-            plan.tokenizer,
-            template=plan.template,
-            report=lambda rows: report("tokenise", {"rows": rows, "path": config.data.path}),
-        )
-        capture = build_capture(
-            config.teacher,
-            plan.tokenizer,
-            config.data,
-            config.signal,
-            seed=config.seed,
-            vocab_size=plan.vocab_size,
-            hidden=config.hidden,
-        )
-        manifest = _manifest(plan, documents)
-        folder.update(
-            status="started",
-            teacher={"fingerprint": manifest.teacher.fingerprint},
-            tokenizer={"fingerprint": manifest.tokenizer.fingerprint},
-            data={"fingerprint": documents.fingerprint, **documents.counts},
-        )
-        size = position_bytes(config.hidden, plan.teacher_config)
-        window = window_documents(config.data.length, generate, size)
-        if config.hidden is not None:
-            will = worker_share(part, documents, window, generate)
-            counts = will.documents, will.positions
-            text = size_text(config.hidden, size, counts, at_most=generate is not None)
-            report("note", {"text": f"hidden states: {text}"})
-        store = folder.path / "store"
-        with StoreWriter(store, manifest, shard_positions=config.shard_positions) as writer:
-            plan.tokenizer.save_pretrained(store / TOKENIZER)
-            engine = config.teacher.engine
+        check_shared(config.out, part)
+        place = Path(config.out) if part is None else Path(config.out, part.folder)
+        check_place(place, may_exist=resume or overwrite)
+        plan = make_plan(config)
+        config, generate, engine = plan.config, plan.config.generate, plan.config.teacher.engine
+        free = [name for name in FREE_TO_CHANGE if generate is None or name not in DECIDES_ANSWERS]
+        with RunFolder(place, config.model_dump(mode="json"), resume=resume, overwrite=overwrite, free=free) as folder:
+            if folder.done:
+                told("note", {"text": f"the capture in {folder.path} is done already"})
+                return folder.record
+            documents = prepare(config.data, plan.tokenizer, template=plan.template, report=tokenized)
+            capture = build_capture(
+                config.teacher,
+                plan.tokenizer,
+                config.data,
+                config.signal,
+                seed=config.seed,
+                vocab_size=plan.vocab_size,
+                hidden=config.hidden,
+            )
+            manifest = plan.manifest(documents)
+            folder.update(
+                status="started",
+                teacher={"fingerprint": manifest.teacher.fingerprint},
+                tokenizer={"fingerprint": manifest.tokenizer.fingerprint},
+                data={"fingerprint": documents.fingerprint, **documents.counts},
+            )
+            if config.hidden is not None:
+                told("note", {"text": f"hidden states: {plan.hidden_text(plan.share(documents))}"})
             prices = (0.0, 0.0) if isinstance(engine, Transformers) else (engine.prompt_price, engine.completion_price)
-            spent = _Spent(folder.record, capture.teacher, prices)
-            with recorded(folder, spent.so_far):
-                _capture(capture, documents, window, part, generate, writer, spent, report)
-            folder.update(status="done", **_results(writer.manifest), **spent.so_far())
-        return folder.record
+            store, spent = folder.path / "store", _Spent(folder.record, capture.teacher, prices)
+            with StoreWriter(store, manifest, shard_positions=config.shard_positions) as writer:
+                plan.tokenizer.save_pretrained(store / TOKENIZER)
+                with recorded(folder, spent.so_far):
+                    first, stop = part_range(part, documents, plan.window, generate)
+                    _capture(capture, documents, range(first, stop), plan.window, generate, writer, spent, told)
+                folder.update(status="done", **_results(writer.manifest), **spent.so_far())
+            return folder.record
 
 
 def build_capture(
@@ -131,16 +115,21 @@ def build_capture(
     Args:
         teacher: with every "auto" resolved.
     """
-    pad = tokenizer.pad_token_id
-    engine = teacher.engine
-    settings: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "seed": seed,
-        "length": data.length,
-        "pack": data.pack,
-        "pad_token": pad if isinstance(pad, int) else 0,
-    }
-    if not isinstance(engine, Transformers):
+    engine, budgets = teacher.engine, {}
+    if isinstance(engine, Transformers):
+        model = loading.load_model(
+            teacher.model,
+            dtype=getattr(torch, engine.dtype),
+            device=engine.device,
+            attention=None if engine.attention == "auto" else engine.attention,
+            revision=teacher.revision,
+            trust_remote_code=teacher.trust_remote_code,
+            quantization=engine.quantization,
+        )
+        verify(model, "the teacher", pack=data.pack)
+        asked = LiveTeacher(model, () if hidden is None else hidden.layers)
+        budgets = engine.model_dump(include={"batch_tokens", "logits_bytes"})
+    else:
         assert isinstance(signal, TopK | TopP)  # the config demands it
         server = ServerTeacherConfig(
             kind="server",
@@ -151,98 +140,62 @@ def build_capture(
         )
         asked = ServerTeacher(server, tokenizer, None, vocab_size)
         asked.engine.check()
-        return SignalCapture(asked, signal, **settings)
-    model = loading.load_model(
-        teacher.model,
-        dtype=getattr(torch, engine.dtype),
-        device=engine.device,
-        attention=None if engine.attention == "auto" else engine.attention,
-        revision=teacher.revision,
-        trust_remote_code=teacher.trust_remote_code,
-        quantization=engine.quantization,
-    )
-    verify(model, "the teacher", pack=data.pack)
+    pad = tokenizer.pad_token_id
     return SignalCapture(
-        LiveTeacher(model, () if hidden is None else hidden.layers),
+        asked,
         signal,
-        **settings,
-        batch_tokens=cast(int, engine.batch_tokens),
-        logits_bytes=cast(int, engine.logits_bytes),
+        vocab_size=vocab_size,
+        seed=seed,
+        length=data.length,
+        pack=data.pack,
+        pad_token=pad if isinstance(pad, int) else 0,
         hidden=hidden,
-    )
-
-
-def _manifest(plan: CapturePlan, documents: Documents) -> Manifest:
-    config, teacher = plan.config, plan.config.teacher
-    if plan.teacher_config is not None:
-        print_of_teacher = loading.fingerprint(teacher.model, plan.teacher_config)
-    else:
-        print_of_teacher = f"served as {teacher.model}"
-    print_of_data = documents.fingerprint
-    if config.generate is not None:
-        asked = f"{print_of_data} {config.generate.model_dump_json()} {print_of_teacher} {config.seed}"
-        print_of_data = hashlib.sha256(asked.encode()).hexdigest()[:32]
-    text = None if config.hidden is None or plan.teacher_config is None else plan.teacher_config.get_text_config()
-    return Manifest(
-        format=format_of(config.hidden),
-        complete=False,
-        teacher=SourceInfo(name=teacher.model, fingerprint=print_of_teacher),
-        engine=teacher.engine.kind,
-        tokenizer=SourceInfo(name=teacher.tokenizer or teacher.model, fingerprint=fingerprint(plan.tokenizer)),
-        template=template_fingerprint(plan.template),
-        data=SourceInfo(name=redact(config.data.path), fingerprint=print_of_data),
-        part=(config.part.index, config.part.of) if isinstance(config.part, Part) else (0, 1),
-        num_columns=plan.vocab_size,
-        length=config.data.length,
-        signal=config.signal,
-        side=tuple(side_columns(config.signal)),
-        seed=config.seed,
-        versions=versions(),
-        hidden=config.hidden,
-        hidden_width=0 if text is None else text.hidden_size,
-        num_layers=0 if text is None else text.num_hidden_layers,
+        **budgets,
     )
 
 
 def _capture(
     capture: SignalCapture,
     documents: Documents,
+    taken: range,
     size: int,
-    part: Part | None,
     generate: Generate | None,
     writer: StoreWriter,
     spent: "_Spent",
     report: Report,
 ) -> None:
-    """Goes window by window, of ``size`` documents; a thread of its own writes one while the teacher reads the next."""
-    first, stop = part_range(part, documents, size, generate)
+    """Goes through the documents in windows of ``size``; a thread of its own writes one while the teacher reads one."""
     num_answers = 1 if generate is None else generate.answers
-    total = (stop - first) * num_answers
-    done, tokens, start = writer.num_documents, 0, time.monotonic()
-    before = done
+    total = len(taken) * num_answers
+    done = before = writer.num_documents
+    tokens, start = 0, time.monotonic()
     if done:
         report("note", {"text": f"resumed after {done} documents, which are in whole shards"})
-    first_window = first + done // num_answers // size * size
-    skip = done - (first_window - first) * num_answers
+    first_window = taken.start + done // num_answers // size * size
+    skip = done - (first_window - taken.start) * num_answers
     saving = "finishing these documents, then saving; press Ctrl-C again to stop at once, without saving"
 
     def write(window: list[Document], captured: list[CapturedSignal]) -> None:
         for document, (signal, error, hidden) in zip(window, captured, strict=True):
             writer.add(document.number, document.tokens, document.loss_mask, signal, error, hidden)
 
-    with (
-        ThreadPoolExecutor(1) as later,
-        deferred_interrupts(lambda: report("note", {"text": saving})) as interrupted,
-    ):
+    with ThreadPoolExecutor(1) as later, deferred_interrupts(lambda: report("note", {"text": saving})) as interrupted:
         pending: deque[Future[None]] = deque()
-        for window in windows(documents, first_window, stop, size):
+        for window in windows(documents, first_window, taken.stop, size):
             if generate is not None:
                 asked = prompts(window, generate, capture.length)
                 window = answered(asked, capture.answers(asked, generate), generate)
             if isinstance(capture.teacher, ServerTeacher):  # a live one's output would differ in another batch
                 window, skip = window[skip:], 0
-            with _enough_memory(capture.batch_tokens):
+            try:
                 captured = capture.capture(window)[skip:]
+            except torch.OutOfMemoryError as error:
+                raise OutOfMemoryError(
+                    "the device has too little memory for a batch",
+                    {"teacher.engine.batch_tokens": capture.batch_tokens, "device": str(error).split(". ")[0][:160]},
+                    why="What is in whole shards is kept.",
+                    fix="Lower teacher.engine.batch_tokens or teacher.engine.logits_bytes, and go on with --resume.",
+                ) from error
             window, skip = window[skip:], 0
             pending.append(later.submit(write, window, captured))
             done, tokens = done + len(window), tokens + sum(len(document.tokens) for document in window)
@@ -257,25 +210,8 @@ def _capture(
             future.result()
         if interrupted():
             writer.flush()
-            whose = "" if part is None else f"{part}: "
-            raise ended(
-                interrupted.number, f"{whose}interrupted after {writer.num_documents} of {total} documents, saved"
-            )
+            raise ended(interrupted.number, f"interrupted after {writer.num_documents} of {total} documents, saved")
         writer.finish()
-
-
-@contextmanager
-def _enough_memory(batch_tokens: int) -> Iterator[None]:
-    """Turns a device's running out of memory into an error of the user's."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(
-            "the device has too little memory for a batch",
-            {"teacher.engine.batch_tokens": batch_tokens, "device": str(error).split(". ")[0][:160]},
-            why="What is in whole shards is kept.",
-            fix="Lower teacher.engine.batch_tokens or teacher.engine.logits_bytes, and go on with --resume.",
-        ) from error
 
 
 class _Spent:
@@ -296,13 +232,8 @@ class _Spent:
         if isinstance(self.teacher, LiveTeacher):
             return {}
         usage, (prompt_price, completion_price) = self.teacher.engine.usage, self.prices
-        return {
-            "requests": usage.requests,
-            "retries": usage.retries,
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
-            "cost": (usage.prompt_tokens * prompt_price + usage.completion_tokens * completion_price) / 1e6,
-        }
+        cost = (usage.prompt_tokens * prompt_price + usage.completion_tokens * completion_price) / 1e6
+        return {**vars(usage), "cost": cost}
 
     def so_far(self) -> dict[str, Any]:
         usage = {name: number + self.before.get(name, 0) for name, number in self.usage().items()}
@@ -311,12 +242,9 @@ class _Spent:
 
 
 def _results(manifest: Manifest) -> dict[str, Any]:
-    config = manifest.hidden
-    hidden = (
-        {}
-        if config is None
-        else {"hidden_bytes_per_position": hidden_bytes_per_position(config, manifest.hidden_width)}
-    )
+    hidden = {}
+    if (config := manifest.hidden) is not None:
+        hidden["hidden_bytes_per_position"] = hidden_bytes_per_position(config, manifest.hidden_width)
     return {
         "store": {
             "fingerprint": manifest.fingerprint,

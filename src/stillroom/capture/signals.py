@@ -1,7 +1,9 @@
-"""From a teacher's outputs to what a store keeps of them: selected, quantized, with hidden states encoded."""
+"""From documents to what a store keeps of them: windows, batches, the teacher's answers, and its outputs, selected and
+quantized, with hidden states encoded."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +12,8 @@ from torch import Tensor
 
 from stillroom.batch import Batch
 from stillroom.capture.config import Generate
-from stillroom.capture.windows import Document, batches
+from stillroom.data.dataloader import in_batches
+from stillroom.data.dataset import Documents
 from stillroom.errors import DataError, MismatchError, NonFiniteError
 from stillroom.kernels import selection
 from stillroom.kernels.selection import Selection
@@ -30,11 +33,131 @@ from stillroom.store.config import (
 )
 from stillroom.store.quantize import MAX_STATE, LogProbCodes, encode_hidden, num_uniforms, quantize
 from stillroom.teachers.answers import TopLogProbs
-from stillroom.teachers.base import ServerTeacher
+from stillroom.teachers.base import ServerTeacher, prompt_length
 from stillroom.teachers.live import LiveTeacher, check_finite
 
 Where = Callable[[int], tuple[int, int]]
 """Gives the document and the position of a row."""
+
+WINDOW_DOCUMENTS = 256
+"""Documents that are batched together at most. Windows begin at multiples of their size, so a resumed capture makes
+the same ones."""
+
+WINDOW_BYTES = 2**28
+"""The documents of a window have at most so many bytes of hidden states, or there is one of them."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One tokenized document, from the data or written by the teacher."""
+
+    number: int
+    """Its number in the store's data."""
+    tokens: np.ndarray
+    """int32 [n]."""
+    target_mask: np.ndarray
+    """bool [n]: whether token i is a target."""
+
+    @property
+    def loss_mask(self) -> np.ndarray:
+        """bool [n]: whether the token after each is a target; False for the last."""
+        return np.append(self.target_mask[1:], False)
+
+
+def window_documents(length: int, generate: Generate | None, bytes_per_position: int) -> int:
+    """Returns how many documents of up to ``length`` tokens make a window.
+
+    Args:
+        bytes_per_position: the size of a position's hidden states; 0 where none are kept.
+    """
+    positions = length * (1 if generate is None else generate.answers)
+    return max(1, min(WINDOW_DOCUMENTS, WINDOW_BYTES // max(1, positions * bytes_per_position)))
+
+
+def windows(documents: Documents, first: int, stop: int, size: int) -> Iterator[list[Document]]:
+    """Yields the documents ``first`` to ``stop`` (excluded), in lists of up to ``size``."""
+    for start in range(first, stop, size):
+        numbers = range(start, min(start + size, stop))
+        yield [Document(i, documents.tokens(i), documents.target_mask(i)) for i in numbers]
+
+
+class _Window(list[Document]):
+    def tokens(self, index: int) -> np.ndarray:
+        return self[index].tokens
+
+    def target_mask(self, index: int) -> np.ndarray:
+        return self[index].target_mask
+
+
+def batches(documents: Sequence[Document], *, length: int, pack: bool, most: int, pad_token: int) -> Iterator[Batch]:
+    """Yields the documents in batches of at most ``most`` positions: packed into rows of ``length``, or by length.
+
+    ``Batch.documents`` holds the place of each in ``documents``.
+    """
+    lengths = np.array([len(document.tokens) for document in documents])
+    order = np.arange(len(documents))
+    return in_batches(_Window(documents), lengths, order, length=length, pack=pack, most=most, pad_token=pad_token)
+
+
+# --- answers -------------------------------------------------------------------------------------------------------
+
+
+def prompts(documents: Sequence[Document], generate: Generate, length: int) -> list[tuple[int, np.ndarray]]:
+    """Returns the prompt of each document, with the document's number: all that stands before its last targets.
+
+    Raises:
+        DataError: a document begins with its last targets, or its prompt leaves no room for an answer.
+    """
+    found = []
+    for document in documents:
+        if generate.prompt_tokens is not None:
+            size = min(generate.prompt_tokens, len(document.tokens) - 1)
+        else:
+            size = prompt_length(document.target_mask)
+        if not size:
+            raise DataError(
+                f"document {document.number} has no prompt",
+                {"tokens": len(document.tokens), "before its last answer": 0},
+                why="The teacher answers what stands before the last stretch to learn, and here nothing does.",
+                fix="Use data.format=chat or prompt_completion, with data.keep at its default.",
+            )
+        if size + generate.max_tokens > length + 1:
+            raise DataError(
+                f"the prompt of document {document.number} leaves too little room for an answer",
+                {"prompt": f"{size} tokens", "generate.max_tokens": generate.max_tokens, "data.length": length},
+                why="Prompt and answer share a row.",
+                fix="Raise data.length, lower generate.max_tokens, or leave out such rows.",
+            )
+        found.append((document.number, document.tokens[:size]))
+    return found
+
+
+def answered(
+    asked: Sequence[tuple[int, np.ndarray]], answers: Sequence[Sequence[np.ndarray]], generate: Generate
+) -> list[Document]:
+    """Returns a document of each prompt with each of its answers; the answer's tokens are the targets.
+
+    Document ``number · answers + j`` is the j-th answer to document ``number``.
+
+    Raises:
+        DataError: an answer is empty.
+    """
+    found = []
+    for (number, prompt), several in zip(asked, answers, strict=True):
+        for j, answer in enumerate(several):
+            if not len(answer):
+                raise DataError(
+                    f"the teacher's answer to document {number} is empty",
+                    {"prompt": f"{len(prompt)} tokens", "answer": "0 tokens"},
+                    why="There is nothing in it to learn.",
+                    fix="Leave that prompt out, or check the model's chat template.",
+                )
+            tokens = np.concatenate([prompt, answer]).astype(np.int32)
+            found.append(Document(number * generate.answers + j, tokens, np.arange(len(tokens)) >= len(prompt)))
+    return found
+
+
+# --- signals -------------------------------------------------------------------------------------------------------
 
 
 class CapturedSignal(NamedTuple):
@@ -107,9 +230,8 @@ class SignalCapture:
         output = teacher.forward(moved)
         assert isinstance(output.signal, Dense)
         places = batch.documents.flatten()[batch.kept].numpy()
-        starts = np.flatnonzero(np.append(True, places[1:] != places[:-1])) if len(places) else np.zeros(0, np.int64)
-        edges = [*starts.tolist(), len(places)]
-        runs = list(zip(places[starts].tolist(), edges[:-1], edges[1:], strict=True))
+        edges = np.flatnonzero(np.diff(places, prepend=-1, append=-1)).tolist()  # where another document begins
+        runs = [(int(places[a]), a, b) for a, b in pairwise(edges)]
 
         def where(row: int) -> tuple[int, int]:
             return documents[int(places[row])].number, int(batch.positions.flatten()[batch.kept[row]])
@@ -138,11 +260,9 @@ class SignalCapture:
         """Works chunk by chunk: no ``[tokens, vocabulary]`` tensor is held."""
         hidden, head = dense.hidden, dense.head
         size = max(1, self.logits_bytes // (4 * self.vocab_size))
-        parts: list[LogProbCodes] = []
-        total = 0.0
-        room = torch.empty(
-            min(size, len(hidden)), self.vocab_size, dtype=accumulator(hidden.dtype), device=hidden.device
-        )
+        parts, total = list[LogProbCodes](), 0.0
+        shape = min(size, len(hidden)), self.vocab_size
+        room = torch.empty(shape, dtype=accumulator(hidden.dtype), device=hidden.device)
         for start in range(0, len(hidden), size):
             rows = slice(start, min(start + size, len(hidden)))
             logits = room[: rows.stop - start]
@@ -190,12 +310,8 @@ def select(logits: Tensor, signal: QuantizedSignal, labels: Tensor, random: np.n
     Args:
         random: float32 [n, `num_uniforms`], from [0, 1).
     """
-    label = None
-    if signal.label:
-        label = logits.gather(1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-    entropy = None
-    if isinstance(signal, TopK | TopP) and signal.entropy:
-        entropy = selection.entropy(logits)
+    label = logits.gather(1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1) if signal.label else None
+    entropy = selection.entropy(logits) if isinstance(signal, TopK | TopP) and signal.entropy else None
     if isinstance(signal, TopK):
         selected = selection.top_k(logits, signal.k, known_temperatures(signal))
     elif isinstance(signal, TopP):

@@ -4,7 +4,7 @@ import difflib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stillroom.cli.arguments import Arguments
 from stillroom.config import Config, PathText, explain, load
@@ -79,13 +79,13 @@ def main(arguments: Arguments) -> int:
                 fix="Leave it out.",
             )
     try:
-        return COMMANDS[command](words, arguments)
+        return COMMANDS[command](words, arguments) or 0
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was left half-written", file=sys.stderr)
         return 130
 
 
-def check(words: Sequence[str], arguments: Arguments) -> int:
+def check(words: Sequence[str], arguments: Arguments) -> int | None:
     (path,) = _exactly(words, arguments, "check", "DIR")
     from stillroom.models.loading import quiet
     from stillroom.store.check import check
@@ -95,14 +95,13 @@ def check(words: Sequence[str], arguments: Arguments) -> int:
     for problem in checked.problems:
         print(f"error: {problem}\n", file=sys.stderr)
     if checked.whole:
-        print(checked)
-        return 0
+        return print(checked)
     number = len(checked.problems)
     print(f"{path}: {number} problem{'s' * (number > 1)}", file=sys.stderr)
     return 2
 
 
-def show(words: Sequence[str], arguments: Arguments) -> int:
+def show(words: Sequence[str], arguments: Arguments) -> None:
     path, *rows = _exactly(words, arguments, "show", "DIR", "[ROW]")
     from stillroom.models.loading import quiet
     from stillroom.store.reader import Store
@@ -112,7 +111,7 @@ def show(words: Sequence[str], arguments: Arguments) -> int:
     store = Store(path, partial=True)
     if not rows:
         print(describe(store))
-        return 0
+        return
     if not rows[0].isdecimal() or int(rows[0]) >= len(store):
         raise ConfigError(
             f"there is no row `{rows[0]}`",
@@ -121,61 +120,48 @@ def show(words: Sequence[str], arguments: Arguments) -> int:
             fix="Name one of these.",
         )
     print(show_row(store, int(rows[0])))
-    return 0
 
 
-def export(words: Sequence[str], arguments: Arguments) -> int:
+def export(words: Sequence[str], arguments: Arguments) -> None:
     path, out = _exactly(words, arguments, "export", "DIR", "OUT.parquet")
-    from stillroom.store.export import check_file, export, left_out
     from stillroom.store.reader import Store
+    from stillroom.store.show import check_file, export, left_out
 
     check_file(out, overwrite="overwrite" in arguments.flags)
     store = Store(path)
-    size_bytes = export(store, out, overwrite="overwrite" in arguments.flags, report=_report(arguments))
+    size_bytes = export(store, out, **_options(arguments))
     print(f"exported  {len(store):,} documents, {store.manifest.positions:,} positions")
     print(f"size      {out} ({size_bytes / 2**20:.1f} MiB)")
     if (omitted := left_out(store)) is not None:
         print(f"left out  {omitted}")
-    return 0
 
 
-def import_(words: Sequence[str], arguments: Arguments) -> int:
+def import_(words: Sequence[str], arguments: Arguments) -> None:
     from stillroom.store.config import ImportConfig
 
     config = load(ImportConfig, None, arguments.overrides)
     if not words:
         raise _unknown("there is no file to import", {})
     from stillroom.models.loading import quiet
-    from stillroom.runs import versions
     from stillroom.store.imports import import_files
 
     quiet()
-    overwrite = "overwrite" in arguments.flags
-    imported = import_files(words, config, overwrite=overwrite, versions=versions(), report=_report(arguments))
+    imported = import_files(words, config, **_options(arguments))
     print(f"store     {config.out}\n{imported}")
-    return 0
 
 
-def join(words: Sequence[str], arguments: Arguments) -> int:
+def join(words: Sequence[str], arguments: Arguments) -> None:
     config = load(JoinConfig, None, arguments.overrides)
-    from stillroom.capture.join import join
-    from stillroom.runs import versions
+    from stillroom.capture.parts import join
 
-    settings = {"keep_parts": config.keep_parts, "overwrite": "overwrite" in arguments.flags}
-    path, manifest = join(words, config.out, versions=versions(), report=_report(arguments), **settings)
-    _print_whole(path, manifest)
-    return 0
+    _print_whole(*join(words, config.out, keep_parts=config.keep_parts, **_options(arguments)))
 
 
-def concat(words: Sequence[str], arguments: Arguments) -> int:
+def concat(words: Sequence[str], arguments: Arguments) -> None:
     config = load(ConcatConfig, None, arguments.overrides)
-    from stillroom.runs import versions
     from stillroom.store.concat import concat
 
-    overwrite = "overwrite" in arguments.flags
-    manifest = concat(words, config.out, overwrite=overwrite, versions=versions(), report=_report(arguments))
-    _print_whole(config.out, manifest)
-    return 0
+    _print_whole(config.out, concat(words, config.out, **_options(arguments)))
 
 
 def _print_whole(path: object, manifest: "Manifest") -> None:
@@ -183,7 +169,7 @@ def _print_whole(path: object, manifest: "Manifest") -> None:
     print(f"size      {manifest.size_bytes / 2**20:.1f} MiB in {len(manifest.shards)} shards")
 
 
-COMMANDS: Mapping[str, Callable[[Sequence[str], Arguments], int]] = {
+COMMANDS: Mapping[str, Callable[[Sequence[str], Arguments], int | None]] = {
     "check": check,
     "show": show,
     "export": export,
@@ -204,6 +190,11 @@ def _exactly(words: Sequence[str], arguments: Arguments, command: str, *names: s
             fix=f"Write `stillroom store {command} {' '.join(names)}`.",
         )
     return words
+
+
+def _options(arguments: Arguments) -> dict[str, Any]:
+    """Every command that writes takes these."""
+    return {"overwrite": "overwrite" in arguments.flags, "report": _report(arguments)}
 
 
 def _report(arguments: Arguments) -> Callable[[str], None]:

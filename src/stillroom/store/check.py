@@ -2,8 +2,8 @@
 
 import math
 import tempfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from stillroom.errors import DataError, MismatchError, StillroomError
+from stillroom.layers import Layer
 from stillroom.store.config import Full
 from stillroom.store.format import (
     COUNTS,
@@ -76,19 +77,26 @@ def check(path: str | Path, report: Callable[[str], object] = lambda _: None) ->
     with _noted(checked.problems):
         files = StoreFiles(checked.path)
         checked.manifest = manifest = read_manifest(files.read(MANIFEST, MOST_MANIFEST_BYTES), checked.path)
-        _check_manifest(checked, files, manifest)
-        totals: dict[str, int] = dict.fromkeys(COUNTS, 0)
-        counted = True
+        with _noted(checked.problems):
+            error = manifest.codec_error_nats
+            if not (math.isfinite(error) and error > -1e-6):
+                raise damaged(checked.path, f"{MANIFEST} at `codec_error_nats`", error, "a number of at least 0")
+        with _noted(checked.problems):
+            if manifest.part[0] >= manifest.part[1]:
+                raise damaged(
+                    checked.path, f"{MANIFEST} at `part`", manifest.part, "an index below the number of parts"
+                )
+        with _noted(checked.problems):
+            _check_tokenizer(files, manifest)
+        totals, counted = Counter[str](), True
         for number, shard in enumerate(manifest.shards):
             report(f"checking shard {number + 1} of {len(manifest.shards)}")
-            shard_check = ShardCheck(files, manifest, number)
-            checked.problems += shard_check.problems
-            counted &= shard_check.counted
-            totals = {name: total + shard_check.counts[name] for name, total in totals.items()}
-            with _noted(checked.problems):
-                if shard_check.counted:
-                    positions = shard_check.counts["positions"]
-                    check_equal(files.path, f"positions of {shard.name}", positions, shard.positions)
+            counts = check_shard(files, manifest, number, checked.problems)
+            counted &= counts is not None
+            if counts is not None:
+                totals.update(counts)
+                with _noted(checked.problems):
+                    check_equal(files.path, f"positions of {shard.name}", counts["positions"], shard.positions)
         for name in COUNTS if counted else ():
             with _noted(checked.problems):
                 check_equal(files.path, f"{name} in all", totals[name], getattr(manifest, name))
@@ -109,108 +117,85 @@ def _noted(problems: list[StillroomError]) -> Iterator[None]:
             problems.append(error)
 
 
-def _check_manifest(checked: Checked, files: StoreFiles, manifest: Manifest) -> None:
-    """Notes all that contradicts itself in a manifest, and what is wrong with the tokenizer beside it."""
+def _check_tokenizer(files: StoreFiles, manifest: Manifest) -> None:
+    """Raises what is wrong with the tokenizer beside a manifest."""
     from stillroom.tokenizers import fingerprint, load_tokenizer, required_vocab_size
 
-    error, part = manifest.codec_error_nats, manifest.part
-    if not (math.isfinite(error) and error > -1e-6):
-        where = f"{MANIFEST} at `codec_error_nats`"
-        checked.problems.append(damaged(checked.path, where, error, "a number of at least 0"))
-    if part[0] >= part[1]:
-        where = f"{MANIFEST} at `part`"
-        checked.problems.append(damaged(checked.path, where, part, "an index below the number of parts"))
-    with _noted(checked.problems), tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         try:
             where = files.fetch(TOKENIZER, Path(folder))
             if not files.remote and not Path(where).is_dir():
                 raise FileNotFoundError
             tokenizer = load_tokenizer(where)
         except FileNotFoundError:
-            raise no_tokenizer(
-                f"the store {files.path} lacks its tokenizer",
-                TOKENIZER,
-                manifest.tokenizer,
-                why="Without it nobody can tell what its token ids mean, or whether a student fits it.",
-            ) from None
-        found, vocab_size = fingerprint(tokenizer), required_vocab_size(tokenizer)
-        if found != manifest.tokenizer.fingerprint:
-            raise MismatchError(
-                f"the store {files.path} holds another tokenizer than it was made with",
-                {f"in {TOKENIZER}/": found[:32], "in the manifest": manifest.tokenizer.fingerprint[:32]},
-                why="Its token ids would be taken for other tokens.",
-                fix=f"Put the tokenizer of {manifest.tokenizer.name} back there.",
-            )
-        if vocab_size > manifest.num_columns:
-            most = f"at most {manifest.num_columns}"
-            raise damaged(files.path, "columns that its tokenizer needs", vocab_size, most)
+            why = "Without it nobody can tell what its token ids mean, or whether a student fits it."
+            what = f"the store {files.path} lacks its tokenizer"
+            raise no_tokenizer(what, TOKENIZER, manifest.tokenizer, why) from None
+    found, vocab_size = fingerprint(tokenizer), required_vocab_size(tokenizer)
+    if found != manifest.tokenizer.fingerprint:
+        raise MismatchError(
+            f"the store {files.path} holds another tokenizer than it was made with",
+            {f"in {TOKENIZER}/": found[:32], "in the manifest": manifest.tokenizer.fingerprint[:32]},
+            why="Its token ids would be taken for other tokens.",
+            fix=f"Put the tokenizer of {manifest.tokenizer.name} back there.",
+        )
+    if vocab_size > manifest.num_columns:
+        raise damaged(files.path, "columns that its tokenizer needs", vocab_size, f"at most {manifest.num_columns}")
 
 
-class ShardCheck:
-    """The check of one shard: its files' and rows' checksums and every row decoded; the problems, and the counts."""
+def check_shard(
+    files: StoreFiles, manifest: Manifest, number: int, problems: list[StillroomError]
+) -> Counter[str] | None:
+    """Notes what is wrong with a shard: the checksums of its files and rows, and every row decoded.
 
-    def __init__(self, files: StoreFiles, manifest: Manifest, number: int) -> None:
-        self.manifest, self.path, self.problems = manifest, files.path, list[StillroomError]()
-        self.counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
-        self.counted = False
-        self._num_damaged = 0
-        with _noted(self.problems):
-            shard = self.shard = StoredShard(files, manifest.shards[number], manifest)
-            for name, expected in ((shard.arrow, shard.shard.crc32), (shard.tables, shard.shard.tables_crc32)):
-                checksum = 0
-                with files.open(name) as file:
-                    while block := file.read(1 << 22):
-                        checksum = zlib.crc32(block, checksum)
-                with _noted(self.problems):
-                    check_equal(self.path, f"checksum of {name}", checksum, expected)
-            shard.batches  # noqa: B018
-            readable = False
-            with _noted(self.problems):
-                readable = isinstance(manifest.signal, Full) or shard.codec is not None
-            for start in range(0, shard.num_documents, ROWS_AT_ONCE):
-                rows = range(start, min(start + ROWS_AT_ONCE, shard.num_documents))
-                sound = [row for row in rows if self._try(self._check_row, row)]
-                if readable and sound:
+    Returns:
+        the counts of what it holds; None where not all of it can be read.
+    """
+    num_damaged, readable, counts = 0, False, Counter[str]()
+    with _noted(problems):
+        shard = StoredShard(files, manifest.shards[number], manifest)
+        for name, expected in ((shard.arrow, shard.shard.crc32), (shard.tables, shard.shard.tables_crc32)):
+            with _noted(problems):
+                check_equal(files.path, f"checksum of {name}", files.crc32(name), expected)
+        shard.batches  # noqa: B018
+        with _noted(problems):
+            readable = isinstance(manifest.signal, Full) or shard.codec is not None
+        for start in range(0, shard.num_documents, ROWS_AT_ONCE):
+            rows = range(start, min(start + ROWS_AT_ONCE, shard.num_documents))
+            try:
+                counts.update(_read(shard, rows, decode=readable))
+            except DataError:  # so the rows are read one by one
+                for row in rows:
                     try:
-                        self._decode(*sound)
-                    except DataError:
-                        for row in sound:
-                            self._try(self._decode, row)
-            self.counted = readable and not self._num_damaged
-            if self._num_damaged > NAMED_ROWS:
-                found = f"{self._num_damaged:,}, of which the first {NAMED_ROWS} are named"
-                raise damaged(self.path, f"damaged rows of {shard.arrow}", found, "none")
+                        counts.update(_read(shard, [row], decode=readable))
+                    except DataError as error:
+                        num_damaged += 1
+                        where = f"{shard.arrow} row {row}"
+                        named = where in " ".join(error.values)
+                        found = error if named else damaged(files.path, where, *list(error.values.values())[:2])
+                        problems += [found] if num_damaged <= NAMED_ROWS else []
+        if num_damaged > NAMED_ROWS:
+            found = f"{num_damaged:,}, of which the first {NAMED_ROWS} are named"
+            raise damaged(files.path, f"damaged rows of {shard.arrow}", found, "none")
+        return counts if readable and not num_damaged else None
 
-    def _check_row(self, row: int) -> None:
-        self.shard.signal(row)
-        tokens, loss_mask = self.shard.tokens(row), self.shard.loss_mask(row)
-        most = self.manifest.length + 1
+
+def _read(shard: StoredShard, rows: Sequence[int], *, decode: bool) -> Counter[str]:
+    """The counts of what some rows hold; DataError where one is damaged."""
+    manifest, most, counts = shard.manifest, shard.manifest.length + 1, Counter[str](documents=len(rows))
+    for row in rows:
+        shard.signal(row)
+        tokens, kept = shard.tokens(row), int(shard.loss_mask(row).sum())
         if len(tokens) > most:
-            raise damaged(self.path, f"tokens of {self.shard.arrow} row {row}", len(tokens), f"at most {most}")
-        if (hidden := self.manifest.hidden) is not None:
-            data, shape = self.shard.hidden_bytes(row), (int(loss_mask.sum()), self.manifest.hidden_width)
-            self.shard.decode_hidden(row, data, {layer: np.empty(shape, np.float32) for layer in hidden.layers})
-        self.counts["documents"] += 1
-        self.counts["tokens"] += len(tokens)
-        self.counts["positions"] += int(loss_mask.sum())
-
-    def _decode(self, *rows: int) -> None:
-        if isinstance(self.manifest.signal, Full):
-            self.counts["entries"] += sum([self.shard.logits(row).size for row in rows])
-        else:
-            codes = self.shard.levels(rows)
-            self.counts["entries"] += len(codes.ids)
-            self.counts["draws"] += len(codes.sample_ids)
-
-    def _try(self, read: Callable[[int], None], row: int) -> bool:
-        try:
-            read(row)
-        except DataError as error:
-            self._num_damaged += 1
-            if self._num_damaged <= NAMED_ROWS:
-                where = f"{self.shard.arrow} row {row}"
-                named = where in " ".join(error.values)
-                found = error if named else damaged(self.path, where, *list(error.values.values())[:2])
-                self.problems.append(found)
-            return False
-        return True
+            raise damaged(shard.files.path, f"tokens of {shard.arrow} row {row}", len(tokens), f"at most {most}")
+        if manifest.hidden is not None:
+            shape = kept, manifest.hidden_width
+            into: dict[Layer, np.ndarray] = {layer: np.empty(shape, np.float32) for layer in manifest.hidden.layers}
+            shard.decode_hidden(row, shard.hidden_bytes(row), into)
+        counts.update(tokens=len(tokens), positions=kept)
+    if decode and isinstance(manifest.signal, Full):
+        counts.update(entries=sum(shard.logits(row).size for row in rows))
+    elif decode:
+        codes = shard.levels(rows)
+        counts.update(entries=len(codes.ids), draws=len(codes.sample_ids))
+    return counts

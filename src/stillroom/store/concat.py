@@ -4,18 +4,18 @@ import hashlib
 import heapq
 import shutil
 import tempfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel
 
 from stillroom.errors import ConfigError, MismatchError
-from stillroom.runs import crc32, writing
+from stillroom.recipe import differences
+from stillroom.runs import crc32, versions, writing
+from stillroom.store.config import Full
 from stillroom.store.format import (
     COUNTS,
     TOKENIZER,
@@ -49,7 +49,6 @@ def concat(
     *,
     overwrite: bool = False,
     num_documents: int | None = None,
-    versions: Mapping[str, str] | None = None,
     report: Report = lambda _: None,
 ) -> Manifest:
     """Writes the concatenated store, and returns its manifest. Everything is checked before anything is written.
@@ -69,20 +68,20 @@ def concat(
     _check_paths(paths, out)
     stores, parts = _fitting([Store(path) for path in paths])
     check_out(out, overwrite=overwrite)
-    batches = [[batch for shard in store.shards for batch in shard.batches] for store in stores]
-    numbers = [np.concatenate([np.zeros(0, np.int64), *(b["document"].to_numpy() for b in some)]) for some in batches]
+    numbers = [store.document_numbers for store in stores]
     if parts:
         _check_once(stores, numbers, num_documents)
-    ranges = [(int(each.min()), int(each.max())) for each in numbers if len(each)]
+    alternate = parts and any(a.max() > b.min() for a, b in pairwise(each for each in numbers if len(each)))
     ends = [0, *(1 + max(0, int(each.max(initial=-1))) if len(each) else 0 for each in numbers)]
-    manifest = _manifest(stores, parts, versions)
+    firsts = [0] * len(stores) if parts else np.cumsum(ends).tolist()
+    manifest = _manifest(stores, parts)
     with tempfile.TemporaryDirectory() as fetched:
         tokenizer = _tokenizer(stores, Path(fetched))
         with new_store(out, overwrite=overwrite) as folder:
             shutil.copytree(tokenizer, folder / TOKENIZER)
-            if parts and any(a[1] > b[0] for a, b in pairwise(ranges)):
+            if alternate:
                 return _interleave(stores, folder, manifest, report)
-            return _append(stores, [0] * len(stores) if parts else np.cumsum(ends).tolist(), folder, manifest, report)
+            return _append(stores, firsts, folder, manifest, report)
 
 
 def _check_paths(paths: Sequence[str | Path], out: str | Path) -> None:
@@ -109,13 +108,12 @@ def _fitting(stores: list[Store]) -> tuple[list[Store], bool]:
     """The stores in the order in which they are written, and whether they are the parts of one capture."""
     for store in stores[1:]:
         _same(stores[0], store, SAME)
-    of = {store.manifest.part[1] for store in stores}
-    if of == {1}:
-        seen: dict[tuple[str, int], str] = {}
+    of = max(store.manifest.part[1] for store in stores)
+    if of == 1:
+        seen: dict[str, str] = {}
         for store in stores:
-            key = store.manifest.data.fingerprint, store.manifest.seed
-            if (other := seen.setdefault(key, store.path)) != store.path:
-                shown = f"{key[0][:32]}, seed {key[1]}"
+            shown = f"{store.manifest.data.fingerprint[:32]}, seed {store.manifest.seed}"
+            if (other := seen.setdefault(shown, store.path)) != store.path:
                 raise MismatchError(
                     "two stores are of the same data and seed",
                     {other: shown, store.path: shown},
@@ -123,12 +121,11 @@ def _fitting(stores: list[Store]) -> tuple[list[Store], bool]:
                     fix="Leave one of them out.",
                 )
         return stores, False
-    first = stores[0]
     for store in stores[1:]:
-        _same(first, store, SAME_OF_PARTS)
+        _same(stores[0], store, SAME_OF_PARTS)
     stores = sorted(stores, key=lambda store: store.manifest.part[0])
-    there = [f"{store.manifest.part[0]} of {store.manifest.part[1]}" for store in stores]
-    needed = [f"{i} of {max(of)}" for i in range(max(of))] if max(of) <= 2**20 else [f"{max(of)} parts"]
+    there = ["{} of {}".format(*store.manifest.part) for store in stores]
+    needed = [f"{i} of {of}" for i in range(of)] if of <= 2**20 else [f"{of} parts"]
     if there != needed:
         missing = [part for part in needed if part not in there]
         raise MismatchError(
@@ -142,45 +139,43 @@ def _fitting(stores: list[Store]) -> tuple[list[Store], bool]:
 
 def _same(a: Store, b: Store, names: Sequence[str]) -> None:
     """Raises MismatchError where two stores differ in a key; a model, tokenizer or data by its fingerprint alone."""
-    for name in names:
-        where, in_a, in_b = name, getattr(a.manifest, name), getattr(b.manifest, name)
-        if isinstance(in_a, SourceInfo):
-            if in_a.fingerprint == in_b.fingerprint:
-                continue
-            in_a, in_b = (f"{value.name} ({value.fingerprint[:32]})" for value in (in_a, in_b))
-        if in_a == in_b:
-            continue
-        in_a, in_b = (v.model_dump(mode="json") if isinstance(v, BaseModel) else v for v in (in_a, in_b))
-        while isinstance(in_a, dict) and isinstance(in_b, dict):  # the first setting that differs
-            key = next(key for key in ("kind", *in_a, *in_b) if in_a.get(key) != in_b.get(key))
-            where, in_a, in_b = f"{where}.{key}", in_a.get(key), in_b.get(key)
-        raise MismatchError(
-            f"the stores differ in their {where}",
-            {a.path: in_a, b.path: in_b},
-            why="A store says one kind of thing of one teacher in the tokens of one tokenizer."
-            if name in SAME
-            else "They are parts of different captures, and only those of one make up its data.",
-            fix="Concatenate stores of equal settings; several stores can also be used one after the other.",
-        )
+    one, other = (store.manifest.model_dump(mode="json", include=set(names)) for store in (a, b))
+    changed = differences(one, other)
+    keys = [key for key in changed if not key.endswith(".name")]
+    if not keys:
+        return
+    key = next((key for key in keys if key.endswith(".kind")), keys[0])  # a kind decides what else there is
+    where, values = key.removesuffix(".fingerprint"), changed[key]
+    if where != key:
+        sources = [getattr(store.manifest, where) for store in (a, b)]
+        values = [f"{source.name} ({source.fingerprint[:32]})" for source in sources]
+    raise MismatchError(
+        f"the stores differ in their {where}",
+        dict(zip((a.path, b.path), values, strict=True)),
+        why="A store says one kind of thing of one teacher in the tokens of one tokenizer."
+        if names is SAME
+        else "They are parts of different captures, and only those of one make up its data.",
+        fix="Concatenate stores of equal settings; several stores can also be used one after the other.",
+    )
 
 
-def _manifest(stores: Sequence[Store], parts: bool, versions: Mapping[str, str] | None) -> Manifest:
+def _manifest(stores: Sequence[Store], parts: bool) -> Manifest:
     """The manifest of the new store, with no shards yet."""
     manifests = [store.manifest for store in stores]
-    first = manifests[0]
-    data = first.data
+    first, data, merged = manifests[0], manifests[0].data, ()
     if not parts:
         prints = " ".join(f"{m.data.fingerprint} {m.seed}" for m in manifests)
         name = " + ".join(m.data.name for m in manifests)
         data = SourceInfo(name=name, fingerprint=hashlib.sha256(prints.encode()).hexdigest()[:32])
+        merged = tuple(source for m in manifests for source in m.merged or (m.data,))
     return first.model_copy(
         update={
             "complete": False,
             "data": data,
             "part": (0, 1),
-            "merged": () if parts else tuple(data for m in manifests for data, _ in m.origins),
+            "merged": merged,
             "length": max(m.length for m in manifests),
-            "versions": dict(first.versions if versions is None else versions),
+            "versions": versions(),
             "shards": (),
             **dict.fromkeys(COUNTS, 0),
             "codec_error_nats": 0.0,
@@ -216,17 +211,24 @@ def _append(
 ) -> Manifest:
     """Writes shard after shard: copied byte for byte, or, where documents get other numbers, with the same signals."""
     shards: list[Shard] = []
-    total = sum(store.num_shards for store in stores)
+    columns = schema(manifest.num_columns, hidden=manifest.hidden is not None)
+    total = sum(len(store.shards) for store in stores)
     for store, first in zip(stores, firsts, strict=False):
         for shard in store.shards:
             report(f"concatenated {len(shards)} of {total} shards")
             name = f"{len(shards):05d}"
             arrow, tables = folder / f"{name}.arrow", folder / f"{name}.tables"
             _copy(shard, shard.tables, tables, shard.shard.tables_crc32)
-            if first:
-                _renumber(shard, first, arrow)
-            else:
+            if not first:
                 _copy(shard, shard.arrow, arrow, shard.shard.crc32)
+            else:
+                with writing(arrow), synced_file(arrow) as file, pa.ipc.new_file(file, columns) as writer:
+                    edges = np.cumsum([0, *map(len, shard.batches)]).tolist()
+                    for rows in (range(*each) for each in pairwise(edges)):
+                        signals = [shard.signal(row) for row in rows]
+                        hidden = [shard.hidden_bytes(row) for row in rows] if store.layers else []
+                        numbered = [(first + shard.document(i), shard.tokens(i), shard.loss_mask(i)) for i in rows]
+                        writer.write_batch(record_batch(columns, numbered, signals, hidden))
             changes = {"name": name, "crc32": crc32(arrow), "size_bytes": arrow.stat().st_size}
             shards.append(shard.shard.model_copy(update=changes))
     totals: dict[str, Any] = {name: sum(getattr(store.manifest, name) for store in stores) for name in COUNTS}
@@ -239,26 +241,8 @@ def _append(
 
 def _copy(shard: StoredShard, name: str, to: Path, expected: int) -> None:
     """Copies a file of a checksum."""
-    checksum = 0
-    with shard.files.open(name) as source, writing(to), synced_file(to) as file:
-        while block := source.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-            file.write(block)
-    check_equal(shard.files.path, f"checksum of {name}", checksum, expected)
-
-
-def _renumber(shard: StoredShard, first: int, to: Path) -> None:
-    """Writes a shard whose documents have other numbers; all else stays as it is, since nothing depends on them."""
-    columns = schema(shard.manifest.num_columns, hidden=shard.manifest.hidden is not None)
-    start = 0
-    with writing(to), synced_file(to) as file, pa.ipc.new_file(file, columns) as writer:
-        for batch in shard.batches:
-            places = range(start, start + len(batch))
-            documents = (batch["document"].to_numpy() + first).tolist()
-            rows = [(d, shard.tokens(i), shard.loss_mask(i)) for d, i in zip(documents, places, strict=True)]
-            hidden = [shard.hidden_bytes(i) for i in places] if shard.manifest.hidden is not None else []
-            writer.write_batch(record_batch(columns, rows, [shard.signal(i) for i in places], hidden))
-            start += len(batch)
+    with writing(to), synced_file(to) as file:
+        check_equal(shard.files.path, f"checksum of {name}", shard.files.crc32(name, file), expected)
 
 
 def _interleave(stores: Sequence[Store], folder: Path, manifest: Manifest, report: Report) -> Manifest:
@@ -267,13 +251,11 @@ def _interleave(stores: Sequence[Store], folder: Path, manifest: Manifest, repor
     def documents(store: Store, number: int) -> Iterator[tuple[int, int, int, Any]]:
         for start in range(0, len(store), ROWS_AT_ONCE):
             rows = range(start, min(start + ROWS_AT_ONCE, len(store)))
-            full = store.signal_config.kind == "full"
-            signal = store.logits(rows) if full else store.levels(rows)
-            at = 0
-            for row in rows:
-                end = at + int(store.loss_mask(row).sum())
-                yield store.document(row), number, row, signal[at:end] if full else signal.slice(at, end)  # pyright: ignore
-                at = end
+            ends = np.cumsum([0, *(int(store.loss_mask(row).sum()) for row in rows)]).tolist()
+            signal = store.logits(rows) if isinstance(store.signal_config, Full) else store.levels(rows)
+            for row, edges in zip(rows, pairwise(ends), strict=True):
+                part = signal[slice(*edges)] if isinstance(signal, np.ndarray) else signal.slice(*edges)
+                yield store.document(row), number, row, part
 
     shard_positions = max(shard.positions for store in stores for shard in store.manifest.shards)
     streams = [documents(store, number) for number, store in enumerate(stores)]

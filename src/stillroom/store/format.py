@@ -28,13 +28,15 @@ from pydantic import (
 )
 
 from stillroom.errors import DataError, MissingError, require
-from stillroom.runs import sync_folder, write_json
+from stillroom.runs import sync_folder, write_json, writing
 from stillroom.store.config import HiddenStatesConfig, SignalConfig, side_columns
 
 FORMAT, WITH_HIDDEN = 1, 2
 """The version of everything in the folder, and that of a store which holds hidden states too."""
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
 MOST_MANIFEST_BYTES = 2**28
+METADATA = b"stillroom"
+"""The key of an exported file's note of the store that it came from: its manifest as JSON, without the shards."""
 HIDDEN_KEYS = ("hidden", "hidden_width", "num_layers")
 """The keys of a manifest that only a store with hidden states has."""
 COUNTS = ("documents", "positions", "tokens", "entries", "draws")
@@ -285,11 +287,19 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def synced_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to be written: it has a temporary name, and is synced and renamed at the end."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with writing(path):
+            file = temporary.open("wb")
+        with file:
+            yield file
+            with writing(path):
+                file.flush()
+                os.fsync(file.fileno())
+        with writing(path):
+            temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 class StoreFiles:
@@ -343,6 +353,16 @@ class StoreFiles:
             if file["type"] == "file" and file["size"] <= MOST_MANIFEST_BYTES:
                 (folder / posixpath.basename(file["name"])).write_bytes(self._filesystem.cat_file(file["name"]))
         return str(folder)
+
+    def crc32(self, name: str, to: IO[bytes] | None = None) -> int:
+        """The checksum of a file, which is copied to another one on the way."""
+        checksum = 0
+        with self.open(name) as file:
+            while block := file.read(1 << 22):
+                checksum = zlib.crc32(block, checksum)
+                if to is not None:
+                    to.write(block)
+        return checksum
 
     def open(self, name: str) -> Any:
         """The file as Arrow reads it, memory-mapped where it is on this machine."""

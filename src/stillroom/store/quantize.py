@@ -58,40 +58,27 @@ class LogProbCodes:
 
     def slice(self, start: int, stop: int) -> "LogProbCodes":
         """Positions ``start`` to ``stop`` (excluded), with ``0 <= start <= stop <= p``."""
-        entries = slice(int(self.counts[:start].sum()), int(self.counts[:stop].sum()))
-        samples = slice(int(self.sample_counts[:start].sum()), int(self.sample_counts[:stop].sum()))
-        return LogProbCodes(
-            counts=self.counts[start:stop],
-            ids=self.ids[entries],
-            levels=self.levels[entries],
-            sample_counts=self.sample_counts[start:stop],
-            sample_ids=self.sample_ids[samples],
-            sample_repeats=self.sample_repeats[samples],
-            side=self.side[start:stop],
+        entries, samples = (
+            slice(int(counts[:start].sum()), int(counts[:stop].sum())) for counts in (self.counts, self.sample_counts)
         )
+        places = {"ids": entries, "levels": entries, "sample_ids": samples, "sample_repeats": samples}
+        return LogProbCodes(**{k: values[places.get(k, slice(start, stop))] for k, values in vars(self).items()})
 
 
 LABEL_STEP = 0.01
 """Nats between two levels of the label's log-probability."""
-
 ENTROPY_STEP = 1 / 64
 """Nats between two levels of the entropy."""
-
 RESIDUAL_STEP = 0.01
 """Nats between two levels of log(r / (1 − r)), r being the residual mass."""
-
 MIN_RESIDUAL_LOG_ODDS = -16.64
 """The log-odds of level 1, a mass of 2^−24, which is as little as float32 probabilities tell from none."""
-
 MAX_RESIDUAL_LEVEL = 3329
 """The highest level of the residual mass, at which 2^−24 is kept."""
-
 MAX_LEVEL = 2**20
 """The highest level: less likely than that is as good as impossible."""
-
 MAX_STATE = torch.finfo(torch.bfloat16).max
 """The largest size of a channel that can be kept: what bfloat16 holds."""
-
 MIN_SCALE = torch.finfo(torch.float32).tiny
 """A state whose scale would be less, so that no channel reaches 1.5e-36, is kept as zeros."""
 
@@ -121,7 +108,6 @@ def quantize(selection: Selection, signal: QuantizedSignal, uniforms: np.ndarray
         levels, ids, present, log_probs = (np.take_along_axis(x, order, 1) for x in (levels, ids, present, log_probs))
     else:
         levels = np.rint(exact).clip(0, MAX_LEVEL).astype(np.int32)
-    sample_counts, sample_ids, sample_repeats = _count_samples(selection)
     side = [_side_levels(name, selection, signal, uniforms) for name in side_columns(signal)]
     if signal.kind in SAMPLED:  # the entropy is the mean of Σ −w log t, with the weights w that will be read
         assert selection.draw_log_probs is not None
@@ -130,13 +116,11 @@ def quantize(selection: Selection, signal: QuantizedSignal, uniforms: np.ndarray
         nats = -(weights * np.where(present, log_probs, 0)).sum(1) - of_samples
         side[1] = np.floor(nats / ENTROPY_STEP + uniforms[:, -1]).clip(0, MAX_LEVEL - 1)
     codes = LogProbCodes(
-        counts=present.sum(1, dtype=np.int32),
-        ids=ids[present].astype(np.int32),
-        levels=levels[present],
-        sample_counts=sample_counts,
-        sample_ids=sample_ids,
-        sample_repeats=sample_repeats,
-        side=np.stack(side, 1).astype(np.int32) if side else np.zeros((len(ids), 0), np.int32),
+        present.sum(1, dtype=np.int32),
+        ids[present].astype(np.int32),
+        levels[present],
+        *_count_samples(selection),
+        np.stack(side, 1).astype(np.int32) if side else np.zeros((len(ids), 0), np.int32),
     )
     return codes, _cost(selection, log_probs, codes, signal)
 

@@ -2,10 +2,10 @@
 
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -77,25 +77,24 @@ class Store:
         m = self.manifest
         return {"documents": m.documents, "tokens": m.tokens, "tokens_learnt": m.positions}
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """int64 [documents]: the tokens of each document."""
-        return self._lengths
+        return self._of_all(lambda batch: batch["tokens"].value_lengths())
 
     @cached_property
-    def _lengths(self) -> np.ndarray:
-        batches = [batch for shard in self.shards for batch in shard.batches]
-        offsets = [batch["tokens"].offsets.to_numpy() for batch in batches]
-        return np.concatenate([np.zeros(0, np.int64), *(np.diff(each).astype(np.int64) for each in offsets)])
+    def document_numbers(self) -> np.ndarray:
+        """int64 [documents]: the number of each document in the data that were captured."""
+        return self._of_all(lambda batch: batch["document"])
+
+    def _of_all(self, values: Callable[[pa.RecordBatch], pa.Array]) -> np.ndarray:
+        arrays = [values(batch).to_numpy() for shard in self.shards for batch in shard.batches]
+        return np.concatenate([np.zeros(0, np.int64), *arrays])
 
     @property
     def layers(self) -> tuple[Layer, ...]:
         """The layers whose hidden states are stored, in the order of a model; empty where none are."""
         return () if self.manifest.hidden is None else self.manifest.hidden.layers
-
-    @property
-    def num_shards(self) -> int:
-        return len(self.shards)
 
     def fetch_tokenizer(self, folder: Path) -> str:
         """The folder of the documents' tokenizer; one that is elsewhere is copied to ``folder``."""
@@ -103,13 +102,11 @@ class Store:
 
     def tokens(self, index: int) -> np.ndarray:
         """The tokens of a document, [n]: a read-only view of the file."""
-        shard, row = self._find(index)
-        return shard.tokens(row)
+        return StoredShard.tokens(*self._find(index))
 
     def loss_mask(self, index: int) -> np.ndarray:
         """Whether the token after each is a target, bool [n]; False for the last."""
-        shard, row = self._find(index)
-        return shard.loss_mask(row)
+        return StoredShard.loss_mask(*self._find(index))
 
     def target_mask(self, index: int) -> np.ndarray:
         """Whether each token of a document is a target, bool [n]; entry i is about token i itself."""
@@ -117,8 +114,7 @@ class Store:
 
     def document(self, index: int) -> int:
         """The number of a document in the data that were captured."""
-        shard, row = self._find(index)
-        return int(shard.column(row, "document").as_py())
+        return StoredShard.document(*self._find(index))
 
     def name(self, index: int) -> str:
         """A document as a message calls it."""
@@ -126,8 +122,7 @@ class Store:
 
     def signal_bytes(self, index: int) -> int:
         """The size of a document's signal."""
-        shard, row = self._find(index)
-        return len(shard.signal(row))
+        return len(StoredShard.signal(*self._find(index)))
 
     def levels(self, indices: Sequence[int]) -> LogProbCodes:
         """The codes of the kept positions of some documents, one after the other.
@@ -143,9 +138,8 @@ class Store:
         for shard in shards:
             rows = [row for one, row in found if one is shard]
             codes = shard.levels(rows)
-            ends = np.cumsum([int(shard.loss_mask(row).sum()) for row in rows]).tolist()
-            for row, start, stop in zip(rows, [0, *ends], ends, strict=False):
-                parts[shard, row] = codes.slice(start, stop)
+            edges = np.cumsum([0, *(int(shard.loss_mask(row).sum()) for row in rows)]).tolist()
+            parts |= {(shard, row): codes.slice(*each) for row, each in zip(rows, pairwise(edges), strict=True)}
         return LogProbCodes.concatenate([parts[place] for place in found])
 
     def logits(self, indices: Sequence[int]) -> np.ndarray:
@@ -185,8 +179,7 @@ class Store:
 
     def hidden_bytes(self, index: int) -> memoryview:
         """A document's hidden states as they are stored."""
-        shard, row = self._find(index)
-        return shard.hidden_bytes(row)
+        return StoredShard.hidden_bytes(*self._find(index))
 
     def _find(self, index: int) -> tuple["StoredShard", int]:
         if not 0 <= index < len(self):
@@ -225,7 +218,8 @@ class StoredShard:
             _check_uncompressed(source, self.shard.size_bytes)
             if self.manifest.hidden is not None:
                 last = len(expected) - 1
-                file, self._hidden_file = _open_columns(source, range(last)), _open_columns(source, [last])
+                options = [pa.ipc.IpcReadOptions(included_fields=part) for part in (list(range(last)), [last])]
+                file, self._hidden_file = (pa.ipc.open_file(source, options=each) for each in options)
             batches = [self._valid(file.get_batch(i)) for i in range(file.num_record_batches)]
         check_equal(self.files.path, f"documents in {self.arrow}", sum(map(len, batches)), self.num_documents)
         return batches
@@ -269,6 +263,9 @@ class StoredShard:
         batch = int(np.searchsorted(self._starts, row, side="right")) - 1
         return batch, row - int(self._starts[batch])
 
+    def document(self, row: int) -> int:
+        return self.column(row, "document").as_py()
+
     def tokens(self, row: int) -> np.ndarray:
         return self.column(row, "tokens").values.to_numpy(zero_copy_only=False)
 
@@ -280,7 +277,7 @@ class StoredShard:
         tokens, loss_mask = self.tokens(row), self.loss_mask(row)
         signal = memoryview(self.column(row, "signal").as_buffer())
         hidden_checksum = None if self.manifest.hidden is None else self.column(row, "hidden_crc32").as_py()
-        found = row_crc32(self.column(row, "document").as_py(), tokens, loss_mask, signal, hidden_checksum)
+        found = row_crc32(self.document(row), tokens, loss_mask, signal, hidden_checksum)
         where = f"{self.arrow} row {row}"
         check_equal(self.files.path, f"checksum of {where}", found, self.column(row, "crc32").as_py())
         highest = int(tokens.max(initial=0))
@@ -299,7 +296,7 @@ class StoredShard:
                 self._held = number, self._valid(self._hidden_file.get_batch(number))
         hidden = memoryview(self._held[1]["hidden"][place].as_buffer())
         tokens, loss_mask = self.tokens(row), self.loss_mask(row)
-        found = hidden_crc32(self.column(row, "document").as_py(), tokens, loss_mask, hidden)
+        found = hidden_crc32(self.document(row), tokens, loss_mask, hidden)
         where = f"hidden states of {self.arrow} row {row}"
         check_equal(self.files.path, f"checksum of {where}", found, self.column(row, "hidden_crc32").as_py())
         size = int(loss_mask.sum()) * hidden_bytes_per_position(config, width)
@@ -335,11 +332,6 @@ class StoredShard:
         if self.manifest.signal.kind != "sampled" and found.counts.min(initial=1) < 1:
             raise damaged(self.files.path, f"entries in {self.arrow}", 0, "at least 1 a position")
         return found
-
-
-def _open_columns(source: Any, columns: Sequence[int]) -> Any:
-    """Opens an Arrow file of which some columns alone are read."""
-    return pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=list(columns)))
 
 
 def _check_uncompressed(source: Any, size: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from stillroom.errors import MismatchError, StorageError
-from stillroom.runs import crc32, lock, sync_folder, writing
+from stillroom.runs import crc32, lock, replace_folder, sync_folder, writing
 from stillroom.store.codec import Codec
 from stillroom.store.config import SHARD_POSITIONS, Full
 from stillroom.store.format import (
@@ -65,40 +65,30 @@ def new_store(out: str | Path, *, overwrite: bool) -> Iterator[Path]:
     """
     check_out(out, overwrite=overwrite)
     path = Path(out)
-    made, old = (path.with_name(f".{path.name}.{kind}") for kind in ("new", "old"))
-    for leftover in (made, old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+    made = path.with_name(f".{path.name}.new")
+    if made.exists():
+        shutil.rmtree(made)
     with writing(path):
         made.mkdir(parents=True)
     try:
         yield made
         with writing(path):
-            if path.exists():
-                path.rename(old)
-            made.rename(path)
+            replace_folder(made, path)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
-    if old.exists():
-        shutil.rmtree(old)
 
 
 ROWS_AT_ONCE = 256
 """Rows of a record batch at the most."""
-
 BATCH_HIDDEN_BYTES = 2**25
 """A record batch is closed when it has so many bytes of hidden states; one of a remote file is read whole."""
-
 SHARD_HIDDEN_BYTES = 2**29
 """A shard is closed when it has so many; it is held in memory until it is written."""
-
 WRITTEN_NAMES = re.compile(r"[0-9]{5,9}\.(arrow|tables)(\.tmp)?|\.manifest\.json\.tmp")
 """The names of files that a writer makes."""
-
 Row = tuple[int, np.ndarray, np.ndarray]
 """A document's number, tokens and loss mask."""
-
 IDENTITY = ("teacher", "engine", "tokenizer", "template", "data", "part", "num_columns", "length", "signal",
             "seed", "hidden")  # fmt: skip
 """The keys of the manifest that a resumed capture must share with the store that is there."""
@@ -140,7 +130,24 @@ class StoreWriter:
             )
             self._lock = lock(self.path, busy)
         try:
-            self.manifest = self._resumed(manifest)
+            if (self.path / MANIFEST).exists():
+                before = read_manifest((self.path / MANIFEST).read_bytes(), self.path)
+                for name in IDENTITY:
+                    then, now = getattr(before, name), getattr(manifest, name)
+                    if then != now:
+                        raise MismatchError(
+                            f"the store {self.path} has another {name}",
+                            {"there": then, "now": now},
+                            why="Half of it would say one thing and half another.",
+                            fix="Put back what was there, or choose another `out`.",
+                        )
+                manifest = before
+            listed = {f"{shard.name}.{kind}" for shard in manifest.shards for kind in ("arrow", "tables")}
+            for file in self.path.iterdir():
+                if file.name not in listed and WRITTEN_NAMES.fullmatch(file.name):
+                    file.unlink()
+            write_manifest(self.path, manifest)
+            self.manifest = manifest
         except BaseException:
             self._lock.close()
             raise
@@ -149,27 +156,6 @@ class StoreWriter:
         self._hidden: list[bytes] = []
         self._positions, self._error = 0, 0.0
         self._broken: BaseException | None = None
-
-    def _resumed(self, manifest: Manifest) -> Manifest:
-        """The manifest that is there, or else this one; deletes the files of shards that it does not list."""
-        if (self.path / MANIFEST).exists():
-            before = read_manifest((self.path / MANIFEST).read_bytes(), self.path)
-            for name in IDENTITY:
-                then, now = getattr(before, name), getattr(manifest, name)
-                if then != now:
-                    raise MismatchError(
-                        f"the store {self.path} has another {name}",
-                        {"there": then, "now": now},
-                        why="Half of it would say one thing and half another.",
-                        fix="Put back what was there, or choose another `out`.",
-                    )
-            manifest = before
-        listed = {f"{shard.name}.{kind}" for shard in manifest.shards for kind in ("arrow", "tables")}
-        for file in self.path.iterdir():
-            if file.name not in listed and WRITTEN_NAMES.fullmatch(file.name):
-                file.unlink()
-        write_manifest(self.path, manifest)
-        return manifest
 
     @property
     def num_documents(self) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stillroom.capture.config import Generate
-from stillroom.capture.windows import Document, answered, prompts
+from stillroom.capture.signals import Document, answered, prompts
 from stillroom.data.config import AnyData, ChatData, PromptCompletionData, TextData
 from stillroom.data.dataset import prepare
 from stillroom.errors import DataError

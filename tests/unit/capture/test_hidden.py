@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stillroom.capture import windows
+from stillroom.capture import signals
 from stillroom.capture.config import CaptureConfig
 from stillroom.capture.plan import make_plan
 from stillroom.capture.run import run
@@ -80,7 +80,7 @@ def test_the_signals_are_those_of_a_capture_without_them(capture):
 def test_a_capture_that_failed_goes_on_and_ends_with_the_same_bytes(capture, tmp_path, monkeypatch):
     """Also where few documents are asked about together, since their states are large."""
     each = 4 * (4 + 16)
-    monkeypatch.setattr(windows, "WINDOW_BYTES", 3 * 32 * each)
+    monkeypatch.setattr(signals, "WINDOW_BYTES", 3 * 32 * each)
     small = ("shard_positions=150", INT8)
     whole = capture("whole", *small)
     say, calls = SignalCapture.capture, []
@@ -112,7 +112,7 @@ def test_their_size_is_told_before_and_after(settings, tmp_path, monkeypatch):
     assert sum(len(store.hidden_bytes(i)) for i in range(len(store))) == 80 * positions
     assert record["store"]["hidden_bytes_per_position"] == 80
     assert ", 80 of them hidden states" in summary(record)
-    monkeypatch.setattr(windows, "WINDOW_DOCUMENTS", 4)
+    monkeypatch.setattr(signals, "WINDOW_DOCUMENTS", 4)
     part = settings("b", INT8, "part={index: 1, of: 3}")
     planned, there = str(make_plan(part)), run(part)["store"]
     assert 0 < there["documents"] < len(store)

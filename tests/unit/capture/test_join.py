@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from stillroom.capture import run as module
-from stillroom.capture import windows
+from stillroom.capture import signals
 from stillroom.capture.config import CaptureConfig
-from stillroom.capture.join import join
+from stillroom.capture.parts import join
 from stillroom.capture.run import run
 from stillroom.capture.signals import SignalCapture
 from stillroom.config import load
@@ -33,7 +33,7 @@ def capture(saved_model, text_files: Path, tmp_path_factory) -> Capture:
         given = [f"teacher.model={saved_model('llama', seed=2)}", f"data.path={text_files}/train.jsonl",
                  "data.format=text", "data.length=32", f"data.cache={cache}", f"out={out}", *words]  # fmt: skip
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(windows, "WINDOW_DOCUMENTS", 4)
+            patch.setattr(signals, "WINDOW_DOCUMENTS", 4)
             run(load(CaptureConfig, None, given), **flags)
         return out
 
@@ -73,7 +73,7 @@ def refused(kind: type[StillroomError], what: str, *places: Path, **flags: Any) 
 
 
 def test_joined_parts_say_what_one_capture_says(parts, whole):
-    path, manifest = join([parts], versions=whole.manifest.versions)
+    path, manifest = join([parts])
     assert path == parts / "store"
     assert check(path).problems == []
     joined = Store(path)

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from stillroom.capture import run as module
-from stillroom.capture import windows
+from stillroom.capture import signals
 from stillroom.capture.config import CaptureConfig
 from stillroom.capture.run import run
 from stillroom.capture.signals import SignalCapture
@@ -55,7 +55,7 @@ def capture(saved_model, text_files: Path, tmp_path: Path) -> Capture:
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(windows, "WINDOW_DOCUMENTS", 8)
+    monkeypatch.setattr(signals, "WINDOW_DOCUMENTS", 8)
 
 
 @pytest.fixture

@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 from conftest import build_documents, build_model
 from stillroom.batch import Batch
 from stillroom.capture.config import Generate
-from stillroom.capture.signals import CapturedSignal, SignalCapture, uniforms
-from stillroom.capture.windows import Document
+from stillroom.capture.signals import CapturedSignal, Document, SignalCapture, uniforms
 from stillroom.errors import NonFiniteError
 from stillroom.models import hidden_states
 from stillroom.store.config import AnySignal, Full, HeadAndSample, Sampled, TopK, TopP
@@ -146,7 +145,7 @@ def test_every_logit_is_that_of_a_plain_forward_pass(family):
     said = teacher(model, Full(kind="full"), pack=family not in ("gpt2",)).capture(asked)
     for document, (logits, error, _) in zip(asked, said, strict=True):
         assert isinstance(logits, np.ndarray)
-        assert logits.shape == (document.num_kept, COLUMNS)
+        assert logits.shape == (int(document.loss_mask.sum()), COLUMNS)
         assert error == 0
         assert np.abs(logits - plain_logits(model, document).numpy()).max(initial=0) < 1e-6  # gemma2 norms in float32
 
@@ -215,7 +214,7 @@ def test_draws_are_those_of_the_plain_distribution(model, pack):
     asked, asks = documents(first=40), teacher(model, signal, pack=pack)
     for document, said in zip(asked, asks.capture(asked), strict=True):
         p = plain_logits(model, document).softmax(-1).numpy()
-        points = uniforms(signal, 0, document.number, document.num_kept)[:, : signal.draws]
+        points = uniforms(signal, 0, document.number, int(document.loss_mask.sum()))[:, : signal.draws]
         levels = levels_of(said)
         assert not levels.counts.any()
         for row in range(len(p)):
@@ -228,7 +227,7 @@ def test_head_and_draws_are_those_of_the_plain_distribution(model, signal, pack)
     asked, asks = documents(first=40), teacher(model, signal, pack=pack)
     for document, said in zip(asked, asks.capture(asked), strict=True):
         p = plain_logits(model, document).softmax(-1).numpy()
-        points = uniforms(signal, 0, document.number, document.num_kept).astype(np.float64)
+        points = uniforms(signal, 0, document.number, int(document.loss_mask.sum())).astype(np.float64)
         levels = levels_of(said)
         ends = np.cumsum(levels.counts)
         for row in range(len(p)):
@@ -263,7 +262,7 @@ def test_as_many_as_there_are_leave_nothing_out(model):
         levels = levels_of(said)
         assert (levels.counts == COLUMNS).all()
         assert (levels.side[:, 0] == 0).all()  # nothing is left
-        assert document.num_kept == len(levels)
+        assert int(document.loss_mask.sum()) == len(levels)
 
 
 def test_the_error_is_that_of_the_grid(model):
@@ -323,7 +322,7 @@ def test_only_kept_positions_are_said(model, signal):
     target_mask[[0, 5, 6, 11]] = True
     (sparse,) = [Document(9, documents([12])[0].tokens, target_mask)]
     (some,) = teacher(model, signal).capture([sparse])
-    assert len(some.signal) == sparse.num_kept == 3
+    assert len(some.signal) == int(sparse.loss_mask.sum()) == 3
     if isinstance(signal, TopK | TopP):
         (all_,) = teacher(model, signal).capture([Document(9, sparse.tokens, np.ones(12, bool))])
         wanted = [levels_of(all_).slice(i, i + 1) for i in (4, 5, 10)]

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import build_documents
-from stillroom.capture import windows
+from stillroom.capture import signals
 from stillroom.capture.config import CaptureConfig, Generate, Part
+from stillroom.capture.parts import own_device, part_of, part_range
 from stillroom.capture.plan import make_plan
 from stillroom.capture.run import run
-from stillroom.capture.workers import own_device, part_of, part_range
 from stillroom.cli.capture import summary
 from stillroom.cli.progress import Progress
 from stillroom.config import load
@@ -35,7 +35,7 @@ KINDS = (
 @pytest.fixture
 def settings(saved_model, text_files: Path, tmp_path: Path, monkeypatch) -> Settings:
     """A capture in windows of four documents, into tmp_path/out."""
-    monkeypatch.setattr(windows, "WINDOW_DOCUMENTS", 4)
+    monkeypatch.setattr(signals, "WINDOW_DOCUMENTS", 4)
     words = [f"teacher.model={saved_model('llama', seed=2)}", f"data.path={text_files}/train.jsonl",
              "data.format=text", "data.length=32", f"out={tmp_path}/out"]  # fmt: skip
     return lambda *more: load(CaptureConfig, None, [*words, *more])

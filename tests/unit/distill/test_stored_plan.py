@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from conftest import CHATML
-from stillroom.capture import windows
+from stillroom.capture import signals
 from stillroom.capture.config import CaptureConfig
 from stillroom.capture.run import run as capture
 from stillroom.config import load
@@ -39,7 +39,7 @@ def stored(saved_model, text_files: Path, tmp_path_factory) -> MakeStore:
                      "data.format=text", "data.length=32", f"data.cache={folder}/cache", f"signal={signal}",
                      f"out={folder}/run", *settings]  # fmt: skip
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(windows, "WINDOW_DOCUMENTS", 4)  # so that each of a few parts has some
+                patch.setattr(signals, "WINDOW_DOCUMENTS", 4)  # so that each of a few parts has some
                 capture(load(CaptureConfig, None, words))
             (made[key],) = (folder / "run").rglob("store")
         return made[key]

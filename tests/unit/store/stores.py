@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from stillroom.errors import StillroomError
 from stillroom.kernels.selection import Selection, head_and_sample, sampled, top_k, top_p
-from stillroom.store.check import ShardCheck
+from stillroom.store.check import check_shard
 from stillroom.store.config import AnySignal, Full, HeadAndSample, HiddenStatesConfig, Sampled, TopK, TopP, side_columns
 from stillroom.store.format import Manifest, SourceInfo, format_of, seal
 from stillroom.store.quantize import LogProbCodes, encode_hidden, num_uniforms, quantize
@@ -220,5 +221,7 @@ def arrow_bytes(table: pa.Table, options: pa.ipc.IpcWriteOptions | None = None) 
 
 def verify(store: Store, number: int) -> None:
     """Raises the first thing that a check finds wrong with a shard."""
-    for problem in ShardCheck(store.files, store.manifest, number).problems:
+    problems: list[StillroomError] = []
+    check_shard(store.files, store.manifest, number, problems)
+    for problem in problems:
         raise problem

@@ -42,7 +42,7 @@ def read_all(path: Path | str) -> None:
         store.hidden([i])
         store.tokens(i), store.loss_mask(i), store.document(i), store.target_mask(i), store.signal_bytes(i)
     assert len(store.lengths) == len(store)
-    for number in range(store.num_shards):
+    for number in range(len(store.shards)):
         verify(store, number)
 
 

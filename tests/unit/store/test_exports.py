@@ -7,10 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from stillroom.errors import DataError, StorageError
-from stillroom.store import export as module
-from stillroom.store.export import METADATA, export
+from stillroom.store import show as module
+from stillroom.store.format import METADATA
 from stillroom.store.quantize import to_sparse
 from stillroom.store.reader import Store
+from stillroom.store.show import export
 
 from .stores import EVERY
 from .whole import make_store

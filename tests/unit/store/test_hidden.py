@@ -14,11 +14,10 @@ from stillroom.errors import DataError, MismatchError
 from stillroom.store.check import check
 from stillroom.store.concat import concat
 from stillroom.store.config import Full, HiddenStatesConfig
-from stillroom.store.export import left_out
 from stillroom.store.format import hidden_crc32, row_crc32, schema
 from stillroom.store.quantize import MAX_STATE, MIN_SCALE, decode_hidden, encode_hidden, hidden_bytes_per_position
 from stillroom.store.reader import Store
-from stillroom.store.show import TokenTexts, describe, describe_row
+from stillroom.store.show import describe, left_out, show_row, token_texts
 from stillroom.store.writer import StoreWriter
 
 from .stores import (
@@ -141,7 +140,7 @@ def test_what_is_read_is_what_was_written_whatever_the_order(config, kind, tmp_p
     assert list(alone) == [config.layers[-1]]
     assert np.array_equal(alone[config.layers[-1]], found[config.layers[-1]])
     assert store.hidden([1])[config.layers[0]].shape == (0, WIDTH)  # a document of one token
-    for number in range(store.num_shards):
+    for number in range(len(store.shards)):
         verify(store, number)
 
 
@@ -351,7 +350,7 @@ def test_they_are_checked_and_shown_and_not_exported(made, tiny_tokenizer):
     assert check(made).problems == []
     store = Store(made)
     assert "6 channels of layers embeddings, 1, final_norm in int8: 30 bytes a position" in describe(store)
-    text = describe_row(store, 0, TokenTexts(tiny_tokenizer))
+    text = show_row(store, 0, token_texts(tiny_tokenizer))
     rms = np.sqrt(np.square(store.hidden([0])["final_norm"]).mean())
     assert f"final_norm: {rms:.3g}" in text
     assert "hidden states of layers embeddings, 1, final_norm" in (left_out(store) or "")

@@ -12,11 +12,11 @@ from stillroom.errors import ConfigError, DataError, MismatchError, MissingError
 from stillroom.recipe import to_yaml
 from stillroom.store.check import check
 from stillroom.store.config import ImportConfig
-from stillroom.store.distillkit import Compression, LegacyCompression, decode, id_bits, read_compression, unpack
-from stillroom.store.export import export
 from stillroom.store.imports import Imported, import_files
+from stillroom.store.layouts import Compression, LegacyCompression, id_bits, read_compression, unpack
 from stillroom.store.quantize import to_sparse
 from stillroom.store.reader import Store
+from stillroom.store.show import export
 
 from .whole import make_store
 
@@ -72,7 +72,7 @@ def matrix(rows: tuple[str, ...]) -> np.ndarray:
 def test_the_golden_bytes_are_read_as_their_writer_reads_them(name):
     settings, values, wanted = GOLDEN[name]
     columns = {"bytepacked_indices": matrix(GOLDEN_PACKED), "compressed_logprobs": matrix(values)}
-    ids, log_probs = decode(Compression(d=V, k=K, **settings), columns, "a row")
+    ids, log_probs = Compression(d=V, k=K, **settings).decode(columns, "a row")
     assert ids.tolist() == GOLDEN_IDS
     np.testing.assert_allclose(log_probs, wanted, atol=3e-4)
 
@@ -81,13 +81,13 @@ def test_the_golden_words_of_the_older_layout():
     columns, wanted = GOLDEN_BEFORE
     settings = LegacyCompression(vocab_size=V, k=K, exact_k=4, polynomial_degree=2)
     arrays = {name: np.array(values) for name, values in columns.items()}
-    ids, log_probs = decode(settings, arrays, "a row")
+    ids, log_probs = settings.decode(arrays, "a row")
     assert ids.tolist() == GOLDEN_IDS
     np.testing.assert_allclose(log_probs, wanted, atol=3e-4)
     with pytest.raises((DataError, MismatchError)):
-        decode(settings.model_copy(update={"vocab_size": 513}), arrays, "a row")
+        settings.model_copy(update={"vocab_size": 513}).decode(arrays, "a row")
     with pytest.raises((DataError, MismatchError)):
-        decode(settings.model_copy(update={"vocab_size": 256}), arrays, "a row")
+        settings.model_copy(update={"vocab_size": 256}).decode(arrays, "a row")
 
 
 def pack(ids: np.ndarray, bits: int) -> np.ndarray:
@@ -320,7 +320,7 @@ def test_settings_that_cannot_be(settings, take, tmp_path):
 def test_a_file_that_holds_no_settings(text, tmp_path):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(DataError, match="does not hold"):
-        read_compression(tmp_path / "c.yaml", legacy=False)
+        read_compression(tmp_path / "c.yaml", Compression, V)
 
 
 def test_missing_settings(take, tmp_path):

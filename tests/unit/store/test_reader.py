@@ -105,7 +105,7 @@ def test_an_address_reads_as_the_folder_does(kind, folders):
         store = Store(f"memory://some/{kind}")
         assert says(store, build_documents(EVERY[kind]))
         assert store.fingerprint == Store(folders[kind]).fingerprint
-        for number in range(store.num_shards):
+        for number in range(len(store.shards)):
             verify(store, number)
         memory.rm_file(f"/some/{kind}/00001.arrow")
         with pytest.raises(MissingError, match="lacks a file"):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from stillroom.store.reader import Store
-from stillroom.store.show import COLUMNS, TokenTexts, describe, histogram, show_row
+from stillroom.store.show import COLUMNS, describe, histogram, show_row, token_texts
 from stillroom.terminal import escaped, fitted, width
 
 from .stores import EVERY
@@ -49,22 +49,22 @@ def test_a_row(kind, made, tiny_tokenizer):
     text = show_row(store, 2)
     assert max(map(width, text.splitlines())) <= COLUMNS
     assert "document 16 of text.jsonl (row 2 of 8): 14 tokens, 9 positions" in text.splitlines()[0]
-    texts = TokenTexts(tiny_tokenizer)
+    texts = token_texts(tiny_tokenizer)
     positions = [line for line in text.splitlines() if line[:6].strip().isdecimal()]
     assert len(positions) == 14
     kept = [line for line in positions if "→" in line]
     assert [line.split()[0] for line in kept] == [str(i) for i in np.flatnonzero(store.loss_mask(2))]
     for line, i in zip(kept, np.flatnonzero(store.loss_mask(2)), strict=True):
-        assert texts.text(int(store.tokens(2)[i])) in line
-        assert texts.text(int(store.tokens(2)[i + 1])) in line.split("→")[1]
+        assert texts(int(store.tokens(2)[i])) in line
+        assert texts(int(store.tokens(2)[i + 1])) in line.split("→")[1]
 
 
 def test_the_candidates_of_a_row_are_the_stored_ones(made, tiny_tokenizer):
     store = made["top_k"]
-    levels, texts = store.levels([2]), TokenTexts(tiny_tokenizer)
+    levels, texts = store.levels([2]), token_texts(tiny_tokenizer)
     text = show_row(store, 2)
     for token in levels.ids.tolist():
-        assert texts.text(token) in text
+        assert texts(token) in text
     assert text.count("[rest ") == 9
     assert "rest at T=2" in text
     assert "entropy" in text
@@ -121,12 +121,12 @@ def test_fitted_takes_just_so_many_columns(text):
 
 
 def test_an_id_that_no_token_has_is_shown_by_its_number(tiny_tokenizer):
-    assert TokenTexts(tiny_tokenizer).text(303) == "<303>"
+    assert token_texts(tiny_tokenizer)(303) == "<303>"
 
 
 def test_a_token_keeps_its_space(tiny_tokenizer):
     (token,) = tiny_tokenizer.encode(" drops", add_special_tokens=False)
-    assert TokenTexts(tiny_tokenizer).text(token) == "' drops'"
+    assert token_texts(tiny_tokenizer)(token) == "' drops'"
 
 
 def test_histogram_counts_every_position_once():

@@ -37,7 +37,7 @@ def test_every_kind_of_signal_is_written_and_read_over_several_shards(kind, tmp_
     config = EVERY[kind]
     documents = build_documents(config)
     store = Store(write(tmp_path / "store", config, documents))
-    assert store.num_shards >= 3
+    assert len(store.shards) >= 3
     assert says(store, documents)
     assert store.manifest.complete
     assert store.signal_config == config
@@ -85,7 +85,7 @@ def test_documents_of_which_nothing_is_learnt_are_kept_too(kind, tmp_path):
 
 def test_a_store_of_nothing(tmp_path):
     store = Store(write(tmp_path / "store", FULL, []))
-    assert (len(store), store.num_shards, len(store.lengths)) == (0, 0, 0)
+    assert (len(store), len(store.shards), len(store.lengths)) == (0, 0, 0)
 
 
 class Killed(BaseException):

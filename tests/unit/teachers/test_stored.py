@@ -16,8 +16,7 @@ from conftest import build_model
 from stillroom.batch import Batch
 from stillroom.capture.config import CaptureConfig
 from stillroom.capture.run import run as capture
-from stillroom.capture.signals import SignalCapture
-from stillroom.capture.windows import Document
+from stillroom.capture.signals import Document, SignalCapture
 from stillroom.config import load
 from stillroom.data.dataloader import BatchStream
 from stillroom.distill.config import DistillConfig

@@ -31,10 +31,9 @@ import numpy as np
 from stillroom.store.quantize import LogProbCodes
 
 if TYPE_CHECKING:
-    from stillroom.store.codec.candidates import Tables
+    from stillroom.store.codec.model import Tables
 
 LIMIT = 1 << 24
-
 BLOCK_BYTES = 1 << 22
 """The size of the buffer into which rows are encoded together, unless one row needs more."""
 
@@ -42,8 +41,8 @@ BLOCK_BYTES = 1 << 22
 class Codec:
     """The tables of one shard, by which its rows are written and read."""
 
-    def __init__(self, tables: "Tables", log_counts: np.ndarray, log_weights: np.ndarray) -> None:
-        self._tables, self._log_counts, self._log_weights = tables, log_counts, log_weights
+    def __init__(self, tables: "Tables") -> None:
+        self._tables = tables
 
     @classmethod
     def train(cls, tokens: np.ndarray, codes: LogProbCodes, vocab_size: int) -> "Codec":
@@ -57,13 +56,13 @@ class Codec:
         from stillroom.store.codec.tables import learn_tables
 
         _check(tokens, codes, vocab_size)
-        return cls(*learn_tables(tokens, codes, vocab_size))
+        return cls(learn_tables(tokens, codes, vocab_size))
 
     def to_bytes(self) -> bytes:
         """The tables, compact."""
         from stillroom.store.codec.tables import tables_to_bytes
 
-        return tables_to_bytes(self._tables, self._log_counts, self._log_weights)
+        return tables_to_bytes(self._tables)
 
     @classmethod
     def from_bytes(cls, data: bytes, vocab_size: int, num_side: int) -> "Codec":
@@ -72,11 +71,11 @@ class Codec:
 
         if not 0 < vocab_size <= LIMIT or num_side < 0:
             raise ValueError(f"there are no tables for {vocab_size} columns and {num_side} side numbers")
-        return cls(*tables_from_bytes(bytes(data), vocab_size, num_side))
+        return cls(tables_from_bytes(bytes(data), vocab_size, num_side))
 
     def encode(self, tokens: np.ndarray, codes: LogProbCodes, offsets: np.ndarray) -> list[bytes]:
         """Writes rows of positions ``offsets[i]`` to ``offsets[i + 1]`` (int64, rising from 0 to p) as bytes each."""
-        from stillroom.store.codec.range_coder import ENCODE
+        from stillroom.store.codec.coder import ENCODE
         from stillroom.store.codec.tables import make_scratch, run
 
         _check(tokens, codes, len(self._tables.ranked))
@@ -101,8 +100,7 @@ class Codec:
 
     def decode(self, rows: Sequence[bytes], tokens: np.ndarray, offsets: np.ndarray) -> LogProbCodes:
         """Reads what ``encode`` wrote of the same tokens. ValueError where a row is damaged, as far as can be seen."""
-        from stillroom.store.codec.model import NUM_BRANCHES, SIDE
-        from stillroom.store.codec.range_coder import DECODE
+        from stillroom.store.codec.coder import DECODE, NUM_BRANCHES, SIDE
         from stillroom.store.codec.tables import make_scratch, run
 
         offsets, size = _checked_offsets(offsets, tokens), len(self._tables.ranked)

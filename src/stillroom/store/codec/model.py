@@ -1,54 +1,144 @@
-"""The model of the codec: the probability of each number of a position. Needs numba; see the package for the layout."""
+"""The model of the codec's ids: a position's candidates, which are the ids that the tables' lists name, in classes of
+likelihood. Needs numba; see the package for the layout.
+
+The inner functions are compiled without reference counts (``_nrt``), which would cost more than the work: they make no
+arrays. Their indices are unsigned where it counts, for a signed one is tested for a negative value at each use.
+"""
+
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-from stillroom.store.codec.candidates import (
-    CODED,
-    FAR,
-    MAX_CANDIDATES,
-    NUM_CLASSES,
-    add_list,
-    remove,
-    renew,
-    sort_classes,
-)
-from stillroom.store.codec.range_coder import (
+from stillroom.store.codec.coder import (
     DAMAGED,
     DECODE,
     ENCODE,
+    FAR_RANK,
     INNER,
     LOW,
     OPTIONS,
     PLACE,
     RANGE,
+    TIMES,
     TRAIN,
     UNIT,
+    code_head,
+    code_levels,
     finish,
+    grown,
     narrow,
     number,
+    power,
     share,
     start,
-    symbol_of,
     uniform,
 )
 
+LIST_SIZES = (320, 160)
+"""At most so many entries in a list after a token and in one beside a token."""
+MAX_CANDIDATES = 1024
+NUM_CLASSES, FAR = 33, 32
+CLASS_SHIFT = 2
+CODED = -(1 << 28)
 NUM_SLOTS, SAMPLED = 9, 8
-
-NUM_BRANCHES = 48
-
-COUNT, SAMPLE_COUNT, FIRST = 0, NUM_BRANCHES, 2 * NUM_BRANCHES
-
-STEP = 3 * NUM_BRANCHES
-
-TIMES = STEP + 7 * 8 * 4
-
-FAR_RANK = TIMES + 9
-
-SIDE = FAR_RANK + 2
-
 AFTER, BESIDE_NEXT, BESIDE_FIRST = 4, 2, 3
-"""How much a list's entries count, in eighths of an octave for each half octave."""
+"""The weights of the lists' entries, in eighths of an octave for each half octave."""
+
+
+class Tables(NamedTuple):
+    offsets: np.ndarray  # [2 v + 1] the first entry of each token's list: after it, then beside it
+    entries: np.ndarray  # [n] id + gain * 2**24: how much likelier the list makes the id, in half octaves
+    scores: np.ndarray  # [v] log2 of each id's share in eighths of an octave
+    ranks: np.ndarray  # [v] rank of each id, the most frequent first
+    ranked: np.ndarray  # [v] ids by rank
+    log_weights: np.ndarray  # [9, 33] log2 of the weights in eighths of an octave
+    weights: np.ndarray  # [9, 33] relative probability of one member of each class, by slot
+    most: np.ndarray  # [2] the most entries and the most samples of a position that were seen
+    numbers: np.ndarray  # [contexts, 94] cumulative frequencies of symbols
+
+
+class Scratch(NamedTuple):
+    base: np.ndarray  # [1] candidate i of the current position is known by where == base + i
+    where: np.ndarray  # [v]
+    ids: np.ndarray  # [candidates]
+    scores: np.ndarray  # log2 of their shares in eighths of an octave, CODED once coded
+    classes: np.ndarray
+    places: np.ndarray  # place of each candidate in order
+    order: np.ndarray  # candidates by class
+    cursors: np.ndarray  # [34, 4] where each class's next member goes, for four parts of the candidates side by side
+    firsts: np.ndarray  # [34] where each class begins in order
+    sizes: np.ndarray  # [34] members not yet coded
+    observed: np.ndarray  # [9, 33] TRAIN: how often an id of the class came
+    expected: np.ndarray  # [9, 33] TRAIN: how often the weights say, times 2**16
+
+
+@njit(**INNER)
+def add_list(tables, scratch, key, times, count):
+    """Adds a list's entries to the candidates and their scores; the number of candidates after it."""
+    offsets, entries, general = tables.offsets, tables.entries, tables.scores
+    where, base, found, scores = scratch.where, scratch.base[0], scratch.ids, scratch.scores
+    for k in range(np.uint64(offsets[key]), np.uint64(offsets[key + 1])):
+        token = np.uint64(entries[k] & 0xFFFFFF)
+        gain = times * (entries[k] >> 24)
+        known = where[token] - base
+        if known < 0:
+            i = np.uint64(count)
+            where[token] = base + count
+            found[i] = token
+            scores[i] = general[token] + gain
+            count += 1
+        else:
+            scores[np.uint64(known)] += gain
+    return count
+
+
+@njit(**INNER)
+def sort_classes(scratch, count, with_next):
+    """Puts the candidates not yet coded into classes by their distance from the best, class 0 being the next token."""
+    scores, classes, places, order = scratch.scores, scratch.classes, scratch.places, scratch.order
+    cursors, firsts, sizes = scratch.cursors, scratch.firsts, scratch.sizes
+    top = np.int32(CODED)
+    for i in range(np.uint64(with_next), np.uint64(count)):
+        top = max(top, scores[i])
+    for i in range(np.uint64(count)):
+        distance = min((top - scores[i]) >> np.int32(CLASS_SHIFT), np.int32(FAR - 2))
+        classes[i] = np.int32(FAR + 1) if scores[i] <= np.int32(CODED >> 1) else np.int32(1) + distance
+    classes[count : count + 3] = FAR + 1
+    if with_next and scores[0] > CODED >> 1:
+        classes[0] = 0
+    quarter = np.uint64((count + 3) >> 2)
+    cursors[:] = 0
+    for i in range(quarter):
+        for part in range(np.uint64(4)):
+            cursors[classes[i + part * quarter], part] += 1
+    place = np.int64(0)
+    for c in range(FAR + 2):
+        firsts[c] = place
+        for part in range(4):
+            place, cursors[c, part] = place + cursors[c, part], place
+        sizes[c] = place - firsts[c]
+    for i in range(quarter):
+        for part in range(np.uint64(4)):
+            j = i + part * quarter
+            place = cursors[classes[j], part]
+            cursors[classes[j], part] = place + 1
+            order[np.uint64(place)] = j
+            places[j] = place
+    sizes[FAR] = 1
+
+
+@njit(forceinline=True, **INNER)
+def remove(scratch, c, within):
+    """Takes a class's member out of the candidates; the member."""
+    place = np.uint64(scratch.firsts[c] + within)
+    last = np.uint64(scratch.firsts[c] + scratch.sizes[c] - 1)
+    i, moved = np.uint64(scratch.order[place]), np.uint64(scratch.order[last])
+    scratch.order[place], scratch.order[last] = moved, i
+    scratch.places[moved] = place
+    scratch.scores[i] = CODED
+    scratch.sizes[c] -= 1
+    return i
 
 
 @njit(**INNER)
@@ -126,18 +216,6 @@ def sample_key(scratch, tables, token):
     return scratch.places[i] if i >= 0 else MAX_CANDIDATES + tables.ranks[token]
 
 
-@njit(**INNER)
-def power(x, n):
-    """``x ** n`` for x in units of 2**-20."""
-    y = np.int64(1 << 20)
-    while n > 0:
-        if n & 1:
-            y = y * x >> 20
-        x = x * x >> 20
-        n >>= 1
-    return y
-
-
 @njit(forceinline=True, **INNER)
 def code_sample(mode, tables, scratch, coder, buffer, left, c0, within0, token):
     """The first of ``left`` samples in the order of classes, none of them before number ``within0`` of class ``c0``."""
@@ -208,39 +286,17 @@ def slot_of(j):
     return slot
 
 
-@njit(forceinline=True, **INNER)
-def step_context(left, level, last):
-    """The context of a step: entries left (1, 2, 3-4, 5-8, ...), level (by 8), last step (0, 1, 2-3, more)."""
-    many = 0
-    while many < 6 and (1 << many) < left:
-        many += 1
-    return STEP + (many * 8 + min(level >> 3, 7)) * 4 + (min(last, 2) if last < 4 else 3)
-
-
-@njit(**INNER)
-def code_levels(mode, tables, coder, buffer, branch, levels, begin, end):
-    """A position's levels: the first, then each one's step from the one before."""
-    last = 0
-    for k in range(begin, end):
-        if k == begin:
-            levels[k] = number(coder, buffer, mode, tables.numbers, FIRST + branch, np.int64(levels[k]))
-            continue
-        context = step_context(end - k, levels[k - 1], last)
-        last = number(coder, buffer, mode, tables.numbers, context, levels[k] - levels[k - 1])
-        if mode == DECODE:
-            if levels[k - 1] + last >= 1 << 24:
-                coder[DAMAGED] = 1
-                return
-            levels[k] = levels[k - 1] + last
-
-
 @njit(**INNER)
 def code_ids(mode, tables, scratch, coder, buffer, tokens, p, row_stop, with_samples, ids, begin, end):
     """A position's exact ids, most likely first; makes the candidates for them and for the samples."""
     if begin == end and not with_samples:
         return
     size = len(tables.ranked)
-    renew(scratch)
+    if scratch.base[0] > 1 << 30:
+        scratch.where[:] = -1
+        scratch.base[0] = 0
+    scratch.base[0] += MAX_CANDIDATES  # which forgets the candidates of the position before
+    scratch.scores[MAX_CANDIDATES - 1] = CODED
     count, with_next = 0, 0
     if p + 1 < row_stop:
         scratch.where[tokens[p + 1]] = scratch.base[0]
@@ -269,42 +325,6 @@ def code_ids(mode, tables, scratch, coder, buffer, tokens, p, row_stop, with_sam
         if k == begin and c > 0:
             count = add_list(tables, scratch, size + ids[k], BESIDE_FIRST, count)
             sort_classes(scratch, count, with_next)
-
-
-@njit(forceinline=True, **INNER)
-def folded(count, most):
-    """A count as its distance from the most, or itself beyond; its own inverse."""
-    return most - count if count <= most else np.int64(count)
-
-
-@njit(**INNER)
-def code_head(mode, tables, coder, buffer, p, side, counts, sample_counts):
-    """A position's side numbers and how many entries and samples it has; the branch that the side numbers choose."""
-    branch = 0
-    for s in range(side.shape[1]):
-        context = SIDE + s * NUM_BRANCHES + branch
-        side[p, s] = number(coder, buffer, mode, tables.numbers, context, np.int64(side[p, s]))
-        branch = min(symbol_of(side[p, s]), NUM_BRANCHES - 1)
-    if side.shape[1] > 0:
-        branch = min(symbol_of(side[p, 0]), NUM_BRANCHES - 1)
-    found = number(coder, buffer, mode, tables.numbers, COUNT + branch, folded(counts[p], tables.most[0]))
-    counts[p] = folded(found, tables.most[0])
-    context = SAMPLE_COUNT + min(counts[p], NUM_BRANCHES - 1)
-    found = number(coder, buffer, mode, tables.numbers, context, folded(sample_counts[p], tables.most[1]))
-    sample_counts[p] = folded(found, tables.most[1])
-    if counts[p] > len(tables.ranked) or sample_counts[p] > len(tables.ranked) - counts[p]:
-        coder[DAMAGED] = 1
-    return branch
-
-
-@njit(**OPTIONS)
-def grown(array, size, mode):
-    """The array, or a larger one that holds ``size`` numbers."""
-    if mode != DECODE or size <= len(array):
-        return array
-    larger = np.empty(max(size, 2 * len(array)), np.int32)
-    larger[: len(array)] = array
-    return larger
 
 
 @njit(**OPTIONS)

@@ -6,24 +6,16 @@ import zlib
 import numpy as np
 from numba import njit
 
-from stillroom.store.codec.candidates import (
-    CLASS_SHIFT,
-    CODED,
-    LIST_SIZES,
-    MAX_CANDIDATES,
-    NUM_CLASSES,
-    Scratch,
-    Tables,
-)
-from stillroom.store.codec.model import NUM_BRANCHES, NUM_SLOTS, SIDE, code_rows
-from stillroom.store.codec.range_coder import (
+from stillroom.store.codec.coder import (
     DAMAGED,
     DECODE,
     ENCODE,
     ESCAPE,
+    NUM_BRANCHES,
     NUM_SYMBOLS,
     OPTIONS,
     PLACE,
+    SIDE,
     TOTAL_BITS,
     TRAIN,
     finish,
@@ -31,29 +23,31 @@ from stillroom.store.codec.range_coder import (
     start,
     symbol_of,
 )
+from stillroom.store.codec.model import (
+    CLASS_SHIFT,
+    CODED,
+    LIST_SIZES,
+    MAX_CANDIDATES,
+    NUM_CLASSES,
+    NUM_SLOTS,
+    Scratch,
+    Tables,
+    code_rows,
+)
 from stillroom.store.quantize import LogProbCodes
 
 HEADER = struct.Struct("<IIII")
-
 ENTRIES_PER_BYTE = 64
 """Tables of more list entries a byte are refused, so that few bytes cannot claim much memory; zeros make up for it."""
-
 PRICES = (20, 30)
 """Bits that an entry of either list must save to be worth its place."""
-
 SAMPLE_ROWS, SAMPLE_SIZE, SAMPLE_PASSES = 96, 128, 3
-
-EIGHTH_POWERS = np.array([65536, 71468, 77936, 84990, 92682, 101070, 110218, 120194], np.int64)
-
 PRIOR = 30
 """The number of entries of its general share that an id is taken to have had in each list."""
-
+EIGHTH_POWERS = np.array([65536, 71468, 77936, 84990, 92682, 101070, 110218, 120194], np.int64)
 EIGHTHS = np.array([round(8 * np.log2(1 + i / 256)) for i in range(256)], np.int64)
-
 LENGTH, GAP, GAIN = 0, 2, 2 + 2 * 24
-
 NUM_LIST_TABLES = GAIN + 2 * 24
-
 MAX_GAIN = 91
 
 
@@ -150,10 +144,7 @@ def code_lists(mode, buffer, numbers, size_limits, ranks, ranked, offsets, entri
 def log2_of(counts: np.ndarray) -> np.ndarray:
     """[v] uint8: log2(1 + count) in half octaves, rounded down from eighths."""
     values = counts.astype(np.int64) + 1
-    bits = np.zeros_like(values)
-    for shift in (16, 8, 4, 2, 1):
-        high = values >> (bits + shift) > 0
-        bits += shift * high
+    bits = np.minimum(np.frexp(values)[1], 32).astype(np.int64) - 1
     return ((8 * bits + EIGHTHS[(values << 8 >> bits) & 255]) >> 2).astype(np.uint8)
 
 
@@ -172,28 +163,19 @@ def make_tables(
     ranked, ranks = ranking(log_counts)
     scores, logs = log_counts.astype(np.int32) * 4, log_weights.astype(np.int64)
     weights = EIGHTH_POWERS[logs & 7] << (logs >> 3) >> 16
-    return Tables(lists[0], lists[1], scores, ranks, ranked, weights, np.array(most, np.int64), numbers)
+    log_weights = np.array(log_weights, np.uint8)  # bytes that were read cannot be written, which is another type
+    return Tables(*lists, scores, ranks, ranked, log_weights, weights, np.array(most, np.int64), numbers)
 
 
 def make_scratch(vocab_size: int) -> Scratch:
     """Working memory for one pass over rows."""
-    each, classes, slots = MAX_CANDIDATES, NUM_CLASSES + 1, (NUM_SLOTS, NUM_CLASSES)
-    scratch = Scratch(
-        base=np.zeros(1, np.int32),
-        where=np.full(vocab_size, -1, np.int32),
-        ids=np.zeros(each, np.int32),
-        scores=np.zeros(each, np.int32),
-        classes=np.zeros(each, np.uint32),
-        places=np.zeros(each, np.int32),
-        order=np.zeros(each, np.int32),
-        cursors=np.zeros((classes, 4), np.int64),
-        firsts=np.zeros(classes, np.int64),
-        sizes=np.zeros(classes, np.int64),
-        observed=np.zeros(slots, np.int64),
-        expected=np.zeros(slots, np.int64),
-    )
-    scratch.scores[MAX_CANDIDATES - 1] = CODED
-    return scratch
+    base, where = np.zeros(1, np.int32), np.full(vocab_size, -1, np.int32)
+    ids, scores, places, order = (np.zeros(MAX_CANDIDATES, np.int32) for _ in range(4))
+    scores[MAX_CANDIDATES - 1] = CODED
+    cursors, firsts, sizes = (np.zeros((NUM_CLASSES + 1, *shape), np.int64) for shape in ((4,), (), ()))
+    observed, expected = (np.zeros((NUM_SLOTS, NUM_CLASSES), np.int64) for _ in range(2))
+    classes = np.zeros(MAX_CANDIDATES, np.uint32)
+    return Scratch(base, where, ids, scores, classes, places, order, cursors, firsts, sizes, observed, expected)
 
 
 def cumulative(frequencies: np.ndarray) -> np.ndarray:
@@ -232,8 +214,8 @@ def learn_all_lists(tokens: np.ndarray, codes: LogProbCodes, log_counts: np.ndar
     return offsets, entries[:filled].copy()
 
 
-def learn_tables(tokens: np.ndarray, codes: LogProbCodes, vocab_size: int) -> tuple[Tables, np.ndarray, np.ndarray]:
-    """Learns tables; with them the logs of counts [v] and of weights [9, 33], from which they can be made again."""
+def learn_tables(tokens: np.ndarray, codes: LogProbCodes, vocab_size: int) -> Tables:
+    """Learns the tables of a shard."""
     counts = np.bincount(codes.ids, minlength=vocab_size) + np.bincount(codes.sample_ids, minlength=vocab_size)
     log_counts = log2_of(counts)
     lists = learn_all_lists(tokens, codes, log_counts, np.maximum(counts, 1))
@@ -259,8 +241,7 @@ def learn_tables(tokens: np.ndarray, codes: LogProbCodes, vocab_size: int) -> tu
         seen = scratch.observed + (scratch.expected >> 16) > 0
         logs = log_weights.astype(np.int64) + np.where(seen, 4 * change, 0)
         log_weights = np.clip(logs, 0, 160).astype(np.uint8)
-    numbers = cumulative(frequencies_of(histogram))
-    return make_tables(log_counts, lists, log_weights, most, numbers), log_counts, log_weights
+    return make_tables(log_counts, lists, log_weights, most, cumulative(frequencies_of(histogram)))
 
 
 def run(mode: int, tables: Tables, scratch: Scratch, tokens, offsets, buffer, bounds, codes: LogProbCodes):
@@ -272,7 +253,7 @@ def run(mode: int, tables: Tables, scratch: Scratch, tokens, offsets, buffer, bo
     return damaged, LogProbCodes(arrays[0], ids[:e], levels[:e], arrays[3], sample_ids[:d], repeats[:d], arrays[6])
 
 
-def tables_to_bytes(tables: Tables, log_counts: np.ndarray, log_weights: np.ndarray) -> bytes:
+def tables_to_bytes(tables: Tables) -> bytes:
     """The tables as bytes; see the package for the layout."""
     lists = (tables.offsets, tables.entries)
     histogram = np.zeros((NUM_LIST_TABLES, NUM_SYMBOLS + 1), np.int32)
@@ -281,22 +262,27 @@ def tables_to_bytes(tables: Tables, log_counts: np.ndarray, log_weights: np.ndar
     buffer = np.empty(64 + 6 * len(tables.offsets) + 12 * len(tables.entries), np.uint8)
     _, size = code_lists(ENCODE, buffer, cumulative(frequencies), LIST_SIZES, tables.ranks, tables.ranked, *lists)
     every = np.concatenate([frequencies, np.diff(tables.numbers, axis=1)])
-    planes = [every & 255, every >> 8]
-    parts = [log_counts.tobytes(), log_weights.tobytes(), *(plane.astype(np.uint8).tobytes() for plane in planes)]
-    body = zlib.compress(b"".join(parts), 9)
+    parts = (tables.scores >> 2, tables.log_weights, every & 255, every >> 8)
+    body = zlib.compress(b"".join(part.astype(np.uint8).tobytes() for part in parts), 9)
     found = HEADER.pack(len(tables.entries), size, *tables.most.tolist()) + buffer[:size].tobytes() + body
     return found.ljust(len(tables.entries) // ENTRIES_PER_BYTE, b"\0")
 
 
-def tables_from_bytes(data: bytes, vocab_size: int, num_side: int) -> tuple[Tables, np.ndarray, np.ndarray]:
+def tables_from_bytes(data: bytes, vocab_size: int, num_side: int) -> Tables:
     """Reads what ``tables_to_bytes`` wrote. ValueError where it cannot have."""
     if len(data) < HEADER.size:
         raise ValueError("the tables are cut short")
     num_entries, size, *most = HEADER.unpack_from(data)
     num_contexts = NUM_LIST_TABLES + SIDE + num_side * NUM_BRANCHES
     sizes = [vocab_size, NUM_SLOTS * NUM_CLASSES, num_contexts * NUM_SYMBOLS, num_contexts * NUM_SYMBOLS]
-    inflated = _inflate(data[HEADER.size + size :], sum(sizes))
-    log_counts, log_weights, low, high = np.split(inflated, np.cumsum(sizes[:-1]))
+    stream = zlib.decompressobj()
+    try:
+        inflated = stream.decompress(data[HEADER.size + size :], sum(sizes) + 1)
+    except zlib.error as error:
+        raise ValueError(f"the tables are damaged: {error}") from None
+    if len(inflated) != sum(sizes) or not stream.eof or stream.unused_data.strip(b"\0"):
+        raise ValueError(f"the tables hold {len(inflated)} bytes or more where {sum(sizes)} are due, or are cut short")
+    log_counts, log_weights, low, high = np.split(np.frombuffer(inflated, np.uint8), np.cumsum(sizes[:-1]))
     every = (low.astype(np.int64) | high.astype(np.int64) << 8).reshape(num_contexts, NUM_SYMBOLS)
     impossible = log_counts.max() > 60 or log_weights.max() > 160 or max(most) >= 1 << 24
     if impossible or (every.sum(1) != 1 << TOTAL_BITS).any():
@@ -311,16 +297,4 @@ def tables_from_bytes(data: bytes, vocab_size: int, num_side: int) -> tuple[Tabl
     damaged, _ = code_lists(DECODE, buffer, numbers, LIST_SIZES, tables.ranks, tables.ranked, *lists)
     if damaged:
         raise ValueError("the tables' lists are damaged")
-    return tables, log_counts, log_weights
-
-
-def _inflate(data: bytes, size: int) -> np.ndarray:
-    """The zlib stream's bytes, of which there must be ``size``."""
-    stream = zlib.decompressobj()
-    try:
-        found = stream.decompress(data, size + 1)
-    except zlib.error as error:
-        raise ValueError(f"the tables are damaged: {error}") from None
-    if len(found) != size or not stream.eof or stream.unused_data.strip(b"\0"):
-        raise ValueError(f"the tables hold {len(found)} bytes or more where {size} are due, or are cut short")
-    return np.frombuffer(found, np.uint8)
+    return tables

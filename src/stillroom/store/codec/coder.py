@@ -1,4 +1,5 @@
-"""The range coder, and whole numbers in it. Imported only when something is encoded or decoded, since it needs numba.
+"""The range coder, and whole numbers in it: side numbers, counts, levels. Imported only when something is encoded or
+decoded, since it needs numba.
 
 Everything is written once for three modes: TRAIN counts symbols, ENCODE writes bytes, DECODE reads them. The coder is
 an int64 array: low end (or, decoding, the bytes read less the low end), range, place in the buffer, end of the buffer,
@@ -9,17 +10,14 @@ import numpy as np
 from numba import njit
 
 TRAIN, ENCODE, DECODE = 0, 1, 2
-
 LOW, RANGE, PLACE, END, DAMAGED, UNIT = 0, 1, 2, 3, 4, 5
-
-NUM_SYMBOLS = 93
-
-ESCAPE = 92
-
-TOTAL_BITS = 14
-
+NUM_SYMBOLS, ESCAPE, TOTAL_BITS = 93, 92, 14
+NUM_BRANCHES = 48
+COUNT, SAMPLE_COUNT, FIRST, STEP = 0, NUM_BRANCHES, 2 * NUM_BRANCHES, 3 * NUM_BRANCHES
+TIMES = STEP + 7 * 8 * 4
+FAR_RANK = TIMES + 9
+SIDE = FAR_RANK + 2
 OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
-
 INNER = {**OPTIONS, "_nrt": False}
 
 
@@ -151,3 +149,77 @@ def number(coder, buffer, mode, tables, context, value):
     low = min(coder[LOW] // coder[UNIT], (1 << bits) - 1) if mode == DECODE else value & ((1 << bits) - 1)
     narrow(coder, buffer, mode, low, 1)
     return (4 + (symbol & 3)) << bits | low
+
+
+@njit(forceinline=True, **INNER)
+def step_context(left, level, last):
+    """The context of a step: entries left (1, 2, 3-4, 5-8, ...), level (by 8), last step (0, 1, 2-3, more)."""
+    many = 0
+    while many < 6 and (1 << many) < left:
+        many += 1
+    return STEP + (many * 8 + min(level >> 3, 7)) * 4 + (min(last, 2) if last < 4 else 3)
+
+
+@njit(**INNER)
+def code_levels(mode, tables, coder, buffer, branch, levels, begin, end):
+    """A position's levels: the first, then each one's step from the one before."""
+    last = 0
+    for k in range(begin, end):
+        if k == begin:
+            levels[k] = number(coder, buffer, mode, tables.numbers, FIRST + branch, np.int64(levels[k]))
+            continue
+        context = step_context(end - k, levels[k - 1], last)
+        last = number(coder, buffer, mode, tables.numbers, context, levels[k] - levels[k - 1])
+        if mode == DECODE:
+            if levels[k - 1] + last >= 1 << 24:
+                coder[DAMAGED] = 1
+                return
+            levels[k] = levels[k - 1] + last
+
+
+@njit(forceinline=True, **INNER)
+def folded(count, most):
+    """A count as its distance from the most, or itself beyond; its own inverse."""
+    return most - count if count <= most else np.int64(count)
+
+
+@njit(**INNER)
+def code_head(mode, tables, coder, buffer, p, side, counts, sample_counts):
+    """A position's side numbers and how many entries and samples it has; the branch that the side numbers choose."""
+    branch = 0
+    for s in range(side.shape[1]):
+        context = SIDE + s * NUM_BRANCHES + branch
+        side[p, s] = number(coder, buffer, mode, tables.numbers, context, np.int64(side[p, s]))
+        branch = min(symbol_of(side[p, s]), NUM_BRANCHES - 1)
+    if side.shape[1] > 0:
+        branch = min(symbol_of(side[p, 0]), NUM_BRANCHES - 1)
+    found = number(coder, buffer, mode, tables.numbers, COUNT + branch, folded(counts[p], tables.most[0]))
+    counts[p] = folded(found, tables.most[0])
+    context = SAMPLE_COUNT + min(counts[p], NUM_BRANCHES - 1)
+    found = number(coder, buffer, mode, tables.numbers, context, folded(sample_counts[p], tables.most[1]))
+    sample_counts[p] = folded(found, tables.most[1])
+    if counts[p] > len(tables.ranked) or sample_counts[p] > len(tables.ranked) - counts[p]:
+        coder[DAMAGED] = 1
+    return branch
+
+
+@njit(**OPTIONS)
+def grown(array, size, mode):
+    """The array, or a larger one that holds ``size`` numbers."""
+    if mode != DECODE or size <= len(array):
+        return array
+    larger = np.empty(max(size, 2 * len(array)), np.int32)
+    larger[: len(array)] = array
+    return larger
+
+
+@njit(**INNER)
+def power(x, n):
+    """``x ** n`` for x in units of 2**-20."""
+    y = np.int64(1 << 20)
+    while n > 0:
+        if n & 1:
+            y = y * x >> 20
+        x = x * x >> 20
+        n >>= 1
+    return y
