@@ -30,22 +30,21 @@ from stillroom.kernels.numba_math import (
     INNER,
     LEAST,
     LOWEST_LOGIT,
+    OPTIONS,
     SCALAR,
     SUMS,
     TILE,
     f32,
     largest,
+    over_rows,
     shifted,
     softmax,
     sum_of,
 )
-from stillroom.kernels.threads import over_rows
 
 LOSSES = "forward_kl reverse_kl adaptive_kl jensen_shannon skew_kl skew_reverse_kl alpha_beta total_variation"
 KINDS = {name: number for number, name in enumerate([*LOSSES.split(), "cross_entropy", "logit_mse"])}
 """The losses that can be computed here with a dense teacher, and their numbers in numba_divergences.py."""
-
-OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
 
 
 class Entries(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stillroom.kernels import MEASURES, Term, numba_fused
-from stillroom.losses import metrics as all_measures
+from stillroom.losses import logits as all_measures
 from stillroom.losses.block import LogitBlock
 from stillroom.losses.config import LOSSES
 

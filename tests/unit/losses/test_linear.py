@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stillroom.lm_head import LMHead
 from stillroom.losses import fused_linear
 from stillroom.losses.fused_linear import linear_losses
-from stillroom.losses.metrics import top1_agreement
+from stillroom.losses.logits import top1_agreement
 from stillroom.signals import Dense
 
 REFUSALS = (ValueError, RuntimeError, TypeCheckError)

@@ -18,7 +18,7 @@ from stillroom.losses.divergences import forward_kl, reverse_kl
 from stillroom.losses.fused_linear import linear_losses
 from stillroom.losses.logits import cross_entropy
 from stillroom.losses.objective import Objective, position_weights
-from stillroom.losses.metrics import top1_agreement
+from stillroom.losses.logits import top1_agreement
 from stillroom.signals import Dense
 
 tokens = torch.arange(8).view(2, 4)

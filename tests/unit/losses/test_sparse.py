@@ -22,8 +22,7 @@ from sparse_reference import (
 
 from stillroom.errors import MismatchError
 from stillroom.losses import config, divergences, logits
-from stillroom.losses.block import LogitBlock
-from stillroom.losses.sparse import check_sparse
+from stillroom.losses.block import LogitBlock, check_sparse
 from stillroom.signals import Sparse
 
 with_corners = ("total_variation",)  # whose gradient has the size of a probability however near t and s are
