@@ -67,9 +67,11 @@ class Mutation:
 
 MUTATIONS = (
     # --- losses
-    Mutation("kl-swapped", "losses/divergences.py", "divergence(of_teacher)", "divergence(of_student)", "losses/test_kl.py", "forward KL is reverse KL"),
+    Mutation("kl-swapped", "losses/divergences.py", "divergence(of_teacher)", "divergence(of_student)",
+             "losses/test_kl.py", "forward KL is reverse KL"),
     Mutation("t2-not-on-gradient", "losses/divergences.py", "nats.mul_(temperature**2), gradient.mul_(temperature)",
-             "nats.mul_(temperature**2), gradient", "losses/test_every_loss.py", "T² is on the reported loss but not on the gradient"),
+             "nats.mul_(temperature**2), gradient", "losses/test_every_loss.py",
+             "T² is on the reported loss but not on the gradient"),
     Mutation("adaptive-kl-share", "losses/divergences.py", "torch.lerp(others, summands, share)",
              "torch.lerp(summands, others, share)", "losses/test_every_loss.py", "head and tail are exchanged"),
     Mutation("smoothing-not-in-gradient", "losses/logits.py", "smoothing - 1.0", "-1.0",

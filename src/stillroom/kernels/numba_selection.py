@@ -7,9 +7,7 @@ other device.
 import numpy as np
 from numba import njit
 
-from stillroom.kernels.numba_math import INNER, OPTIONS, largest, over_rows, softmax, sum_of
-
-__all__ = ["head_and_draws", "largest_of_rows", "over_rows"]
+from stillroom.kernels.numba_math import INNER, OPTIONS, largest, softmax, sum_of
 
 BLOCK = 64
 """The number of columns whose sum and maximum are taken together."""

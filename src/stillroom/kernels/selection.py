@@ -40,7 +40,8 @@ def top_indices(values: Float[Tensor, "n v"], k: int) -> tuple[Float[Tensor, "n 
     """
     n, v = values.shape
     if _on_cpu(values) and k > 0:
-        from stillroom.kernels.numba_selection import largest_of_rows, over_rows
+        from stillroom.kernels.numba_math import over_rows
+        from stillroom.kernels.numba_selection import largest_of_rows
 
         ids, largest = torch.zeros(n, min(k, v), dtype=torch.long), torch.empty(n, min(k, v))
         over_rows(largest_of_rows, values, ids, largest)
@@ -111,7 +112,8 @@ def head_and_sample(
     """
     n = len(logits)
     if _on_cpu(logits) and head > 0:
-        from stillroom.kernels.numba_selection import head_and_draws, over_rows
+        from stillroom.kernels.numba_math import over_rows
+        from stillroom.kernels.numba_selection import head_and_draws
 
         size = n, min(head, logits.shape[1])
         ids, values = torch.zeros(size, dtype=torch.long), torch.zeros(size)

@@ -203,22 +203,23 @@ class LogitMSE(LogitObjective):
     kind: Literal["logit_mse"]
 
 
-class HingeRanking(LogitObjective):
+class _Ranking(LogitObjective):
+    k: Annotated[int, Field(ge=2)] = 16
+    """The number of the teacher's top tokens that are put in order."""
+
+
+class HingeRanking(_Ranking):
     """Keep the order of the teacher's top tokens, with a margin."""
 
     kind: Literal["hinge_ranking"]
-    k: Annotated[int, Field(ge=2)] = 16
-    """The number of the teacher's top tokens that are put in order."""
     margin: Annotated[float, Field(gt=0)] = 1.0
     """The distance in logits between each of them and those behind it."""
 
 
-class LogisticRanking(LogitObjective):
+class LogisticRanking(_Ranking):
     """Keep the order of the teacher's top tokens, smoothly."""
 
     kind: Literal["logistic_ranking"]
-    k: Annotated[int, Field(ge=2)] = 16
-    """The number of the teacher's top tokens that are put in order."""
 
 
 class CrossEntropy(_Tempered):
