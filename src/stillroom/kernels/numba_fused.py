@@ -5,7 +5,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,16 +46,9 @@ KINDS = {name: number for number, name in enumerate([*LOSSES.split(), "cross_ent
 """The losses that can be computed here with a dense teacher, and their numbers in numba_divergences.py."""
 
 
-class Entries(NamedTuple):
-    """A sparse signal's targets for its one forward KL."""
-
-    ids: Int[Tensor, "r k"]
-    targets: Float[Tensor, "r k"]
-    """A target of 0 is no entry."""
-    residual: Float[Tensor, " r"] | None
-    """The mass of all other ids as one outcome; None where there is no such outcome."""
-    entropy: Float[Tensor, " r"] | None
-    """``−Σ y log y`` of the targets; None where there is a residual mass."""
+Entries = tuple[Int[Tensor, "r k"], Float[Tensor, "r k"], Float[Tensor, " r"] | None, Float[Tensor, " r"] | None]
+"""A sparse signal's ids and targets for its one forward KL, a target of 0 being no entry; the mass of all other ids as
+one outcome, None where there is no such outcome; and ``−Σ y log y`` of the targets, None where there is."""
 
 
 def fused(
@@ -78,13 +70,13 @@ def fused(
     wanted = np.zeros(len(MEASURES), np.bool_)
     wanted[list(measures)] = True
     none = student.new_zeros(r)
+    ids, targets, residual, entropy = entries or (labels.new_zeros(r, 1), student.new_zeros(r, 1), None, None)
+    kinds = [KINDS[terms[i].name] for i in order]
     if entries is None:
-        entries = Entries(labels.new_zeros(r, 1), student.new_zeros(r, 1), none, none)
         wanted[1:] &= teacher is not None
-        kinds = [KINDS[terms[i].name] for i in order]
     else:
-        with_entries = FROM_TARGETS if entries.residual is None else WITH_BUCKET
-        kinds = [CROSS_ENTROPY if terms[i].name == "cross_entropy" else with_entries for i in order]
+        with_entries = FROM_TARGETS if residual is None else WITH_BUCKET
+        kinds = [with_entries if kind == FORWARD_KL else kind for kind in kinds]
     numbers = np.array([(1 / terms[i].temperature, terms[i].a, terms[i].b) for i in order], np.float32)
     table = (np.array(kinds, np.int64), *numbers.T.copy())
     nats, measured = student.new_empty(r, len(terms)), student.new_full((r, len(MEASURES)), torch.nan)
@@ -93,16 +85,15 @@ def fused(
         student,
         student.new_empty(r, 0) if teacher is None else teacher,
         labels,
-        entries.ids,
-        entries.targets,
-        none if entries.residual is None else entries.residual,
-        none if entries.entropy is None else entries.entropy,
+        ids,
+        targets,
+        none if residual is None else residual,
+        none if entropy is None else entropy,
         weights.T[:, order].contiguous(),
         nats,
         measured,
     )
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return nats.T[back], measured.T
+    return nats.T[np.argsort(order)], measured.T
 
 
 @njit(**COPY)

@@ -34,20 +34,17 @@ class Buffers:
     """Memory for logits, used again by one caller: on a CPU new memory costs time."""
 
     def __init__(self) -> None:
-        self._flat: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._flat = torch.empty(0)
 
-    def take(self, number: int, rows: int, vocab_size: int, like: Tensor) -> list[Float[Tensor, "rows vocab_size"]]:
-        """``number`` tensors with arbitrary contents, of the type and device of ``like``."""
+    def take(self, number: int, rows: int, vocab_size: int, like: Tensor) -> Float[Tensor, "number rows vocab_size"]:
+        """Tensors with arbitrary contents, of the type and device of ``like``."""
+        size = number * rows * vocab_size
         if like.device.type != "cpu":
-            return [like.new_empty(rows, vocab_size) for _ in range(number)]
-        buffers = []
-        for i in range(number):
-            flat = self._flat.get((i, like.dtype))
-            if flat is None or len(flat) < rows * vocab_size:
-                with torch.inference_mode(False):  # or later calls could not train
-                    flat = self._flat[i, like.dtype] = torch.empty(rows * vocab_size, dtype=like.dtype)
-            buffers.append(flat[: rows * vocab_size].view(rows, vocab_size))
-        return buffers
+            return like.new_empty(number, rows, vocab_size)
+        if len(self._flat) < size or self._flat.dtype != like.dtype:
+            with torch.inference_mode(False):  # or later calls could not train
+                self._flat = torch.empty(size, dtype=like.dtype)
+        return self._flat[:size].view(number, rows, vocab_size)
 
 
 class LinearLosses(NamedTuple):
@@ -173,7 +170,7 @@ class _Work:
         block = entries = None
         if isinstance(self.signal, Sparse):
             block = LogitBlock(student.new_zeros(len(student), 1), None, labels, self.signal.at(rows))
-            entries = numba_fused.Entries(*self.entries(block))
+            entries = self.entries(block)
         nats, measured = numba_fused.fused(
             student, teacher, labels, self.terms, weights, gradient=gradient, measures=places, entries=entries
         )
@@ -183,7 +180,7 @@ class _Work:
                 self.measured[i, rows] = measure(block)  # a sparse signal contains it
 
     def entries(self, block: LogitBlock) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The ids, targets, residual mass and entropy of a sparse signal for its one forward KL.
+        """The ``Entries`` of a sparse signal for its one forward KL.
 
         Raises:
             MismatchError: an id is not in the vocabulary: kernels would read and write beside the logits.
@@ -260,7 +257,7 @@ class _LinearLosses(torch.autograd.Function):
             buffers = work.buffers.take(num_buffers, min(size, n), work.vocab_size, work.nats)
             for start in range(0, n, size):
                 rows = slice(start, min(start + size, n))
-                student, *others = (buffer[: rows.stop - start] for buffer in buffers)
+                student, *others = buffers[:, : rows.stop - start]
                 teacher = others[0] if others else None
                 logits_into(student, hidden[rows], head)
                 if dense is not None:

@@ -172,8 +172,9 @@ def cosine(pair: Pair) -> Float[Tensor, " n"]:
 def channel_kl(pair: Pair, *, temperature: float = 1.0) -> Float[Tensor, " n"]:
     """``T² · KL(softmax(t / T) ‖ softmax(s / T))`` over the channels, in nats."""
     student, teacher = pair.states()
-    apply: Any = _ChannelKL.apply
-    return apply(student, teacher, temperature)
+    nats, gradient = channel_forward_kl(student.detach() / temperature, teacher / temperature)
+    apply: Any = _WithGradient.apply
+    return apply(student, nats.mul_(temperature**2), gradient.mul_(temperature), ())
 
 
 def channel_forward_kl(student: Float[Tensor, "*r c"], teacher: Float[Tensor, "*r c"]) -> tuple[Tensor, Tensor]:
@@ -183,20 +184,26 @@ def channel_forward_kl(student: Float[Tensor, "*r c"], teacher: Float[Tensor, "*
     return summands.sum(-1).clamp_(min=0), gradient
 
 
-class _ChannelKL(torch.autograd.Function):
-    """Has the gradient as a formula, which is exactly 0 where student and teacher are equal."""
+class _WithGradient(torch.autograd.Function):
+    """Values with the gradient that a formula gives, which is exactly 0 where student and teacher are equal.
+
+    Positions that are of one of the ``groups`` have one value together.
+    """
 
     @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        nats, gradient = channel_forward_kl(student / temperature, teacher / temperature)
-        ctx.save_for_backward(gradient.mul_(temperature))
-        return nats.mul_(temperature**2)
+    def forward(ctx, _states: Tensor, values: Tensor, gradient: Tensor, groups: Sequence[Tensor]) -> Tensor:
+        ctx.groups = groups
+        ctx.save_for_backward(gradient)
+        return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream.unsqueeze(-1), None, None
+        total = upstream.clone() if ctx.groups else upstream
+        for positions in ctx.groups:
+            total[positions] = upstream[positions].sum(-1, keepdim=True)
+        return gradient * total.unsqueeze(-1), None, None, None
 
 
 def linear_cka(pair: Pair) -> Float[Tensor, " n"]:
@@ -206,43 +213,21 @@ def linear_cka(pair: Pair) -> Float[Tensor, " n"]:
     centered over them. A document of one position or two (where any states are alike), or with the same state at all of
     them, contributes 0 and no gradient.
     """
-    student, teacher = pair.student, pair.teacher
-    assert isinstance(student, Tensor)
-    assert isinstance(teacher, Tensor)
-    apply: Any = _LinearCKA.apply
-    return apply(student, teacher.detach(), by_length(pair.documents))
-
-
-class _LinearCKA(torch.autograd.Function):
-    """Computes a document's gradient beside its value; backward only scales it."""
-
-    @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor, groups: Sequence[Tensor]) -> Tensor:
-        dtype = accumulator(student.dtype)
-        values = student.new_empty(len(student), dtype=dtype)
-        gradient = torch.empty_like(student, dtype=dtype) if ctx.needs_input_grad[0] else None
-        with no_autocast(student):
-            for group in groups:
-                m, width = group.shape[1], student.shape[1] + teacher.shape[1]
-                bytes_each = values.itemsize * m * (2 * width + 3 * min(m, width))
-                for positions in group.split(max(1, CKA_BYTES // bytes_each)):
-                    x, y = (states[positions].to(dtype) for states in (student, teacher))
-                    value, slope = _one_minus_cka(x, y)
-                    values[positions] = value.unsqueeze(-1)
-                    if gradient is not None:
-                        gradient[positions] = slope
-        ctx.groups = groups
-        ctx.save_for_backward(gradient)
-        return values
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (gradient,) = ctx.saved_tensors
-        total = torch.empty_like(upstream)
-        for positions in ctx.groups:
-            total[positions] = upstream[positions].sum(-1, keepdim=True)
-        return gradient * total.unsqueeze(-1), None, None
+    assert isinstance(pair.student, Tensor)
+    assert isinstance(pair.teacher, Tensor)
+    student, teacher, dtype = pair.student.detach(), pair.teacher.detach(), accumulator(pair.student.dtype)
+    values, gradient = student.new_empty(len(student), dtype=dtype), torch.empty_like(student, dtype=dtype)
+    groups, width = by_length(pair.documents), student.shape[1] + teacher.shape[1]
+    with no_autocast(student):
+        for group in groups:
+            m = group.shape[1]
+            bytes_each = values.itemsize * m * (2 * width + 3 * min(m, width))
+            for positions in group.split(max(1, CKA_BYTES // bytes_each)):
+                x, y = (states[positions].to(dtype) for states in (student, teacher))
+                value, gradient[positions] = _one_minus_cka(x, y)
+                values[positions] = value.unsqueeze(-1)
+    apply: Any = _WithGradient.apply
+    return apply(pair.student, values, gradient, groups)
 
 
 def _one_minus_cka(
