@@ -48,9 +48,10 @@ def divergence(pointwise: Callable[..., Pointwise]) -> Loss:
             gradient.scatter_add_(-1, block.sparse.ids, of_entries)
         return (nats, gradient) if temperature == 1.0 else (nats.mul_(temperature**2), gradient.mul_(temperature))
 
-    shown, own = inspect.signature(loss, follow_wrapped=False), inspect.signature(pointwise)
-    block, temperature, _ = shown.parameters.values()
-    vars(loss)["__signature__"] = shown.replace(parameters=[block, temperature, *list(own.parameters.values())[1:]])
+    own, kind = list(inspect.signature(pointwise).parameters.values())[1:], inspect.Parameter
+    block = kind("block", kind.POSITIONAL_OR_KEYWORD, annotation=LogitBlock)
+    temperature = kind("temperature", kind.KEYWORD_ONLY, default=1.0, annotation=float)
+    vars(loss)["__signature__"] = inspect.Signature([block, temperature, *own], return_annotation=NatsAndGradient)
     return loss
 
 

@@ -1,6 +1,7 @@
 """Memory: sums by hand, the moments of a step, and advice that holds."""
 
-from dataclasses import inspect
+import inspect
+from dataclasses import replace
 
 import pytest
 import replace
