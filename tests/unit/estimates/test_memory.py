@@ -4,7 +4,6 @@ import inspect
 from dataclasses import replace
 
 import pytest
-import replace
 
 from published import PUBLISHED
 from stillroom.errors import ConfigError
