@@ -19,35 +19,22 @@ from torch import Tensor
 from stillroom import kernels
 
 OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
-
 INNER = {**OPTIONS, "_nrt": False, "fastmath": False}  # else a caller's
-
 SCALAR = {**INNER, "forceinline": True}
-
 EXACT = {**SCALAR, "fastmath": {"contract"}}
-
 COPY = {**INNER, "fastmath": {"contract"}}
-
 SUMS = {**INNER, "fastmath": {"reassoc", "nsz", "contract"}}
-
 TILE = 4096
 """The number of logits whose summands are added up in float32."""
-
 f32, i32 = np.float32, np.int32
-
 LOWEST_LOGIT = f32(kernels.LOWEST_LOGIT)
-
 LOWEST = f32(-87.33)
 """The exponential of anything below is taken as 0; it would be below the least normal number."""
-
 HIGHEST = f32(40)
 """The most that a logit may be above the reference of the exponentials."""
-
 ROUND = f32(1.5 * 2**23)
 """Added to a small number and subtracted again, it leaves the nearest integer, whose bits are the last of the sum."""
-
 LEAST = f32(1.1754944e-38)
-
 LOG2_E, LN_2_HIGH, LN_2_LOW, SQRT_HALF = f32(1.44269504), f32(0.693359375), f32(-2.12194440e-4), f32(0.70710678)
 
 

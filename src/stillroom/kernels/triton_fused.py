@@ -30,11 +30,8 @@ KINDS: dict[str, float | None] = {
 computed."""
 BLOCK = 2048
 """The number of logits that a program loads together."""
-
 OPTIONS = {"num_warps": 16, "enable_fp_fusion": False}
-
 LOWEST = tl.constexpr(LOWEST_LOGIT)
-
 NO_COLUMN = tl.constexpr(2**31 - 1)
 
 

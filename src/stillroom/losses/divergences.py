@@ -100,7 +100,7 @@ def reverse_kl(o: Outcomes) -> Pointwise:
 
 @divergence
 def jensen_shannon(o: Outcomes, *, beta: float = 0.5) -> Pointwise:
-    """Generalised Jensen-Shannon: ``T² (β KL(t ‖ m) + (1 − β) KL(s ‖ m))`` with ``m = β t + (1 − β) s``.
+    """Generalized Jensen-Shannon: ``T² (β KL(t ‖ m) + (1 − β) KL(s ‖ m))`` with ``m = β t + (1 − β) s``.
 
     Gradient ``T (w − s Σ w)`` with ``w = (1 − β) s log(s / m)``. Divided by β it tends to forward KL as β → 0, divided
     by 1 − β to reverse KL as β → 1 (arXiv 2306.13649).

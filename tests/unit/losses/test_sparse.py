@@ -390,7 +390,7 @@ def test_what_a_signal_does_not_tell_is_refused(name, temperature, signal, says)
         value_and_gradient(name, random_logits()[0], signal, temperature)
 
 
-def test_what_can_be_learnt_is_known_before_anything_is_computed():
+def test_what_can_be_learned_is_known_before_anything_is_computed():
     for allowed in (
         ("forward_kl", 1.0, True, ()),
         ("reverse_kl", 2.0, False, STORED),
