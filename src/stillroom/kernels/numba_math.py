@@ -1,5 +1,5 @@
-"""What kernels on a CPU are made of: exponentials, logarithms and softmax of a row of float32, and threads that share
-the rows. Needs numba.
+"""Parts of all kernels on a CPU: exponentials, logarithms and softmax of a row of float32, and threads that share the
+rows. Needs numba.
 
 Loops go by index, branches are choices between values, and the largest of a row is found in integers, so that all of it
 is compiled to vector instructions. Sums are reassociated within a tile of a row, and added up in float64 over tiles.

@@ -73,7 +73,7 @@ class Schedule(Config):
     """A number that changes over the run; one that does not is written as the number itself."""
 
     kind: Literal["linear", "cosine"]
-    """In a straight line, or slowly at both ends."""
+    """The change is a straight line, or slow at both ends."""
     start: NotNegative
     """At the first step."""
     stop: NotNegative
