@@ -180,30 +180,30 @@ def finish(grad_terms, s, total, factor):
 
 
 @njit(**SUMS)
+def sum_from(row, border):
+    """The sum of all numbers of a tile that are at least ``border``."""
+    total = f32(0)
+    for j in range(len(row)):
+        total += row[j] if row[j] >= border else f32(0)
+    return total
+
+
+@njit(**INNER)
 def mass_from(row, border):
-    """The sum of all numbers that are at least ``border``."""
     total = 0.0
     for start in range(0, len(row), TILE):
-        tile, of_tile = row[start : start + TILE], f32(0)
-        for j in range(len(tile)):
-            of_tile += tile[j] if tile[j] >= border else f32(0)
-        total += of_tile
+        total += sum_from(row[start : start + TILE], border)
     return total
 
 
 @njit(**SUMS)
 def gaps(t, s, border):
-    """Σ |t − s| over the tokens with t above the border, and over all."""
-    above, total = 0.0, 0.0
-    for start in range(0, len(t), TILE):
-        x, y = t[start : start + TILE], s[start : start + TILE]
-        of_above, of_total = f32(0), f32(0)
-        for j in range(len(x)):
-            gap = abs(x[j] - y[j])
-            of_total += gap
-            of_above += gap if x[j] > border else f32(0)
-        above += of_above
-        total += of_total
+    """Σ |t − s| over the tokens of a tile with t above the border, and over all of them."""
+    above, total = f32(0), f32(0)
+    for j in range(len(t)):
+        gap = abs(t[j] - s[j])
+        total += gap
+        above += gap if t[j] > border else f32(0)
     return above, total
 
 
@@ -224,7 +224,11 @@ def head_share(t, s, mass):
         else:
             high = middle
     border = i32(low).view(np.float32)
-    above, total = gaps(t, s, border)
+    above, total = 0.0, 0.0
+    for start in range(0, len(t), TILE):
+        of_above, of_total = gaps(t[start : start + TILE], s[start : start + TILE], border)
+        above += of_above
+        total += of_total
     left = mass - mass_from(t, i32(low + 1).view(np.float32))
     for j in range(len(t)):  # the first of equals at the border
         if left <= 0 or border == 0:

@@ -127,7 +127,8 @@ class LogitBlock:
             (log_t.exp() * finite, log_residual.exp()),
             (log_s.exp() * finite, residual),
         )
-        return Outcomes(*(torch.cat([entries, last.unsqueeze(-1)], -1) for entries, last in columns), others)
+        log_t, log_s, t, s = (torch.cat([entries, last.unsqueeze(-1)], -1) for entries, last in columns)
+        return Outcomes(log_t, log_s, t, s, others)
 
     def targets(
         self, temperature: float, missing: Missing
