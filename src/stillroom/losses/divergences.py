@@ -11,9 +11,9 @@ from torch import Tensor
 from stillroom.losses.block import LogitBlock, Loss, NatsAndGradient, Outcomes
 from stillroom.losses.config import LOSSES, Missing
 
-Pointwise = tuple[Float[Tensor, "r m"], Float[Tensor, "r m"]]
+Pointwise = tuple[Tensor, Tensor]
 """The value of a pure function of the outcomes, for ``D(t ‖ s) = Σ_j φ(t_j, s_j)``: the summands φ_j and the *logit
-gradient terms* ``w_j = s_j ∂φ/∂s_j``, new tensors.
+gradient terms* ``w_j = s_j ∂φ/∂s_j``, new tensors [r, m].
 
 Multiples of s − t or s, whose sums are constant, may be added to either, so that summands are at least 0 and both
 exactly 0 where t = s.
