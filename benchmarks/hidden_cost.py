@@ -29,8 +29,8 @@ def step_of(side: str) -> Callable[[], float]:
     import torch
 
     from stillroom.batch import Batch
+    from stillroom.config import LOGITS_BYTES
     from stillroom.losses.divergences import forward_kl
-    from stillroom.losses.fused_linear import CHUNK_BYTES
     from stillroom.losses.objective import Objective
     from stillroom.teachers.live import LiveTeacher
     from stillroom.training.hidden_objective import HiddenLoss, HiddenSpec, layers_of
@@ -44,7 +44,7 @@ def step_of(side: str) -> Callable[[], float]:
     teacher = LiveTeacher(throughput.build("teacher"), *layers_of(specs, 1))
     module = StudentStep(
         throughput.build("student"), (Objective("forward_kl", forward_kl),), vocab_size=None,
-        logits_bytes=CHUNK_BYTES, hidden=[HiddenLoss(spec) for spec in specs],
+        logits_bytes=LOGITS_BYTES, hidden=[HiddenLoss(spec) for spec in specs],
     ).train()  # fmt: skip
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
     ids = throughput.tokens()

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, linear
 
+from stillroom.config import LOGITS_BYTES
 from stillroom.lm_head import LMHead
 from stillroom.losses.config import LOSSES
-from stillroom.losses.fused_linear import CHUNK_BYTES, Buffers, linear_losses
+from stillroom.losses.fused_linear import Buffers, linear_losses
 from stillroom.losses.objective import Objective
 from stillroom.signals import Dense, Signal, Sparse
 
@@ -110,7 +111,7 @@ def ours(name: str, signal: Callable[[Problem], Signal | None] = Problem.dense) 
 
 def chunk_rows(vocabulary: int) -> int:
     """How many positions our own chunks have, where there is a dense teacher."""
-    return max(1, CHUNK_BYTES // (vocabulary * 4 * 2))
+    return max(1, LOGITS_BYTES // (vocabulary * 4 * 2))
 
 
 @torch.no_grad()

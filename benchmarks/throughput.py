@@ -75,8 +75,8 @@ def stillroom_step() -> Callable[[], float]:
     import torch
 
     from stillroom.batch import Batch
+    from stillroom.config import LOGITS_BYTES
     from stillroom.losses.divergences import forward_kl
-    from stillroom.losses.fused_linear import CHUNK_BYTES
     from stillroom.losses.logits import cross_entropy
     from stillroom.losses.objective import Objective
     from stillroom.teachers.live import LiveTeacher
@@ -84,7 +84,7 @@ def stillroom_step() -> Callable[[], float]:
 
     teacher = LiveTeacher(build("teacher"))
     objectives = (Objective("forward_kl", forward_kl, 0.9), Objective("cross_entropy", cross_entropy, 0.1))
-    module = StudentStep(build("student"), objectives, vocab_size=None, logits_bytes=CHUNK_BYTES).train()
+    module = StudentStep(build("student"), objectives, vocab_size=None, logits_bytes=LOGITS_BYTES).train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
     ids = tokens()
     positions = torch.arange(LENGTH).expand(ROWS, -1)

@@ -25,29 +25,25 @@ class LMHead:
     def vocab_size(self) -> int:
         return self.weight.shape[0]
 
-    def checked_vocab_size(self, requested: int | None) -> int:
-        """The number of logits to use: ``requested``, or all where it is None.
-
-        Raises:
-            MismatchError: the head has fewer, or fewer than one is requested.
-        """
-        vocab_size = self.vocab_size if requested is None else requested
-        if not 0 < vocab_size <= self.vocab_size:
-            raise MismatchError(
-                f"{vocab_size} columns cannot be taken from the head",
-                {"asked for": f"{vocab_size} columns", "the head has": f"{self.vocab_size} columns"},
-                why="The others would be whatever lies in memory.",
-                fix="Compare at most the columns that both heads have.",
-            )
-        return vocab_size
-
     def logits(self, hidden: Float[Tensor, "n d"], vocab_size: int | None = None) -> Float[Tensor, "n c"]:
         """The first ``vocab_size`` logits (all by default), float32, or float64 where ``hidden`` is. No gradients."""
-        size = (len(hidden), self.checked_vocab_size(vocab_size))
-        out = torch.empty(size, dtype=accumulator(hidden.dtype), device=hidden.device)
+        vocab_size = self.vocab_size if vocab_size is None else vocab_size
+        check_columns(vocab_size, self.vocab_size, "head")
+        out = torch.empty(len(hidden), vocab_size, dtype=accumulator(hidden.dtype), device=hidden.device)
         with torch.no_grad():
             logits_into(out, hidden, self)
         return out
+
+
+def check_columns(asked_for: int, there: int, whose: str) -> None:
+    """Raises MismatchError where there are fewer columns of the vocabulary than asked for, or fewer than one is."""
+    if not 0 < asked_for <= there:
+        raise MismatchError(
+            f"{asked_for} columns cannot be taken from the {whose}",
+            {"asked for": f"{asked_for} columns", f"the {whose} has": f"{there} columns"},
+            why="The others would be whatever lies in memory.",
+            fix="Compare at most the columns that both heads have.",
+        )
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -6,7 +6,7 @@ import torch
 from stillroom.batch import Batch
 from stillroom.lm_head import LMHead
 from stillroom.losses.divergences import forward_kl, reverse_kl
-from stillroom.losses.fused_linear import kernel_for, linear_losses
+from stillroom.losses.fused_linear import kernel_terms, linear_losses
 from stillroom.losses.logits import cross_entropy
 from stillroom.losses.objective import Objective
 from stillroom.signals import Dense
@@ -48,7 +48,7 @@ def losses_and_gradients(inputs, softcap: float | None, **options):
 def test_losses_and_gradients_equal_float64_on_the_cpu(dtype, tolerance, chunk_bytes, softcap):
     """Without a softcap by the kernel, with one on tensors."""
     rounded = problem(dtype, "cpu")
-    by_kernel = kernel_for(OBJECTIVES, [], rounded[3], dtype=torch.float32, device=torch.device("cuda"))
+    by_kernel = kernel_terms(OBJECTIVES, [], rounded[3], dtype=torch.float32, device=torch.device("cuda"))
     assert by_kernel is not None
     wanted = losses_and_gradients([x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else
                                    Dense(x.hidden.double(), LMHead(x.head.weight.double(), softcap=30.0)) if

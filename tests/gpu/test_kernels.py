@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stillroom.kernels import MEASURES, Term
-from stillroom.losses import metrics
+from stillroom.losses import logits
 from stillroom.losses.block import LogitBlock
 from stillroom.losses.config import LOSSES
 
@@ -98,7 +98,7 @@ def test_a_weighted_sum_of_rows_far_apart_and_unaligned(fused, problem):
         assert relative_error(found, row) <= 1e-5
     block = LogitBlock(student[rows].double().cpu(), teacher[rows].double().cpu(), labels[rows].cpu())
     for name, found in zip(MEASURES, measured, strict=True):
-        right = getattr(metrics, name)(block)
+        right = getattr(logits, name)(block)
         torch.testing.assert_close(found[rows].double().cpu(), right, rtol=1e-5, atol=1e-6)
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from stillroom.errors import MismatchError
+from stillroom.losses.block import check_sparse
 from stillroom.losses.config import LOSSES, ByEntropy, ObjectiveConfig, Schedule
-from stillroom.losses.sparse import check_sparse
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guide"
 TEXT = (GUIDE / "losses.md").read_text(encoding="utf-8")

@@ -10,8 +10,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from stillroom.config import format_setting
 from stillroom.distill.config import DistillConfig
 from stillroom.errors import ConfigError, DataError, MismatchError
+from stillroom.losses.block import check_sparse
 from stillroom.losses.config import LOSSES, HiddenObjective, LogitObjective, ObjectiveConfig
-from stillroom.losses.sparse import check_sparse
 from stillroom.store.config import SAMPLED, Full, QuantizedSignal, TopK, known_temperatures, side_columns
 from stillroom.store.reader import Store
 from stillroom.teachers.config import ServerTeacherConfig

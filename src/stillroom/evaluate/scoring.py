@@ -20,8 +20,15 @@ from stillroom.data.dataset import CountedDocuments
 from stillroom.errors import NonFiniteError, OutOfMemoryError
 from stillroom.losses.divergences import forward_kl, reverse_kl
 from stillroom.losses.fused_linear import Buffers, linear_losses
-from stillroom.losses.logits import cross_entropy
-from stillroom.losses.metrics import accepted_mass, confidence, correct, student_entropy, top1_agreement, top10_overlap
+from stillroom.losses.logits import (
+    accepted_mass,
+    confidence,
+    correct,
+    cross_entropy,
+    student_entropy,
+    top1_agreement,
+    top10_overlap,
+)
 from stillroom.losses.objective import Measure, Objective
 from stillroom.models.hidden_states import last_hidden_states, lm_head
 from stillroom.signals import Dense

@@ -16,7 +16,7 @@ class Term(NamedTuple):
     """A loss with its numbers."""
 
     name: str
-    """In ``LOSSES``."""
+    """Its name in ``LOSSES``."""
     temperature: float = 1.0
     a: float = 0.0
     """beta of Jensen-Shannon, alpha of the skewed and the α-β divergences, mu of adaptive KL, smoothing."""

@@ -7,10 +7,7 @@ from numba import njit
 
 from stillroom.kernels.numba_math import COPY, INNER, SCALAR, SUMS, TILE, exp, expm1, f32, i32, largest, log1p, shifted
 
-OUTER = {
-    key: value for key, value in SUMS.items() if key != "cache"
-}  # each is compiled into its caller, which is cached
-
+OUTER = {**SUMS, "cache": False}  # each is compiled into its caller, which is cached
 
 FORWARD_KL, REVERSE_KL, ADAPTIVE_KL, JENSEN_SHANNON, SKEW_KL, SKEW_REVERSE_KL, ALPHA_BETA, TOTAL_VARIATION = range(8)
 CROSS_ENTROPY, LOGIT_MSE, FROM_TARGETS, WITH_BUCKET = range(8, 12)
@@ -50,21 +47,6 @@ def of_teacher(x, y, s, t, _a, _b):
 
 
 forward_kl = over_tile(of_teacher)
-
-
-@njit(**OUTER)
-def forward_kl_in_place(student, teacher, norms, s, t, of_s, of_t, factor):
-    """The sum of summands; ``factor · (s − t)``, which is the gradient already, replaces the student's logits.
-
-    ``s`` and ``t`` have yet to be multiplied by ``of_s`` and ``of_t``.
-    """
-    value = f32(0)
-    for j in range(len(student)):
-        x, y = logs(student[j], teacher[j], norms)
-        summand, term = of_teacher(x, y, s[j] * of_s, t[j] * of_t, f32(0), f32(0))
-        value += summand
-        student[j] = term * factor
-    return value
 
 
 @over_tile
@@ -171,13 +153,22 @@ def divergence(kind, student, teacher, norms, s, t, a, b, factor, out):
     return 0.0 if value < 0 else value
 
 
-@njit(**INNER)
+@njit(**SUMS)
 def forward_kl_alone(student, teacher, norms, s, t, of_s, of_t, factor):
-    """The value; ``factor`` times the gradient replaces the student's logits. It saves one pass over the row."""
+    """The value; ``factor · (s − t)``, which is the gradient already, replaces the student's logits.
+
+    It saves one pass over the row: ``s`` and ``t`` have yet to be multiplied by ``of_s`` and ``of_t``.
+    """
     value = 0.0
     for start in range(0, len(student), TILE):
-        here = slice(start, start + TILE)
-        value += forward_kl_in_place(student[here], teacher[here], norms, s[here], t[here], of_s, of_t, factor)
+        here, of_tile = slice(start, start + TILE), f32(0)
+        a, b, p, q = student[here], teacher[here], s[here], t[here]
+        for j in range(len(a)):
+            x, y = logs(a[j], b[j], norms)
+            summand, term = of_teacher(x, y, p[j] * of_s, q[j] * of_t, f32(0), f32(0))
+            of_tile += summand
+            a[j] = term * factor
+        value += of_tile
     return 0.0 if value < 0 else value
 
 
@@ -222,10 +213,8 @@ def head_share(t, s, mass):
 
     Its border is found by bisection in the bits of the numbers, which are in the same order.
     """
-    low, high = (
-        i32(0),
-        i32(f32(largest(t)).view(np.int32) + i32(1)),
-    )  # bits of a border with enough mass above it, and of one without
+    # bits of a border with enough mass above it, and of one without
+    low, high = i32(0), i32(f32(largest(t)).view(np.int32) + i32(1))
     if mass_from(t, f32(0)) <= mass:
         high = low
     while high - low > 1:

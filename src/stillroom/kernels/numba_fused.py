@@ -5,7 +5,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,34 +29,26 @@ from stillroom.kernels.numba_math import (
     INNER,
     LEAST,
     LOWEST_LOGIT,
+    OPTIONS,
     SCALAR,
     SUMS,
     TILE,
     f32,
     largest,
+    over_rows,
     shifted,
     softmax,
     sum_of,
 )
-from stillroom.kernels.threads import over_rows
 
 LOSSES = "forward_kl reverse_kl adaptive_kl jensen_shannon skew_kl skew_reverse_kl alpha_beta total_variation"
 KINDS = {name: number for number, name in enumerate([*LOSSES.split(), "cross_entropy", "logit_mse"])}
 """The losses that can be computed here with a dense teacher, and their numbers in numba_divergences.py."""
 
-OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
 
-
-class Entries(NamedTuple):
-    """A sparse signal's targets for its one forward KL."""
-
-    ids: Int[Tensor, "r k"]
-    targets: Float[Tensor, "r k"]
-    """A target of 0 is no entry."""
-    residual: Float[Tensor, " r"] | None
-    """The mass of all other ids as one outcome; None where there is no such outcome."""
-    entropy: Float[Tensor, " r"] | None
-    """``−Σ y log y`` of the targets; None where there is a residual mass."""
+Entries = tuple[Int[Tensor, "r k"], Float[Tensor, "r k"], Float[Tensor, " r"] | None, Float[Tensor, " r"] | None]
+"""A sparse signal's ids and targets for its one forward KL, a target of 0 being no entry; the mass of all other ids as
+one outcome, None where there is no such outcome; and ``−Σ y log y`` of the targets, None where there is."""
 
 
 def fused(
@@ -79,13 +70,13 @@ def fused(
     wanted = np.zeros(len(MEASURES), np.bool_)
     wanted[list(measures)] = True
     none = student.new_zeros(r)
+    ids, targets, residual, entropy = entries or (labels.new_zeros(r, 1), student.new_zeros(r, 1), None, None)
+    kinds = [KINDS[terms[i].name] for i in order]
     if entries is None:
-        entries = Entries(labels.new_zeros(r, 1), student.new_zeros(r, 1), none, none)
         wanted[1:] &= teacher is not None
-        kinds = [KINDS[terms[i].name] for i in order]
     else:
-        with_entries = FROM_TARGETS if entries.residual is None else WITH_BUCKET
-        kinds = [CROSS_ENTROPY if terms[i].name == "cross_entropy" else with_entries for i in order]
+        with_entries = FROM_TARGETS if residual is None else WITH_BUCKET
+        kinds = [with_entries if kind == FORWARD_KL else kind for kind in kinds]
     numbers = np.array([(1 / terms[i].temperature, terms[i].a, terms[i].b) for i in order], np.float32)
     table = (np.array(kinds, np.int64), *numbers.T.copy())
     nats, measured = student.new_empty(r, len(terms)), student.new_full((r, len(MEASURES)), torch.nan)
@@ -94,16 +85,15 @@ def fused(
         student,
         student.new_empty(r, 0) if teacher is None else teacher,
         labels,
-        entries.ids,
-        entries.targets,
-        none if entries.residual is None else entries.residual,
-        none if entries.entropy is None else entries.entropy,
+        ids,
+        targets,
+        none if residual is None else residual,
+        none if entropy is None else entropy,
         weights.T[:, order].contiguous(),
         nats,
         measured,
     )
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return nats.T[back], measured.T
+    return nats.T[np.argsort(order)], measured.T
 
 
 @njit(**COPY)
@@ -119,20 +109,25 @@ def add_to(out, x):
         out[j] += x[j]
 
 
+@njit(**SCALAR)
+def log_of(logit, norms):
+    """The log-probability of the student's logit."""
+    return shifted(logit, norms[0], norms[1]) - norms[2]
+
+
 @njit(**INNER)
 def cross_entropy(student, norms, s, label, smoothing, factor, out):
     """The value; ``factor · (s − y)`` goes into ``out``."""
-    scale, reference, log_sum = norms[0], norms[1], norms[2]
     multiple_of(s, f32(1), factor, out)
     if not 0 <= label < len(student):
         return np.nan
-    value = -np.float64(shifted(student[label], scale, reference) - log_sum)
+    value = -np.float64(log_of(student[label], norms))
     if smoothing > 0:
         count, total = 0, 0.0
         for j in range(len(student)):
             if not student[j] <= LOWEST_LOGIT:
                 count += 1
-                total += shifted(student[j], scale, reference) - log_sum
+                total += log_of(student[j], norms)
         share = smoothing / f32(count)
         value = value * (1 - smoothing) - total * share
         for j in range(len(student)):
@@ -143,52 +138,40 @@ def cross_entropy(student, norms, s, label, smoothing, factor, out):
 
 
 @njit(**SUMS)
-def logit_gaps(student, teacher, out):
-    """Writes the differences of logits that are possible for both into ``out``; returns their number and their sum."""
-    count, total = f32(0), f32(0)
-    for j in range(len(out)):
-        off = (student[j] <= LOWEST_LOGIT) | (teacher[j] <= LOWEST_LOGIT)
-        gap = f32(0) if off else student[j] - teacher[j]
-        count += f32(0) if off else f32(1)
-        total += gap
-        out[j] = gap
-    return count, total
-
-
-@njit(**SUMS)
-def center(student, teacher, mean, factor, out):
-    """Replaces the differences by ``factor · (gap − mean)``; returns the sum of squares of ``gap − mean``."""
-    total = f32(0)
-    for j in range(len(out)):
-        off = (student[j] <= LOWEST_LOGIT) | (teacher[j] <= LOWEST_LOGIT)
-        gap = f32(0) if off else out[j] - mean
-        total += gap * gap
-        out[j] = gap * factor
-    return total
-
-
-@njit(**INNER)
 def logit_mse(student, teacher, factor, out):
+    """The value; ``factor`` times the gradient goes into ``out``. What is impossible for either does not count."""
     count, total, squares = 0.0, 0.0, 0.0
     for start in range(0, len(out), TILE):
         here = slice(start, start + TILE)
-        of_count, of_total = logit_gaps(student[here], teacher[here], out[here])
+        a, b, gaps, of_count, of_total = student[here], teacher[here], out[here], f32(0), f32(0)
+        for j in range(len(gaps)):
+            off = (a[j] <= LOWEST_LOGIT) | (b[j] <= LOWEST_LOGIT)
+            gap = f32(0) if off else a[j] - b[j]
+            of_count += f32(0) if off else f32(1)
+            of_total += gap
+            gaps[j] = gap
         count += of_count
         total += of_total
     count = max(count, 1.0)
+    mean, share = f32(total / count), f32(2 / count) * factor
     for start in range(0, len(out), TILE):
         here = slice(start, start + TILE)
-        squares += center(student[here], teacher[here], f32(total / count), f32(2 / count) * factor, out[here])
+        a, b, gaps, of_squares = student[here], teacher[here], out[here], f32(0)
+        for j in range(len(gaps)):
+            off = (a[j] <= LOWEST_LOGIT) | (b[j] <= LOWEST_LOGIT)
+            gap = f32(0) if off else gaps[j] - mean
+            of_squares += gap * gap
+            gaps[j] = gap * share
+        squares += of_squares
     return squares / count
 
 
 @njit(**INNER)
 def from_targets(student, norms, s, ids, targets, entropy, factor, out):
     """``Σ y (log y − log s)`` with targets on a few ids; ``factor · (s Σ y − y)`` goes into ``out``."""
-    scale, reference, log_sum = norms[0], norms[1], norms[2]
     value, total = 0.0, 0.0
     for k in range(len(ids)):
-        value -= targets[k] * np.float64(shifted(student[ids[k]], scale, reference) - log_sum)
+        value -= targets[k] * np.float64(log_of(student[ids[k]], norms))
         total += targets[k]
     multiple_of(s, f32(total), factor, out)
     for k in range(len(ids)):
@@ -214,12 +197,11 @@ def with_bucket(student, norms, s, ids, targets, residual, factor, out):
 
     Its gradient goes into ``out``; the probabilities of the entries in ``s`` become 0.
     """
-    scale, reference, log_sum = norms[0], norms[1], norms[2]
     value, grad_terms = 0.0, 0.0
     of_residual = f32(residual_mass(s, ids, targets))
     for k in range(len(ids)):
         if targets[k] > 0:
-            x = shifted(student[ids[k]], scale, reference) - log_sum
+            x = log_of(student[ids[k]], norms)
             term = f32(np.exp(x)) - targets[k]
             value += targets[k] * (np.log(np.float64(targets[k])) - x) + term
             grad_terms += term
@@ -229,56 +211,41 @@ def with_bucket(student, norms, s, ids, targets, residual, factor, out):
     multiple_of(s, f32((of_residual - residual) / max(of_residual, LEAST) - grad_terms), factor, out)
     for k in range(len(ids)):
         if targets[k] > 0:
-            p = f32(np.exp(shifted(student[ids[k]], scale, reference) - log_sum))
+            p = f32(np.exp(log_of(student[ids[k]], norms)))
             out[ids[k]] = (p - targets[k] - p * f32(grad_terms)) * factor
     return 0.0 if value < 0 else value
 
 
-@njit(**SCALAR)
-def log_of(logit, norms):
-    scale, reference, log_sum = norms
-    return shifted(logit, scale, reference) - log_sum
-
-
 @njit(**SUMS)
-def plogp(logits, norms, p):
-    total = f32(0)
-    for j in range(len(p)):
-        total += p[j] * log_of(logits[j], norms)
-    return total
-
-
-@njit(**INNER)
 def entropy(logits, norms, p):
+    """``−Σ p log p``."""
     total = 0.0
     for start in range(0, len(p), TILE):
-        total -= plogp(logits[start : start + TILE], norms, p[start : start + TILE])
+        x, q, of_tile = logits[start : start + TILE], p[start : start + TILE], f32(0)
+        for j in range(len(q)):
+            of_tile += q[j] * log_of(x[j], norms)
+        total -= of_tile
     return total
 
 
 @njit(**SUMS)
-def overlap_of(s, t):
-    total = f32(0)
-    for j in range(len(t)):
-        total += s[j] if s[j] < t[j] else t[j]
-    return total
-
-
-@njit(**INNER)
 def overlap(s, t):
+    """``Σ min(t, s)``."""
     total = 0.0
     for start in range(0, len(t), TILE):
-        total += overlap_of(s[start : start + TILE], t[start : start + TILE])
+        x, y, of_tile = s[start : start + TILE], t[start : start + TILE], f32(0)
+        for j in range(len(y)):
+            of_tile += x[j] if x[j] < y[j] else y[j]
+        total += of_tile
     return total
 
 
 @njit(**INNER)
 def overlap_of_entries(student, norms, s, ids, targets, residual):
     """``Σ min(t, s)`` over entries and bucket. The probabilities of the entries in ``s`` become 0."""
-    scale, reference, log_sum = norms[0], norms[1], norms[2]
     total = min(residual_mass(s, ids, targets), np.float64(residual))
     for k in range(len(ids)):
-        total += min(targets[k], f32(np.exp(shifted(student[ids[k]], scale, reference) - log_sum)))
+        total += min(targets[k], f32(np.exp(log_of(student[ids[k]], norms))))
     return total
 
 

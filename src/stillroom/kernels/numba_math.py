@@ -1,43 +1,40 @@
-"""Exponentials, logarithms and softmax of a row of float32, for kernels on a CPU. Needs numba.
+"""Parts of all kernels on a CPU: exponentials, logarithms and softmax of a row of float32, and threads that share the
+rows. Needs numba.
 
 Loops go by index, branches are choices between values, and the largest of a row is found in integers, so that all of it
 is compiled to vector instructions. Sums are reassociated within a tile of a row, and added up in float64 over tiles.
 Polynomials are those of the Cephes library, good to about one unit in the last place.
 """
 
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
+
 import numpy as np
+import torch
 from numba import njit
+from torch import Tensor
 
 from stillroom import kernels
 
-INNER = {"cache": True, "nogil": True, "error_model": "numpy", "_nrt": False, "fastmath": False}  # else a caller's
-
+OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
+INNER = {**OPTIONS, "_nrt": False, "fastmath": False}  # else a caller's
 SCALAR = {**INNER, "forceinline": True}
-
 EXACT = {**SCALAR, "fastmath": {"contract"}}
-
 COPY = {**INNER, "fastmath": {"contract"}}
-
 SUMS = {**INNER, "fastmath": {"reassoc", "nsz", "contract"}}
-
 TILE = 4096
 """The number of logits whose summands are added up in float32."""
-
 f32, i32 = np.float32, np.int32
-
 LOWEST_LOGIT = f32(kernels.LOWEST_LOGIT)
-
 LOWEST = f32(-87.33)
 """The exponential of anything below is taken as 0; it would be below the least normal number."""
-
 HIGHEST = f32(40)
 """The most that a logit may be above the reference of the exponentials."""
-
 ROUND = f32(1.5 * 2**23)
 """Added to a small number and subtracted again, it leaves the nearest integer, whose bits are the last of the sum."""
-
 LEAST = f32(1.1754944e-38)
-
 LOG2_E, LN_2_HIGH, LN_2_LOW, SQRT_HALF = f32(1.44269504), f32(0.693359375), f32(-2.12194440e-4), f32(0.70710678)
 
 
@@ -177,3 +174,32 @@ def sum_of(row):
     for j in range(len(row)):
         total += row[j]
     return total
+
+
+def over_rows(kernel: Callable[..., None], *tensors: Tensor) -> None:
+    """Calls ``kernel``, which releases the GIL, on NumPy views of the same rows of all tensors, in as many threads as
+    torch uses; each does a part of the rows.
+
+    A tensor that the kernel fills in has contiguous rows; others may be copied.
+    """
+    arrays = [(x if x.ndim == 1 or x.stride(-1) == 1 else x.contiguous()).detach().numpy() for x in tensors]
+    num_rows = len(arrays[0])
+    parts = max(1, min(torch.get_num_threads(), num_rows))
+    edges = [num_rows * i // parts for i in range(parts + 1)]
+
+    def part(start: int, stop: int) -> None:
+        kernel(*(array[start:stop] for array in arrays))
+
+    others = [_pool(os.getpid()).submit(part, *edges[i : i + 2]) for i in range(1, parts)]
+    try:
+        part(edges[0], edges[1])
+    finally:
+        wait(others)  # or one could still work on tensors that the caller believes free
+    for other in others:
+        other.result()  # raises the error of a part
+
+
+@cache
+def _pool(_process: int) -> ThreadPoolExecutor:  # kept: it is cached
+    """The pool of a process; a forked one inherits no threads."""
+    return ThreadPoolExecutor(64, thread_name_prefix="stillroom-rows")

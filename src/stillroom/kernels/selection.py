@@ -7,8 +7,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stillroom.kernels.threads import over_rows
-
 
 @dataclass
 class Selection:
@@ -42,6 +40,7 @@ def top_indices(values: Float[Tensor, "n v"], k: int) -> tuple[Float[Tensor, "n 
     """
     n, v = values.shape
     if _on_cpu(values) and k > 0:
+        from stillroom.kernels.numba_math import over_rows
         from stillroom.kernels.numba_selection import largest_of_rows
 
         ids, largest = torch.zeros(n, min(k, v), dtype=torch.long), torch.empty(n, min(k, v))
@@ -113,6 +112,7 @@ def head_and_sample(
     """
     n = len(logits)
     if _on_cpu(logits) and head > 0:
+        from stillroom.kernels.numba_math import over_rows
         from stillroom.kernels.numba_selection import head_and_draws
 
         size = n, min(head, logits.shape[1])

@@ -20,28 +20,18 @@ from torch import Tensor
 
 from stillroom.kernels import LOWEST_LOGIT, MEASURES, Term
 
-SUM_OF_GRAD_TERMS: dict[str, float | None] = {
+KINDS: dict[str, float | None] = {
+    **dict.fromkeys(("reverse_kl", "jensen_shannon", "skew_kl", "skew_reverse_kl", "alpha_beta", "total_variation")),
     "forward_kl": 0.0,
-    "reverse_kl": None,
-    "jensen_shannon": None,
-    "skew_kl": None,
-    "skew_reverse_kl": None,
-    "alpha_beta": None,
-    "total_variation": None,
     "logit_mse": 0.0,  # so that the gradient is the terms themselves
     "cross_entropy": -1.0,
 }
-"""``Σ w`` where it is the same for all logits; None where it must be computed."""
-
-KINDS = frozenset(SUM_OF_GRAD_TERMS)
-"""The losses that can be computed here."""
+"""The losses that can be computed here, and ``Σ w`` where it is the same for all logits; None where it must be
+computed."""
 BLOCK = 2048
 """The number of logits that a program loads together."""
-
 OPTIONS = {"num_warps": 16, "enable_fp_fusion": False}
-
 LOWEST = tl.constexpr(LOWEST_LOGIT)
-
 NO_COLUMN = tl.constexpr(2**31 - 1)
 
 
@@ -65,7 +55,7 @@ def fused(
     """
     num_rows, vocab_size = student.shape
     temperatures = tuple(dict.fromkeys((1.0, *(float(term.temperature) for term in terms))))
-    sums = tuple(SUM_OF_GRAD_TERMS[term.name] for term in terms)
+    sums = tuple(KINDS[term.name] for term in terms)
     nats = student.new_empty(len(terms), num_rows)
     measures = student.new_empty(len(MEASURES), num_rows)
     launch: Any = _row[(num_rows,)]

@@ -3,15 +3,20 @@
 A table names each function by a string, so that a recipe is read, and explained, before torch is loaded.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from stillroom.config import AboveZero, Config, NotNegative, Positive
 from stillroom.layers import Layer
+from stillroom.schema import explain_error
+
+Missing = Literal["bucket", "renormalise", "zero", "label"]
+"""The target that is assumed for everything that a truncated signal left out."""
+Normalize = Literal["rms", "layer_norm"]
 
 
 @dataclass(frozen=True)
@@ -34,16 +39,30 @@ class LossEntry:
         module, _, name = self.function.partition(":")
         return getattr(import_module(f"stillroom.losses.{module}"), name)
 
+    def checked(self, arguments: Mapping[str, Any]) -> Any:
+        """The settings with these values in the place of defaults.
+
+        Raises:
+            ConfigError: a recipe could not have them.
+        """
+        kind = self.function.partition(":")[2]
+        try:
+            return self.settings.model_validate({"kind": kind, **arguments})
+        except ValidationError as error:
+            raise explain_error(self.settings, error, lambda _: f"the arguments of {kind}") from None
+
 
 def _table(*entries: LossEntry) -> dict[str, LossEntry]:
     return {entry.function.partition(":")[2]: entry for entry in entries}
 
 
-def _between(at_zero: str, at_one: str) -> AfterValidator:
-    """A share strictly between 0 and 1; at both ends the loss would be another one."""
+def _above_zero(at_zero: str, at_one: str | None = None) -> AfterValidator:
+    """A number above 0, and below 1 where there is an ``at_one``; at each end the loss would be another one."""
 
     def check(value: float) -> float:
-        if not 0 < value < 1:
+        if at_one is None and value <= 0:
+            raise ValueError(f"it must be above 0: at 0 the loss is {at_zero}")
+        if at_one is not None and not 0 < value < 1:
             raise ValueError(f"it must lie strictly between 0 and 1: at 0 the loss is {at_zero}, at 1 {at_one}")
         return value
 
@@ -54,7 +73,7 @@ class Schedule(Config):
     """A number that changes over the run; one that does not is written as the number itself."""
 
     kind: Literal["linear", "cosine"]
-    """In a straight line, or slowly at both ends."""
+    """The change is a straight line, or slow at both ends."""
     start: NotNegative
     """At the first step."""
     stop: NotNegative
@@ -118,7 +137,7 @@ class ForwardKL(_Tempered):
     """KL(teacher ‖ student): mass-covering."""
 
     kind: Literal["forward_kl"]
-    missing: Literal["bucket", "renormalise", "zero", "label"] = "bucket"
+    missing: Missing = "bucket"
     """The target for everything that a truncated store left out: it is one outcome of known mass (exact, a lower bound
     of the whole); its mass is distributed over the entries (biased, as most tools do), dropped, or put on the data's
     next token."""
@@ -134,7 +153,7 @@ class JensenShannon(_Tempered):
     """Generalized Jensen-Shannon: both KLs from the mixture of teacher and student."""
 
     kind: Literal["jensen_shannon"]
-    beta: Annotated[float, _between("forward_kl", "reverse_kl")] = 0.5
+    beta: Annotated[float, _above_zero("forward_kl", "reverse_kl")] = 0.5
     """The teacher's share in the mixture: near 0 it acts as forward KL, near 1 as reverse KL."""
 
 
@@ -142,7 +161,7 @@ class SkewKL(_Tempered):
     """KL(teacher ‖ mixture): forward KL whose ratio is bounded."""
 
     kind: Literal["skew_kl"]
-    alpha: Annotated[float, _between("forward_kl", "0 everywhere")] = 0.1
+    alpha: Annotated[float, _above_zero("forward_kl", "0 everywhere")] = 0.1
     """The teacher's share in the mixture."""
 
 
@@ -150,7 +169,7 @@ class SkewReverseKL(_Tempered):
     """KL(student ‖ mixture): reverse KL that is bounded."""
 
     kind: Literal["skew_reverse_kl"]
-    alpha: Annotated[float, _between("reverse_kl", "0 everywhere")] = 0.1
+    alpha: Annotated[float, _above_zero("reverse_kl", "0 everywhere")] = 0.1
     """The student's share in the mixture."""
 
 
@@ -158,7 +177,7 @@ class AdaptiveKL(_Tempered):
     """Forward and reverse KL, at each position in the proportion in which head and tail are wrong."""
 
     kind: Literal["adaptive_kl"]
-    mu: Annotated[float, _between("reverse_kl", "forward_kl")] = 0.5
+    mu: Annotated[float, _above_zero("reverse_kl", "forward_kl")] = 0.5
     """The head is the smallest set of the teacher's top tokens that holds this mass."""
 
 
@@ -166,9 +185,9 @@ class AlphaBeta(_Tempered):
     """The α-β divergence: between forward KL (1, 0), Hellinger (½, ½) and reverse KL (0, 1)."""
 
     kind: Literal["alpha_beta"]
-    alpha: AboveZero = 0.5
+    alpha: Annotated[float, _above_zero("reverse_kl, where beta is 1")] = 0.5
     """Power of the teacher's probabilities: a larger one emphasizes where the teacher is sure."""
-    beta: AboveZero = 0.5
+    beta: Annotated[float, _above_zero("forward_kl, where alpha is 1")] = 0.5
     """Power of the student's probabilities: a larger one emphasizes where the student is sure."""
 
 
@@ -184,22 +203,23 @@ class LogitMSE(LogitObjective):
     kind: Literal["logit_mse"]
 
 
-class HingeRanking(LogitObjective):
+class _Ranking(LogitObjective):
+    k: Annotated[int, Field(ge=2)] = 16
+    """The number of the teacher's top tokens that are put in order."""
+
+
+class HingeRanking(_Ranking):
     """Keep the order of the teacher's top tokens, with a margin."""
 
     kind: Literal["hinge_ranking"]
-    k: Annotated[int, Field(ge=2)] = 16
-    """The number of the teacher's top tokens that are put in order."""
     margin: Annotated[float, Field(gt=0)] = 1.0
     """The distance in logits between each of them and those behind it."""
 
 
-class LogisticRanking(LogitObjective):
+class LogisticRanking(_Ranking):
     """Keep the order of the teacher's top tokens, smoothly."""
 
     kind: Literal["logistic_ranking"]
-    k: Annotated[int, Field(ge=2)] = 16
-    """The number of the teacher's top tokens that are put in order."""
 
 
 class CrossEntropy(_Tempered):
@@ -365,9 +385,9 @@ DISTANCES = _table(
               "Σ ((s − t)/σ)² / d, σ the channel's own size in the teacher's first step"),
     LossEntry("hidden:cosine", Cosine, "1 − cos(s, t)"),
     LossEntry("hidden:channel_kl", ChannelKL, "T² KL(softmax(t/T) ‖ softmax(s/T)) over the channels"),
-    LossEntry("relations:linear_cka", LinearCKA,
+    LossEntry("hidden:linear_cka", LinearCKA,
               "1 − ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖), X and Y the states of a document, centered (arXiv 1905.00414)"),
-    LossEntry("relations:attention_relation", AttentionRelation,
+    LossEntry("hidden:attention_relation", AttentionRelation,
               "Σ over queries, keys, values of the mean over heads of KL(teacher's ‖ student's softmax of xᵢ·xⱼ/√w "
               "over the document's kept positions j ≤ i) (MiniLMv2, arXiv 2012.15828)"),
 )  # fmt: skip
@@ -396,7 +416,7 @@ class HiddenObjective(Config):
     projector: Projector = Auto(kind="auto")
     """The map of the student's states to the teacher's width: linear, or null for nothing; auto is linear where the
     widths differ and the distance needs them to agree."""
-    normalise: Literal["rms", "layer_norm"] | None = None
+    normalise: Normalize | None = None
     """Before they are compared, each state is divided by its own root mean square; or centered and scaled to a variance
     of 1."""
     weights_by_layer: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(strict=False)] | None = None

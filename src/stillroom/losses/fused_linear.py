@@ -9,7 +9,6 @@ costs four matrix products, and backward only scales.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -18,16 +17,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from stillroom.config import LOGITS_BYTES
 from stillroom.errors import MismatchError
 from stillroom.kernels import MEASURES, Term
-from stillroom.lm_head import LMHead, accumulator, add_product, logits_into
-from stillroom.losses import metrics, sparse
+from stillroom.lm_head import LMHead, accumulator, add_product, check_columns, logits_into
+from stillroom.losses import logits
 from stillroom.losses.block import LogitBlock
 from stillroom.losses.objective import Measure, Objective, by_data
 from stillroom.signals import Signal, Sparse
 
-CHUNK_BYTES = 256 * 2**20
-"""The default budget for the two buffers of logits."""
 BLOCK_BYTES = 2 * 2**20
 """The budget for one tensor of the element-wise part, on a CPU: it should stay in the cache between two operations."""
 
@@ -36,20 +34,17 @@ class Buffers:
     """Memory for logits, used again by one caller: on a CPU new memory costs time."""
 
     def __init__(self) -> None:
-        self._flat: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._flat = torch.empty(0)
 
-    def take(self, number: int, rows: int, vocab_size: int, like: Tensor) -> list[Float[Tensor, "rows vocab_size"]]:
-        """``number`` tensors with arbitrary contents, of the type and device of ``like``."""
+    def take(self, number: int, rows: int, vocab_size: int, like: Tensor) -> Float[Tensor, "number rows vocab_size"]:
+        """Tensors with arbitrary contents, of the type and device of ``like``."""
+        size = number * rows * vocab_size
         if like.device.type != "cpu":
-            return [like.new_empty(rows, vocab_size) for _ in range(number)]
-        buffers = []
-        for i in range(number):
-            flat = self._flat.get((i, like.dtype))
-            if flat is None or len(flat) < rows * vocab_size:
-                with torch.inference_mode(False):  # or later calls could not train
-                    flat = self._flat[i, like.dtype] = torch.empty(rows * vocab_size, dtype=like.dtype)
-            buffers.append(flat[: rows * vocab_size].view(rows, vocab_size))
-        return buffers
+            return like.new_empty(number, rows, vocab_size)
+        if len(self._flat) < size or self._flat.dtype != like.dtype:
+            with torch.inference_mode(False):  # or later calls could not train
+                self._flat = torch.empty(size, dtype=like.dtype)
+        return self._flat[:size].view(number, rows, vocab_size)
 
 
 class LinearLosses(NamedTuple):
@@ -71,7 +66,7 @@ def linear_losses(
     *,
     vocab_size: int | None = None,
     measures: Sequence[Measure] = (),
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int = LOGITS_BYTES,
     data_weights: Float[Tensor, " n"] | None = None,
     buffers: Buffers | None = None,
 ) -> LinearLosses:
@@ -91,10 +86,10 @@ def linear_losses(
         ConfigError: a loss does not accept its arguments.
     """
     work = _Work(
-        head, tuple(objectives), tuple(measures), labels, weights, signal, head.checked_vocab_size(vocab_size),
+        head, objectives, measures, labels, weights, signal, head.vocab_size if vocab_size is None else vocab_size,
         chunk_bytes, data_weights, buffers or Buffers(), torch.is_grad_enabled(),
     )  # fmt: skip
-    _check(work, len(hidden))
+    work.check(len(hidden))
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     apply: Any = _LinearLosses.apply
@@ -108,8 +103,8 @@ class _Work:
     """The inputs of the fused operation that have no gradient, and its outputs at each position."""
 
     head: LMHead
-    objectives: tuple[Objective, ...]
-    measures: tuple[Measure, ...]
+    objectives: Sequence[Objective]
+    measures: Sequence[Measure]
     labels: Tensor
     weights: Tensor
     signal: Signal | None
@@ -119,6 +114,28 @@ class _Work:
     buffers: Buffers
     differentiate: bool
 
+    def check(self, n: int) -> None:
+        """Raises MismatchError where labels, weights and signal are of other positions or another vocabulary."""
+        signal, vocab_size = self.signal, self.vocab_size
+        check_columns(vocab_size, self.head.vocab_size, "head")
+        if signal is not None and not isinstance(signal, Sparse):
+            check_columns(vocab_size, signal.vocab_size, "teacher")
+        elif signal is not None and signal.vocab_size not in (None, vocab_size):
+            raise MismatchError(
+                "the stored signal was taken over other columns",
+                {"stored": f"{signal.vocab_size} columns", "compared now": f"{vocab_size} columns"},
+                why="Its probabilities sum to 1 over its own columns only.",
+                fix=f"Compare {signal.vocab_size} columns.",
+            )
+        for name, given in (("labels", self.labels), ("weights", self.weights), ("signal", signal)):
+            if given is not None and len(given) != n:
+                raise MismatchError(
+                    f"`{name}` and `hidden` speak of different positions",
+                    {name: f"{len(given)} positions", "hidden": f"{n} positions"},
+                    why="Each position's loss would be taken with the target of another.",
+                    fix="Take both at the same positions; `Signal.at(batch.kept)` does so for a signal.",
+                )
+
     def start(self, n: int, dtype: torch.dtype, device: torch.device) -> None:
         """Makes room for the outputs, and chooses between a kernel and tensors."""
         m = len(self.objectives)
@@ -127,82 +144,95 @@ class _Work:
         self.counts = self.weights.to(dtype).repeat(m, 1)
         """The weight of each position in each objective."""
         self.factors = torch.tensor([o.weight for o in self.objectives], dtype=dtype, device=device)
-        self.kernel = None
+        self.terms = None
         if self.head.softcap is None:
-            self.kernel = kernel_for(self.objectives, self.measures, self.signal, dtype=dtype, device=device)
-        if self.kernel is not None:
+            self.terms = kernel_terms(self.objectives, self.measures, self.signal, dtype=dtype, device=device)
+        if self.terms is not None:
             block = LogitBlock(self.counts.new_empty(n, 0), None, self.labels, None, self.data_weights)
             for count, objective in zip(self.counts, self.objectives, strict=True):
                 if objective.token_weight is not None:  # by_data, the only one that needs no logits
                     count *= objective.token_weight(block)
 
-    def on_tensors(self, student: Tensor, teacher: Tensor | None, rows: slice, gradient: bool) -> None:
+    def by_kernel(self, student: Tensor, teacher: Tensor | None, rows: slice, gradient: bool) -> None:
         """Fills in the outputs of a chunk. With ``gradient`` the student's logits become the gradient in the logits
-        before scale and softcap."""
+        before the head's scale."""
+        assert self.terms is not None
+        labels, places = self.labels[rows], [MEASURES.index(measure.__name__) for measure in self.measures]
+        weights = self.factors.unsqueeze(-1) * self.head.scale * self.counts[:, rows]
+        if student.is_cuda:
+            from stillroom.kernels import triton_fused
+
+            nats, measured = triton_fused.fused(student, teacher, labels, self.terms, weights, gradient=gradient)
+            self.nats[:, rows], self.measured[:, rows] = nats, measured[places]
+            return
+        from stillroom.kernels import numba_fused
+
+        block = entries = None
+        if isinstance(self.signal, Sparse):
+            block = LogitBlock(student.new_zeros(len(student), 1), None, labels, self.signal.at(rows))
+            entries = self.entries(block)
+        nats, measured = numba_fused.fused(
+            student, teacher, labels, self.terms, weights, gradient=gradient, measures=places, entries=entries
+        )
+        self.nats[:, rows], self.measured[:, rows] = nats, measured[places]
+        for i, measure in enumerate(self.measures):
+            if block is not None and measure in (logits.teacher_entropy, logits.teacher_cross_entropy):
+                self.measured[i, rows] = measure(block)  # a sparse signal contains it
+
+    def entries(self, block: LogitBlock) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The ``Entries`` of a sparse signal for its one forward KL.
+
+        Raises:
+            MismatchError: an id is not in the vocabulary: kernels would read and write beside the logits.
+        """
+        assert block.sparse is not None
+        (arguments,) = (o.arguments for o in self.objectives if o.term is not None and o.term.name == "forward_kl")
+        temperature, missing = arguments.get("temperature", 1.0), arguments.get("missing", "bucket")
+        ids, residual, entropy = block.sparse.ids, None, None
+        if block.sparse.sampled or missing != "bucket":
+            ids, targets, entropy = block.targets(temperature, missing)
+        else:
+            targets, residual = (x.float().exp() for x in block.sparse.log_targets(temperature))
+        lowest, highest = (int(x) for x in ids.aminmax()) if ids.numel() else (0, 0)
+        if lowest < 0 or highest >= self.vocab_size:
+            raise MismatchError(
+                "the teacher's entries are not in the student's vocabulary",
+                {"ids": f"{lowest} to {highest}", "columns": f"0 to {self.vocab_size - 1}"},
+                why="Their logits do not exist. With missing=label, a next token counts as an entry too.",
+                fix="Compare the columns of the signal, and keep only positions whose next token is one of them.",
+            )
+        return ids, targets, residual, entropy
+
+    def on_tensors(self, student: Tensor, teacher: Tensor | None, rows: slice, gradient: bool) -> None:
+        """The same, whatever the losses, and before the softcap too."""
         block_bytes = BLOCK_BYTES if student.device.type == "cpu" else self.chunk_bytes
         size = max(1, block_bytes // (self.vocab_size * student.itemsize))
         for start in range(0, len(student), size):
             here = slice(start, start + size)
             there = slice(rows.start + start, min(rows.start + start + size, rows.stop))
-            logits, softcap = student[here], self.head.softcap
-            slope = 1 - (logits / softcap).square() if gradient and softcap is not None else None
+            student_logits, softcap = student[here], self.head.softcap
+            slope = 1 - (student_logits / softcap).square() if gradient and softcap is not None else None
             of_signal = self.signal.at(there) if isinstance(self.signal, Sparse) else None
             of_data = None if self.data_weights is None else self.data_weights[there]
             of_teacher = None if teacher is None else teacher[here]
-            block = LogitBlock(logits, of_teacher, self.labels[there], of_signal, of_data)
+            block = LogitBlock(student_logits, of_teacher, self.labels[there], of_signal, of_data)
             gradients = []
             for i, objective in enumerate(self.objectives):
                 self.nats[i, there], g = objective.loss(block, **objective.arguments)
                 if objective.token_weight is not None:
                     self.counts[i, there] *= objective.token_weight(block)
-                gradients.append((objective.weight * self.head.scale * self.counts[i, there], g))
+                gradients.append((g, (objective.weight * self.head.scale * self.counts[i, there]).unsqueeze(-1)))
             for i, measure in enumerate(self.measures):
                 self.measured[i, there] = measure(block)
             if gradient:
-                _weighted_sum(logits, gradients, slope)
-
-
-def _weighted_sum(out: Tensor, gradients: list[tuple[Tensor, Tensor]], slope: Tensor | None) -> None:
-    """``out = Σ weight of each row · gradient``, times the slope of the softcap; 0 where there are no gradients."""
-    if not gradients:
-        out.zero_()
-    for i, (weight, gradient) in enumerate(gradients):
-        if i == 0:
-            torch.mul(gradient, weight.unsqueeze(-1), out=out)
-        else:
-            out.addcmul_(gradient, weight.unsqueeze(-1))
-    if slope is not None:
-        out *= slope
-
-
-def _check(work: _Work, n: int) -> None:
-    """Raises MismatchError where labels, weights and signal are of other positions or another vocabulary."""
-    signal, vocab_size = work.signal, work.vocab_size
-    known = None if signal is None else signal.vocab_size
-    if isinstance(signal, Sparse):
-        if known not in (None, vocab_size):
-            raise MismatchError(
-                "the stored signal was taken over other columns",
-                {"stored": f"{known} columns", "compared now": f"{vocab_size} columns"},
-                why="Its probabilities sum to 1 over its own columns only.",
-                fix=f"Compare {known} columns.",
-            )
-    elif signal is not None and (known is None or known < vocab_size):
-        raise MismatchError(
-            f"{vocab_size} columns cannot be taken from the teacher",
-            {"asked for": f"{vocab_size} columns", "the teacher has": f"{known} columns"},
-            why="The others would be whatever lies in memory.",
-            fix="Compare at most the columns that both have.",
-        )
-    lengths = {"next_tokens": len(work.labels), "weights": len(work.weights)}
-    for name, number in (lengths if signal is None else {**lengths, "signal": len(signal)}).items():
-        if number != n:
-            raise MismatchError(
-                f"`{name}` and `hidden` speak of different positions",
-                {name: f"{number} positions", "hidden": f"{n} positions"},
-                why="Each position's loss would be taken with the target of another.",
-                fix="Take both at the same positions; `Signal.at(batch.kept)` does so for a signal.",
-            )
+                if gradients:
+                    torch.mul(*gradients[0], out=student_logits)
+                else:
+                    student_logits.zero_()
+                for g, weight in gradients[1:]:
+                    student_logits.addcmul_(g, weight)
+                if slope is not None:
+                    student_logits *= slope
 
 
 class _LinearLosses(torch.autograd.Function):
@@ -227,22 +257,12 @@ class _LinearLosses(torch.autograd.Function):
             buffers = work.buffers.take(num_buffers, min(size, n), work.vocab_size, work.nats)
             for start in range(0, n, size):
                 rows = slice(start, min(start + size, n))
-                student, *others = (buffer[: rows.stop - start] for buffer in buffers)
+                student, *others = buffers[:, : rows.stop - start]
                 teacher = others[0] if others else None
                 logits_into(student, hidden[rows], head)
                 if dense is not None:
                     dense.logits_into(others[0], rows)
-                if work.kernel is None:
-                    work.on_tensors(student, teacher, rows, any(needed))
-                else:
-                    work.nats[:, rows], work.measured[:, rows] = work.kernel(
-                        student,
-                        teacher,
-                        work.labels[rows],
-                        work.signal.at(rows) if isinstance(work.signal, Sparse) else None,
-                        work.factors.unsqueeze(-1) * work.head.scale * work.counts[:, rows],
-                        gradient=any(needed),
-                    )
+                (work.on_tensors if work.terms is None else work.by_kernel)(student, teacher, rows, any(needed))
                 if hidden_grad is not None:
                     add_product(hidden_grad[rows], student, head.weight[: work.vocab_size], first=True)
                 if weight_grad is not None:
@@ -263,113 +283,40 @@ class _LinearLosses(torch.autograd.Function):
         return (*(None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors), None)
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """Objectives and measures that the kernels of a device compute together."""
-
-    terms: tuple[Term, ...]
-    measures: tuple[Measure, ...]
-    missing: sparse.Missing
-    """The setting of forward KL, for a sparse signal."""
-
-    def __call__(
-        self,
-        student: Float[Tensor, "r v"],
-        teacher: Float[Tensor, "r v"] | None,
-        labels: Int[Tensor, " r"],
-        signal: Sparse | None,
-        weights: Float[Tensor, "m r"],
-        *,
-        gradient: bool,
-    ) -> tuple[Float[Tensor, "m r"], Float[Tensor, "measures r"]]:
-        """Values of objectives and measures; with ``gradient`` the student's logits become ``Σ weights · gradient``.
-
-        Raises:
-            MismatchError: an id of the signal is not in the student's vocabulary.
-        """
-        places = [MEASURES.index(measure.__name__) for measure in self.measures]
-        if student.is_cuda:
-            from stillroom.kernels import triton_fused
-
-            nats, measured = triton_fused.fused(student, teacher, labels, self.terms, weights, gradient=gradient)
-            return nats, measured[places]
-        from stillroom.kernels import numba_fused
-
-        block = LogitBlock(student.new_zeros(len(student), 1), None, labels, signal)  # for all that needs no logits
-        entries = None
-        if signal is not None:
-            (temperature,) = (t.temperature for t in self.terms if t.name == "forward_kl")
-            if signal.sampled or self.missing != "bucket":
-                ids, targets, entropy = sparse.targets(block, signal, temperature, self.missing)
-                entries = numba_fused.Entries(ids, targets, None, entropy)
-            else:
-                targets, residual = (x.float().exp() for x in signal.log_targets(temperature))
-                entries = numba_fused.Entries(signal.ids, targets, residual, None)
-            _check_ids(entries.ids, student.shape[1])
-        nats, measured = numba_fused.fused(
-            student, teacher, labels, self.terms, weights, gradient=gradient, measures=places, entries=entries
-        )
-        measured = measured[places]
-        for i, measure in enumerate(self.measures):
-            if signal is not None and measure in (metrics.teacher_entropy, metrics.teacher_cross_entropy):
-                measured[i] = measure(block)  # a sparse signal contains it
-        return nats, measured
-
-
-def _check_ids(ids: Int[Tensor, "r k"], vocab_size: int) -> None:
-    """Raises MismatchError where an id is not in the vocabulary: kernels would read and write beside the logits."""
-    lowest, highest = (int(x) for x in ids.aminmax()) if ids.numel() else (0, 0)
-    if lowest < 0 or highest >= vocab_size:
-        raise MismatchError(
-            "the teacher's entries are not in the student's vocabulary",
-            {"ids": f"{lowest} to {highest}", "columns": f"0 to {vocab_size - 1}"},
-            why="Their logits do not exist. With missing=label, a next token counts as an entry too.",
-            fix="Compare the columns that the signal was taken over, and keep only positions whose next token is one.",
-        )
-
-
-def kernel_for(
+def kernel_terms(
     objectives: Sequence[Objective],
     measures: Sequence[Measure],
     signal: Signal | None,
     *,
     dtype: torch.dtype,
     device: torch.device,
-) -> Kernel | None:
-    """The kernel for objectives and measures of a signal; None where these must be computed on tensors.
+) -> tuple[Term, ...] | None:
+    """The objectives for the device's kernel; None where they and the measures must be computed on tensors.
 
     Raises:
         ConfigError: a loss does not accept its arguments.
     """
     if dtype != torch.float32 or any(o.token_weight not in (None, by_data) for o in objectives):
         return None
-    terms = tuple(o.term for o in objectives if o.term is not None and o.term.name in _losses_on(device.type))
-    known_measures = {getattr(metrics, name) for name in MEASURES}
+    if device.type == "cpu":
+        from stillroom.kernels.numba_fused import KINDS
+    elif device.type == "cuda" and find_spec("triton"):
+        from stillroom.kernels.triton_fused import KINDS
+    else:
+        return None
+    terms = tuple(o.term for o in objectives if o.term is not None and o.term.name in KINDS)
+    known_measures = {getattr(logits, name) for name in MEASURES}
     if not terms or len(terms) < len(objectives) or not known_measures.issuperset(measures):
         return None
-    missing: Any = next((o.arguments["missing"] for o in objectives if "missing" in o.arguments), "bucket")
     names = [t.name for t in terms]
-    if signal is None and (set(names) != {"cross_entropy"} or set(measures) - {metrics.student_entropy}):
+    if signal is None and (set(names) != {"cross_entropy"} or set(measures) - {logits.student_entropy}):
         return None
     if isinstance(signal, Sparse):
         if device.type != "cpu" or names.count("forward_kl") != 1 or set(names) - {"forward_kl", "cross_entropy"}:
             return None
-        at_one = terms[names.index("forward_kl")].temperature == 1
-        has_bucket = not signal.sampled and missing == "bucket" and at_one
-        if metrics.accepted_mass in measures and not has_bucket:
+        forward_kl = objectives[names.index("forward_kl")].arguments
+        has_bucket = not signal.sampled and forward_kl.get("missing", "bucket") == "bucket"
+        at_one = forward_kl.get("temperature", 1.0) == 1
+        if logits.accepted_mass in measures and not (has_bucket and at_one):
             return None
-    return Kernel(terms, tuple(measures), missing)
-
-
-@cache
-def _losses_on(device: str) -> frozenset[str]:
-    """The losses that the kernels of a type of device compute."""
-    if device == "cpu":
-        from stillroom.kernels.numba_fused import KINDS
-
-        return frozenset(KINDS)
-    if device == "cuda" and find_spec("triton"):
-        from stillroom.kernels.triton_fused import KINDS
-
-        return frozenset(KINDS)
-    return frozenset()
+    return terms

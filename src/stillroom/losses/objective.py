@@ -15,7 +15,7 @@ from stillroom.errors import MismatchError
 from stillroom.kernels import Term
 from stillroom.losses.block import LogitBlock, Loss
 from stillroom.losses.config import LOSSES, ByEntropy, HiddenObjective, ObjectiveConfig, Schedule
-from stillroom.losses.metrics import student_entropy, teacher_entropy
+from stillroom.losses.logits import student_entropy, teacher_entropy
 
 Measure = Callable[[LogitBlock], Tensor]
 """A number for each position that is only reported, such as agreement."""
@@ -42,14 +42,12 @@ class Objective:
         Raises:
             ConfigError: the loss does not accept its arguments.
         """
-        function = f"{self.loss.__module__.rpartition('.')[2]}:{getattr(self.loss, '__qualname__', '')}"
-        name, entry = next(((n, e) for n, e in LOSSES.items() if e.function == function), ("", None))
-        if entry is None or entry.kernel_numbers is None:
+        entry = LOSSES.get(getattr(self.loss, "__name__", ""))
+        if entry is None or entry.kernel_numbers is None or entry.load() is not self.loss:
             return None
-        logits = torch.zeros(1, 1)
-        self.loss(LogitBlock(logits, logits.clone(), torch.zeros(1, dtype=torch.long)), **self.arguments)  # the check
-        values = {n: f.default for n, f in entry.settings.model_fields.items()} | self.arguments
-        return Term(name, values.get("temperature", 1.0), *(values[number] for number in entry.kernel_numbers))
+        settings = entry.checked(self.arguments)
+        numbers = (getattr(settings, number) for number in entry.kernel_numbers)
+        return Term(self.loss.__name__, getattr(settings, "temperature", 1.0), *numbers)
 
 
 def names(configs: Sequence[ObjectiveConfig]) -> list[str]:
@@ -127,7 +125,7 @@ def by_data(block: LogitBlock) -> Float[Tensor, " r"]:
             why="Every token would count alike, which is not what was asked for.",
             fix="Set data.weight to the column that holds each row's weight.",
         )
-    return block.data_weights.to(block.logits("student").dtype)
+    return block.data_weights.to(block.dtype)
 
 
 def position_weights(batch: Batch, num_kept_of_step: int) -> Float[Tensor, " kept"]:

@@ -15,8 +15,8 @@ from stillroom.distributed.group import SINGLE_RANK, RankGroup
 from stillroom.distributed.sharding import reshard
 from stillroom.layers import Layer, in_order
 from stillroom.lm_head import accumulator
-from stillroom.losses.config import DISTANCES
-from stillroom.losses.hidden import Normalize, Pair, channel_scale, normalized
+from stillroom.losses.config import DISTANCES, Normalize
+from stillroom.losses.hidden import Pair, channel_scale, normalized
 from stillroom.models import hidden_states
 from stillroom.models.safetensors_io import fill_local, own_rows
 from stillroom.signals import HiddenStates, TeacherOutput

@@ -8,8 +8,7 @@ from stillroom.batch import Batch
 from stillroom.distributed.group import SINGLE_RANK, RankGroup
 from stillroom.distributed.sharding import reshard
 from stillroom.losses.divergences import forward_kl
-from stillroom.losses.logits import cross_entropy
-from stillroom.losses.metrics import accepted_mass, student_entropy, teacher_cross_entropy, top1_agreement
+from stillroom.losses.logits import accepted_mass, cross_entropy, student_entropy, teacher_cross_entropy, top1_agreement
 from stillroom.losses.objective import Measure, Objective
 from stillroom.store.config import SAMPLED, Full
 from stillroom.teachers.base import ServerTeacher, StoredTeacher, Teacher

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stillroom.kernels import MEASURES, Term, numba_fused
-from stillroom.losses import metrics as all_measures
+from stillroom.losses import logits as all_measures
 from stillroom.losses.block import LogitBlock
 from stillroom.losses.config import LOSSES
 
@@ -263,7 +263,7 @@ def test_compiles_for_a_device(tmp_path, monkeypatch):
     constants = {
         "KINDS": kinds,
         "SLOTS": tuple(i % 2 for i in range(len(kinds))),
-        "SUMS": tuple(triton_fused.SUM_OF_GRAD_TERMS[kind] for kind in kinds),
+        "SUMS": tuple(triton_fused.KINDS[kind] for kind in kinds),
         "CLOSED": False,
         "HAS_TEACHER": True,
         "GRADIENT": True,

@@ -387,7 +387,7 @@ def test_rows_do_not_touch_each_other():
 
 @pytest.mark.parametrize("v", [1, 5, 64])
 def test_no_positions_give_an_empty_selection(v):
-    """A document of which nothing is learnt."""
+    """A document of which nothing is learned."""
     logits = torch.zeros(0, v)
     for selection in (
         top_k(logits.clone(), 3, (1.0, 2.0)),

@@ -3,7 +3,7 @@ import threading
 import pytest
 import torch
 
-from stillroom.kernels.threads import over_rows
+from stillroom.kernels.numba_math import over_rows
 
 
 def test_what_goes_wrong_in_a_part_of_the_rows_is_heard():

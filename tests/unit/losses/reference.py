@@ -216,7 +216,7 @@ def naive_total(
     signal: Dense,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """What ``linear_losses`` minimises, with whole logits held, in float64, differentiable."""
+    """What ``linear_losses`` minimizes, with whole logits held, in float64, differentiable."""
     student = naive_logits(hidden, head, vocab_size)
     teacher = naive_logits(signal.hidden, signal.head, vocab_size)
     total = torch.zeros((), dtype=torch.float64)

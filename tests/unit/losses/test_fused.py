@@ -6,7 +6,7 @@ import torch
 from stillroom.errors import MismatchError
 from stillroom.kernels.selection import top_indices
 from stillroom.lm_head import LMHead
-from stillroom.losses import config, fused_linear, metrics
+from stillroom.losses import config, fused_linear, logits
 from stillroom.losses.block import LogitBlock
 from stillroom.losses.fused_linear import Buffers, linear_losses
 from stillroom.losses.objective import Measure, Objective, by_data, by_entropy
@@ -14,11 +14,11 @@ from stillroom.signals import Logits, Signal, Sparse
 
 LOSSES = {name: entry.load() for name, entry in config.LOSSES.items()}
 ALL: list[Measure] = [
-    metrics.top1_agreement,
-    metrics.accepted_mass,
-    metrics.student_entropy,
-    metrics.teacher_cross_entropy,
-    metrics.teacher_entropy,
+    logits.top1_agreement,
+    logits.accepted_mass,
+    logits.student_entropy,
+    logits.teacher_cross_entropy,
+    logits.teacher_entropy,
 ]
 DENSE = [
     [Objective("a", LOSSES["adaptive_kl"], 0.7, {"mu": 0.3}), Objective("b", LOSSES["cross_entropy"], 0.3)],
@@ -70,6 +70,17 @@ def run(objectives, signal: Signal | None, wanted: list[Measure], dtype: torch.d
     return found, torch.autograd.grad(found.total, trained)
 
 
+def run_on_logits(student: torch.Tensor, objectives, signal: Signal | None, wanted: list[Measure], weight: float = 1.0):
+    """Of one position whose logits are those of the student, [v]: what is found, and the gradient in them."""
+    assert chosen(objectives, signal, wanted)
+    head = student.unsqueeze(-1).requires_grad_()
+    found = linear_losses(
+        torch.ones(1, 1), LMHead(head), objectives, torch.zeros(1, dtype=torch.long), torch.full((1,), weight), signal,
+        measures=wanted,
+    )  # fmt: skip
+    return found, torch.autograd.grad(found.total, head)[0].squeeze(-1)
+
+
 def assert_equals_tensors(objectives, signal: Signal | None, wanted: list[Measure]):
     """float32 goes through kernels, float64 does not."""
     assert chosen(objectives, signal, wanted)
@@ -82,7 +93,7 @@ def assert_equals_tensors(objectives, signal: Signal | None, wanted: list[Measur
 
 def chosen(objectives, signal: Signal | None, wanted: list[Measure], dtype=torch.float32) -> bool:
     device = torch.device("cpu")
-    return fused_linear.kernel_for(objectives, wanted, signal, dtype=dtype, device=device) is not None
+    return fused_linear.kernel_terms(objectives, wanted, signal, dtype=dtype, device=device) is not None
 
 
 @pytest.mark.parametrize("objectives", DENSE, ids=lambda some: "+".join(o.loss.__name__ for o in some))
@@ -93,7 +104,7 @@ def test_of_a_dense_teacher(objectives):
 @pytest.mark.parametrize("objectives", [*FROM_ENTRIES, TEMPERED], ids=lambda some: str(some[0].arguments))
 def test_of_a_truncated_signal(objectives):
     tells_bucket = objectives is FROM_ENTRIES[0]
-    wanted = ALL if tells_bucket else [m for m in ALL if m is not metrics.accepted_mass]
+    wanted = ALL if tells_bucket else [m for m in ALL if m is not logits.accepted_mass]
     assert_equals_tensors(objectives, truncated(problem()[2]), wanted)
 
 
@@ -101,24 +112,22 @@ def test_of_a_sampled_signal():
     entries = truncated(problem()[2])
     signal = Sparse(entries.ids, entries.log_probs, entropy=entries.entropy, sampled=True)
     objectives = [Objective("a", LOSSES["forward_kl"], 0.9), Objective("b", LOSSES["cross_entropy"], 0.1)]
-    assert_equals_tensors(objectives, signal, [metrics.student_entropy, metrics.top1_agreement])
+    assert_equals_tensors(objectives, signal, [logits.student_entropy, logits.top1_agreement])
 
 
 def test_of_no_teacher():
     objectives = [Objective("a", LOSSES["cross_entropy"], 1.0, {"smoothing": 0.2, "temperature": 2.0})]
-    assert_equals_tensors(objectives, None, [metrics.student_entropy])
+    assert_equals_tensors(objectives, None, [logits.student_entropy])
 
 
 def test_of_equals_at_the_border_the_head_has_the_first():
     """As many as are needed: of four equally likely, two hold 0.4."""
     teacher, student = torch.zeros(1, 4), torch.tensor([[2.0, 0.0, 1.0, 0.0]])
     objectives = [Objective("a", LOSSES["adaptive_kl"], 1.0, {"mu": 0.4})]
-    kernels = fused_linear.kernel_for(objectives, [], Logits(teacher), dtype=torch.float32, device=torch.device("cpu"))
-    assert kernels is not None
-    token, weights = torch.zeros(1, dtype=torch.long), torch.ones(1, 1)
-    nats, _ = kernels(student.clone(), teacher, token, None, weights, gradient=False)
-    wanted, _ = LOSSES["adaptive_kl"](LogitBlock(student.double(), teacher.double(), token), mu=0.4)
-    torch.testing.assert_close(nats[0].double(), wanted, rtol=1e-6, atol=0)
+    found, _ = run_on_logits(student[0], objectives, Logits(teacher), [])
+    block = LogitBlock(student.double(), teacher.double(), torch.zeros(1, dtype=torch.long))
+    wanted, _ = LOSSES["adaptive_kl"](block, mu=0.4)
+    torch.testing.assert_close(found.nats[0].double(), wanted, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -151,27 +160,18 @@ def test_ids_that_are_no_columns_are_refused(place):
 
 def test_of_a_student_that_leaves_next_to_nothing_beside_the_entries():
     """The bucket's ratio is as large as the type can hold, and may not be multiplied by anything first."""
-    student, token = torch.full((1, 300), -100.0), torch.zeros(1, dtype=torch.long)
-    student[0, :4] = 0
+    student = torch.full((300,), -100.0)
+    student[:4] = 0
     signal = Sparse(torch.arange(4)[None], torch.full((1, 4), 0.125).log(), {1.0: torch.tensor([0.5]).log()})
-    kernels = fused_linear.kernel_for([Objective("a", LOSSES["forward_kl"])], [], signal, dtype=torch.float32,
-                              device=torch.device("cpu"))  # fmt: skip
-    assert kernels is not None
-    gradient = student.clone()
-    kernels(gradient, None, token, signal, torch.full((1, 1), 10.0), gradient=True)
+    _, gradient = run_on_logits(student, [Objective("a", LOSSES["forward_kl"])], signal, [], weight=10.0)
     assert gradient.isfinite().all()
 
 
 def test_entropy_does_not_depend_on_what_all_logits_have_in_common():
     """Of a sure position it lies in the logarithm of the sum, which is nothing beside large logits."""
-    near = torch.tensor([[0.0, -12.0, -60.0]])
-    objectives = [Objective("a", LOSSES["cross_entropy"])]
-    kernels = fused_linear.kernel_for(objectives, [metrics.student_entropy], None, dtype=torch.float32,
-                              device=torch.device("cpu"))  # fmt: skip
-    assert kernels is not None
-    token, weights = torch.zeros(1, dtype=torch.long), torch.ones(1, 1)
-    found = [kernels(near + more, None, token, None, weights, gradient=False)[1] for more in (0.0, 1024.0)]
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=0)
+    near, objectives = torch.tensor([0.0, -12.0, -60.0]), [Objective("a", LOSSES["cross_entropy"])]
+    found = [run_on_logits(near + more, objectives, None, [logits.student_entropy])[0] for more in (0.0, 1024.0)]
+    torch.testing.assert_close(found[1].measures, found[0].measures, rtol=1e-4, atol=0)
 
 
 def test_buffers_of_an_evaluation_can_be_trained_with():

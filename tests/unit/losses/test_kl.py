@@ -96,11 +96,11 @@ def test_float32_does_not_drown_a_small_divergence_in_rounding(name, apart):
     torch.testing.assert_close(nats.double(), naive_nats(name, student, teacher, tokens), rtol=1e-3, atol=5e-8)
 
 
-def test_high_temperature_tends_to_the_squared_distance_of_centred_logits():
+def test_high_temperature_tends_to_the_squared_distance_of_centered_logits():
     """T² KL → |a − b|² / 2v where a and b are the logits less their means (Hinton et al. 2015)."""
     student, teacher = torch.tensor([[[1.0, -2.0, 4.0]], [[0.5, 0.0, -3.0]]], dtype=torch.float64)
-    centred = (student - student.mean()) - (teacher - teacher.mean())
+    centered = (student - student.mean()) - (teacher - teacher.mean())
     for name in ("forward_kl", "reverse_kl"):
         nats, gradient = value_and_gradient(name, student, teacher, one_token, temperature=1e4)
-        assert nats.item() == pytest.approx(centred.square().sum().item() / 6, rel=1e-3)
-        torch.testing.assert_close(gradient, centred / 3, rtol=1e-2, atol=1e-3)
+        assert nats.item() == pytest.approx(centered.square().sum().item() / 6, rel=1e-3)
+        torch.testing.assert_close(gradient, centered / 3, rtol=1e-2, atol=1e-3)

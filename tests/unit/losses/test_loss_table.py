@@ -1,6 +1,5 @@
 """The tables LOSSES and DISTANCES agree with the functions, the settings, the kernels and the guide."""
 
-import functools
 import inspect
 import re
 import subprocess
@@ -13,10 +12,10 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from stillroom.kernels import numba_fused
+from stillroom.kernels import Term, numba_fused
 from stillroom.losses import divergences
-from stillroom.losses.config import DISTANCES, LOSSES, HiddenObjective, ObjectiveConfig
-from stillroom.losses.fused_linear import kernel_for
+from stillroom.losses.config import DISTANCES, LOSSES, HiddenObjective, LossEntry, ObjectiveConfig
+from stillroom.losses.fused_linear import kernel_terms
 from stillroom.losses.objective import Objective
 from stillroom.signals import Logits
 
@@ -60,7 +59,7 @@ def test_kernels_know_the_losses_whose_numbers_the_table_has():
     if find_spec("triton"):
         from stillroom.kernels import triton_fused
 
-        assert known - {"adaptive_kl"} == triton_fused.KINDS
+        assert known - {"adaptive_kl"} == set(triton_fused.KINDS)
 
 
 @pytest.mark.parametrize(("page", "table"), [("losses.md", LOSSES), ("hidden.md", DISTANCES)])
@@ -77,16 +76,16 @@ def test_the_table_and_the_settings_of_distill_import_no_torch():
     assert found.stdout.strip() == "False"
 
 
-def test_what_kernels_know_of_an_objective_is_worked_out_once():
-    calls = []
+def test_what_kernels_know_of_an_objective_is_worked_out_once(monkeypatch):
+    calls, checked = [], LossEntry.checked
 
-    @functools.wraps(divergences.forward_kl)
-    def counted(block, **arguments):
+    def counted(entry, arguments):
         calls.append(arguments)
-        return divergences.forward_kl(block, **arguments)
+        return checked(entry, arguments)
 
-    objectives = [Objective("a", counted, 1.0, {"temperature": 2.0})]
+    monkeypatch.setattr(LossEntry, "checked", counted)
+    objectives = [Objective("a", divergences.forward_kl, 1.0, {"temperature": 2.0})]
     signal = Logits(torch.zeros(2, 5))
-    kernels = [kernel_for(objectives, [], signal, dtype=torch.float32, device=torch.device("cpu")) for _ in range(3)]
-    assert all(kernels)
+    terms = [kernel_terms(objectives, [], signal, dtype=torch.float32, device=torch.device("cpu")) for _ in range(3)]
+    assert terms == [(Term("forward_kl", 2.0),)] * 3
     assert calls == [{"temperature": 2.0}]

@@ -9,7 +9,7 @@ from reference import naive_logits, objective, problem
 from stillroom.errors import MismatchError
 from stillroom.losses.block import LogitBlock
 from stillroom.losses.fused_linear import linear_losses
-from stillroom.losses.metrics import confidence, correct, student_entropy, top1_agreement, top10_overlap
+from stillroom.losses.logits import confidence, correct, student_entropy, top1_agreement, top10_overlap
 from stillroom.signals import Sparse
 
 

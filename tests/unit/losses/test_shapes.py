@@ -18,7 +18,7 @@ from stillroom.losses.divergences import forward_kl, reverse_kl
 from stillroom.losses.fused_linear import linear_losses
 from stillroom.losses.logits import cross_entropy
 from stillroom.losses.objective import Objective, position_weights
-from stillroom.losses.metrics import top1_agreement
+from stillroom.losses.logits import top1_agreement
 from stillroom.signals import Dense
 
 tokens = torch.arange(8).view(2, 4)
@@ -75,8 +75,8 @@ def test_production_does_not_pay_for_checks():
     """Nothing is wrapped, and the checker is not even imported."""
     probe = """
 import sys
-functions = [linear_losses, forward_kl, reverse_kl, cross_entropy, top1_agreement, position_weights,
-             LogitBlock.__init__, LogitBlock.student, LMHead.logits, Dense.at]
+functions = [linear_losses, forward_kl, reverse_kl.__wrapped__, cross_entropy, top1_agreement, position_weights,
+             LogitBlock.__init__, LogitBlock.log_probs, LMHead.logits, Dense.at]
 print("beartype" in sys.modules, [hasattr(f, "__wrapped__") for f in functions] == [False] * len(functions))
 """
     assert python(f"{SETUP}\n{RIGHT}\n{probe}") == ["(8, 3) 9", "False True"]

@@ -22,8 +22,7 @@ from sparse_reference import (
 
 from stillroom.errors import MismatchError
 from stillroom.losses import config, divergences, logits
-from stillroom.losses.block import LogitBlock
-from stillroom.losses.sparse import check_sparse
+from stillroom.losses.block import LogitBlock, check_sparse
 from stillroom.signals import Sparse
 
 with_corners = ("total_variation",)  # whose gradient has the size of a probability however near t and s are
@@ -391,7 +390,7 @@ def test_what_a_signal_does_not_tell_is_refused(name, temperature, signal, says)
         value_and_gradient(name, random_logits()[0], signal, temperature)
 
 
-def test_what_can_be_learnt_is_known_before_anything_is_computed():
+def test_what_can_be_learned_is_known_before_anything_is_computed():
     for allowed in (
         ("forward_kl", 1.0, True, ()),
         ("reverse_kl", 2.0, False, STORED),

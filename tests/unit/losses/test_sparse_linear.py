@@ -14,7 +14,7 @@ from sparse_reference import (
 from stillroom.errors import MismatchError
 from stillroom.lm_head import LMHead
 from stillroom.losses.fused_linear import linear_losses
-from stillroom.losses.metrics import teacher_cross_entropy, top1_agreement
+from stillroom.losses.logits import teacher_cross_entropy, top1_agreement
 from stillroom.signals import Logits, Sparse
 
 

@@ -11,7 +11,7 @@ from stillroom.errors import ConfigError, MismatchError
 from stillroom.losses.block import LogitBlock
 from stillroom.losses.config import LOSSES
 from stillroom.losses.fused_linear import linear_losses
-from stillroom.losses.metrics import accepted_mass, student_entropy, teacher_entropy
+from stillroom.losses.logits import accepted_mass, student_entropy, teacher_entropy
 from stillroom.losses.objective import Objective, by_data, by_entropy
 from stillroom.signals import Sparse
 

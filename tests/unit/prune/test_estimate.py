@@ -10,9 +10,8 @@ from stillroom.estimates.flops import forward_flops
 from stillroom.estimates.hardware import Hardware
 from stillroom.estimates.headers import Headers, numbers_of
 from stillroom.estimates.model_size import model_size
-from stillroom.losses.fused_linear import CHUNK_BYTES
 from stillroom.prune.config import PruneConfig
-from stillroom.prune.estimate import LOGITS_BYTES, Pass, costs, passes, read_headers
+from stillroom.prune.estimate import Pass, costs, passes, read_headers
 from stillroom.prune.plan import make_plan
 from stillroom.prune.run import run
 from stillroom.pruning import importance
@@ -60,7 +59,6 @@ def test_memory_and_time_by_hand():
     assert found["arithmetic of a token"] == {"measuring": pytest.approx(each)}
     assert found["time on H100"]["tokens measured on"] == 64 * 1024
     assert found["time on H100"]["arithmetic"] == pytest.approx(64 * 1024 * each)
-    assert LOGITS_BYTES == CHUNK_BYTES
 
 
 def test_a_cut_that_measures_nothing_holds_both_models():

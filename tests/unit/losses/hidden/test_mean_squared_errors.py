@@ -83,7 +83,7 @@ def test_a_scale_that_is_not_finite_is_an_error(squares, count, channels):
         channel_scale(torch.tensor(squares), count)
 
 
-def test_normalised_by_rms_and_by_layer_norm():
+def test_normalized_by_rms_and_by_layer_norm():
     x = torch.tensor([[3.0, 5.0, 4.0, 0.0], [0.0, 0.0, 0.0, 0.0], [1e6, 0.0, 0.0, 0.0]], dtype=torch.float64)
     rms = torch.tensor([[12.5], [0.0], [2.5e11]], dtype=torch.float64)
     torch.testing.assert_close(normalized(x, "rms"), x / (rms + 1e-6).sqrt())
@@ -95,7 +95,7 @@ def test_normalised_by_rms_and_by_layer_norm():
 
 @pytest.mark.parametrize("by", ["rms", "layer_norm"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_normalised_states_that_are_no_numbers_stay_so(by, bad):
+def test_normalized_states_that_are_no_numbers_stay_so(by, bad):
     x = torch.ones(2, 3)
     x[1, 0] = bad
     found = normalized(x, by)

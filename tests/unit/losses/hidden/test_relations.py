@@ -6,9 +6,8 @@ from distances import documents_of, random_states, values, values_and_gradients
 from torch.autograd.graph import saved_tensors_hooks
 
 from stillroom.errors import MismatchError
-from stillroom.losses import relations
-from stillroom.losses.hidden import Pair, by_length
-from stillroom.losses.relations import attention_relation
+from stillroom.losses import hidden
+from stillroom.losses.hidden import Pair, attention_relation, by_length
 from stillroom.signals import Attention
 
 LENGTHS = (9, 2, 9, 1, 20)
@@ -29,7 +28,7 @@ def test_relations_in_chunks_are_those_in_one(chunk_bytes):
 def test_alignments_in_chunks_are_those_in_one(chunk_bytes, monkeypatch):
     student, teacher = (random_states("linear_cka", LENGTHS, seed=seed) for seed in (0, 1))
     wanted, wanted_gradients = values_and_gradients("linear_cka", student, teacher, LENGTHS)
-    monkeypatch.setattr(relations, "CKA_BYTES", chunk_bytes)
+    monkeypatch.setattr(hidden, "CKA_BYTES", chunk_bytes)
     found, gradients = values_and_gradients("linear_cka", student, teacher, LENGTHS)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(gradients, wanted_gradients, rtol=1e-12, atol=1e-13)
