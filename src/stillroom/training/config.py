@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from stillroom.config import Config, Fraction, PathText, Positive
+from stillroom.config import BATCH_TOKENS, Config, Fraction, PathText, Positive
 from stillroom.models.config import Attention
 from stillroom.pruning.config import PruningConfig
 
@@ -86,6 +86,11 @@ class BatchConfig(Config):
     micro_tokens: Positive | Literal["auto"] = "auto"
     """Tokens that go through the student at once, with padding; it changes memory and speed and never the result. auto
     is the length of a row or 16384, whichever is more."""
+
+    def micro_tokens_of(self, length: int) -> int:
+        """Returns ``micro_tokens`` where a row has ``length`` tokens: what is asked for, and by default no more than a
+        step."""
+        return min(self.tokens, max(length, BATCH_TOKENS)) if self.micro_tokens == "auto" else self.micro_tokens
 
 
 class AdamWConfig(Config):
