@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from stillroom.cli.arguments import Arguments, first_key
 from stillroom.config import explain, load
 from stillroom.distill.config import DistillConfig
-from stillroom.doctor.config import DoctorConfig
+from stillroom.doctor.run import DoctorConfig
 from stillroom.errors import ConfigError
 from stillroom.terminal import harmless
 

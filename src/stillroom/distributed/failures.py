@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
@@ -87,7 +87,7 @@ def reported_once(failures: FailureReport) -> Iterator[None]:
             raise
         raise SystemExit(0 if isinstance(error, Stopped) else 130) from None
     except StillroomError as error:
-        with _if_store_answers():
+        with suppress(RuntimeError):  # the store may have gone with its host
             failures.end(FAILED, error.what)
             _wait_until(lambda: ranks.is_rank0 or 0 in failures.ends())
             if not ranks.is_rank0:
@@ -99,7 +99,7 @@ def reported_once(failures: FailureReport) -> Iterator[None]:
         is_oom = isinstance(error, torch.OutOfMemoryError)
         if isinstance(error, RuntimeError) and not is_oom and any(sign in str(error).lower() for sign in SIGNS):
             raise _lost(failures, error) from error
-        with _if_store_answers():
+        with suppress(RuntimeError):
             failures.end(FAILED, str(error) if is_oom else f"{type(error).__name__}: {error}")
         raise
 
@@ -116,7 +116,7 @@ def _lost(failures: FailureReport, error: RuntimeError) -> StillroomError:
     answers: list[tuple[bool, list[str]]] = []
 
     def ask() -> None:
-        with _if_store_answers():
+        with suppress(RuntimeError):
             failures.end(LOST, reason)
             _wait_until(lambda: failures.another_reports() or len(failures.ends()) == ranks.world_size)
             silent = [rank for rank in range(ranks.world_size) if rank not in failures.ends()]
@@ -136,11 +136,3 @@ def _lost(failures: FailureReport, error: RuntimeError) -> StillroomError:
         "itself.",
     )
     return ReportedElsewhere.of(lost) if elsewhere else lost
-
-
-@contextmanager
-def _if_store_answers() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError:  # the store went with its host, so nothing can be written there
-        return

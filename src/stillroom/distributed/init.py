@@ -20,24 +20,15 @@ from stillroom.errors import ConfigError, MissingError, ReportedElsewhere
 from stillroom.runs import read_json
 
 
-@dataclass(frozen=True)
-class RankInfo:
-    """This process, as the environment that `torchrun` sets describes it."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-
-
-def rank_info() -> RankInfo:
-    """Reads RANK, WORLD_SIZE and LOCAL_RANK; without WORLD_SIZE this process is the only one.
+def rank_info() -> RankGroup:
+    """Reads RANK, WORLD_SIZE and LOCAL_RANK, which `torchrun` sets; without WORLD_SIZE this process is the only one.
 
     Raises:
         ConfigError: one of them is not a number.
         MissingError: MASTER_ADDR or MASTER_PORT is not set.
     """
     if os.environ.get("WORLD_SIZE", "") in ("", "0", "1"):
-        return RankInfo(0, 1, 0)
+        return SINGLE_RANK
     values = {}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         text = os.environ.get(name, "0" if name == "LOCAL_RANK" else "")
@@ -58,7 +49,7 @@ def rank_info() -> RankInfo:
             fix="Start the run with `torchrun`, which sets them; or set them to the first host's address and a free "
             "port.",
         )
-    return RankInfo(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"])
+    return RankGroup(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"])
 
 
 @dataclass(frozen=True)
@@ -180,7 +171,7 @@ def _check_division(world_size: int, replicas: int, num_teachers: int, device: i
         )
 
 
-def _join_store(here: RankInfo) -> Store:
+def _join_store(here: RankGroup) -> Store:
     """Returns the store where the processes exchange their addresses, once all have come, which may take longer than
     they wait for each other later.
 
@@ -216,7 +207,7 @@ def restart_count() -> int:
 
 
 def _make_groups(
-    here: RankInfo, device_type: str, timeout: datetime.timedelta, replicas: int, num_teachers: int
+    here: RankGroup, device_type: str, timeout: datetime.timedelta, replicas: int, num_teachers: int
 ) -> DistContext:
     """Makes all groups, in the same order in every process, as torch needs it."""
     world_size, num_trainers = here.world_size, here.world_size - num_teachers
@@ -240,7 +231,7 @@ def _make_groups(
     return DistContext(world, own, here.rank >= num_trainers, num_teachers, requests, responses)
 
 
-def _mesh(device_type: str, grid: Tensor, here: RankInfo, timeout: datetime.timedelta) -> DeviceMesh | None:
+def _mesh(device_type: str, grid: Tensor, here: RankGroup, timeout: datetime.timedelta) -> DeviceMesh | None:
     """Returns the mesh of some ranks [replicas, ranks of each], whose groups wait no longer than ``timeout``, and None
     in other ranks. A single replica has no dimension of its own."""
     if len(grid) == 1:

@@ -1,8 +1,8 @@
 """Student and teacher on many processes: whole in each (DDP), or a part of each parameter in each (FSDP2)."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -140,14 +140,11 @@ def replicate(module: nn.Module, ranks: RankGroup, *, has_unused: bool) -> Distr
     return ddp
 
 
-@contextmanager
-def gradients_summed_later(forward: Callable[..., Any], later: bool) -> Iterator[None]:
-    """Inside, gradients stay in each process where ``later``, to be summed with those of the next backward pass.
-
-    Sharded gradients are summed each time: a whole gradient would need the memory that sharding saves.
+def gradients_summed_later(forward: Callable[..., Any], later: bool) -> AbstractContextManager[None]:
+    """Returns a context in which gradients stay in each process where ``later``, to be summed with those of the next
+    backward pass. Sharded gradients are summed each time: a whole gradient would need the memory that sharding saves.
     """
-    with forward.no_sync() if later and isinstance(forward, DistributedDataParallel) else nullcontext():
-        yield
+    return forward.no_sync() if later and isinstance(forward, DistributedDataParallel) else nullcontext()
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Findings: the numbers of a pre-flight that stand in a run's way, or are to be thought about."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from stillroom.doctor.overlap import WORDS, Overlap
@@ -39,14 +39,12 @@ class Finding(NamedTuple):
         return f"{self.level}: {StillroomError(self.what, self.values, why=self.why, fix=self.fix)}"
 
 
-def of_data(counts: Facts) -> list[Finding]:
+def of_data(counts: Facts) -> Iterator[Finding]:
     """Finds rows that lose text."""
     rows = counts.get("rows")
     lost = {name: n for name, n in counts.items() if n and name.startswith(("cut", "dropped"))}
-    if not rows or sum(lost.values()) <= LOST * rows:
-        return []
-    return [
-        Finding(
+    if rows and sum(lost.values()) > LOST * rows:
+        yield Finding(
             "warning",
             "data",
             f"{sum(lost.values()) / rows:.0%} of the rows are cut or left out",
@@ -54,15 +52,12 @@ def of_data(counts: Facts) -> list[Finding]:
             "What lies beyond the cut is never learned: the end of an answer, say, and with it to stop.",
             "Raise data.length, shorten the rows, or check what data.keep says is to be learned.",
         )
-    ]
 
 
-def of_overlap(found: Overlap) -> list[Finding]:
+def of_overlap(found: Overlap) -> Iterator[Finding]:
     """Finds text that is trained on and asked."""
-    if not found.num_shared:
-        return []
-    return [
-        Finding(
+    if found.num_shared:
+        yield Finding(
             "error",
             "overlap",
             f"{found.num_shared} of {found.num_documents} documents hold text of the evaluation's items",
@@ -73,71 +68,58 @@ def of_overlap(found: Overlap) -> list[Finding]:
             f"They share {WORDS} words in a row, so the student would be asked what it was trained on.",
             "Take these rows out of the data, or do not evaluate on these tasks; other rows of the data may hold more.",
         )
-    ]
 
 
-def of_measures(measured: Facts, vocab_size: int) -> list[Finding]:
+def of_measures(measured: Facts, vocab_size: int) -> Iterator[Finding]:
     """Finds faults in the losses of teacher and student before any training.
 
     Args:
         vocab_size: the tokens that are compared.
     """
     student, teacher = measured["cross_entropy_nats"], measured.get("teacher_cross_entropy_nats")
+    trained, guess = measured["student"] == "trained", math.log(vocab_size)
     bad = [name for name, value in measured.items() if isinstance(value, float) and not math.isfinite(value)]
     if bad:
-        return [
-            Finding(
-                "error",
-                "measures",
-                "what is measured is not finite",
-                {name.replace("_", " "): str(measured[name]) for name in bad},
-                "No step could learn from it.",
-                "Check the weights of both models; where they are good, precision or teacher.dtype=float32 may mend "
-                "it.",
-            )
-        ]
-    found = []
-    guess = math.log(vocab_size)
-    if teacher is not None and teacher > WORSE_THAN_A_GUESS * guess:
-        found.append(_worse_than_a_guess("error", "teacher", teacher, guess))
-    if measured["student"] == "trained" and student > WORSE_THAN_A_GUESS * guess:
-        found.append(_worse_than_a_guess("warning", "student", student, guess))
-    if teacher is None or measured["student"] != "trained" or found:
-        return found
+        yield Finding(
+            "error",
+            "measures",
+            "what is measured is not finite",
+            {name.replace("_", " "): str(measured[name]) for name in bad},
+            "No step could learn from it.",
+            "Check the weights of both models; where they are good, precision or teacher.dtype=float32 may mend it.",
+        )
+        return
+    measures = {"teacher": teacher, "student": student if trained else None}
+    worse = {who: nats for who, nats in measures.items() if nats is not None and nats > WORSE_THAN_A_GUESS * guess}
+    for who, nats in worse.items():
+        yield Finding(
+            "error" if who == "teacher" else "warning",
+            "measures",
+            f"the {who} predicts this text worse than a guess",
+            {f"{who}'s cross-entropy": f"{nats:.4f} nats", "equal probability for every token": f"{guess:.4f} nats"},
+            "A trained model is far below that on text of its kind, in the form in which it saw it.",
+            f"Check that these are the {who}'s trained weights, tokenizer and chat template, and a language it knows.",
+        )
+    if teacher is None or not trained or worse:
+        return
     values = {"teacher": f"{teacher:.4f} nats", "student": f"{student:.4f} nats", "ratio": f"{teacher / student:.3f}"}
     if teacher >= student:
-        return [
-            Finding(
-                "warning",
-                "measures",
-                "the teacher predicts this text no better than the student",
-                values,
-                "Its labels alone would teach the student more than this teacher can.",
-                "Use data that the teacher knows (its own answers, say), or a better teacher.",
-            )
-        ]
-    if teacher / student < KNEE:
-        return [
-            Finding(
-                "warning",
-                "measures",
-                "the teacher is far ahead of the student",
-                {**values, "reported knee": f"1/1.315 = {KNEE:.3f}"},
-                "A teacher that is too good can make a worse student (the capacity gap, arXiv 2502.08606); that it "
-                "begins near this ratio is reported, and not measured here. The student's loss there is what it "
-                "reaches on labels alone, here what it has before training.",
-                "Where training does not close the gap, try a teacher between the two, or a larger student.",
-            )
-        ]
-    return []
-
-
-def _worse_than_a_guess(level: Literal["error", "warning"], who: str, nats: float, guess: float) -> Finding:
-    return Finding(
-        level,
-        "measures",
-        f"the {who} predicts this text worse than a guess",
-        {f"{who}'s cross-entropy": f"{nats:.4f} nats", "equal probability for every token": f"{guess:.4f} nats"},
-        "A trained model is far below that on text of its kind, in the form in which it saw it.",
-        f"Check that these are the {who}'s trained weights, its tokenizer and chat template, and a language it knows.",
-    )
+        yield Finding(
+            "warning",
+            "measures",
+            "the teacher predicts this text no better than the student",
+            values,
+            "Its labels alone would teach the student more than this teacher can.",
+            "Use data that the teacher knows (its own answers, say), or a better teacher.",
+        )
+    elif teacher / student < KNEE:
+        yield Finding(
+            "warning",
+            "measures",
+            "the teacher is far ahead of the student",
+            {**values, "reported knee": f"1/1.315 = {KNEE:.3f}"},
+            "A teacher that is too good can make a worse student (the capacity gap, arXiv 2502.08606); that it begins "
+            "near this ratio is reported, and not measured here. The student's loss there is what it reaches on labels "
+            "alone, here what it has before training.",
+            "Where training does not close the gap, try a teacher between the two, or a larger student.",
+        )

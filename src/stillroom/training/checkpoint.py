@@ -119,7 +119,7 @@ class Checkpoints:
                 save_tensors(tensors, checkpoint_id=temporary, process_group=ranks.group, no_dist=ranks.world_size == 1)
             own = "*" if ranks.world_size == 1 else f"__{ranks.rank}_*"
             names = {file.name for file in temporary.glob(own)} | ({".metadata"} if ranks.is_rank0 else set())
-            files = _merged(ranks.all_gather(_checksums(temporary, names)))
+            files = _checksums(temporary, names, ranks)
             ranks.on_rank0(lambda: self._name(temporary, path, {**numbers, "files": files}, best))
         except (Exception, CheckpointException) as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -165,7 +165,7 @@ class Checkpoints:
         try:
             numbers = read_json(path / "state.json")
             names = sorted(file.name for file in path.iterdir() if file.name != "state.json")
-            found = _merged(ranks.all_gather(_checksums(path, ranks.shard(names))))
+            found = _checksums(path, ranks.shard(names), ranks)
             if numbers["files"] != found:
                 raise ValueError(f"its files have the checksums {found} and were written with {numbers['files']}")
             saved = FileSystemReader(path).read_metadata().state_dict_metadata
@@ -216,13 +216,10 @@ def _tensors(state: TrainState) -> dict[str, Any]:
     }
 
 
-def _checksums(folder: Path, names: Iterable[str]) -> dict[str, int]:
-    """Returns the checksums of some files."""
-    return {name: crc32(folder / name) for name in names}
-
-
-def _merged(parts: Iterable[dict[str, int]]) -> dict[str, int]:
-    return dict(sorted({name: value for part in parts for name, value in part.items()}.items()))
+def _checksums(folder: Path, names: Iterable[str], ranks: RankGroup) -> dict[str, int]:
+    """Returns the checksums of all files, of which this process reads those of ``names``."""
+    parts = ranks.all_gather({name: crc32(folder / name) for name in names})
+    return dict(sorted(item for part in parts for item in part.items()))
 
 
 @contextmanager

@@ -18,9 +18,8 @@ from stillroom.models.dtensor import local_part
 from stillroom.runs import deferred_interrupts, ended
 from stillroom.teachers.base import Teacher
 from stillroom.training.checkpoint import Checkpoints
-from stillroom.training.optimizer import skip_updates
 from stillroom.training.prefetch import MicroBatches
-from stillroom.training.state import TrainState
+from stillroom.training.state import TrainState, skip_updates
 
 SIGINT_CODE = 2.0**20
 """How a step's sum over ranks counts Ctrl-C, and SIGTERM as 1: more than there are ranks."""

@@ -48,42 +48,37 @@ class Student(NamedTuple):
             ranks: the processes that hold it, which all call this; the first writes.
             dtype: the type to which the weights are rounded; None leaves them as they are.
         """
-        sharded = isinstance(next(self.model.parameters()), DTensor)
         _end_as(self.model, tokenizer)
         with safetensors_io.new_model_folder(folder) if ranks.is_rank0 else nullcontext(folder) as place:
-            if sharded:
-                self._gather(place, dtype, writes=ranks.is_rank0)
-            elif ranks.is_rank0:
-                self._write(place, dtype)
+            self._write(place, dtype, writes=ranks.is_rank0)
             if ranks.is_rank0:
                 tokenizer.save_pretrained(place)
                 if self.cut is not None:
                     write_mask(place, self.cut)
         ranks.barrier()
 
-    def _gather(self, folder: Path, dtype: torch.dtype | None, *, writes: bool) -> None:
-        """Puts together what lies in many processes, a few layers at a time."""
-        if self.adapters is None or self.export == "merged":
+    def _write(self, folder: Path, dtype: torch.dtype | None, *, writes: bool) -> None:
+        """Writes the weights; those that lie in many processes are put together a few layers at a time."""
+        sharded = isinstance(next(self.model.parameters()), DTensor)
+        alone = self.adapters is not None and self.export == "adapter"
+        if sharded and not alone:
             safetensors_io.save_weights(self.model, folder, writes=writes, dtype=dtype)
-            return
-        whole = {
-            name: full_tensor(p).to(dtype or p.dtype).cpu()
-            for name, p in self.adapters.named_parameters()
-            if is_adapter(name)
-        }
-        if writes:
-            self.adapters.save_pretrained(folder, state_dict=whole, save_embedding_layers=False)
-
-    def _write(self, folder: Path, dtype: torch.dtype | None) -> None:
-        model = self.model if self.adapters is None else self.adapters
-        if self.adapters is not None and self.export == "merged":
-            model = self.adapters.merge_and_unload()
-        if dtype is not None:
-            safetensors_io.round_weights(self.model, dtype)
-        options: dict[str, Any] = (
-            {"save_embedding_layers": False} if self.adapters is not None and self.export == "adapter" else {}
-        )
-        model.save_pretrained(folder, **options)
+        elif sharded:
+            whole = {
+                name: full_tensor(p).to(dtype or p.dtype).cpu()
+                for name, p in self.adapters.named_parameters()
+                if is_adapter(name)
+            }
+            if writes:
+                self.adapters.save_pretrained(folder, state_dict=whole, save_embedding_layers=False)
+        elif writes:
+            merged = self.model if self.adapters is None or alone else self.adapters.merge_and_unload()
+            if dtype is not None:
+                safetensors_io.round_weights(self.model, dtype)
+            if alone:
+                self.adapters.save_pretrained(folder, save_embedding_layers=False)
+            else:
+                merged.save_pretrained(folder)
 
 
 def _end_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
