@@ -33,7 +33,7 @@ from stillroom.training.hidden_objective import HiddenLoss, HiddenSpec, layers_o
 from stillroom.training.prefetch import Prefetcher
 from stillroom.training.state import TrainState, build_optimizer, build_schedule
 from stillroom.training.step import StudentStep
-from stillroom.training.student import Student, build_meta_student, build_student
+from stillroom.training.student import Student, build_student
 
 
 def build_teacher(
@@ -111,29 +111,27 @@ def build_pair(
         say: is told what was found.
     """
     config, is_cut = plan.config, plan.student.cut is not None
-    sharded = isinstance(config.parallel, FsdpConfig)
-    part, place, cut = None, None, None
+    sharded, pruned = isinstance(config.parallel, FsdpConfig), None
     if is_cut and sharded:
         place = folder / "cut"
-        cut = _cut_for_all(partial(prune_student, plan, None, data, folder, say), place, ranks)
+        pruned = place, _cut_for_all(partial(prune_student, plan, None, data, folder, say), place, ranks)
     elif is_cut:
         whole = getattr(config.teacher, "placement", None) == "whole"
         live = teacher.model if isinstance(teacher, LiveTeacher) and whole else None
-        part, cut = ranks.local_rank0_first(partial(prune_student, plan, live, data, folder, say))
-    specs = () if plan.hidden is None else plan.hidden.specs(cut)
+        pruned = ranks.local_rank0_first(partial(prune_student, plan, live, data, folder, say))
+    specs = () if plan.hidden is None else plan.hidden.specs(None if pruned is None else pruned[1])
     if teacher is not None:
         teacher.set_outputs(*layers_of(specs, 1))
-    settings: dict[str, Any] = {
-        "dtype": student_dtype(config.precision),
-        "seed": config.seed,
-        "fresh": plan.student.config if plan.student.source is None else None,
-    }
-    if sharded:
-        pruned = None if cut is None or place is None else (place, cut)
-        return build_meta_student(config.student, pruned=pruned, **settings), specs
-    pruned = None if cut is None or part is None else (part, cut)
-    student = build_student(config.student, device=config.device, pruned=pruned, **settings)
-    verify(student.model, "the student", pack=config.data.pack)
+    student = build_student(
+        config.student,
+        dtype=student_dtype(config.precision),
+        device="meta" if sharded else config.device,
+        seed=config.seed,
+        fresh=plan.student.config if plan.student.kind == "new" else None,
+        pruned=pruned,
+    )
+    if not sharded:
+        verify(student.model, "the student", pack=config.data.pack)
     return student, specs
 
 

@@ -91,7 +91,7 @@ class DistillConfig(Config):
             )
         length = self.data.length
         for name, tokens in (("tokens", self.batch.tokens), ("micro_tokens", self.batch.micro_tokens)):
-            if "auto" not in (length, tokens) and tokens < length:
+            if isinstance(length, int) and isinstance(tokens, int) and tokens < length:
                 raise ValueError(f"batch.{name} ({tokens}) is less than a row, data.length ({length})")
         if (held_out := self.held_out) is not None:
             if isinstance(self.data, StoredDataConfig):

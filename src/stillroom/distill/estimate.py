@@ -2,9 +2,7 @@
 how it lies on its processes, where the settings leave that open."""
 
 import dataclasses
-import json
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +13,20 @@ from stillroom.distill.config import DistillConfig
 from stillroom.distill.student_plan import plan_student
 from stillroom.distributed.config import AutoParallelConfig, FsdpConfig, NoParallelConfig
 from stillroom.distributed.init import DistContext
-from stillroom.errors import ConfigError, DataError, OutOfMemoryError
+from stillroom.errors import ConfigError, OutOfMemoryError
 from stillroom.estimates.flops import CAPTURE_SPEED, STORE_STEP, forward_flops, live_or_offline, training_flops
 from stillroom.estimates.hardware import HEAP_SHARE, Hardware
 from stillroom.estimates.headers import Headers, read_config, read_sizes
 from stillroom.estimates.memory import Load, TeacherLoad, layer_bytes, memory, nearest
-from stillroom.estimates.model_size import ModelSize
 from stillroom.estimates.report import CostReport, bytes_text
 from stillroom.estimates.sections import ARITHMETIC, add_memory, add_parameters, add_time, amount, fit
 from stillroom.estimates.storage import stored
-from stillroom.losses.config import Every, HiddenObjective, Last, ObjectiveConfig, Pairs, Uniform
+from stillroom.losses.config import Every, HiddenObjective, Last, LayerMap, Pairs, Uniform
 from stillroom.models import loading
 from stillroom.pruning.config import BestLayers, PruningConfig
+from stillroom.store.format import MANIFEST, read_manifest
 from stillroom.teachers.config import LiveTeacherConfig, ServerTeacherConfig, StoreTeacherConfig
 from stillroom.training.config import StudentConfig
-
-AnyTeacher = LiveTeacherConfig | ServerTeacherConfig | StoreTeacherConfig | None
 
 SPARE = 0.1
 """Share of a device's memory that a choice leaves free: plans are that far from what is measured."""
@@ -51,8 +47,8 @@ def read_headers(config: DistillConfig) -> Headers:
     if live is not None:
         files, sizes["teacher"] = read_sizes(live.model, live.revision, "the teacher")
         described = AutoConfig.for_model(**files.config)
-    elif isinstance(teacher, StoreTeacherConfig):
-        store = _manifest(teacher.path)
+    elif isinstance(teacher, StoreTeacherConfig) and (file := Path(teacher.path) / MANIFEST).is_file():
+        store = read_manifest(file.read_bytes(), teacher.path).model_dump()
 
     def read(name: str) -> PretrainedConfig:
         if name == getattr(student.init, "like", None):  # whose weights nobody reads
@@ -60,28 +56,8 @@ def read_headers(config: DistillConfig) -> Headers:
         return AutoConfig.for_model(**read_sizes(name, student.revision, "the student")[0].config)
 
     found = Headers.of({"student": plan_student(student, live, described, None, read).config}, store=store)
-    tokens = None if store is None else float(store.get("tokens", store["positions"]))
+    tokens = None if store is None else float(store["tokens"])
     return dataclasses.replace(found, models={**found.models, **sizes}, num_tokens=tokens)
-
-
-def _manifest(path: str) -> Mapping[str, Any] | None:
-    """The manifest of a store in a folder; None where none is there yet."""
-    file = Path(path) / "manifest.json"
-    if not file.is_file():
-        return None
-    try:
-        values = json.loads(file.read_bytes())
-        if all(isinstance(values[name], int) for name in ("positions", "length", "num_columns")):
-            return values
-        found = "other values"
-    except (ValueError, TypeError, KeyError) as error:
-        found = f"{type(error).__name__}: {error}"
-    raise DataError(
-        f"{file} is no manifest of a store",
-        {"expected": "positions, length and num_columns", "found": found},
-        why="They tell how much there is to learn.",
-        fix="See what `stillroom store check` says of it.",
-    )
 
 
 # --- what memory follows from ----------------------------------------------------------------------------------------
@@ -110,6 +86,20 @@ def load_of(config: DistillConfig, headers: Headers, hardware: Hardware) -> Load
         vocab_size = int(headers.store["num_columns"])
     elif vocab_size == "auto":
         vocab_size = min(size.vocab_size for size in headers.models.values())
+    entries = float(config.teacher.top) if isinstance(config.teacher, ServerTeacherConfig) else 0.0
+    if isinstance(config.teacher, StoreTeacherConfig):
+        entries = ENTRIES if headers.store is None else store["entries"] / max(1, store["positions"])
+    teacher = None
+    if isinstance(config.teacher, LiveTeacherConfig) and asked:
+        single = config.teacher.dtype == "float32" or (config.teacher.dtype == "auto" and hardware.is_cpu)
+        teacher = TeacherLoad(
+            headers.models["teacher"],
+            4 if single else 2,
+            elsewhere=config.teacher.ranks is not None,
+            whole=config.teacher.placement == "whole" or config.teacher.quantization is not None,
+            quantization=config.teacher.quantization,
+        )
+    hidden = [objective for objective in config.objectives if isinstance(objective, HiddenObjective)]
     load = Load(
         size,
         length,
@@ -124,11 +114,11 @@ def load_of(config: DistillConfig, headers: Headers, hardware: Hardware) -> Load
         states=hardware.states,
         frozen=size.frozen(student.freeze, adapters=lora is not None),
         adapter_parameters=0 if lora is None else size.adapter_parameters(lora.rank, lora.targets),
-        teacher=_teacher_load(config.teacher, live, hardware) if asked else None,
-        stored_entries=_entries(config.teacher, headers.store),
-        hidden_pairs=num_pairs(config.objectives, size.num_layers, theirs),
+        teacher=teacher,
+        stored_entries=entries,
+        hidden_pairs=sum(num_pairs(one.layers, size.num_layers, theirs) for one in hidden),
         teacher_width=int(store.get("hidden_width", 0)) if live is None else live.hidden_size,
-        objective=any(not isinstance(objective, HiddenObjective) for objective in config.objectives),
+        objective=len(hidden) < len(config.objectives),
         driver_bytes=hardware.driver_bytes,
         heap_share=hardware.heap_share,
         num_devices=max(1, hardware.num_devices // getattr(config.parallel, "replicas", 1)),
@@ -138,46 +128,19 @@ def load_of(config: DistillConfig, headers: Headers, hardware: Hardware) -> Load
     return dataclasses.replace(load, micro_batches=max(1, number))
 
 
-def num_pairs(objectives: Sequence[ObjectiveConfig], ours: int, theirs: int) -> int:
-    """Returns how many pairs of the student's and the teacher's layers the objectives of inner states compare."""
-    total = 0
-    for objective in objectives:
-        if not isinstance(objective, HiddenObjective):
-            continue
-        match objective.layers:
-            case Pairs(pairs=pairs):
-                total += len(pairs)
-            case Last(count=count):
-                total += count
-            case Every(step=step):
-                total += min(ours, theirs // step)
-            case Uniform(one_in=one_in):
-                total += -(-ours // one_in)
-            case _:
-                total += ours
-    return total
-
-
-def _teacher_load(teacher: AnyTeacher, size: ModelSize | None, hardware: Hardware) -> TeacherLoad | None:
-    if not isinstance(teacher, LiveTeacherConfig) or size is None:
-        return None
-    single = teacher.dtype == "float32" or (teacher.dtype == "auto" and hardware.is_cpu)
-    return TeacherLoad(
-        size,
-        4 if single else 2,
-        elsewhere=teacher.ranks is not None,
-        whole=teacher.placement == "whole" or teacher.quantization is not None,
-        quantization=teacher.quantization,
-    )
-
-
-def _entries(teacher: AnyTeacher, store: Mapping[str, Any] | None) -> float:
-    """Returns how many entries of a position are stored, or told by a server."""
-    if isinstance(teacher, ServerTeacherConfig):
-        return float(teacher.top)
-    if not isinstance(teacher, StoreTeacherConfig):
-        return 0.0
-    return ENTRIES if store is None else int(store.get("entries", 0)) / max(1, int(store.get("positions", 0)))
+def num_pairs(layers: LayerMap, ours: int, theirs: int) -> int:
+    """Returns how many pairs of so many layers of the student and the teacher a map makes."""
+    match layers:
+        case Pairs(pairs=pairs):
+            return len(pairs)
+        case Last(count=count):
+            return count
+        case Every(step=step):
+            return min(ours, theirs // step)
+        case Uniform(one_in=one_in):
+            return -(-ours // one_in)
+        case _:
+            return ours
 
 
 # --- many processes --------------------------------------------------------------------------------------------------
@@ -271,33 +234,30 @@ def costs(config: DistillConfig, headers: Headers, hardware: Hardware, title: st
         tokens, why = config.steps * config.batch.tokens, f"{config.steps:,} steps of at most {config.batch.tokens:,}"
     elif of_pass is not None and config.epochs is not None:
         tokens, why = config.epochs * of_pass, f"{config.epochs} x {of_pass:,.0f}"
+    trained = training_flops(
+        load.student, load.length, checkpointing=load.checkpointing, adapter_parameters=load.adapter_parameters,
+        frozen=load.frozen,
+    )  # fmt: skip
+    asked = 0.0 if load.teacher is None else forward_flops(load.teacher.model, load.length)
+    flops = {
+        "student, forward": trained.forward,
+        "student, backward": trained.backward,
+        "student, recomputed": trained.recomputed,
+        "teacher, forward": asked,
+    }
+    for name, value in flops.items():
+        if value:
+            report.add(ARITHMETIC, name, value, "FLOP")
     from_store = isinstance(config.teacher, StoreTeacherConfig)
-    _add_time(report, load, hardware, tokens, why, epochs=config.epochs or 1, from_store=from_store)
+    add_time(report, hardware, (trained.total + asked) * (STORE_STEP if from_store else 1.0), tokens, why)
+    if load.teacher is not None and tokens is not None:
+        _compare(report, load, trained.total, asked, tokens, config.epochs or 1, hardware)
     report.assumptions += _assumptions(load, config.student, has_held_out=config.held_out is not None)
     if isinstance(config.teacher, StoreTeacherConfig) and headers.store is None:
         report.assumptions.append(
             f"no store is at {config.teacher.path} yet: {ENTRIES:.0f} entries a position are assumed"
         )
     return report
-
-
-def _add_time(
-    report: CostReport, load: Load, hardware: Hardware, tokens: float | None, why: str, *, epochs: int, from_store: bool
-) -> None:
-    trained = training_flops(
-        load.student, load.length, checkpointing=load.checkpointing, adapter_parameters=load.adapter_parameters,
-        frozen=load.frozen,
-    )  # fmt: skip
-    asked = 0.0 if load.teacher is None else forward_flops(load.teacher.model, load.length)
-    report.add(ARITHMETIC, "student, forward", trained.forward, "FLOP")
-    report.add(ARITHMETIC, "student, backward", trained.backward, "FLOP")
-    if trained.recomputed:
-        report.add(ARITHMETIC, "student, recomputed", trained.recomputed, "FLOP")
-    if asked:
-        report.add(ARITHMETIC, "teacher, forward", asked, "FLOP")
-    add_time(report, hardware, (trained.total + asked) * (STORE_STEP if from_store else 1.0), tokens, why)
-    if load.teacher is not None and tokens is not None:
-        _compare(report, load, trained.total, asked, tokens, epochs, hardware)
 
 
 def _compare(

@@ -115,7 +115,7 @@ class HiddenPlan:
         student, teacher = self.student, self.teacher
         kept: Sequence[int] | None = None if origin is None else origin.layers or range(student.num_layers)
         pairs = pair_layers(objective.layers, student.num_layers, teacher.num_layers, kept, f"{setting}.layers")  # pyright: ignore[reportArgumentType]
-        _check_objective(objective, pairs, student, teacher, setting)
+        self._check(setting, objective, pairs)
         projector = objective.projector if isinstance(objective.projector, Linear) else None
         distance: dict[str, Any] = objective.distance.model_dump()
         return HiddenSpec(
@@ -131,6 +131,74 @@ class HiddenPlan:
             by_data=isinstance(objective.token_weight, ByColumn),
             places=None if origin is None else origin.channels,
         )
+
+    def _check(self, setting: str, objective: HiddenObjective, pairs: Sequence[tuple[Layer, Layer]]) -> None:
+        """Returns where the distance can compare those layers.
+
+        Raises:
+            MismatchError: the widths differ and nothing projects them; or a store does not hold the layers.
+            ConfigError: there is not one weight for each pair, or an end of the model is asked for its attention.
+        """
+        student, teacher = self.student, self.teacher
+        needed = ", ".join(str(layer) for _, layer in pairs)
+        if teacher.stored is not None and any(layer not in teacher.stored for _, layer in pairs):
+            raise MismatchError(
+                f"{setting} needs layers that the store does not hold",
+                {"needed": needed, teacher.who: ", ".join(map(str, teacher.stored))},
+                why="Without the teacher's states there is nothing to learn from.",
+                fix=f"Name pairs of stored layers, or capture anew with hidden.layers=[{needed}].",
+            )
+        weights, name = objective.weights_by_layer, objective.distance.kind
+        widths = {"student": f"{student.width} channels", teacher.who: f"{teacher.width} channels"}
+        if weights is not None and (len(weights) != len(pairs) or not any(weights)):
+            raise ConfigError(
+                f"{setting}.weights_by_layer does not fit the layer map",
+                {"weights": list(weights), "pairs": f"{len(pairs)}: {pairs_text(pairs)}"},
+                why="Each pair needs a weight, and one of them more than 0.",
+                fix=f"Give {len(pairs)} weights, or leave them out.",
+            )
+        if name == "attention_relation":
+            self._check_attention(setting, objective, pairs)
+        elif name not in PROJECTION_FREE and objective.projector is None and student.width != teacher.width:
+            raise MismatchError(
+                f"{setting} compares states of different widths, and has no projector",
+                widths,
+                why=f"The distance {name} goes channel by channel.",
+                fix="Set projector=linear, or use the distance linear_cka, which needs none.",
+            )
+        elif getattr(objective.projector, "start", None) == "identity" and student.width > teacher.width:
+            raise MismatchError(
+                f"{setting}.projector cannot start from the identity",
+                widths,
+                why="Some of the student's channels would have no place.",
+                fix="Use start=orthogonal or start=least_squares.",
+            )
+
+    def _check_attention(self, setting: str, objective: HiddenObjective, pairs: Sequence[tuple[Layer, Layer]]) -> None:
+        if self.teacher.stored is not None:
+            raise MismatchError(
+                f"{setting} needs queries, keys and values, which a store does not hold",
+                {"distance": "attention_relation", self.teacher.who: "hidden states alone"},
+                why="Relations of attention are made of them.",
+                fix="Use a live teacher, or another distance.",
+            )
+        for pair in pairs:
+            if not all(isinstance(layer, int) for layer in pair):
+                raise ConfigError(
+                    f"{setting}.layers names an end of the model, which has no attention",
+                    {"distance": "attention_relation", "pair": pairs_text([pair])},
+                    why="Only blocks have queries, keys and values.",
+                    fix="Name blocks by their numbers, or use another distance.",
+                )
+        heads: Any = getattr(objective.distance, "heads", 1)
+        for side in (self.student, self.teacher):
+            if wrong := [width for width in side.attention if width % heads]:
+                raise MismatchError(
+                    f"{setting}.distance.heads does not divide the {side.who}'s queries, keys and values",
+                    {"heads": heads, f"the {side.who}'s widths": ", ".join(map(str, dict.fromkeys(wrong)))},
+                    why="Each relation head takes an equal share of them.",
+                    fix="Leave `heads` at auto.",
+                )
 
 
 def plan_hidden(
@@ -150,31 +218,24 @@ def plan_hidden(
     assert teacher is not None  # the config demands a teacher
     ours = Side.of_model(student, "student")
     theirs = Side.of_store(teacher) if isinstance(teacher, Store) else Side.of_model(teacher, "teacher")
-    resolved = [
-        _resolved(one, ours, theirs, was_cut=origin is not None) if isinstance(one, HiddenObjective) else one
-        for one in objectives
-    ]
-    named = [
-        (name, f"objectives.{i}", one)
-        for i, (name, one) in enumerate(zip(names(resolved), resolved, strict=True))
-        if isinstance(one, HiddenObjective)
-    ]
+    resolved, named = list(objectives), []
+    for i, (name, objective) in enumerate(zip(names(objectives), objectives, strict=True)):
+        if not isinstance(objective, HiddenObjective):
+            continue
+        values: dict[str, Any] = {}
+        if isinstance(objective.layers, Auto):
+            values["layers"] = {"kind": "uniform" if origin is None else "kept"}
+        if isinstance(objective.projector, Auto):
+            same = ours.width == theirs.width or objective.distance.kind in PROJECTION_FREE
+            values["projector"] = None if same else {"kind": "linear"}
+        if getattr(objective.distance, "heads", None) == "auto":
+            common = gcd(*ours.attention, *theirs.attention)
+            values["distance.heads"] = max(n for n in range(1, ours.heads + 1) if common % n == 0)
+        resolved[i] = replace(objective, values)
+        named.append((name, f"objectives.{i}", resolved[i]))
     plan = HiddenPlan(ours, theirs, tuple(named), origin)
     plan.specs()  # which raises where something does not fit
     return resolved, plan
-
-
-def _resolved(objective: HiddenObjective, student: Side, teacher: Side, *, was_cut: bool) -> HiddenObjective:
-    values: dict[str, Any] = {}
-    if isinstance(objective.layers, Auto):
-        values["layers"] = {"kind": "kept" if was_cut else "uniform"}
-    if isinstance(objective.projector, Auto):
-        same = student.width == teacher.width or objective.distance.kind in PROJECTION_FREE
-        values["projector"] = None if same else {"kind": "linear"}
-    if getattr(objective.distance, "heads", None) == "auto":
-        common = gcd(*student.attention, *teacher.attention)
-        values["distance.heads"] = max(n for n in range(1, student.heads + 1) if common % n == 0)
-    return replace(objective, values)
 
 
 def pair_layers(
@@ -229,79 +290,6 @@ def pair_layers(
             fix=f"Give `{name}` a smaller number.",
         )
     return pairs
-
-
-def _check_objective(
-    objective: HiddenObjective, pairs: Sequence[tuple[Layer, Layer]], student: Side, teacher: Side, setting: str
-) -> None:
-    """Returns where the distance can compare those layers.
-
-    Raises:
-        MismatchError: the widths differ and nothing projects them; or a store does not hold the layers.
-        ConfigError: there is not one weight for each pair, or an end of the model is asked for its attention.
-    """
-    needed = ", ".join(str(layer) for _, layer in pairs)
-    if teacher.stored is not None and any(layer not in teacher.stored for _, layer in pairs):
-        raise MismatchError(
-            f"{setting} needs layers that the store does not hold",
-            {"needed": needed, teacher.who: ", ".join(map(str, teacher.stored))},
-            why="Without the teacher's states there is nothing to learn from.",
-            fix=f"Name pairs of stored layers, or capture anew with hidden.layers=[{needed}].",
-        )
-    weights, name = objective.weights_by_layer, objective.distance.kind
-    widths = {"student": f"{student.width} channels", teacher.who: f"{teacher.width} channels"}
-    if weights is not None and (len(weights) != len(pairs) or not any(weights)):
-        raise ConfigError(
-            f"{setting}.weights_by_layer does not fit the layer map",
-            {"weights": list(weights), "pairs": f"{len(pairs)}: {pairs_text(pairs)}"},
-            why="Each pair needs a weight, and one of them more than 0.",
-            fix=f"Give {len(pairs)} weights, or leave them out.",
-        )
-    if name == "attention_relation":
-        _check_attention(objective, pairs, student, teacher, setting)
-    elif name not in PROJECTION_FREE and objective.projector is None and student.width != teacher.width:
-        raise MismatchError(
-            f"{setting} compares states of different widths, and has no projector",
-            widths,
-            why=f"The distance {name} goes channel by channel.",
-            fix="Set projector=linear, or use the distance linear_cka, which needs none.",
-        )
-    elif getattr(objective.projector, "start", None) == "identity" and student.width > teacher.width:
-        raise MismatchError(
-            f"{setting}.projector cannot start from the identity",
-            widths,
-            why="Some of the student's channels would have no place.",
-            fix="Use start=orthogonal or start=least_squares.",
-        )
-
-
-def _check_attention(
-    objective: HiddenObjective, pairs: Sequence[tuple[Layer, Layer]], student: Side, teacher: Side, setting: str
-) -> None:
-    if teacher.stored is not None:
-        raise MismatchError(
-            f"{setting} needs queries, keys and values, which a store does not hold",
-            {"distance": "attention_relation", teacher.who: "hidden states alone"},
-            why="Relations of attention are made of them.",
-            fix="Use a live teacher, or another distance.",
-        )
-    for pair in pairs:
-        if not all(isinstance(layer, int) for layer in pair):
-            raise ConfigError(
-                f"{setting}.layers names an end of the model, which has no attention",
-                {"distance": "attention_relation", "pair": pairs_text([pair])},
-                why="Only blocks have queries, keys and values.",
-                fix="Name blocks by their numbers, or use another distance.",
-            )
-    heads: Any = getattr(objective.distance, "heads", 1)
-    for side in (student, teacher):
-        if wrong := [width for width in side.attention if width % heads]:
-            raise MismatchError(
-                f"{setting}.distance.heads does not divide the {side.who}'s queries, keys and values",
-                {"heads": heads, f"the {side.who}'s widths": ", ".join(map(str, dict.fromkeys(wrong)))},
-                why="Each relation head takes an equal share of them.",
-                fix="Leave `heads` at auto.",
-            )
 
 
 def pairs_text(pairs: Sequence[tuple[Layer, Layer]]) -> str:

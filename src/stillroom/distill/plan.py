@@ -24,7 +24,6 @@ from stillroom.distill.stored_plan import (
     load_stored_tokenizer,
     open_stores,
     shown_length,
-    stored_template,
 )
 from stillroom.distill.student_plan import StudentPlan, plan_student
 from stillroom.distributed.group import SINGLE_RANK, RankGroup
@@ -47,15 +46,7 @@ from stillroom.tokenizers import (
     template_of,
 )
 from stillroom.training.config import StudentConfig
-from stillroom.verbs import (
-    VerbPlan,
-    check_vocabulary,
-    costs_on,
-    files_of,
-    has_bfloat16,
-    no_template,
-    tokenized_file,
-)
+from stillroom.verbs import VerbPlan, check_vocabulary, costs_on, files_of, has_bfloat16, no_template, tokenized_file
 
 
 @dataclass(frozen=True)
@@ -244,10 +235,13 @@ def make_plan(config: DistillConfig, context: DistContext = SINGLE_PROCESS) -> D
     if store is not None:
         check_columns(store, student.config, tokenizer, whose_tokenizer)
         vocab_size, teacher_fingerprint = store.manifest.num_columns, store.manifest.teacher.fingerprint
-        template = stored_template(store, tokenizer, stored)
+        if store.manifest.template != "none":
+            fix = "Set student.tokenizer to the store's own, the folder `tokenizer` in it."
+            _, template = _template("auto", tokenizer, stored, "store", fix)
     elif not isinstance(data, StoredDataConfig) and needs_template(data):
         whose: str = getattr(data, "template")  # noqa: B009
-        values["data.template"], template = _template(whose, tokenizer, teacher_tokenizer)
+        fix = "Say whose counts: data.template=teacher or data.template=student."
+        values["data.template"], template = _template(whose, tokenizer, teacher_tokenizer, "teacher", fix)
     if template is not None:
         tokenizer.chat_template = template  # the student is served with what it was trained on
 
@@ -335,16 +329,20 @@ def _compared_columns(columns: int | str, heads: Sequence[int], needed: int) -> 
 
 
 def _template(
-    choice: str, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None
+    choice: str, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, who: str, fix: str
 ) -> tuple[str, str]:
-    """Returns whose chat template rows go through, and its text."""
+    """Returns whose chat template rows go through, and its text.
+
+    Args:
+        who: the teacher, or the store with its signals, in an error; ``fix`` is what to do where the two differ.
+    """
     ours, theirs = template_of(student), None if teacher is None else template_of(teacher)
     if choice == "auto" and ours and theirs and ours != theirs:
         raise MismatchError(
-            "teacher and student have different chat templates",
-            {"teacher": template_fingerprint(theirs)[:16], "student": template_fingerprint(ours)[:16]},
+            f"{who} and student have different chat templates",
+            {who: template_fingerprint(theirs)[:16], "student": template_fingerprint(ours)[:16]},
             why="The same conversation would become other tokens for each, and one would read what it never saw.",
-            fix="Say whose counts: data.template=teacher or data.template=student.",
+            fix=fix,
         )
     whose = choice if choice != "auto" else "student" if ours else "teacher"
     template = ours if whose == "student" else theirs

@@ -299,13 +299,7 @@ def on_policy_kl(
         end: the token that ends a text.
     """
     module.eval()
-    probe = StudentStep(
-        module.model,
-        [Objective("own_text_kl_nats", reverse_kl)],
-        vocab_size=module.vocab_size,
-        logits_bytes=module.logits_bytes,
-        precision=module.precision,
-    ).eval()
+    objectives = [Objective("own_text_kl_nats", reverse_kl)]
     generator = torch.Generator().manual_seed(seed)
     prompts = []
     for number in numbers:
@@ -319,6 +313,6 @@ def on_policy_kl(
         max_tokens = min(MOST_TOKENS, length + 1 - len(prompt))
         text = draw_text(module.model, prompt, max_tokens, vocab_size, end, generator)
         batch = collate(StudentText([text], [len(prompt)]), [np.array([0])], 0).to(device)
-        total += probe(batch, teacher.forward(batch), 1).sums.item()
+        total += module(batch, teacher.forward(batch), 1, objectives).sums[0].item()
         num_tokens += batch.num_kept
     return total / max(1, num_tokens), num_tokens

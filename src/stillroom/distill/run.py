@@ -328,11 +328,10 @@ def teach(plan: DistillPlan, context: DistContext) -> dict[str, Any]:
 @contextmanager
 def leaving(teacher: Teacher | None) -> Iterator[None]:
     """Tells a teacher on processes of its own when it is no longer needed: after the run, or when it is interrupted."""
+    leave = teacher.leave if isinstance(teacher, RemoteTeacher) else lambda: None
     try:
         yield
     except Interrupted:
-        if isinstance(teacher, RemoteTeacher):
-            teacher.leave()
+        leave()
         raise
-    if isinstance(teacher, RemoteTeacher):
-        teacher.leave()
+    leave()

@@ -86,7 +86,7 @@ def _open(
         )
     row = store.manifest.length if length == "auto" else length
     for name, tokens in (("tokens", batch.tokens), ("micro_tokens", batch.micro_tokens)):
-        if tokens != "auto":
+        if isinstance(tokens, int):
             check_row(f"batch.{name}", tokens, row, f"{row}, of {path}")
     return store
 
@@ -102,17 +102,17 @@ def check_objectives(objectives: Sequence[ObjectiveConfig], signal: QuantizedSig
     for objective in objectives:
         if isinstance(objective, HiddenObjective):
             continue
-        if len(objective.temperatures) > 1 and LOSSES[objective.kind].signal != "none":
-            start, stop = objective.temperatures
+        first, *others = objective.temperatures
+        if others and LOSSES[objective.kind].signal != "none":
             raise MismatchError(
                 f"{name} cannot follow a temperature that changes",
-                {f"{objective.kind}.temperature": f"{start} to {stop}", "signal.kind": signal.kind},
+                {f"{objective.kind}.temperature": f"{first} to {others[0]}", "signal.kind": signal.kind},
                 why="What was left out is known at the temperatures that were stored, and at none between them.",
                 fix="Give the objective one stored temperature, use a live teacher, or a store of signal.kind=full.",
             )
         check_sparse(
             objective.kind,
-            objective.temperatures[0],
+            first,
             sampled=signal.kind in SAMPLED,
             temperatures=known_temperatures(signal),
             missing=getattr(objective, "missing", "bucket"),
@@ -157,21 +157,24 @@ def _check_held_out(store: Store, held_out: Store) -> None:
 
 
 def load_stored_tokenizer(store: Store) -> PreTrainedTokenizerBase:
-    """The tokenizer that a store's documents were made with.
+    """Returns the tokenizer that a store's documents were made with.
 
     Raises:
-        MismatchError: it is not the one that the manifest names.
+        MismatchError: it, or the chat template that the documents went through, is not the one that the manifest names.
     """
     with TemporaryDirectory() as folder:
         tokenizer = load_tokenizer(store.fetch_tokenizer(Path(folder)))
-    found, expected = fingerprint(tokenizer), store.manifest.tokenizer.fingerprint
-    if found != expected:
-        raise MismatchError(
-            f"the tokenizer in the store {store.path} is not the one that it was captured with",
-            {"manifest": expected[:16], "found": found[:16]},
-            why="The store's token ids would mean other text.",
-            fix="Copy the store again; `stillroom store check` names all that is wrong.",
-        )
+    named = {"tokenizer": (store.manifest.tokenizer.fingerprint, fingerprint(tokenizer))}
+    if store.manifest.template != "none":
+        named["chat template"] = store.manifest.template, template_fingerprint(template_of(tokenizer))
+    for name, (expected, found) in named.items():
+        if found != expected:
+            raise MismatchError(
+                f"the {name} in the store {store.path} is not the one that it was captured with",
+                {"manifest": expected[:16], "found": found[:16]},
+                why="The student would be served with another than it was trained on, or read other text.",
+                fix="Copy the store again; `stillroom store check` names all that is wrong.",
+            )
     return tokenizer
 
 
@@ -191,32 +194,3 @@ def check_columns(store: Store, student: PretrainedConfig, tokenizer: PreTrained
             "token must have one.",
             fix="Use a student of the teacher's vocabulary, or capture with teacher.columns that fits both.",
         )
-
-
-def stored_template(
-    store: Store, tokenizer: PreTrainedTokenizerBase, stored: PreTrainedTokenizerBase | None
-) -> str | None:
-    """The chat template that the store's documents went through; None where they went through none.
-
-    Raises:
-        MismatchError: the student has another one, or the store's tokenizer no longer holds it.
-    """
-    expected = store.manifest.template
-    if expected == "none" or stored is None:
-        return None
-    template, ours = template_of(stored), template_of(tokenizer)
-    if template_fingerprint(template) != expected:
-        raise MismatchError(
-            f"the store {store.path} lacks the chat template that it was captured with",
-            {"manifest": expected[:16], "its tokenizer": template_fingerprint(template)[:16]},
-            why="The student would be served with another than it was trained on.",
-            fix="Copy the store again; `stillroom store check` names all that is wrong.",
-        )
-    if ours is not None and ours != template:
-        raise MismatchError(
-            "the student and the store have different chat templates",
-            {"store": expected[:16], "student": template_fingerprint(ours)[:16]},
-            why="The student would be served with another than it was trained on.",
-            fix="Set student.tokenizer to the store's own, the folder `tokenizer` in it.",
-        )
-    return template

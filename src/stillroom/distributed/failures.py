@@ -43,13 +43,9 @@ class FailureReport:
 
     def ends(self) -> dict[int, tuple[str, str]]:
         """Returns how processes ended, of those that wrote so."""
-        texts = {rank: self._read("end", rank) for rank in range(self.ranks.world_size)}
+        texts = {rank: self.read("end", rank) for rank in range(self.ranks.world_size)}
         parts = {rank: text.partition(" ") for rank, text in texts.items() if text}
         return {rank: (how, text) for rank, (how, _, text) in parts.items()}
-
-    def last(self, rank: int) -> str:
-        """Returns how far a process was."""
-        return self._read("at", rank) or "never heard of"
 
     def another_reports(self) -> bool:
         """Returns whether this process need not report its end: one failed by itself, or one before it has lost another
@@ -60,7 +56,8 @@ class FailureReport:
         if self._store is not None:
             self._store.set(f"{key} {self.ranks.rank}", text)
 
-    def _read(self, key: str, rank: int) -> str:
+    def read(self, key: str, rank: int) -> str:
+        """Returns what a process wrote last: how far it is, or how it ended."""
         assert self._store is not None
         name = f"{key} {rank}"
         return self._store.get(name).decode() if self._store.check([name]) else ""
@@ -120,7 +117,7 @@ def _lost(failures: FailureReport, error: RuntimeError) -> StillroomError:
             failures.end(LOST, reason)
             _wait_until(lambda: failures.another_reports() or len(failures.ends()) == ranks.world_size)
             silent = [rank for rank in range(ranks.world_size) if rank not in failures.ends()]
-            names = [f"rank {rank}, last heard at {failures.last(rank)}" for rank in silent]
+            names = [f"rank {rank}, last heard at {failures.read('at', rank) or 'never heard of'}" for rank in silent]
             answers.append((failures.another_reports(), names))
 
     thread = threading.Thread(target=ask, daemon=True)  # since a store that is lost may never answer

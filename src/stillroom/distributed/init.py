@@ -40,14 +40,12 @@ def rank_info() -> RankGroup:
                 fix="Start the run with `torchrun`, which sets it; or unset WORLD_SIZE to run one process.",
             )
         values[name] = int(text)
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
         raise MissingError(
             f"the environment does not say where the processes meet: {' and '.join(missing)} not set",
             {"RANK": values["RANK"], "WORLD_SIZE": values["WORLD_SIZE"]},
             why="They find each other through a port of the first one's host.",
-            fix="Start the run with `torchrun`, which sets them; or set them to the first host's address and a free "
-            "port.",
+            fix="Start the run with `torchrun`, which sets them; or set them to the first host's address and a port.",
         )
     return RankGroup(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"])
 
@@ -109,7 +107,7 @@ def init_distributed(
         ConfigError: so many processes cannot be divided so.
         MissingError: the others did not come, or there is no device for this one.
     """
-    here = rank_info()
+    here, host = rank_info(), socket.gethostname()
     try:
         _check_division(here.world_size, replicas, num_teachers, device)
     except ConfigError as error:
@@ -120,7 +118,7 @@ def init_distributed(
         number = here.local_rank if device is None else device
         if number >= torch.cuda.device_count():
             raise MissingError(
-                f"there is no CUDA device for rank {here.rank} on {socket.gethostname()}",
+                f"there is no CUDA device for rank {here.rank} on {host}",
                 {"its number on this host": number, "CUDA devices": torch.cuda.device_count()},
                 why="Each process needs a device of its own.",
                 fix="Start as many processes on a host as it has devices (torchrun --nproc-per-node gpu).",
@@ -136,12 +134,11 @@ def init_distributed(
         raise MissingError(
             "the processes of this run did not find each other",
             {
-                "this one": f"rank {here.rank} of {here.world_size} on {socket.gethostname()}",
+                "this one": f"rank {here.rank} of {here.world_size} on {host}",
                 "reason": " ".join(str(error).split())[:200],
             },
             why="Every one of them is needed for every step.",
-            fix="Check that all were started, that MASTER_ADDR can be reached from every host, and that MASTER_PORT is "
-            "free there.",
+            fix="Check that all were started, that every host reaches MASTER_ADDR, and that MASTER_PORT is free there.",
         ) from error
     return _make_groups(here, device_type, timeout, replicas, num_teachers)
 

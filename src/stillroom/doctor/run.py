@@ -29,25 +29,15 @@ class DoctorConfig(Config):
 
 
 class Trial(Protocol):
-    """The checks of a recipe, in this order; each returns facts, and raises StillroomError where a run would."""
+    """The checks of a recipe, in this order, as `distill.preflight` makes them. Each returns facts, and raises
+    StillroomError where a run would."""
 
-    def fit(self) -> Facts:
-        """Compares tokenizers, chat templates and vocabularies."""
-
-    def look(self) -> Facts:
-        """Reads the data, and counts what became of the rows."""
-
-    def texts(self) -> Iterable[tuple[str, str]]:
-        """Yields some documents, by name."""
-
-    def measure(self) -> Facts:
-        """Measures the models on them."""
-
-    def own_text(self) -> Facts | None:
-        """Measures them on text that the student writes; None where that means nothing."""
-
-    def step(self) -> Facts:
-        """Makes one real step."""
+    def fit(self) -> Facts: ...
+    def look(self) -> Facts: ...
+    def texts(self) -> Iterable[tuple[str, str]]: ...
+    def measure(self) -> Facts: ...
+    def own_text(self) -> Facts | None: ...
+    def step(self) -> Facts: ...
 
 
 def run(config: DoctorConfig, trial: Trial, items_of: ItemsOf, report: Report = lambda *_: None) -> Facts:

@@ -26,7 +26,7 @@ from stillroom.teachers.live import LiveTeacher
 from stillroom.training.config import AdamWConfig, NewStudentConfig
 from stillroom.training.state import build_optimizer
 from stillroom.training.step import StudentStep
-from stillroom.training.student import Student, build_meta_student, build_student
+from stillroom.training.student import Student, build_student
 
 # peft itself still asks for the old name
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
@@ -371,7 +371,7 @@ def test_a_student_that_will_be_sharded_keeps_its_generation_config(recipe, tmp_
     model.generation_config.do_sample, model.generation_config.top_k = True, 7
     model.save_pretrained(tmp_path / "model")
     config = load(DistillConfig, recipe, [f"student.model={tmp_path}/model", f"out={tmp_path}/run"])
-    built = build_meta_student(config.student, dtype=torch.float32, seed=0)
+    built = build_student(config.student, dtype=torch.float32, device="meta", seed=0)
     assert built.model.generation_config.top_k == 7
 
 
