@@ -30,28 +30,28 @@ class DistillConfig(Config):
     teacher: (
         Annotated[LiveTeacherConfig | ServerTeacherConfig | StoreTeacherConfig, Field(discriminator="kind")] | None
     ) = None
-    """What is learnt from: a live model, one behind a server, or a store; null trains on the data's own labels
-    alone."""
+    """The source of what is learned: a live model, one behind a server, or a store; null trains on the data's own
+    labels alone."""
     data: Annotated[TextData | ChatData | PromptCompletionData | StoredDataConfig, Field(discriminator="format")]
-    """What they read."""
+    """The text that they read."""
     held_out: HeldOutConfig | None = None
-    """What the student is measured on."""
+    """The text that the student is measured on."""
     objectives: Annotated[tuple[ObjectiveConfig, ...], Field(strict=False, min_length=1)]
-    """What is minimised: the weighted sum of these."""
+    """The losses whose weighted sum is minimized."""
     steps: Positive | None = None
     """Optimizer steps; or else:"""
     epochs: Positive | None = None
     """passes over the data."""
     batch: BatchConfig
-    """How many tokens go into a step."""
+    """The number of tokens in a step."""
     optimizer: AdamWConfig
     """AdamW and its schedule."""
     checkpoints: CheckpointConfig = CheckpointConfig()
-    """What can be resumed from."""
+    """The states that a run can be resumed from."""
     export: ExportConfig = ExportConfig()
-    """How the trained student is written."""
+    """The form in which the trained student is written."""
     parallel: ParallelConfig = AutoParallelConfig()
-    """How the student lies on the processes that `torchrun` starts."""
+    """The layout of the student on the processes that `torchrun` starts."""
     precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """The student's arithmetic; its weights stay float32. auto is bfloat16 on a GPU that has it, else float32. float64
     is for checks: its weights are then float64 too."""
@@ -60,9 +60,9 @@ class DistillConfig(Config):
     logits_bytes: Positive | Literal["auto"] = "auto"
     """Budget for the logits that are held at a time; auto is 256 MiB."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of new weights, the order of documents, and dropout."""
+    """The seed of new weights, the order of documents, and dropout."""
     tracking: Annotated[tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...], Field(strict=False)] = ()
-    """Where the metrics go besides metrics.jsonl; each needs its package."""
+    """The places where the metrics go besides metrics.jsonl; each needs its package."""
     out: PathText
     """The run's folder, which must not exist yet."""
 

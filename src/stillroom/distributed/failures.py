@@ -15,7 +15,7 @@ from stillroom.distributed.group import RankGroup
 from stillroom.errors import Interrupted, LostError, ReportedElsewhere, StillroomError, Stopped
 
 PATIENCE_S = 5.0
-"""How long the others are waited for, to say how they ended, once one process has failed."""
+"""The time that the others are given to say how they ended, once one process has failed."""
 
 SIGNS = ("connection", "timed out", "timeout", "nccl", "gloo", "broken pipe", "socket", "process group")
 """Words in what `torch.distributed` says when another process does not answer."""

@@ -71,10 +71,10 @@ class DistContext:
 
 
 JOIN_TIME = datetime.timedelta(minutes=10)
-"""How long the first to come waits for the last: some may have to be given a machine first."""
+"""The time that the first to come waits for the last: some may have to be given a machine first."""
 
 SETUP_TIME = datetime.timedelta(hours=24)
-"""How long one process may take while the others wait, for what has no bound of its own."""
+"""The time that one process may take while the others wait, for what has no bound of its own."""
 
 SINGLE_PROCESS = DistContext(SINGLE_RANK, SINGLE_RANK)
 

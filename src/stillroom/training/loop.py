@@ -20,13 +20,13 @@ from stillroom.training.prefetch import MicroBatches
 from stillroom.training.state import TrainState, skip_updates
 
 SIGINT_CODE = 2.0**20
-"""How a step's sum over ranks counts Ctrl-C, and SIGTERM as 1: more than there are ranks."""
+"""The count of Ctrl-C in a step's sum over ranks, where SIGTERM is 1: more than there are ranks."""
 
 Measure = Callable[[Callable[[], bool]], dict[str, float] | None]
 """Makes the held-out measurement; returns None where the function that it is given came to return true."""
 
 Scheduled = tuple[Any, ...]
-"""What a schedule gives the trained module's forward in a step."""
+"""The arguments that a schedule gives the trained module's forward in a step."""
 
 Report = Callable[[str, Mapping[str, Any]], None]
 """Takes what happens: the name of the event ("tokenise", "step", "held_out", "note") and its values."""

@@ -29,7 +29,7 @@ class TrainedModule(nn.Module, ABC):
     """The one module that is trained. The loop knows nothing else of what a run trains."""
 
     counts: str = "num_kept"
-    """What a step's loss is a mean over: a field of the step's totals, and its column in metrics.jsonl."""
+    """The things that a step's loss is a mean over: a field of the step's totals, and a column of metrics.jsonl."""
 
     @property
     @abstractmethod
@@ -79,7 +79,7 @@ class TrainState:
     parallel: nn.Module | None = None
     """The DDP module that is called in place of ``module`` in training, where there is one."""
     place: torch.device | None = None
-    """Where batches go; None is where the parameters are."""
+    """The device where batches go; None is where the parameters are."""
     late: bool = False
     """Whether a step's numbers are read when the next step has been launched, so that a device need not wait for the
     host, and not before the step's own update. The optimizer must then be a fused one."""

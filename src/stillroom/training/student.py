@@ -28,7 +28,7 @@ class Student(NamedTuple):
     """The `peft.PeftModel` around it, or None."""
     export: Literal["merged", "adapter"] = "merged"
     cut: PruneMask | None = None
-    """What of its teacher it was at the start."""
+    """The part of its teacher that it was at the start."""
     fill: Callable[[], None] | None = None
     """Gives its parameters their first values, where they have no memory yet; None where they have both."""
 
