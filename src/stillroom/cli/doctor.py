@@ -8,8 +8,7 @@ from typing import Any
 from stillroom.cli.arguments import Arguments, first_key
 from stillroom.config import explain, load
 from stillroom.distill.config import DistillConfig
-from stillroom.doctor.findings import Finding
-from stillroom.doctor.overlap import TaskTexts
+from stillroom.doctor.findings import Finding, TaskTexts
 from stillroom.doctor.run import DoctorConfig, run
 from stillroom.errors import ConfigError
 from stillroom.terminal import harmless

@@ -183,21 +183,9 @@ def make_plan(config: DistillConfig, context: DistContext = SINGLE_PROCESS) -> D
         MissingError: a model, a tokenizer, a data file, a device or a package is not there.
         MismatchError: the tokenizers, the chat templates or the heads of teacher and student do not fit.
     """
-    given, teacher, data = config, config.teacher, config.data
+    teacher, data = config.teacher, config.data
     live = teacher if isinstance(teacher, LiveTeacherConfig) else None
-    device = loading.resolve_device(config.device, "device")
-    dtype = "bfloat16" if has_bfloat16(device) else "float32"
-    values: dict[str, Any] = {"device": device}
-    if config.precision == "auto":
-        values["precision"] = dtype
-    if live is not None and live.dtype == "auto":
-        values["teacher.dtype"] = dtype
-    paths = config.paths_read
-    if not isinstance(data, StoredDataConfig):
-        values["data.cache"] = str(cache_folder(data))
-        paths["data.cache, by default," if data.cache == "auto" else "data.cache"] = values["data.cache"]
-    check_outside(config.out, paths)
-
+    values = _of_this_machine(config)
     store, held_out_store, length = None, None, data.length
     if isinstance(teacher, StoreTeacherConfig) and isinstance(data, StoredDataConfig):
         held_out = None if config.held_out is None else config.held_out.path
@@ -235,23 +223,23 @@ def make_plan(config: DistillConfig, context: DistContext = SINGLE_PROCESS) -> D
     if store is not None:
         check_columns(store, student.config, tokenizer, whose_tokenizer)
         vocab_size, teacher_fingerprint = store.manifest.num_columns, store.manifest.teacher.fingerprint
-        if store.manifest.template != "none":
-            fix = "Set student.tokenizer to the store's own, the folder `tokenizer` in it."
-            _, template = _template("auto", tokenizer, stored, "store", fix)
-    elif not isinstance(data, StoredDataConfig) and needs_template(data):
-        whose: str = getattr(data, "template")  # noqa: B009
-        fix = "Say whose counts: data.template=teacher or data.template=student."
-        values["data.template"], template = _template(whose, tokenizer, teacher_tokenizer, "teacher", fix)
-    if template is not None:
+        has_template = store.manifest.template != "none"
+    else:
+        has_template = not isinstance(data, StoredDataConfig) and needs_template(data)
+    if has_template:
+        whose, template = _template(data, tokenizer, teacher_tokenizer)
+        if store is None:
+            values["data.template"] = whose
         tokenizer.chat_template = template  # the student is served with what it was trained on
 
     origin = None if teacher_fingerprint is None else student.origin_in(teacher_fingerprint)
-    objectives, hidden = plan_hidden(config.objectives, student.config, store or teacher_config, origin)
+    compared = teacher_config if store is None else store
+    objectives, hidden = plan_hidden(config.objectives, student.config, compared, origin)
     values["objectives"] = [objective.model_dump() for objective in objectives]
     if hidden is not None and held_out_store is not None:
         plan_hidden(objectives, student.config, held_out_store, origin)  # which is measured on the same layers
     plan = DistillPlan(
-        replace(given, values),
+        replace(config, values),
         student,
         tokenizer,
         template,
@@ -271,8 +259,30 @@ def make_plan(config: DistillConfig, context: DistContext = SINGLE_PROCESS) -> D
     known = None  # where a model's size is not
     with suppress(ConfigError):
         known = plan.known()
-    resolved = resolve_parallel(plan.config, known, context, memory_of_a_process(device))
+    resolved = resolve_parallel(plan.config, known, context, memory_of_a_process(values["device"]))
     return dataclasses.replace(plan, config=resolved)
+
+
+def _of_this_machine(config: DistillConfig) -> dict[str, Any]:
+    """Returns the settings that follow from the devices and folders of this machine.
+
+    Raises:
+        MissingError: the device is not there.
+        ConfigError: something that is read lies in the folder that is written.
+    """
+    data, teacher, paths = config.data, config.teacher, config.paths_read
+    device = loading.resolve_device(config.device, "device")
+    dtype = "bfloat16" if has_bfloat16(device) else "float32"
+    values: dict[str, Any] = {"device": device}
+    if config.precision == "auto":
+        values["precision"] = dtype
+    if isinstance(teacher, LiveTeacherConfig) and teacher.dtype == "auto":
+        values["teacher.dtype"] = dtype
+    if not isinstance(data, StoredDataConfig):
+        values["data.cache"] = str(cache_folder(data))
+        paths["data.cache, by default," if data.cache == "auto" else "data.cache"] = values["data.cache"]
+    check_outside(config.out, paths)
+    return values
 
 
 def _tokenizers(
@@ -329,20 +339,21 @@ def _compared_columns(columns: int | str, heads: Sequence[int], needed: int) -> 
 
 
 def _template(
-    choice: str, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, who: str, fix: str
+    data: AnyData | StoredDataConfig, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None
 ) -> tuple[str, str]:
-    """Returns whose chat template rows go through, and its text.
-
-    Args:
-        who: the teacher, or the store with its signals, in an error; ``fix`` is what to do where the two differ.
-    """
+    """Returns whose chat template rows go through, and its text."""
     ours, theirs = template_of(student), None if teacher is None else template_of(teacher)
+    choice: str = getattr(data, "template", "auto")
     if choice == "auto" and ours and theirs and ours != theirs:
+        of_store = isinstance(data, StoredDataConfig)
+        who = "store" if of_store else "teacher"
         raise MismatchError(
             f"{who} and student have different chat templates",
             {who: template_fingerprint(theirs)[:16], "student": template_fingerprint(ours)[:16]},
             why="The same conversation would become other tokens for each, and one would read what it never saw.",
-            fix=fix,
+            fix="Set student.tokenizer to the store's own, the folder `tokenizer` in it."
+            if of_store
+            else "Say whose counts: data.template=teacher or data.template=student.",
         )
     whose = choice if choice != "auto" else "student" if ours else "teacher"
     template = ours if whose == "student" else theirs

@@ -8,8 +8,7 @@ from pydantic import Field
 
 from stillroom.config import Config, PathText
 from stillroom.doctor import findings
-from stillroom.doctor.findings import Finding
-from stillroom.doctor.overlap import TaskTexts, overlap
+from stillroom.doctor.findings import Finding, TaskTexts, overlap
 from stillroom.errors import StillroomError
 
 Facts = dict[str, Any]

@@ -61,7 +61,7 @@ class Student(NamedTuple):
         """Writes the weights; those that lie in many processes are put together a few layers at a time."""
         sharded = isinstance(next(self.model.parameters()), DTensor)
         adapters: Any = self.adapters
-        alone = adapters is not None and self.export == "adapter"
+        alone = self.adapters is not None and self.export == "adapter"
         if sharded and not alone:
             safetensors_io.save_weights(self.model, folder, writes=writes, dtype=dtype)
         elif sharded:
@@ -73,7 +73,7 @@ class Student(NamedTuple):
             if writes:
                 adapters.save_pretrained(folder, state_dict=whole, save_embedding_layers=False)
         elif writes:
-            merged = self.model if adapters is None or alone else adapters.merge_and_unload()
+            merged = self.model if self.adapters is None or alone else adapters.merge_and_unload()
             if dtype is not None:
                 safetensors_io.round_weights(self.model, dtype)
             if alone:

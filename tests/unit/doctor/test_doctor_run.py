@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stillroom.doctor.overlap import TaskTexts
+from stillroom.doctor.findings import TaskTexts
 from stillroom.doctor.run import DoctorConfig, run
 from stillroom.errors import MismatchError, MissingError
 

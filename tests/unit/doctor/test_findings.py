@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from stillroom.doctor.findings import KNEE, of_data, of_measures, of_overlap
-from stillroom.doctor.overlap import Overlap, Shared
+from stillroom.doctor.findings import KNEE, Overlap, Shared, of_data, of_measures, of_overlap
 
 COLUMNS = 1000
 GUESS = math.log(COLUMNS)
