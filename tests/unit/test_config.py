@@ -21,7 +21,7 @@ from stillroom.cli.report import BetweenConfig
 from stillroom.cli.store import ConcatConfig, JoinConfig
 from stillroom.config import Config, PathText, explain, load, replace
 from stillroom.distill.config import DistillConfig
-from stillroom.doctor.config import DoctorConfig
+from stillroom.doctor.run import DoctorConfig
 from stillroom.errors import ConfigError, MissingError
 from stillroom.estimates.hardware import Hardware
 from stillroom.estimates.storage import Storage

@@ -3,18 +3,16 @@
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stillroom.cli.arguments import Arguments, first_key
 from stillroom.cli.verb import import_all
 from stillroom.config import explain, load
 from stillroom.distill.config import DistillConfig
-from stillroom.doctor.config import DoctorConfig
+from stillroom.doctor.findings import Finding, TaskTexts
+from stillroom.doctor.run import DoctorConfig, run
 from stillroom.errors import ConfigError
 from stillroom.terminal import harmless
-
-if TYPE_CHECKING:
-    from stillroom.doctor.overlap import TaskTexts
 
 USAGE = """\
 usage: stillroom doctor [RECIPE.yaml] [key=value …]
@@ -49,7 +47,6 @@ def main(arguments: Arguments) -> int:
     preflight = import_all("stillroom.distill.preflight")
 
     from stillroom.cli.progress import Progress
-    from stillroom.doctor.run import run
     from stillroom.models.loading import quiet
 
     quiet()
@@ -63,9 +60,8 @@ def main(arguments: Arguments) -> int:
     return 0 if record["ready"] else 2
 
 
-def items_of(path: str) -> "tuple[str, Iterable[TaskTexts]]":
+def items_of(path: str) -> tuple[str, Iterable[TaskTexts]]:
     """Returns the name of the task that a file describes, and its items as texts: each question with each answer."""
-    from stillroom.doctor.overlap import TaskTexts
     from stillroom.evaluate.tasks.config import LocalTask, read_description
     from stillroom.evaluate.tasks.local import questions
 
@@ -80,25 +76,11 @@ def items_of(path: str) -> "tuple[str, Iterable[TaskTexts]]":
 
 def as_text(record: Mapping[str, Any]) -> str:
     """Returns what was found as an aligned table, then each finding in full, then the verdict."""
-    from stillroom.doctor.findings import Finding
-
-    rows = [row for name, of in PARTS.items() if record[name] is not None for row in of(record[name])]
+    rows = [*_rows_of_data(record), *_rows_of_models(record)]
     width = max((len(title) for title, _ in rows), default=0)
     table = "\n".join(f"{title:{width}}  {text}" for title, text in rows)
     blocks = [table, *(str(Finding(**finding)) for finding in record["findings"]), record["verdict"]]
     return "\n\n".join(filter(None, blocks))
-
-
-def _fit(fit: Mapping[str, Any]) -> Iterator[Row]:
-    yield "tokenizer", f"{fit['num_tokens']:,} tokens, fingerprint {fit['tokenizer'][:16]}"
-    yield "chat template", "none: rows go through none" if fit["template"] is None else fit["template"][:16]
-    widths = [
-        f"{who} {fit[key]:,}"
-        for who, key in (("student", "student_columns"), ("teacher", "teacher_columns"), ("store", "stored_columns"))
-        if fit[key] is not None
-    ]
-    yield "vocabulary", f"{fit['columns']:,} columns compared ({', '.join(widths)})"
-    yield "device", fit["device"]
 
 
 LOST = {
@@ -107,85 +89,77 @@ LOST = {
     "dropped_empty": "left out with nothing to learn",
     "dropped_cut_away": "left out, all to learn lay beyond the cut",
 }
-
-
-def _data(data: Mapping[str, Any]) -> Iterator[Row]:
-    if "rows" in data:
-        which = "all of them" if data["whole"] else "the first; the rest is tokenized by the run"
-        yield "rows", f"{data['rows']:,} ({which}), which make {data['documents']:,} documents"
-        lost = [f"{data[name]:,} {text}" for name, text in LOST.items() if data[name]]
-        split = [f"{data['split']:,} split into several"] if data["split"] else []
-        yield "rows lost", ", ".join([*(lost or ["none"]), *split])
-    else:
-        yield "documents", f"{data['documents']:,} in the store"
-    learned, tokens, documents = data["tokens_learnt"], data["tokens"], data["documents"]
-    yield "tokens learned", f"{learned:,} of {tokens:,} ({learned / tokens:.1%})"
-    yield "not learned", f"{documents:,} begin a document, {tokens - documents - learned:,} are of prompts and the like"
-    yield "looked at", f"{data['looked_at']:,} documents, drawn by the seed"
-
-
-def _overlap(overlap: Mapping[str, Any]) -> Iterator[Row]:
-    number, shared = overlap["num_documents"], overlap["num_shared"]
-    share = f"{shared:,} of {number:,} documents ({shared / number:.1%})"
-    yield "in the tasks", f"{share} share 13 words in a row with an item"
-    for task, items in overlap["num_items"].items():
-        told = f"{overlap['num_items_shared'][task]:,} of {items:,} items found"
-        short = overlap["num_short"][task]
-        yield "", f"{task}: {told}" + (f"; {short:,} are too short to tell" if short else "")
-
-
 STUDENTS = {"new": "random weights", "part": "a part of its teacher, untrained", "trained": "a trained model"}
 
 
-def _measures(measured: Mapping[str, Any]) -> Iterator[Row]:
-    kind, number, trained = (measured[key] for key in ("student", "student_parameters", "student_trained"))
-    some = "all" if trained == number else f"{trained:,}"
-    yield "student", f"{number:,} parameters, {some} of them trained; {STUDENTS[kind]}"
-    if (of_teacher := measured["teacher_parameters"]) is not None:
-        yield "teacher", f"{of_teacher:,} parameters"
-    teacher, student = measured.get("teacher_cross_entropy_nats"), measured["cross_entropy_nats"]
-    of_teacher = [] if teacher is None else [f"teacher {_number(teacher)}"]
-    both = ", ".join([*of_teacher, f"student {_number(student)}"])
-    yield "cross-entropy", f"{both} nats a token, over {measured['num_tokens']:,} tokens"
-    if teacher is not None and student and kind == "trained":
-        yield "loss ratio", f"{teacher / student:.3f}, teacher's over student's"
-    for key, title, form in (
-        ("forward_kl_nats", "KL to teacher", "{:.4f} nats a token"),
-        ("top1_agreement", "same top token", "{:.1%}"),
-        ("accepted_mass", "accepted mass", "{:.1%}"),
-    ):
-        if measured.get(key) is not None:
-            yield title, form.format(measured[key])
+def _rows_of_data(record: Mapping[str, Any]) -> Iterator[Row]:
+    """Yields what is told before a model is loaded."""
+    if (fit := record["fit"]) is not None:
+        yield "tokenizer", f"{fit['num_tokens']:,} tokens, fingerprint {fit['tokenizer'][:16]}"
+        yield "chat template", "none: rows go through none" if fit["template"] is None else fit["template"][:16]
+        whose = {"student": "student_columns", "teacher": "teacher_columns", "store": "stored_columns"}
+        widths = ", ".join(f"{who} {fit[key]:,}" for who, key in whose.items() if fit[key] is not None)
+        yield "vocabulary", f"{fit['columns']:,} columns compared ({widths})"
+        yield "device", fit["device"]
+    if (data := record["data"]) is not None:
+        if "rows" in data:
+            which = "all of them" if data["whole"] else "the first; the rest is tokenized by the run"
+            yield "rows", f"{data['rows']:,} ({which}), which make {data['documents']:,} documents"
+            lost = [f"{data[name]:,} {text}" for name, text in LOST.items() if data[name]]
+            split = [f"{data['split']:,} split into several"] if data["split"] else []
+            yield "rows lost", ", ".join([*(lost or ["none"]), *split])
+        else:
+            yield "documents", f"{data['documents']:,} in the store"
+        learned, tokens, documents = data["tokens_learnt"], data["tokens"], data["documents"]
+        others = tokens - documents - learned
+        yield "tokens learned", f"{learned:,} of {tokens:,} ({learned / tokens:.1%})"
+        yield "not learned", f"{documents:,} begin a document, {others:,} are of prompts and the like"
+        yield "looked at", f"{data['looked_at']:,} documents, drawn by the seed"
+    if (overlap := record["overlap"]) is not None:
+        number, shared = overlap["num_documents"], overlap["num_shared"]
+        share = f"{shared:,} of {number:,} documents ({shared / number:.1%})"
+        yield "in the tasks", f"{share} share 13 words in a row with an item"
+        for task, items in overlap["num_items"].items():
+            short = overlap["num_short"][task]
+            too_short = f"; {short:,} are too short to tell" if short else ""
+            yield "", f"{task}: {overlap['num_items_shared'][task]:,} of {items:,} items found{too_short}"
 
 
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f}"
-
-
-def _own_text(own: Mapping[str, Any]) -> Iterator[Row]:
-    nats, number = own["reverse_kl_nats"], own["num_tokens"]
-    yield "its own text", f"KL from teacher {nats:.4f} nats a token, over {number:,} that the student wrote"
-    yield "", "(reported of runs that learn from such text: near 0.04 at the start went well, 0.19 collapsed)"
-
-
-def _step(step: Mapping[str, Any]) -> Iterator[Row]:
-    micro_batches = f"{step['micro_batches']:,} micro-batch{'es' * (step['micro_batches'] > 1)}"
-    yield "one step", f"{step['rows']:,} rows of up to {step['longest_row']:,} tokens, in {micro_batches}"
-    yield "", f"loss {step['loss_nats']:.4f} nats, gradient norm {step['grad_norm']:.4f}"
-    number = step["num_steps"]
-    if number is None:
+def _rows_of_models(record: Mapping[str, Any]) -> Iterator[Row]:
+    """Yields what is measured of the models, and of a step."""
+    if (measured := record["measures"]) is not None:
+        kind, number, trained = (measured[key] for key in ("student", "student_parameters", "student_trained"))
+        some = "all" if trained == number else f"{trained:,}"
+        yield "student", f"{number:,} parameters, {some} of them trained; {STUDENTS[kind]}"
+        if (of_teacher := measured["teacher_parameters"]) is not None:
+            yield "teacher", f"{of_teacher:,} parameters"
+        keys = {"teacher": "teacher_cross_entropy_nats", "student": "cross_entropy_nats"}
+        losses = {who: measured[key] for who, key in keys.items() if key in measured}
+        both = ", ".join(f"{who} {'not finite' if x is None else f'{x:.4f}'}" for who, x in losses.items())
+        yield "cross-entropy", f"{both} nats a token, over {measured['num_tokens']:,} tokens"
+        if kind == "trained" and len(losses) == 2 and all(losses.values()):
+            yield "loss ratio", f"{losses['teacher'] / losses['student']:.3f}, teacher's over student's"
+        for key, title, form in (
+            ("forward_kl_nats", "KL to teacher", "{:.4f} nats a token"),
+            ("top1_agreement", "same top token", "{:.1%}"),
+            ("accepted_mass", "accepted mass", "{:.1%}"),
+        ):
+            if measured.get(key) is not None:
+                yield title, form.format(measured[key])
+    if (own := record["own_text"]) is not None:
+        nats, number = own["reverse_kl_nats"], own["num_tokens"]
+        yield "its own text", f"KL from teacher {nats:.4f} nats a token, over {number:,} that the student wrote"
+        yield "", "(reported of runs that learn from such text: near 0.04 at the start went well, 0.19 collapsed)"
+    if (step := record["step"]) is not None:
+        micro_batches = f"{step['micro_batches']:,} micro-batch{'es' * (step['micro_batches'] > 1)}"
+        yield "one step", f"{step['rows']:,} rows of up to {step['longest_row']:,} tokens, in {micro_batches}"
+        yield "", f"loss {step['loss_nats']:.4f} nats, gradient norm {step['grad_norm']:.4f}"
         whole = "how many steps the epochs make is known once the data are tokenized"
-    else:
-        minutes = number * step["time_s"] / 60
-        about = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes:.1f} minutes"
-        whole = f"{number:,} steps in about {about}"
-    yield "its time", f"{step['time_s']:.2f} s ({step['num_tokens'] / step['time_s']:,.0f} tokens/s); {whole}"
-    peak, there = step["peak_memory_bytes"], step["memory_bytes"]
-    of = " of this process" if there is None else f" of {there / 2**30:.2f} GiB on the device"
-    yield "peak memory", f"{peak / 2**30:.2f} GiB{of}"
-
-
-PARTS = {
-    "fit": _fit, "data": _data, "overlap": _overlap, "measures": _measures, "own_text": _own_text, "step": _step,
-}  # fmt: skip
-"""The makers of each part's rows, in their order."""
+        if (number := step["num_steps"]) is not None:
+            minutes = number * step["time_s"] / 60
+            about = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes:.1f} minutes"
+            whole = f"{number:,} steps in about {about}"
+        yield "its time", f"{step['time_s']:.2f} s ({step['num_tokens'] / step['time_s']:,.0f} tokens/s); {whole}"
+        peak, there = step["peak_memory_bytes"], step["memory_bytes"]
+        of = " of this process" if there is None else f" of {there / 2**30:.2f} GiB on the device"
+        yield "peak memory", f"{peak / 2**30:.2f} GiB{of}"

@@ -1,4 +1,4 @@
-"""What every verb with a recipe does: explain its settings, print its plan, or run and print the result."""
+"""The steps of every verb with a recipe: explain its settings, print its plan, or run and print the result."""
 
 import gc
 from collections.abc import Callable

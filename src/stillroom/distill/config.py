@@ -4,8 +4,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from stillroom.config import Config, PathText, Positive
-from stillroom.data.config import ChatData, HeldOutConfig, PromptCompletionData, StoredDataConfig, TextData
+from stillroom.config import Config, PathText, Positive, replace
+from stillroom.data.config import AnyData, ChatData, HeldOutConfig, PromptCompletionData, StoredDataConfig, TextData
 from stillroom.distributed.config import AutoParallelConfig, ParallelConfig
 from stillroom.losses.config import ByColumn, ObjectiveConfig
 from stillroom.teachers.config import LiveTeacherConfig, ServerTeacherConfig, StoreTeacherConfig
@@ -14,6 +14,7 @@ from stillroom.training.config import (
     BatchConfig,
     CheckpointConfig,
     ExportConfig,
+    NewStudentConfig,
     PrunedStudentConfig,
     StudentConfig,
 )
@@ -29,28 +30,28 @@ class DistillConfig(Config):
     teacher: (
         Annotated[LiveTeacherConfig | ServerTeacherConfig | StoreTeacherConfig, Field(discriminator="kind")] | None
     ) = None
-    """What is learnt from: a live model, one behind a server, or a store; null trains on the data's own labels
-    alone."""
+    """The source of what is learned: a live model, one behind a server, or a store; null trains on the data's own
+    labels alone."""
     data: Annotated[TextData | ChatData | PromptCompletionData | StoredDataConfig, Field(discriminator="format")]
-    """What they read."""
+    """The text that they read."""
     held_out: HeldOutConfig | None = None
-    """What the student is measured on."""
+    """The text that the student is measured on."""
     objectives: Annotated[tuple[ObjectiveConfig, ...], Field(strict=False, min_length=1)]
-    """What is minimised: the weighted sum of these."""
+    """The losses whose weighted sum is minimized."""
     steps: Positive | None = None
     """Optimizer steps; or else:"""
     epochs: Positive | None = None
     """passes over the data."""
     batch: BatchConfig
-    """How many tokens go into a step."""
+    """The number of tokens in a step."""
     optimizer: AdamWConfig
     """AdamW and its schedule."""
     checkpoints: CheckpointConfig = CheckpointConfig()
-    """What can be resumed from."""
+    """The states that a run can be resumed from."""
     export: ExportConfig = ExportConfig()
-    """How the trained student is written."""
+    """The form in which the trained student is written."""
     parallel: ParallelConfig = AutoParallelConfig()
-    """How the student lies on the processes that `torchrun` starts."""
+    """The layout of the student on the processes that `torchrun` starts."""
     precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """The student's arithmetic; its weights stay float32. auto is bfloat16 on a GPU that has it, else float32. float64
     is for checks: its weights are then float64 too."""
@@ -59,9 +60,9 @@ class DistillConfig(Config):
     logits_bytes: Positive | Literal["auto"] = "auto"
     """Budget for the logits that are held at a time; auto is 256 MiB."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of new weights, the order of documents, and dropout."""
+    """The seed of new weights, the order of documents, and dropout."""
     tracking: Annotated[tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...], Field(strict=False)] = ()
-    """Where the metrics go besides metrics.jsonl; each needs its package."""
+    """The places where the metrics go besides metrics.jsonl; each needs its package."""
     out: PathText
     """The run's folder, which must not exist yet."""
 
@@ -88,62 +89,82 @@ class DistillConfig(Config):
                 "a store brings its own documents, and no other data have its signals: teacher.kind=store and "
                 "data.format=store go together"
             )
-        if self.data.length != "auto" and self.batch.tokens < self.data.length:
-            raise ValueError(f"batch.tokens ({self.batch.tokens}) is less than a row, data.length ({self.data.length})")
-        length, micro_tokens = self.data.length, self.batch.micro_tokens
-        if length != "auto" and micro_tokens != "auto" and micro_tokens < length:
-            raise ValueError(
-                f"batch.micro_tokens ({self.batch.micro_tokens}) is less than a row, data.length ({self.data.length})"
-            )
-        if self.held_out is not None and self._measures_what_it_trains_on():
-            raise ValueError("held_out is the same as data: what is measured must not be trained on")
-        self._teacher_has_a_place()
-        if self.checkpoints.best and (self.held_out is None or self.held_out.every is None):
+        length = self.data.length
+        for name, tokens in (("tokens", self.batch.tokens), ("micro_tokens", self.batch.micro_tokens)):
+            if isinstance(length, int) and isinstance(tokens, int) and tokens < length:
+                raise ValueError(f"batch.{name} ({tokens}) is less than a row, data.length ({length})")
+        if (held_out := self.held_out) is not None:
+            if isinstance(self.data, StoredDataConfig):
+                same = getattr(self.teacher, "path", None) == held_out.path
+            else:
+                same = (held_out.path, held_out.split) == (self.data.path, self.data.split)
+            if same:
+                raise ValueError("held_out is the same as data: what is measured must not be trained on")
+        if self.checkpoints.best and (held_out is None or held_out.every is None):
             raise ValueError("checkpoints.best needs `held_out` with `every`, by which the best is known")
-        self._student_has_an_origin()
         return self
 
-    def _student_has_an_origin(self) -> None:
-        init, nobody = self.student.init, not isinstance(self.teacher, LiveTeacherConfig)
-        if isinstance(init, PrunedStudentConfig):
-            if nobody and init.model is None:
-                raise ValueError("student.init needs `model`, to be cut from, where there is no live teacher")
-            return
-        if init is None:
-            return
-        if init.like is not None and init.family is not None:
-            raise ValueError("student.init takes `like` or `family`, and not both")
-        if nobody and init.like is None and init.family is None:
-            raise ValueError("student.init needs `like` or `family` where there is no live teacher to be like")
-        of_server = self.teacher.tokenizer if isinstance(self.teacher, ServerTeacherConfig) else None
-        known = isinstance(self.teacher, StoreTeacherConfig | LiveTeacherConfig) or of_server is not None
-        if not known and self.student.tokenizer is None:
-            whose = "without a teacher" if self.teacher is None else "of a server whose tokenizer is not given"
-            raise ValueError(f"a new student {whose} needs student.tokenizer")
-
-    def _teacher_has_a_place(self) -> None:
-        if not isinstance(self.teacher, LiveTeacherConfig):
-            return
-        if self.teacher.quantization is not None and self.teacher.placement not in ("auto", "whole"):
+    @model_validator(mode="after")
+    def _teacher_has_a_place(self) -> "DistillConfig":
+        teacher = self.teacher
+        if not isinstance(teacher, LiveTeacherConfig):
+            return self
+        if teacher.quantization is not None and teacher.placement not in ("auto", "whole"):
             raise ValueError(
-                f"a teacher in {self.teacher.quantization} lies whole in each process: teacher.placement="
-                f"{self.teacher.placement} would divide weights that are packed with their scales"
+                f"a teacher in {teacher.quantization} lies whole in each process: teacher.placement="
+                f"{teacher.placement} would divide weights that are packed with their scales"
             )
-        if self.teacher.ranks is None:
-            return
-        if self.teacher.placement == "offloaded":
+        if teacher.ranks is not None and teacher.placement == "offloaded":
             raise ValueError(
                 "a teacher on `ranks` of its own has their memory to itself: placement=offloaded is for one beside the "
                 "student"
             )
-        if isinstance(self.student.init, PrunedStudentConfig):
+        if teacher.ranks is not None and isinstance(self.student.init, PrunedStudentConfig):
             raise ValueError(
                 "a student that is cut out of its teacher needs it beside it: cut it first with `stillroom prune`, and "
                 "give its folder as student.model; or leave teacher.ranks out"
             )
+        return self
 
-    def _measures_what_it_trains_on(self) -> bool:
-        assert self.held_out is not None
-        if isinstance(self.data, StoredDataConfig):
-            return isinstance(self.teacher, StoreTeacherConfig) and self.teacher.path == self.held_out.path
-        return (self.held_out.path, self.held_out.split) == (self.data.path, self.data.split)
+    @model_validator(mode="after")
+    def _student_has_an_origin(self) -> "DistillConfig":
+        init, teacher = self.student.init, self.teacher
+        has_live = isinstance(teacher, LiveTeacherConfig)
+        if isinstance(init, PrunedStudentConfig) and init.model is None and not has_live:
+            raise ValueError("student.init needs `model`, to be cut from, where there is no live teacher")
+        if not isinstance(init, NewStudentConfig):
+            return self
+        if init.like is not None and init.family is not None:
+            raise ValueError("student.init takes `like` or `family`, and not both")
+        if not has_live and init.like is None and init.family is None:
+            raise ValueError("student.init needs `like` or `family` where there is no live teacher to be like")
+        known = teacher.tokenizer is not None if isinstance(teacher, ServerTeacherConfig) else teacher is not None
+        if not known and self.student.tokenizer is None:
+            whose = "without a teacher" if teacher is None else "of a server whose tokenizer is not given"
+            raise ValueError(f"a new student {whose} needs student.tokenizer")
+        return self
+
+    @property
+    def held_out_data(self) -> AnyData | StoredDataConfig | None:
+        """The held-out data: read as the training data are, from another place and in their own order."""
+        if self.held_out is None or isinstance(self.data, StoredDataConfig):
+            return None if self.held_out is None else replace(self.data, {"shuffle": False})
+        own = self.held_out.model_dump(exclude={"every"})
+        if self.held_out.path == self.data.path:
+            own |= {name: own[name] or getattr(self.data, name) for name in ("subset", "revision")}
+        return replace(self.data, {**own, "shuffle": False})
+
+    @property
+    def paths_read(self) -> dict[str, str | None]:
+        """The places that a run reads, by their settings."""
+        student, teacher, init = self.student, self.teacher, self.student.init
+        return {
+            "teacher.model": teacher.model if isinstance(teacher, LiveTeacherConfig) else None,
+            "teacher.path": getattr(teacher, "path", None),
+            "student.model": student.model,
+            "student.tokenizer": student.tokenizer,
+            "student.init.like": getattr(init, "like", None),
+            "student.init.model": getattr(init, "model", None),
+            "data.path": getattr(self.data, "path", None),
+            "held_out.path": None if self.held_out is None else self.held_out.path,
+        }

@@ -2,43 +2,44 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig
 
 from stillroom.batch import Batch
 from stillroom.config import replace
-from stillroom.data.config import AnyData
-from stillroom.data.dataloader import collate, epoch_order, group, in_batches, plan_rows, totals
+from stillroom.data.config import StoredDataConfig
+from stillroom.data.dataloader import DocumentSet, Step, collate, epoch_order, group, in_batches, plan_rows, totals
 from stillroom.data.dataset import CountedDocuments, prepared
-from stillroom.distill.build import (
-    asked_in_training,
-    build_pair,
-    build_state,
-    build_stream,
-    build_teacher,
-    fit_to,
-    pad_token,
-)
+from stillroom.distill.build import asked_in_training, build_pair, build_state, build_teacher
 from stillroom.distill.config import DistillConfig
-from stillroom.distill.on_policy_kl import on_policy_kl
 from stillroom.distill.plan import make_plan
 from stillroom.errors import OutOfMemoryError
+from stillroom.losses.divergences import reverse_kl
+from stillroom.losses.objective import Objective
 from stillroom.models import loading
+from stillroom.models.generation import draw_text
 from stillroom.runs import peak_memory_bytes
+from stillroom.teachers.base import prompt_length
 from stillroom.teachers.config import LiveTeacherConfig, StoreTeacherConfig
 from stillroom.teachers.live import LiveTeacher
 from stillroom.tokenizers import fingerprint, required_vocab_size, template_fingerprint
 from stillroom.training.checkpoint import Checkpoints
+from stillroom.training.hidden_objective import fit_to_first_step
 from stillroom.training.loop import Report, optimizer_step
 from stillroom.training.prefetch import MicroBatches, Prefetcher
 from stillroom.training.step import StudentStep
 from stillroom.training.validation import measure_held_out
+
+MOST_PROMPTS = 16
+
+MOST_TOKENS = 32
+"""The most tokens that are written after each prompt."""
 
 Facts = dict[str, Any]
 """Values as JSON has them."""
@@ -66,25 +67,17 @@ class Preflight:
             StillroomError: they do not; all that a run's plan checks.
         """
         self.plan = plan = make_plan(self.given)
-        config = plan.config
-        self.length, self.micro_tokens = self.plan.length, self.plan.micro_tokens
-        student = plan.cut.config if plan.cut is not None else plan.fresh
-        if student is None:
-            assert config.student.model is not None
-            student = loading.read_config(
-                config.student.model,
-                revision=config.student.revision,
-                trust_remote_code=config.student.trust_remote_code,
-            )
+        models = (plan.student.config, plan.teacher_config)
+        student, teacher = (None if m is None else m.get_text_config().vocab_size for m in models)
         return {
             "tokenizer": fingerprint(plan.tokenizer),
             "num_tokens": required_vocab_size(plan.tokenizer),
             "template": None if plan.template is None else template_fingerprint(plan.template),
-            "student_columns": _width(student),
-            "teacher_columns": None if plan.teacher_config is None else _width(plan.teacher_config),
+            "student_columns": student,
+            "teacher_columns": teacher,
             "stored_columns": None if plan.store is None else plan.store.manifest.num_columns,
-            "columns": plan.vocab_size or _width(student),
-            "device": config.device,
+            "columns": plan.vocab_size or student,
+            "device": plan.config.device,
         }
 
     def look(self) -> Facts:
@@ -95,12 +88,13 @@ class Preflight:
             StillroomError: the data cannot be read, or a row cannot be used.
         """
         plan, data = self.plan, self.plan.config.data
-        if plan.store is not None:
-            self.documents, self.whole = plan.store, True
-        elif (there := prepared(cast(AnyData, data), plan.tokenizer, template=plan.template)) is not None:
-            self.documents, self.whole = there, True
+        self.whole = True
+        if isinstance(data, StoredDataConfig):
+            assert plan.store is not None
+            self.documents = plan.store
+        elif (there := prepared(data, plan.tokenizer, template=plan.template)) is not None:
+            self.documents = there
         else:
-            data = cast(AnyData, data)
             most = min(self.sequences, data.max_documents or self.sequences)
             self.documents = found = CountedDocuments(
                 replace(data, {"max_documents": most}),
@@ -128,33 +122,34 @@ class Preflight:
         plan, config = self.plan, self.plan.config
         with self._enough_memory("the models and a batch of text"), TemporaryDirectory() as folder:
             self.teacher = build_teacher(plan, documents=self.documents)
-            self.student, self.specs = build_pair(
+            student, specs = build_pair(
                 plan, self.teacher, self.documents, Path(folder), lambda text: self.report("note", {"text": text})
             )
-            self.asked = asked_in_training(plan, self.teacher)
-            stream = build_stream(plan, self.documents, config.data, tokens=config.batch.tokens, epochs=config.epochs)
+            self.asked = asked_in_training(config.objectives, self.teacher)
+            shuffle, tokens = config.data.shuffle, config.batch.tokens
+            stream = plan.stream(self.documents, tokens=tokens, epochs=config.epochs, shuffle=shuffle)
             self.num_steps = config.steps or (stream.num_steps() if self.whole else None)
-            ahead = Prefetcher(stream, self.asked)
-            self.state = build_state(plan, self.student, self.specs, ahead, self.num_steps or 1)
-            fit_to(self.state, self.specs, self.asked, self._longest())
+            self.state = build_state(plan, student, specs, Prefetcher(stream, self.asked), self.num_steps or 1)
+            module = self.state.module
+            assert isinstance(module, StudentStep)
+            if self.asked is not None and any(spec.measures_first for spec in specs):
+                fit_to_first_step(module, self.asked.forward, self._longest(), device=self.state.device)
             drawn = in_batches(
                 self.documents,
                 self.documents.lengths,
                 self.drawn,
-                length=self.length,
+                length=plan.length,
                 pack=config.data.pack,
-                most=self.micro_tokens,
-                pad_token=pad_token(plan),
+                most=plan.micro_tokens,
+                pad_token=plan.pad_token,
             )
-            module = self.state.module
-            assert isinstance(module, StudentStep)
             measured = measure_held_out(module, self.teacher, [list(drawn)], config.device)
         assert measured is not None  # nothing asked it to stop
-        model, teacher = self.student.model, self.teacher
+        teacher = self.teacher
         return {
-            "student": "new" if plan.fresh is not None else "part" if plan.cut is not None else "trained",
-            "student_parameters": loading.num_parameters(model),
-            "student_trained": loading.num_parameters(model, trained_only=True),
+            "student": plan.student.kind,
+            "student_parameters": loading.num_parameters(student.model),
+            "student_trained": loading.num_parameters(student.model, trained_only=True),
             "teacher_parameters": loading.num_parameters(teacher.model) if isinstance(teacher, LiveTeacher) else None,
             **measured,
         }
@@ -167,7 +162,7 @@ class Preflight:
             OutOfMemoryError: the device has too little memory.
         """
         plan = self.plan
-        if not isinstance(self.teacher, LiveTeacher) or plan.fresh is not None or plan.cut is not None:
+        if not isinstance(self.teacher, LiveTeacher) or plan.student.kind != "trained":
             return None
         end, module = plan.tokenizer.eos_token_id, self.state.module
         assert isinstance(module, StudentStep)
@@ -179,7 +174,7 @@ class Preflight:
                 self.documents,
                 self.drawn.tolist(),
                 vocab_size=plan.vocab_size,
-                length=self.length,
+                length=plan.length,
                 end=end if isinstance(end, int) else None,
                 seed=plan.config.seed,
             )
@@ -209,11 +204,7 @@ class Preflight:
             "rows": sum(len(batch.tokens) for batch in batches),
             "longest_row": max(batch.tokens.shape[1] for batch in batches),
             "micro_batches": len(batches),
-            "num_tokens": made["num_tokens"],
-            "num_kept": made["num_kept"],
-            "loss_nats": made["loss_nats"],
-            "grad_norm": made["grad_norm"],
-            "time_s": made["time_s"],
+            **{name: made[name] for name in ("num_tokens", "num_kept", "loss_nats", "grad_norm", "time_s")},
             "num_steps": self.num_steps,
             "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_device else peak_memory_bytes(),
             "memory_bytes": torch.cuda.get_device_properties(device).total_memory if on_device else None,
@@ -224,7 +215,7 @@ class Preflight:
     def _longest(self) -> MicroBatches:
         """Returns the micro-batches of a step of the longest rows of all; where they are too few, some come again."""
         config = self.plan.config
-        rows = plan_rows(self.documents.lengths, self.length, config.data.pack, np.arange(len(self.documents)))
+        rows = plan_rows(self.documents.lengths, self.plan.length, config.data.pack, np.arange(len(self.documents)))
         taken: list[np.ndarray] = []
         total = 0
         for row in cycle(np.argsort(-rows.num_positions, kind="stable").tolist()):
@@ -232,12 +223,11 @@ class Preflight:
             if taken and total > config.batch.tokens:
                 break
             taken.append(rows[row])
-        groups = group(taken, self.documents.lengths, self.micro_tokens)
-        return self._micros([collate(self.documents, some, pad_token(self.plan)) for some in groups])
+        groups = group(taken, self.documents.lengths, self.plan.micro_tokens)
+        return self._micros([collate(self.documents, some, self.plan.pad_token) for some in groups])
 
     def _micros(self, batches: Sequence[Batch]) -> MicroBatches:
-        read = [(batch, None if self.asked is None else self.asked.prefetch(batch)) for batch in batches]
-        return MicroBatches(read, totals(batches))
+        return MicroBatches.of(Step(batches, totals(batches)), self.asked)
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
@@ -251,8 +241,8 @@ class Preflight:
             if not on_cpu and not isinstance(error, torch.OutOfMemoryError | MemoryError):
                 raise
             config, ways = self.plan.config, []  # what asks for less memory, the least painful first
-            if self.micro_tokens >= 2 * self.length:
-                fewer = max(self.length, self.micro_tokens // 2)
+            if self.plan.micro_tokens >= 2 * self.plan.length:
+                fewer = max(self.plan.length, self.plan.micro_tokens // 2)
                 ways.append(f"batch.micro_tokens={fewer}, which does not change the result")
             if not config.student.gradient_checkpointing:
                 ways.append("student.gradient_checkpointing=true")
@@ -270,5 +260,58 @@ class Preflight:
             ) from error
 
 
-def _width(config: PretrainedConfig) -> int:
-    return config.get_text_config().vocab_size
+# --- the student's own text -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StudentText:
+    """Texts that begin with a prompt; the tokens after it are the targets."""
+
+    texts: Sequence[np.ndarray]
+    starts: Sequence[int]
+
+    def tokens(self, index: int) -> np.ndarray:
+        return self.texts[index]
+
+    def target_mask(self, index: int) -> np.ndarray:
+        return np.arange(len(self.texts[index])) >= self.starts[index]
+
+
+@torch.no_grad()
+def on_policy_kl(
+    module: StudentStep,
+    teacher: LiveTeacher,
+    documents: DocumentSet,
+    numbers: Sequence[int],
+    *,
+    vocab_size: int,
+    length: int,
+    end: int | None,
+    seed: int,
+) -> tuple[float, int]:
+    """Returns the mean of KL(student ‖ teacher) in nats over the tokens that the student draws at temperature 1 after
+    the prompts of some documents, and the number of these tokens.
+
+    Args:
+        vocab_size: the columns of both heads that are compared; no other token is drawn.
+        length: the most positions of a row.
+        end: the token that ends a text.
+    """
+    module.eval()
+    objectives = [Objective("own_text_kl_nats", reverse_kl)]
+    generator = torch.Generator().manual_seed(seed)
+    prompts = []
+    for number in numbers:
+        tokens, size = documents.tokens(number), prompt_length(documents.target_mask(number))
+        prompt = tokens[: size if size > 1 else max(1, len(tokens) // 2)]  # half, where all is to be learned
+        if len(prompt) < length:
+            prompts.append(prompt)
+    device = next(module.parameters()).device
+    total, num_tokens = 0.0, 0
+    for prompt in prompts[:MOST_PROMPTS]:
+        max_tokens = min(MOST_TOKENS, length + 1 - len(prompt))
+        text = draw_text(module.model, prompt, max_tokens, vocab_size, end, generator)
+        batch = collate(StudentText([text], [len(prompt)]), [np.array([0])], 0).to(device)
+        total += module(batch, teacher.forward(batch), 1, objectives).sums[0].item()
+        num_tokens += batch.num_kept
+    return total / max(1, num_tokens), num_tokens

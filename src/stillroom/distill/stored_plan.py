@@ -4,32 +4,68 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from stillroom.config import format_setting
-from stillroom.distill.config import DistillConfig
+from stillroom.data.config import AnyData, StoredDataConfig
 from stillroom.errors import ConfigError, DataError, MismatchError
 from stillroom.losses.block import check_sparse
-from stillroom.losses.config import LOSSES, HiddenObjective, LogitObjective, ObjectiveConfig
-from stillroom.store.config import SAMPLED, Full, QuantizedSignal, TopK, known_temperatures, side_columns
+from stillroom.losses.config import LOSSES, HiddenObjective, ObjectiveConfig
+from stillroom.store.config import SAMPLED, Full, QuantizedSignal, known_temperatures, side_columns
 from stillroom.store.reader import Store
-from stillroom.teachers.config import ServerTeacherConfig
 from stillroom.tokenizers import fingerprint, load_tokenizer, required_vocab_size, template_fingerprint, template_of
+from stillroom.training.config import BatchConfig
+from stillroom.verbs import check_row
 
 
-def open_store(path: str, config: DistillConfig, given: DistillConfig) -> Store:
-    """A store, after a look at whether its signals serve the objectives and its documents fit into the rows.
+def open_stores(
+    teacher: str,
+    held_out: str | None,
+    objectives: Sequence[ObjectiveConfig],
+    data: StoredDataConfig,
+    batch: BatchConfig,
+) -> tuple[Store, Store | None, int]:
+    """Returns the store that is learned from, the held-out one, and the tokens of a row, after a look at whether their
+    signals serve the objectives and their documents fit into the rows.
 
     Args:
-        given: the settings as they were loaded, which errors quote.
+        teacher, held_out: the stores' places.
+        data, batch: the settings as they were loaded, which errors quote.
 
     Raises:
         MissingError: there is none.
         DataError: it is damaged, or not complete.
-        MismatchError: an objective cannot be learnt from such signals.
-        ConfigError: its documents are longer than data.length.
+        MismatchError: an objective cannot be learned from such signals, or the held-out store is of another teacher or
+            vocabulary, or holds the training data.
+        ConfigError: its documents are longer than data.length, or `missing` is given for a full store.
     """
+    store = _open(teacher, objectives, data.length, data, batch)
+    for objective in objectives:
+        missing = getattr(objective, "missing", "bucket")
+        if missing != "bucket" and isinstance(store.signal_config, Full):
+            raise ConfigError(
+                f"{objective.kind}.missing has no meaning for a full store",
+                {"missing": missing, str(store.path): "signal.kind=full"},
+                why="Nothing was left out, so that nobody would read it.",
+                fix="Leave out `missing`.",
+            )
+    length = store.manifest.length if data.length == "auto" else data.length
+    if held_out is None:
+        return store, None, length
+    beside = _open(held_out, objectives, length, data, batch)
+    _check_held_out(store, beside)
+    return store, beside, length
+
+
+def _open(
+    path: str,
+    objectives: Sequence[ObjectiveConfig],
+    length: int | Literal["auto"],
+    data: StoredDataConfig,
+    batch: BatchConfig,
+) -> Store:
     store = Store(path)
     if not len(store):
         raise DataError(
@@ -40,100 +76,60 @@ def open_store(path: str, config: DistillConfig, given: DistillConfig) -> Store:
         )
     signal = store.signal_config
     if not isinstance(signal, Full):
-        _check_objectives(config.objectives, signal, f"the store {path}")
-    length = config.data.length
+        check_objectives(objectives, signal, f"the store {path}")
     if length != "auto" and length < (longest := int(store.lengths.max(initial=1)) - 1):
         raise ConfigError(
             "data.length is less than a document of the store",
-            {"data.length": shown_length(config, given), f"the longest in {path}": longest},
+            {"data.length": shown_length(length, data), f"the longest in {path}": longest},
             why="A document's signals belong to the whole of it; cut, they would speak of what the student cannot see.",
-            fix=f"Set data.length to at least {longest}"
-            + ("." if given.data.length == "auto" else ", or leave it at auto."),
+            fix=f"Set data.length to at least {longest}" + ("." if data.length == "auto" else ", or leave it at auto."),
         )
     row = store.manifest.length if length == "auto" else length
-    for name, tokens in (("tokens", config.batch.tokens), ("micro_tokens", config.batch.micro_tokens)):
-        if isinstance(tokens, int) and tokens < row:
-            raise ConfigError(
-                f"batch.{name} is less than a row",
-                {f"batch.{name}": format_setting(given, f"batch.{name}"), f"a row of {path}": row},
-                why="A row goes through the student whole.",
-                fix=f"Set batch.{name} to at least {row}.",
-            )
+    for name, tokens in (("tokens", batch.tokens), ("micro_tokens", batch.micro_tokens)):
+        if isinstance(tokens, int):
+            check_row(f"batch.{name}", tokens, row, f"{row}, of {path}")
     return store
 
 
-def check_served(config: DistillConfig, teacher: ServerTeacherConfig) -> None:
-    """Raises MismatchError where an objective cannot be learnt from a few tokens at temperature 1."""
-    told = TopK(kind="top_k", k=teacher.top, label=True)
-    _check_objectives(config.objectives, told, f"the server {teacher.url}")
+def shown_length(length: int | Literal["auto"], given: AnyData | StoredDataConfig) -> object:
+    """Returns data.length as an error quotes it, by the data's settings as they were loaded."""
+    of_store = given.length == "auto" and length != "auto"
+    return f"{length}, the teacher's store's" if of_store else format_setting(given, "length")
 
 
-def _check_objectives(objectives: Sequence[ObjectiveConfig], signal: QuantizedSignal, name: str) -> None:
-    """Raises MismatchError where one of the objectives cannot be learnt from such a signal of ``name``."""
+def check_objectives(objectives: Sequence[ObjectiveConfig], signal: QuantizedSignal, name: str) -> None:
+    """Raises MismatchError where one of the objectives cannot be learned from such a signal of ``name``."""
     for objective in objectives:
         if isinstance(objective, HiddenObjective):
             continue
-        _check_temperature(objective, signal, name)
+        first, *others = objective.temperatures
+        if others and LOSSES[objective.kind].signal != "none":
+            raise MismatchError(
+                f"{name} cannot follow a temperature that changes",
+                {f"{objective.kind}.temperature": f"{first} to {others[0]}", "signal.kind": signal.kind},
+                why="What was left out is known at the temperatures that were stored, and at none between them.",
+                fix="Give the objective one stored temperature, use a live teacher, or a store of signal.kind=full.",
+            )
         check_sparse(
             objective.kind,
-            objective.temperatures[0],
+            first,
             sampled=signal.kind in SAMPLED,
             temperatures=known_temperatures(signal),
             missing=getattr(objective, "missing", "bucket"),
             name=name,
         )
-        _check_entropy(objective, signal, name)
-
-
-def shown_length(config: DistillConfig, given: DistillConfig) -> object:
-    """data.length as an error quotes it."""
-    of_store = given.data.length == "auto" and config.data.length != "auto"
-    return f"{config.data.length}, the teacher's store's" if of_store else format_setting(given, "data.length")
-
-
-def check_missing(store: Store, objectives: Sequence[ObjectiveConfig]) -> None:
-    """Raises ConfigError where it is said what stands for missing entries, and the store to learn from is full."""
-    for objective in objectives:
-        missing = getattr(objective, "missing", "bucket")
-        if missing != "bucket" and isinstance(store.signal_config, Full):
-            raise ConfigError(
-                f"{objective.kind}.missing has no meaning for a full store",
-                {"missing": missing, str(store.path): "signal.kind=full"},
-                why="Nothing was left out, so that nobody would read it.",
-                fix="Leave out `missing`.",
+        has_entropy = "entropy" in side_columns(signal) and signal.kind not in SAMPLED
+        if getattr(objective.token_weight, "kind", None) == "teacher_entropy" and not has_entropy:
+            raise MismatchError(
+                f"{name} does not hold the teacher's entropy",
+                {"token_weight": "teacher_entropy", "signal.kind": signal.kind},
+                why="From draws it comes with the noise of the loss itself, so that their product is biased; a "
+                "truncated signal does not tell it unless it was asked for.",
+                fix="Capture with signal.kind=top_k signal.entropy=true, or weigh by student_entropy.",
             )
 
 
-def _check_temperature(objective: LogitObjective, signal: QuantizedSignal, name: str) -> None:
-    """Raises MismatchError where a temperature changes over the run, which a few entries cannot follow."""
-    if len(objective.temperatures) == 1 or LOSSES[objective.kind].signal == "none":
-        return
-    start, stop = objective.temperatures
-    raise MismatchError(
-        f"{name} cannot follow a temperature that changes",
-        {f"{objective.kind}.temperature": f"{start} to {stop}", "signal.kind": signal.kind},
-        why="What was left out is known at the temperatures that were stored, and at none between them.",
-        fix="Give the objective one stored temperature, use a live teacher, or a store of signal.kind=full.",
-    )
-
-
-def _check_entropy(objective: LogitObjective, signal: QuantizedSignal, name: str) -> None:
-    """Raises MismatchError where tokens are to count by an entropy that the store does not hold."""
-    weigh = objective.token_weight
-    if weigh is None or weigh.kind != "teacher_entropy":
-        return
-    kept = "entropy" in side_columns(signal) and signal.kind not in SAMPLED
-    if not kept:
-        raise MismatchError(
-            f"{name} does not hold the teacher's entropy",
-            {"token_weight": "teacher_entropy", "signal.kind": signal.kind},
-            why="From draws it comes with the noise of the loss itself, so that their product is biased; a truncated "
-            "signal does not tell it unless it was asked for.",
-            fix="Capture with signal.kind=top_k signal.entropy=true, or weigh by student_entropy.",
-        )
-
-
-def check_held_out(store: Store, held_out: Store) -> None:
+def _check_held_out(store: Store, held_out: Store) -> None:
     """Raises MismatchError where a held-out store is of another teacher or vocabulary, or holds the training data."""
     ours, theirs = store.manifest, held_out.manifest
     for name in ("teacher", "tokenizer", "num_columns"):
@@ -161,21 +157,24 @@ def check_held_out(store: Store, held_out: Store) -> None:
 
 
 def load_stored_tokenizer(store: Store) -> PreTrainedTokenizerBase:
-    """The tokenizer that a store's documents were made with.
+    """Returns the tokenizer that a store's documents were made with.
 
     Raises:
-        MismatchError: it is not the one that the manifest names.
+        MismatchError: it, or the chat template that the documents went through, is not the one that the manifest names.
     """
     with TemporaryDirectory() as folder:
         tokenizer = load_tokenizer(store.fetch_tokenizer(Path(folder)))
-    found, expected = fingerprint(tokenizer), store.manifest.tokenizer.fingerprint
-    if found != expected:
-        raise MismatchError(
-            f"the tokenizer in the store {store.path} is not the one that it was captured with",
-            {"manifest": expected[:16], "found": found[:16]},
-            why="The store's token ids would mean other text.",
-            fix="Copy the store again; `stillroom store check` names all that is wrong.",
-        )
+    named = {"tokenizer": (store.manifest.tokenizer.fingerprint, fingerprint(tokenizer))}
+    if store.manifest.template != "none":
+        named["chat template"] = store.manifest.template, template_fingerprint(template_of(tokenizer))
+    for name, (expected, found) in named.items():
+        if found != expected:
+            raise MismatchError(
+                f"the {name} in the store {store.path} is not the one that it was captured with",
+                {"manifest": expected[:16], "found": found[:16]},
+                why="The student would be served with another than it was trained on, or read other text.",
+                fix="Copy the store again; `stillroom store check` names all that is wrong.",
+            )
     return tokenizer
 
 
@@ -195,32 +194,3 @@ def check_columns(store: Store, student: PretrainedConfig, tokenizer: PreTrained
             "token must have one.",
             fix="Use a student of the teacher's vocabulary, or capture with teacher.columns that fits both.",
         )
-
-
-def stored_template(
-    store: Store, tokenizer: PreTrainedTokenizerBase, stored: PreTrainedTokenizerBase | None
-) -> str | None:
-    """The chat template that the store's documents went through; None where they went through none.
-
-    Raises:
-        MismatchError: the student has another one, or the store's tokenizer no longer holds it.
-    """
-    expected = store.manifest.template
-    if expected == "none" or stored is None:
-        return None
-    template, ours = template_of(stored), template_of(tokenizer)
-    if template_fingerprint(template) != expected:
-        raise MismatchError(
-            f"the store {store.path} lacks the chat template that it was captured with",
-            {"manifest": expected[:16], "its tokenizer": template_fingerprint(template)[:16]},
-            why="The student would be served with another than it was trained on.",
-            fix="Copy the store again; `stillroom store check` names all that is wrong.",
-        )
-    if ours is not None and ours != template:
-        raise MismatchError(
-            "the student and the store have different chat templates",
-            {"store": expected[:16], "student": template_fingerprint(ours)[:16]},
-            why="The student would be served with another than it was trained on.",
-            fix="Set student.tokenizer to the store's own, the folder `tokenizer` in it.",
-        )
-    return template

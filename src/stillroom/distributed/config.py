@@ -9,7 +9,7 @@ from stillroom.config import Config, Positive
 
 class _Together(Config):
     timeout_s: Annotated[float, Field(gt=0)] = 1800.0
-    """How long a process waits for the others before it says which is lost, in seconds."""
+    """The time that a process waits for the others before it says which is lost, in seconds."""
 
 
 class AutoParallelConfig(_Together):

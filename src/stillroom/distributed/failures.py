@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
@@ -15,7 +15,7 @@ from stillroom.distributed.group import RankGroup
 from stillroom.errors import Interrupted, LostError, ReportedElsewhere, StillroomError, Stopped
 
 PATIENCE_S = 5.0
-"""How long the others are waited for, to say how they ended, once one process has failed."""
+"""The time that the others are given to say how they ended, once one process has failed."""
 
 SIGNS = ("connection", "timed out", "timeout", "nccl", "gloo", "broken pipe", "socket", "process group")
 """Words in what `torch.distributed` says when another process does not answer."""
@@ -43,13 +43,9 @@ class FailureReport:
 
     def ends(self) -> dict[int, tuple[str, str]]:
         """Returns how processes ended, of those that wrote so."""
-        texts = {rank: self._read("end", rank) for rank in range(self.ranks.world_size)}
+        texts = {rank: self.read("end", rank) for rank in range(self.ranks.world_size)}
         parts = {rank: text.partition(" ") for rank, text in texts.items() if text}
         return {rank: (how, text) for rank, (how, _, text) in parts.items()}
-
-    def last(self, rank: int) -> str:
-        """Returns how far a process was."""
-        return self._read("at", rank) or "never heard of"
 
     def another_reports(self) -> bool:
         """Returns whether this process need not report its end: one failed by itself, or one before it has lost another
@@ -60,7 +56,8 @@ class FailureReport:
         if self._store is not None:
             self._store.set(f"{key} {self.ranks.rank}", text)
 
-    def _read(self, key: str, rank: int) -> str:
+    def read(self, key: str, rank: int) -> str:
+        """Returns what a process wrote last: how far it is, or how it ended."""
         assert self._store is not None
         name = f"{key} {rank}"
         return self._store.get(name).decode() if self._store.check([name]) else ""
@@ -87,7 +84,7 @@ def reported_once(failures: FailureReport) -> Iterator[None]:
             raise
         raise SystemExit(0 if isinstance(error, Stopped) else 130) from None
     except StillroomError as error:
-        with _if_store_answers():
+        with suppress(RuntimeError):  # the store may have gone with its host
             failures.end(FAILED, error.what)
             _wait_until(lambda: ranks.is_rank0 or 0 in failures.ends())
             if not ranks.is_rank0:
@@ -99,7 +96,7 @@ def reported_once(failures: FailureReport) -> Iterator[None]:
         is_oom = isinstance(error, torch.OutOfMemoryError)
         if isinstance(error, RuntimeError) and not is_oom and any(sign in str(error).lower() for sign in SIGNS):
             raise _lost(failures, error) from error
-        with _if_store_answers():
+        with suppress(RuntimeError):
             failures.end(FAILED, str(error) if is_oom else f"{type(error).__name__}: {error}")
         raise
 
@@ -116,11 +113,11 @@ def _lost(failures: FailureReport, error: RuntimeError) -> StillroomError:
     answers: list[tuple[bool, list[str]]] = []
 
     def ask() -> None:
-        with _if_store_answers():
+        with suppress(RuntimeError):
             failures.end(LOST, reason)
             _wait_until(lambda: failures.another_reports() or len(failures.ends()) == ranks.world_size)
             silent = [rank for rank in range(ranks.world_size) if rank not in failures.ends()]
-            names = [f"rank {rank}, last heard at {failures.last(rank)}" for rank in silent]
+            names = [f"rank {rank}, last heard at {failures.read('at', rank) or 'never heard of'}" for rank in silent]
             answers.append((failures.another_reports(), names))
 
     thread = threading.Thread(target=ask, daemon=True)  # since a store that is lost may never answer
@@ -136,11 +133,3 @@ def _lost(failures: FailureReport, error: RuntimeError) -> StillroomError:
         "itself.",
     )
     return ReportedElsewhere.of(lost) if elsewhere else lost
-
-
-@contextmanager
-def _if_store_answers() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError:  # the store went with its host, so nothing can be written there
-        return

@@ -86,18 +86,16 @@ class RankGroup:
                 all of them; the others raise ReportedElsewhere.
             MismatchError: they differ.
         """
+        if self.world_size == 1:
+            return make()
         made, error = None, None
+        facts: dict[str, str] = {}
         try:
             made = make()
         except StillroomError as caught:
             error = caught
-        if self.world_size == 1:
-            if error is not None:
-                raise error
-            return made  # pyright: ignore[reportReturnType]
-        facts: dict[str, str] = {}
-        if error is None:
-            for name, value in same(made).items():  # pyright: ignore[reportArgumentType]
+        else:
+            for name, value in same(made).items():
                 text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
                 short = len(text) <= 60
                 facts[name] = text if short else f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
@@ -108,7 +106,7 @@ class RankGroup:
             if len(failed) < self.world_size:
                 ranks = ", ".join(f"{rank} on {host}" for rank, _, host in failed[:4])
                 first.values["in"] = f"{len(failed)} of {self.world_size} processes: rank {ranks}"
-            raise self._rank0_reports(first)
+            raise first if self.is_rank0 else ReportedElsewhere.of(first)
         for name in facts:
             values = [facts[name] for _, facts, _ in answers]
             other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
@@ -119,35 +117,29 @@ class RankGroup:
                     why="They would train different things and add up their gradients.",
                     fix="Start all with the same recipe, the same packages and the same files.",
                 )
-                raise self._rank0_reports(mismatch)
+                raise mismatch if self.is_rank0 else ReportedElsewhere.of(mismatch)
         return made  # pyright: ignore[reportReturnType]
 
     def local_rank0_first(self, make: Callable[[], T]) -> T:
         """Returns what each process makes, the first of each node before its others, so that these find its files."""
-        if self.world_size == 1:
-            return make()
-        made, error = None, None
-        for turn in (True, False):
-            if turn == (self.local_rank == 0):
-                try:
-                    made = make()
-                except StillroomError as caught:
-                    error = caught
+
+        def in_turn() -> T:
+            if self.local_rank > 0:
+                self.barrier()
+                return make()
+            try:
+                made = make()
+            except StillroomError:
+                self.barrier()
+                raise
             self.barrier()
+            return made
 
-        def result() -> T:
-            if error is not None:
-                raise error
-            return made  # pyright: ignore[reportReturnType]
-
-        return self.on_every_rank(result)
+        return self.on_every_rank(in_turn)
 
     def on_rank0(self, make: Callable[[], T]) -> T | None:
         """Returns what rank 0 makes while the others wait; None in these."""
         return self.on_every_rank(lambda: make() if self.is_rank0 else None)
-
-    def _rank0_reports(self, error: StillroomError) -> StillroomError:
-        return error if self.is_rank0 else ReportedElsewhere.of(error)
 
 
 SINGLE_RANK = RankGroup()

@@ -20,24 +20,15 @@ from stillroom.errors import ConfigError, MissingError, ReportedElsewhere
 from stillroom.runs import read_json
 
 
-@dataclass(frozen=True)
-class RankInfo:
-    """This process, as the environment that `torchrun` sets describes it."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-
-
-def rank_info() -> RankInfo:
-    """Reads RANK, WORLD_SIZE and LOCAL_RANK; without WORLD_SIZE this process is the only one.
+def rank_info() -> RankGroup:
+    """Reads RANK, WORLD_SIZE and LOCAL_RANK, which `torchrun` sets; without WORLD_SIZE this process is the only one.
 
     Raises:
         ConfigError: one of them is not a number.
         MissingError: MASTER_ADDR or MASTER_PORT is not set.
     """
     if os.environ.get("WORLD_SIZE", "") in ("", "0", "1"):
-        return RankInfo(0, 1, 0)
+        return SINGLE_RANK
     values = {}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         text = os.environ.get(name, "0" if name == "LOCAL_RANK" else "")
@@ -49,16 +40,14 @@ def rank_info() -> RankInfo:
                 fix="Start the run with `torchrun`, which sets it; or unset WORLD_SIZE to run one process.",
             )
         values[name] = int(text)
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
         raise MissingError(
             f"the environment does not say where the processes meet: {' and '.join(missing)} not set",
             {"RANK": values["RANK"], "WORLD_SIZE": values["WORLD_SIZE"]},
             why="They find each other through a port of the first one's host.",
-            fix="Start the run with `torchrun`, which sets them; or set them to the first host's address and a free "
-            "port.",
+            fix="Start the run with `torchrun`, which sets them; or set them to the first host's address and a port.",
         )
-    return RankInfo(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"])
+    return RankGroup(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"])
 
 
 @dataclass(frozen=True)
@@ -82,10 +71,10 @@ class DistContext:
 
 
 JOIN_TIME = datetime.timedelta(minutes=10)
-"""How long the first to come waits for the last: some may have to be given a machine first."""
+"""The time that the first to come waits for the last: some may have to be given a machine first."""
 
 SETUP_TIME = datetime.timedelta(hours=24)
-"""How long one process may take while the others wait, for what has no bound of its own."""
+"""The time that one process may take while the others wait, for what has no bound of its own."""
 
 SINGLE_PROCESS = DistContext(SINGLE_RANK, SINGLE_RANK)
 
@@ -118,7 +107,7 @@ def init_distributed(
         ConfigError: so many processes cannot be divided so.
         MissingError: the others did not come, or there is no device for this one.
     """
-    here = rank_info()
+    here, host = rank_info(), socket.gethostname()
     try:
         _check_division(here.world_size, replicas, num_teachers, device)
     except ConfigError as error:
@@ -129,7 +118,7 @@ def init_distributed(
         number = here.local_rank if device is None else device
         if number >= torch.cuda.device_count():
             raise MissingError(
-                f"there is no CUDA device for rank {here.rank} on {socket.gethostname()}",
+                f"there is no CUDA device for rank {here.rank} on {host}",
                 {"its number on this host": number, "CUDA devices": torch.cuda.device_count()},
                 why="Each process needs a device of its own.",
                 fix="Start as many processes on a host as it has devices (torchrun --nproc-per-node gpu).",
@@ -145,12 +134,11 @@ def init_distributed(
         raise MissingError(
             "the processes of this run did not find each other",
             {
-                "this one": f"rank {here.rank} of {here.world_size} on {socket.gethostname()}",
+                "this one": f"rank {here.rank} of {here.world_size} on {host}",
                 "reason": " ".join(str(error).split())[:200],
             },
             why="Every one of them is needed for every step.",
-            fix="Check that all were started, that MASTER_ADDR can be reached from every host, and that MASTER_PORT is "
-            "free there.",
+            fix="Check that all were started, that every host reaches MASTER_ADDR, and that MASTER_PORT is free there.",
         ) from error
     return _make_groups(here, device_type, timeout, replicas, num_teachers)
 
@@ -180,7 +168,7 @@ def _check_division(world_size: int, replicas: int, num_teachers: int, device: i
         )
 
 
-def _join_store(here: RankInfo) -> Store:
+def _join_store(here: RankGroup) -> Store:
     """Returns the store where the processes exchange their addresses, once all have come, which may take longer than
     they wait for each other later.
 
@@ -216,7 +204,7 @@ def restart_count() -> int:
 
 
 def _make_groups(
-    here: RankInfo, device_type: str, timeout: datetime.timedelta, replicas: int, num_teachers: int
+    here: RankGroup, device_type: str, timeout: datetime.timedelta, replicas: int, num_teachers: int
 ) -> DistContext:
     """Makes all groups, in the same order in every process, as torch needs it."""
     world_size, num_trainers = here.world_size, here.world_size - num_teachers
@@ -240,7 +228,7 @@ def _make_groups(
     return DistContext(world, own, here.rank >= num_trainers, num_teachers, requests, responses)
 
 
-def _mesh(device_type: str, grid: Tensor, here: RankInfo, timeout: datetime.timedelta) -> DeviceMesh | None:
+def _mesh(device_type: str, grid: Tensor, here: RankGroup, timeout: datetime.timedelta) -> DeviceMesh | None:
     """Returns the mesh of some ranks [replicas, ranks of each], whose groups wait no longer than ``timeout``, and None
     in other ranks. A single replica has no dimension of its own."""
     if len(grid) == 1:

@@ -1,8 +1,8 @@
 """Student and teacher on many processes: whole in each (DDP), or a part of each parameter in each (FSDP2)."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -49,15 +49,11 @@ def shard_trained(
     mixed = MixedPrecisionPolicy()
     if precision not in (torch.float32, torch.float64):
         mixed = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    settings: dict[str, Any] = {
-        "mesh": ranks.mesh,
-        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
-    }
-    for block in blocks(model):
-        fully_shard(block, mp_policy=mixed, reshard_after_forward=reshard, **settings)
+    settings = _settings(ranks, offload)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if _weight(embeddings) is not _weight(head):
-        fully_shard(embeddings, mp_policy=mixed, reshard_after_forward=reshard, **settings)
+    untied = [embeddings] if _weight(embeddings) is not _weight(head) else []
+    for part in (*blocks(model), *untied):
+        fully_shard(part, mp_policy=mixed, reshard_after_forward=reshard, **settings)
     for projector in projectors:
         if any(True for _ in projector.parameters()):
             fully_shard(projector, **settings)
@@ -71,20 +67,17 @@ def shard_trained(
 
 def shard_teacher(model: PreTrainedModel, ranks: RankGroup, *, offload: bool) -> None:
     """Shards a teacher's backbone; its head, which the losses use, stays whole in each process."""
-    body = backbone(model)
-    head = model.get_output_embeddings()
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     whole = set(head.parameters()) if head is not None else set()
-    settings: dict[str, Any] = {
-        "mesh": ranks.mesh,
-        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
-        "reshard_after_forward": True,
-    }
-    for block in blocks(model):
-        fully_shard(block, **settings)
-    embeddings = model.get_input_embeddings()
-    if not whole & set(embeddings.parameters()):
-        fully_shard(embeddings, **settings)
-    fully_shard(body, ignored_params=whole, **settings)
+    untied = [] if whole & set(embeddings.parameters()) else [embeddings]
+    settings = _settings(ranks, offload)
+    for part in (*blocks(model), *untied):
+        fully_shard(part, reshard_after_forward=True, **settings)
+    fully_shard(backbone(model), reshard_after_forward=True, ignored_params=whole, **settings)
+
+
+def _settings(ranks: RankGroup, offload: bool) -> dict[str, Any]:
+    return {"mesh": ranks.mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
 
 
 def reshard(module: nn.Module) -> None:
@@ -140,14 +133,11 @@ def replicate(module: nn.Module, ranks: RankGroup, *, has_unused: bool) -> Distr
     return ddp
 
 
-@contextmanager
-def gradients_summed_later(forward: Callable[..., Any], later: bool) -> Iterator[None]:
-    """Inside, gradients stay in each process where ``later``, to be summed with those of the next backward pass.
-
-    Sharded gradients are summed each time: a whole gradient would need the memory that sharding saves.
+def gradients_summed_later(forward: Callable[..., Any], later: bool) -> AbstractContextManager[None]:
+    """Returns a context in which gradients stay in each process where ``later``, to be summed with those of the next
+    backward pass. Sharded gradients are summed each time: a whole gradient would need the memory that sharding saves.
     """
-    with forward.no_sync() if later and isinstance(forward, DistributedDataParallel) else nullcontext():
-        yield
+    return forward.no_sync() if later and isinstance(forward, DistributedDataParallel) else nullcontext()
 
 
 @torch.no_grad()

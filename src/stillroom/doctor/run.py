@@ -1,13 +1,14 @@
-"""`stillroom doctor`: a look at a run before it is paid for. Writes nothing."""
+"""`stillroom doctor`: a look at a run before it is paid for. It writes nothing, and imports no torch."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
+from pydantic import Field
+
+from stillroom.config import Config, PathText
 from stillroom.doctor import findings
-from stillroom.doctor.config import DoctorConfig
-from stillroom.doctor.findings import Finding
-from stillroom.doctor.overlap import TaskTexts, overlap
+from stillroom.doctor.findings import Finding, TaskTexts, overlap
 from stillroom.errors import StillroomError
 
 Facts = dict[str, Any]
@@ -17,32 +18,25 @@ ItemsOf = Callable[[str], tuple[str, Iterable[TaskTexts]]]
 """Reads the name and the items of the task that a description file describes."""
 
 
+class DoctorConfig(Config):
+    """`stillroom doctor RECIPE`: look at a run before it is paid for."""
+
+    sequences: Annotated[int, Field(gt=0)] = 256
+    """The number of the recipe's documents that are looked at."""
+    tasks: Annotated[tuple[PathText, ...], Field(strict=False)] = ()
+    """Description files of tasks that the student will be evaluated on, in whose items the documents are looked for."""
+
+
 class Trial(Protocol):
-    """The checks of a recipe, in this order; each returns facts, and raises StillroomError where a run would."""
+    """The checks of a recipe, in this order, as `distill.preflight` makes them. Each returns facts, and raises
+    StillroomError where a run would."""
 
-    def fit(self) -> Facts:
-        """Compares tokenizers, chat templates and vocabularies."""
-        ...
-
-    def look(self) -> Facts:
-        """Reads the data, and counts what became of the rows."""
-        ...
-
-    def texts(self) -> Iterable[tuple[str, str]]:
-        """Yields some documents, by name."""
-        ...
-
-    def measure(self) -> Facts:
-        """Measures the models on them."""
-        ...
-
-    def own_text(self) -> Facts | None:
-        """Measures them on text that the student writes; None where that means nothing."""
-        ...
-
-    def step(self) -> Facts:
-        """Makes one real step."""
-        ...
+    def fit(self) -> Facts: ...
+    def look(self) -> Facts: ...
+    def texts(self) -> Iterable[tuple[str, str]]: ...
+    def measure(self) -> Facts: ...
+    def own_text(self) -> Facts | None: ...
+    def step(self) -> Facts: ...
 
 
 def run(config: DoctorConfig, trial: Trial, items_of: ItemsOf, report: Report = lambda *_: None) -> Facts:
@@ -86,14 +80,10 @@ def run(config: DoctorConfig, trial: Trial, items_of: ItemsOf, report: Report = 
                 try_("own_text", trial.own_text, "measuring them on what the student writes")
                 try_("step", trial.step, "one optimizer step on the longest rows")
     errors = sum(finding.level == "error" for finding in found)
+    things = f"{errors or len(found)} thing{'s' * ((errors or len(found)) > 1)}"
     if errors:
         rest = "" if record["step"] is not None else "; what comes after the first was not tried"
-        verdict = f"not ready: {_things(errors)} to change before this run{rest}"
+        verdict = f"not ready: {things} to change before this run{rest}"
     else:
-        verdict = "ready: nothing found that stands in the way of this run"
-        verdict += f"; {_things(len(found))} to think about" if found else ""
+        verdict = "ready: nothing found that stands in the way of this run" + f"; {things} to think about" * bool(found)
     return {**record, "findings": [one._asdict() for one in found], "ready": not errors, "verdict": verdict}
-
-
-def _things(number: int) -> str:
-    return f"{number} thing{'s' * (number > 1)}"

@@ -1,9 +1,9 @@
 """Checkpoints: all of a run's state, written whole or not at all."""
 
 import shutil
-import threading
 import warnings
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep: int, ranks: RankGroup = SINGLE_RANK, background: bool = False) -> None:
         self.folder, self.keep, self.ranks, self.background = folder, keep, ranks, background
-        self._writing: tuple[threading.Thread, list[BaseException]] | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
 
     def all(self) -> list[Path]:
         """Returns the checkpoints in the order of their steps."""
@@ -81,16 +82,7 @@ class Checkpoints:
         stager = DefaultStager(StagingOptions(False, False, False, False))
         copied: Any = stager.stage(tensors)
         stager.close()
-        errors: list[BaseException] = []
-
-        def write() -> None:
-            try:
-                self._write(path, copied, numbers, best)
-            except BaseException as error:
-                errors.append(error)
-
-        self._writing = threading.Thread(target=write, name="checkpoint"), errors
-        self._writing[0].start()
+        self._writing = self._thread.submit(self._write, path, copied, numbers, best)
         return path
 
     def finish(self) -> None:
@@ -100,11 +92,8 @@ class Checkpoints:
             StorageError: it could not be written.
         """
         if self._writing is not None:
-            thread, errors = self._writing
-            thread.join()
-            self._writing = None
-            if errors:
-                raise errors[0]
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def _write(self, path: Path, tensors: dict[str, Any], numbers: dict[str, Any], best: int | None) -> None:
         temporary, ranks = self.folder / f".{path.name}.tmp", self.ranks.for_checkpoints
@@ -119,7 +108,7 @@ class Checkpoints:
                 save_tensors(tensors, checkpoint_id=temporary, process_group=ranks.group, no_dist=ranks.world_size == 1)
             own = "*" if ranks.world_size == 1 else f"__{ranks.rank}_*"
             names = {file.name for file in temporary.glob(own)} | ({".metadata"} if ranks.is_rank0 else set())
-            files = _merged(ranks.all_gather(_checksums(temporary, names)))
+            files = _checksums(temporary, names, ranks)
             ranks.on_rank0(lambda: self._name(temporary, path, {**numbers, "files": files}, best))
         except (Exception, CheckpointException) as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -165,7 +154,7 @@ class Checkpoints:
         try:
             numbers = read_json(path / "state.json")
             names = sorted(file.name for file in path.iterdir() if file.name != "state.json")
-            found = _merged(ranks.all_gather(_checksums(path, ranks.shard(names))))
+            found = _checksums(path, ranks.shard(names), ranks)
             if numbers["files"] != found:
                 raise ValueError(f"its files have the checksums {found} and were written with {numbers['files']}")
             saved = FileSystemReader(path).read_metadata().state_dict_metadata
@@ -216,21 +205,18 @@ def _tensors(state: TrainState) -> dict[str, Any]:
     }
 
 
-def _checksums(folder: Path, names: Iterable[str]) -> dict[str, int]:
-    """Returns the checksums of some files."""
-    return {name: crc32(folder / name) for name in names}
-
-
-def _merged(parts: Iterable[dict[str, int]]) -> dict[str, int]:
-    return dict(sorted({name: value for part in parts for name, value in part.items()}.items()))
+def _checksums(folder: Path, names: Iterable[str], ranks: RankGroup) -> dict[str, int]:
+    """Returns the checksums of all files, of which this process reads those of ``names``."""
+    parts = ranks.all_gather({name: crc32(folder / name) for name in names})
+    return dict(sorted(item for part in parts for item in part.items()))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silences torch's warning that it saves in one process, which is what is meant."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.distributed.*", category=UserWarning)
-        warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category=UserWarning)
+        message = ".*torch.distributed.*|TypedStorage is deprecated"
+        warnings.filterwarnings("ignore", message=message, category=UserWarning)
         yield
 
 

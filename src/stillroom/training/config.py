@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from stillroom.config import Attention, Config, Fraction, PathText, Positive
+from stillroom.config import BATCH_TOKENS, Attention, Config, Fraction, PathText, Positive
 from stillroom.pruning.config import PruningConfig
 
 
@@ -17,7 +17,7 @@ class NewStudentConfig(Config):
     family: str | None = None
     """Instead of a pattern: a family's name in `transformers`, such as llama or qwen3, with its default settings."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """What differs, by the names of the family's config.json: hidden_size, num_hidden_layers, …"""
+    """The settings that differ, by the names of the family's config.json: hidden_size, num_hidden_layers, …"""
 
 
 class PrunedStudentConfig(PruningConfig):
@@ -78,13 +78,18 @@ class StudentConfig(Config):
 
 
 class BatchConfig(Config):
-    """How many tokens go into a step."""
+    """The number of tokens in a step."""
 
     tokens: Positive
     """Tokens (positions that the student reads) in an optimizer step, at the most."""
     micro_tokens: Positive | Literal["auto"] = "auto"
     """Tokens that go through the student at once, with padding; it changes memory and speed and never the result. auto
     is the length of a row or 16384, whichever is more."""
+
+    def micro_tokens_of(self, length: int) -> int:
+        """Returns ``micro_tokens`` where a row has ``length`` tokens: what is asked for, and by default no more than a
+        step."""
+        return min(self.tokens, max(length, BATCH_TOKENS)) if self.micro_tokens == "auto" else self.micro_tokens
 
 
 class AdamWConfig(Config):
@@ -96,9 +101,9 @@ class AdamWConfig(Config):
     warmup: Fraction = 0.0
     """Share of all steps over which the learning rate rises from 0."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up, to 0 at the last step."""
+    """The way in which the learning rate falls after the warm-up, to 0 at the last step."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Of matrices and embeddings; norms and biases have none."""
+    """The decay of matrices and embeddings; norms and biases have none."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of the first moment."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -110,7 +115,7 @@ class AdamWConfig(Config):
 
 
 class ExportConfig(Config):
-    """How the trained student is written."""
+    """The form in which the trained student is written."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """The type of the exported weights, to which the trained ones are rounded. auto is that of the student's own
@@ -119,12 +124,12 @@ class ExportConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """What can be resumed from."""
+    """The states that a run can be resumed from."""
 
     every: Positive | None = 500
     """Steps between checkpoints. One is also written when a run is interrupted, and at its end."""
     keep: Positive = 2
-    """How many of the latest stay on disk."""
+    """The number of the latest that stay on disk."""
     background: bool | Literal["auto"] = "auto"
     """Write them from a copy in the CPU's memory while training goes on; auto does so on a GPU."""
     best: bool = False

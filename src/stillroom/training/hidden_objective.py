@@ -77,7 +77,15 @@ class HiddenLoss(nn.Module):
         self.spec = spec
         count = 0 if spec.start is None else 1 if spec.shared else len(spec.pairs)
         generator = torch.Generator().manual_seed(seed)
-        self.projectors = nn.ParameterList([_start(spec, generator) for _ in range(count)])
+        self.projectors = nn.ParameterList()
+        for _ in range(count):  # [teacher's width, student's width]; what is fitted later starts from the identity
+            matrix = torch.zeros(spec.widths[::-1])
+            if spec.start == "orthogonal":
+                nn.init.orthogonal_(matrix, generator=generator)
+            else:
+                places = spec.places or tuple(range(min(spec.widths)))
+                matrix[list(places), torch.arange(len(places))] = 1.0
+            self.projectors.append(nn.Parameter(matrix))
         if spec.distance == "channel_scaled_mse":
             self.register_buffer("scales", torch.ones(len(spec.pairs), spec.widths[1]))
 
@@ -94,40 +102,26 @@ class HiddenLoss(nn.Module):
             total = torch.zeros((), dtype=weights.dtype, device=documents.device)
             plain = torch.zeros_like(total)
             distance = DISTANCES[spec.distance].load()
-            for number, count in enumerate(counts):
-                values = distance(self._pair(number, student, teacher, documents), **spec.arguments)
+            for number, (count, (s, t)) in enumerate(zip(counts, spec.pairs, strict=True)):
+                if spec.of_attention:
+                    pair = Pair(student.attention[int(s)], teacher.attention[int(t)], documents)
+                else:
+                    ours = student.states[s].to(accumulator(student.states[s].dtype))
+                    theirs, scale = compared(teacher.states[t].to(ours.dtype), spec), None
+                    if (matrix := self.projector(number)) is not None:
+                        ours = linear(ours, matrix.to(ours.dtype))
+                    if spec.distance == "channel_scaled_mse":
+                        scale = self.scales[number].to(theirs.dtype)  # pyright: ignore
+                    pair = Pair(compared(ours, spec), theirs, documents, scale)
+                values = distance(pair, **spec.arguments)
                 total = total + count * (values * weights.to(values.dtype)).sum()
                 plain = plain + count * values.detach().sum()
         return total, plain
-
-    def _pair(self, number: int, student: HiddenStates, teacher: HiddenStates, documents: Tensor) -> Pair:
-        s, t = self.spec.pairs[number]
-        if self.spec.of_attention:
-            return Pair(student.attention[int(s)], teacher.attention[int(t)], documents)
-        ours = student.states[s].to(accumulator(student.states[s].dtype))
-        theirs = teacher.states[t].to(ours.dtype)
-        if (matrix := self.projector(number)) is not None:
-            ours = linear(ours, matrix.to(ours.dtype))
-        ours, theirs = compared(ours, self.spec), compared(theirs, self.spec)
-        scale = self.scales[number].to(theirs.dtype) if self.spec.distance == "channel_scaled_mse" else None  # pyright: ignore
-        return Pair(ours, theirs, documents, scale)
 
 
 def compared(state: Float[Tensor, "n d"], spec: HiddenSpec) -> Float[Tensor, "n d"]:
     """Returns a state as the distance takes it."""
     return state if spec.normalise is None else normalized(state, spec.normalise)
-
-
-def _start(spec: HiddenSpec, generator: torch.Generator) -> nn.Parameter:
-    """Makes a projector [teacher's width, student's width]; one that is fitted later starts from the identity."""
-    inner, outer = spec.widths
-    matrix = torch.empty(outer, inner)
-    if spec.start == "orthogonal":
-        return nn.Parameter(nn.init.orthogonal_(matrix, generator=generator))
-    places = spec.places or tuple(range(min(inner, outer)))
-    matrix.zero_()
-    matrix[list(places), torch.arange(len(places))] = 1.0
-    return nn.Parameter(matrix)
 
 
 def layers_of(specs: Sequence[HiddenSpec], side: int) -> tuple[tuple[Layer, ...], tuple[int, ...]]:

@@ -2,15 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from signal import SIGINT, SIGTERM
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stillroom.batch import Batch
 from stillroom.distributed.sharding import gradients_summed_later, squared_norm
 from stillroom.errors import NonFiniteError, OutOfMemoryError
 from stillroom.losses.objective import widest_float
@@ -18,18 +16,17 @@ from stillroom.models.safetensors_io import local_part
 from stillroom.runs import deferred_interrupts, ended
 from stillroom.teachers.base import Teacher
 from stillroom.training.checkpoint import Checkpoints
-from stillroom.training.optimizer import skip_updates
 from stillroom.training.prefetch import MicroBatches
-from stillroom.training.state import TrainState
+from stillroom.training.state import TrainState, skip_updates
 
 SIGINT_CODE = 2.0**20
-"""How a step's sum over ranks counts Ctrl-C, and SIGTERM as 1: more than there are ranks."""
+"""The count of Ctrl-C in a step's sum over ranks, where SIGTERM is 1: more than there are ranks."""
 
 Measure = Callable[[Callable[[], bool]], dict[str, float] | None]
 """Makes the held-out measurement; returns None where the function that it is given came to return true."""
 
 Scheduled = tuple[Any, ...]
-"""What a schedule gives the trained module's forward in a step."""
+"""The arguments that a schedule gives the trained module's forward in a step."""
 
 Report = Callable[[str, Mapping[str, Any]], None]
 """Takes what happens: the name of the event ("tokenise", "step", "held_out", "note") and its values."""
@@ -167,7 +164,19 @@ class LaunchedStep:
             for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
             skip_updates(state.optimizer, None)
-            raise self._not_finite(loss, grad_norm)
+            own = {int(d) for numbers in self.documents for d in numbers.unique() if d >= 0}
+            documents = sorted(set().union(*state.ranks.all_gather(own)))  # since it fails in all processes at once
+            names = list(dict.fromkeys(state.stream.documents.name(d) for d in documents[:8]))
+            more = f" and {len(documents) - 8} more" if len(documents) > 8 else ""
+            raise NonFiniteError(
+                f"step {state.step + 1} is not finite",
+                {"loss": loss, "gradient norm": grad_norm, "documents": ", ".join(names) + more},
+                why="The update was not made: it would have spoilt every parameter. The last good checkpoint is "
+                f"{self.checkpoints.latest() or 'none: no checkpoint was due before this step'}.",
+                fix="Look at those documents. A run that is resumed meets them again with the same settings; to train "
+                "with a lower optimizer.learning_rate, with optimizer.clip or in precision=float32, start again with "
+                "--overwrite.",
+            )
         names = ["loss_nats", *state.module.columns, "grad_norm"]
         self.line.update(zip(names, [loss, *terms, grad_norm], strict=True))
 
@@ -183,28 +192,7 @@ class LaunchedStep:
         seconds = now - max(self.start, state.read_at)
         state.read_at = now
         state.time_s += seconds
-        return {
-            **self.line,
-            "time_s": round(seconds, 4),
-            "tokens_per_s": round(self.line["num_tokens"] / seconds, 1),
-        }
-
-    def _not_finite(self, loss: float, grad_norm: float) -> NonFiniteError:
-        """Returns the error of a step, which fails in all processes at once, with the documents of all."""
-        state, checkpoints = self.state, self.checkpoints
-        own = {int(d) for numbers in self.documents for d in numbers.unique() if d >= 0}
-        documents = sorted(set().union(*state.ranks.all_gather(own)))
-        names = list(dict.fromkeys(state.stream.documents.name(d) for d in documents[:8]))
-        more = f" and {len(documents) - 8} more" if len(documents) > 8 else ""
-        return NonFiniteError(
-            f"step {state.step + 1} is not finite",
-            {"loss": loss, "gradient norm": grad_norm, "documents": ", ".join(names) + more},
-            why="The update was not made: it would have spoilt every parameter. The last good checkpoint is "
-            f"{checkpoints.latest() or 'none: no checkpoint was due before this step'}.",
-            fix="Look at those documents. A run that is resumed meets them again with the same settings; to train with "
-            "a lower optimizer.learning_rate, with optimizer.clip or in precision=float32, start again with "
-            "--overwrite.",
-        )
+        return {**self.line, "time_s": round(seconds, 4), "tokens_per_s": round(self.line["num_tokens"] / seconds, 1)}
 
 
 def optimizer_step(
@@ -238,11 +226,21 @@ def optimizer_step(
     total = torch.zeros((), dtype=dtype, device=device)
     sums = torch.zeros(len(module.columns), dtype=dtype, device=device)
     for number, (micro_batch, prefetched) in enumerate(micro_batches, 1):
-        with _enough_memory(micro_batch), gradients_summed_later(state.forward, number < len(micro_batches)):
-            batch = micro_batch.to(device)
-            teacher_output = None if teacher is None else teacher.forward(batch, prefetched)
-            result = state.forward(batch, teacher_output, num_counted, *(scheduled or ()))
-            result.loss.backward()
+        try:
+            with gradients_summed_later(state.forward, number < len(micro_batches)):
+                batch = micro_batch.to(device)
+                teacher_output = None if teacher is None else teacher.forward(batch, prefetched)
+                result = state.forward(batch, teacher_output, num_counted, *(scheduled or ()))
+                result.loss.backward()
+        except torch.OutOfMemoryError as error:
+            rows, length = micro_batch.tokens.shape
+            raise OutOfMemoryError(
+                "the device has too little memory for a micro-batch",
+                {"micro-batch": f"{rows} rows of {length} tokens", "device": str(error).split(". ")[0][:160]},
+                why="The step was not made; what earlier checkpoints hold is whole.",
+                fix="Lower batch.micro_tokens, which does not change the result, or logits_bytes, and go on with "
+                "--resume; or use student.gradient_checkpointing=true in a new run.",
+            ) from error
         total += result.loss.detach()
         sums += result.sums
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
@@ -288,18 +286,3 @@ def _signal_code(signal: int, device: torch.device | str = "cpu") -> Tensor:
 def _most_urgent(total: float) -> int:
     """Returns the signal that any process was sent, Ctrl-C before SIGTERM; 0 where none was."""
     return SIGINT if total >= SIGINT_CODE else SIGTERM if total else 0
-
-
-@contextmanager
-def _enough_memory(micro_batch: Batch) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        rows, length = micro_batch.tokens.shape
-        raise OutOfMemoryError(
-            "the device has too little memory for a micro-batch",
-            {"micro-batch": f"{rows} rows of {length} tokens", "device": str(error).split(". ")[0][:160]},
-            why="The step was not made; what earlier checkpoints hold is whole.",
-            fix="Lower batch.micro_tokens, which does not change the result, or logits_bytes, and go on with --resume; "
-            "or use student.gradient_checkpointing=true in a new run.",
-        ) from error

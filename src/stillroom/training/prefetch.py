@@ -6,7 +6,7 @@ from queue import Queue
 from typing import Any
 
 from stillroom.batch import Batch
-from stillroom.data.dataloader import BatchStream, DocumentSet, Totals
+from stillroom.data.dataloader import BatchStream, DocumentSet, Step, Totals
 from stillroom.signals import TeacherOutput
 from stillroom.teachers.base import Teacher
 
@@ -22,6 +22,10 @@ class MicroBatches(list[MicroBatch]):
     def __init__(self, micro_batches: Iterable[MicroBatch], totals: Totals) -> None:
         super().__init__(micro_batches)
         self.totals = totals
+
+    @classmethod
+    def of(cls, step: Step, teacher: Teacher | None) -> "MicroBatches":
+        return cls([(batch, None if teacher is None else teacher.prefetch(batch)) for batch in step], step.totals)
 
 
 class Prefetcher(Iterator[MicroBatches]):
@@ -83,7 +87,6 @@ class Prefetcher(Iterator[MicroBatches]):
                 if self._closed:
                     return
                 step = next(self.stream)
-                prefetched = [(b, None if self.teacher is None else self.teacher.prefetch(b)) for b in step]
-                self._made.put((MicroBatches(prefetched, step.totals), self.stream.state()))
+                self._made.put((MicroBatches.of(step, self.teacher), self.stream.state()))
         except BaseException as error:
             self._made.put(error)

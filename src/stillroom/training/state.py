@@ -1,4 +1,5 @@
-"""What is trained, as the loop sees it, and all the state that training changes."""
+"""The module that is trained, as the loop sees it; all the state that training changes; the optimizer and the
+learning-rate schedule."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -8,10 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
 
 from stillroom.batch import Batch
 from stillroom.distributed.group import SINGLE_RANK, RankGroup
 from stillroom.signals import TeacherOutput
+from stillroom.training.config import AdamWConfig
 from stillroom.training.prefetch import Prefetcher
 
 
@@ -26,7 +29,7 @@ class TrainedModule(nn.Module, ABC):
     """The one module that is trained. The loop knows nothing else of what a run trains."""
 
     counts: str = "num_kept"
-    """What a step's loss is a mean over: a field of the step's totals, and its column in metrics.jsonl."""
+    """The things that a step's loss is a mean over: a field of the step's totals, and a column of metrics.jsonl."""
 
     @property
     @abstractmethod
@@ -76,7 +79,7 @@ class TrainState:
     parallel: nn.Module | None = None
     """The DDP module that is called in place of ``module`` in training, where there is one."""
     place: torch.device | None = None
-    """Where batches go; None is where the parameters are."""
+    """The device where batches go; None is where the parameters are."""
     late: bool = False
     """Whether a step's numbers are read when the next step has been launched, so that a device need not wait for the
     host, and not before the step's own update. The optimizer must then be a fused one."""
@@ -93,3 +96,34 @@ class TrainState:
     def forward(self) -> nn.Module:
         """The trained module as it is called in training."""
         return self.parallel or self.module
+
+
+def build_optimizer(module: nn.Module, config: AdamWConfig) -> torch.optim.Optimizer:
+    """Builds AdamW over what is trained. Matrices decay; norms and biases (one dimension or none) do not."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=True,
+    )
+
+
+def skip_updates(optimizer: torch.optim.Optimizer, wanted: Tensor | None) -> None:
+    """Has the fused AdamW leave parameters, moments and its step counters as they are, from now on where ``wanted``, a
+    boolean [], is true. It is read on its device by the update itself. None ends the skipping."""
+    before, flag = getattr(optimizer, "found_inf", None), None  # the name that torch's optimizers look for
+    if wanted is not None:
+        flag = wanted.float() if before is None else torch.maximum(before, wanted.float())
+    setattr(optimizer, "found_inf", flag)  # noqa: B010  # the class does not declare it
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: AdamWConfig, num_steps: int) -> LRScheduler:
+    """Builds the schedule: a linear warm-up, then cosine or linear decay to 0 at ``num_steps``, or a constant."""
+    name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+    return get_scheduler(name, optimizer, round(config.warmup * num_steps), num_steps)

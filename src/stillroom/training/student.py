@@ -28,7 +28,7 @@ class Student(NamedTuple):
     """The `peft.PeftModel` around it, or None."""
     export: Literal["merged", "adapter"] = "merged"
     cut: PruneMask | None = None
-    """What of its teacher it was at the start."""
+    """The part of its teacher that it was at the start."""
     fill: Callable[[], None] | None = None
     """Gives its parameters their first values, where they have no memory yet; None where they have both."""
 
@@ -48,42 +48,38 @@ class Student(NamedTuple):
             ranks: the processes that hold it, which all call this; the first writes.
             dtype: the type to which the weights are rounded; None leaves them as they are.
         """
-        sharded = isinstance(next(self.model.parameters()), DTensor)
         end_as(self.model, tokenizer)
         with safetensors_io.new_model_folder(folder) if ranks.is_rank0 else nullcontext(folder) as place:
-            if sharded:
-                self._gather(place, dtype, writes=ranks.is_rank0)
-            elif ranks.is_rank0:
-                self._write(place, dtype)
+            self._write(place, dtype, writes=ranks.is_rank0)
             if ranks.is_rank0:
                 tokenizer.save_pretrained(place)
                 if self.cut is not None:
                     write_mask(place, self.cut)
         ranks.barrier()
 
-    def _gather(self, folder: Path, dtype: torch.dtype | None, *, writes: bool) -> None:
-        """Puts together what lies in many processes, a few layers at a time."""
-        if self.adapters is None or self.export == "merged":
+    def _write(self, folder: Path, dtype: torch.dtype | None, *, writes: bool) -> None:
+        """Writes the weights; those that lie in many processes are put together a few layers at a time."""
+        sharded = isinstance(next(self.model.parameters()), DTensor)
+        adapters: Any = self.adapters
+        alone = self.adapters is not None and self.export == "adapter"
+        if sharded and not alone:
             safetensors_io.save_weights(self.model, folder, writes=writes, dtype=dtype)
-            return
-        whole = {
-            name: full_tensor(p).to(dtype or p.dtype).cpu()
-            for name, p in self.adapters.named_parameters()
-            if is_adapter(name)
-        }
-        if writes:
-            self.adapters.save_pretrained(folder, state_dict=whole, save_embedding_layers=False)
-
-    def _write(self, folder: Path, dtype: torch.dtype | None) -> None:
-        model = self.model if self.adapters is None else self.adapters
-        if self.adapters is not None and self.export == "merged":
-            model = self.adapters.merge_and_unload()
-        if dtype is not None:
-            safetensors_io.round_weights(self.model, dtype)
-        options: dict[str, Any] = (
-            {"save_embedding_layers": False} if self.adapters is not None and self.export == "adapter" else {}
-        )
-        model.save_pretrained(folder, **options)
+        elif sharded:
+            whole = {
+                name: full_tensor(p).to(dtype or p.dtype).cpu()
+                for name, p in adapters.named_parameters()
+                if is_adapter(name)
+            }
+            if writes:
+                adapters.save_pretrained(folder, state_dict=whole, save_embedding_layers=False)
+        elif writes:
+            merged = self.model if self.adapters is None or alone else adapters.merge_and_unload()
+            if dtype is not None:
+                safetensors_io.round_weights(self.model, dtype)
+            if alone:
+                adapters.save_pretrained(folder, save_embedding_layers=False)
+            else:
+                merged.save_pretrained(folder)
 
 
 def end_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -110,59 +106,41 @@ def build_student(
     device: str,
     seed: int,
     fresh: PretrainedConfig | None = None,
-    pruned: tuple[PreTrainedModel, PruneMask] | None = None,
+    pruned: tuple[PreTrainedModel | Path, PruneMask] | None = None,
 ) -> Student:
-    """Builds the whole student on a device.
+    """Builds the whole student on a device; on the meta device without values, so that no process ever holds all of it
+    once it is sharded.
 
     Args:
         dtype: the type of its weights.
         seed: seeds new weights and adapters.
         fresh: the config of a new student with random weights.
-        pruned: a student that was pruned from its teacher.
+        pruned: a student that was pruned from its teacher, or the folder where it lies for the meta device.
     """
     attention = None if student.attention == "auto" else student.attention
-    settings: dict[str, Any] = {"dtype": dtype, "device": device, "attention": attention}
-    if pruned is not None:
-        model = pruned[0].to(device, dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        if attention is not None:
-            model.set_attn_implementation(attention)
-    elif fresh is not None:
-        model = loading.build_model(fresh, seed=seed, **settings)
-    else:
-        assert student.model is not None
-        code = student.trust_remote_code
-        model = loading.load_model(student.model, revision=student.revision, trust_remote_code=code, **settings)
-    return _prepared(model, student, seed, None if pruned is None else pruned[1])
-
-
-def build_meta_student(
-    student: StudentConfig,
-    *,
-    dtype: torch.dtype,
-    seed: int,
-    fresh: PretrainedConfig | None = None,
-    pruned: tuple[Path, PruneMask] | None = None,
-) -> Student:
-    """Builds the student on the meta device, so that no process ever holds all of it once it is sharded.
-
-    The arguments are those of :func:`build_student`, but for the folder of a pruned student in place of its model.
-    """
-    settings: dict[str, Any] = {
-        "dtype": dtype,
-        "attention": None if student.attention == "auto" else student.attention,
-        "trust_remote_code": student.trust_remote_code,
-    }
-    if fresh is not None:
-        model = loading.build_meta_model(fresh, **settings)
+    settings: dict[str, Any] = {"dtype": dtype, "attention": attention}
+    code, (part, cut), fill = student.trust_remote_code, pruned or (None, None), None
+    if device == "meta" and fresh is not None:
+        model = loading.build_meta_model(fresh, trust_remote_code=code, **settings)
         fill = partial(loading.initialize, model, seed)
-    else:
-        folder = pruned[0] if pruned is not None else loading.local_folder(str(student.model), student.revision)
-        described = loading.read_config(str(folder), trust_remote_code=student.trust_remote_code)
-        model = loading.build_meta_model(described, **settings)
+    elif device == "meta":
+        folder = part if isinstance(part, Path) else loading.local_folder(str(student.model), student.revision)
+        described = loading.read_config(str(folder), trust_remote_code=code)
+        model = loading.build_meta_model(described, trust_remote_code=code, **settings)
         fill = partial(safetensors_io.load_weights, model, folder)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    return _prepared(model, student, seed, None if pruned is None else pruned[1])._replace(fill=fill)
+    elif isinstance(part, PreTrainedModel):
+        model = part.to(device, dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        if attention is not None:
+            model.set_attn_implementation(attention)
+    elif fresh is not None:
+        model = loading.build_model(fresh, seed=seed, device=device, **settings)
+    else:
+        assert student.model is not None
+        settings |= {"device": device, "revision": student.revision, "trust_remote_code": code}
+        model = loading.load_model(student.model, **settings)
+    return _prepared(model, student, seed, cut)._replace(fill=fill)
 
 
 def _prepared(model: PreTrainedModel, student: StudentConfig, seed: int, cut: PruneMask | None) -> Student:
@@ -202,20 +180,15 @@ def _with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> Any:
     import peft
 
     targets: Any = lora.targets if lora.targets == "all-linear" else list(lora.targets)
-    if targets != "all-linear" and _is_tied_target(model, model.get_input_embeddings(), targets):
+    if _is_tied_target(model, model.get_input_embeddings(), targets):
         raise MismatchError(
             "an adapter cannot sit on embeddings that the head shares",
             {"student.lora.targets": targets, "tie_word_embeddings": True},
             why="The head would not get it while training, and would once it is merged.",
             fix="Leave the embeddings out of student.lora.targets.",
         )
-    head = model.get_output_embeddings()
-    if (
-        head is not None
-        and lora.export == "merged"
-        and targets != "all-linear"
-        and _is_tied_target(model, head, targets)
-    ):
+    head: Any = model.get_output_embeddings()
+    if lora.export == "merged" and _is_tied_target(model, head, targets):
         # merged into a weight that the embeddings share, the adapter would change these too
         head.weight = nn.Parameter(head.weight.detach().clone())
         for config in (model.config, model.config.get_text_config()):
@@ -248,10 +221,11 @@ def _with_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> Any:
 
 
 def _is_tied_target(model: PreTrainedModel, layer: nn.Module | None, targets: Sequence[str]) -> bool:
-    """Returns whether ``layer`` is tied to another and gets an adapter."""
+    """Returns whether ``layer`` is tied to another and gets an adapter; all-linear names neither end of a model."""
+    if targets == "all-linear" or not model.config.get_text_config().tie_word_embeddings:
+        return False
     names = [name for name, module in model.named_modules() if module is layer and layer is not None]
-    tied = model.config.get_text_config().tie_word_embeddings
-    return tied and any(f".{name}".endswith(f".{target}") for name in names for target in targets)
+    return any(f".{name}".endswith(f".{target}") for name in names for target in targets)
 
 
 def _initialize_adapters(model: PreTrainedModel, seed: int) -> None:

@@ -2,8 +2,9 @@
 
 import pytest
 
-from stillroom.cli.doctor import PARTS, as_text, items_of
+from stillroom.cli.doctor import as_text, items_of
 from stillroom.doctor.findings import Finding
+from stillroom.doctor.run import PARTS
 
 RECORD = {
     "fit": {"tokenizer": "abcd" * 16, "num_tokens": 300, "template": None, "student_columns": 304,

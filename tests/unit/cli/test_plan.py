@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from store.stores import build_manifest
 
 from published import PUBLISHED
 from stillroom.cli.main import main
 from stillroom.recipe import read_recipe
+from stillroom.store.config import TopK
+from stillroom.store.format import seal
 
 ROOT = Path(__file__).parents[3]
 
@@ -150,13 +153,14 @@ def test_a_store_that_is_not_there_yet_is_planned_with_and_said(capsys, recipe, 
     assert "teacher's weights" not in found["memory of a device"]
     assert any("no store is at" in sentence for sentence in found["assumed"])
     (tmp_path / "store").mkdir()
-    manifest = {"positions": 900, "tokens": 1000, "length": 2048, "num_columns": 151646, "entries": 9000}
-    (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
+    counts = {"positions": 900, "tokens": 1000, "length": 2048, "num_columns": 151646, "entries": 9000}
+    manifest = build_manifest(TopK(kind="top_k", k=8), **counts).model_dump(mode="json")
+    (tmp_path / "store" / "manifest.json").write_text(json.dumps(seal(manifest)))
     there = planned(capsys, recipe, stored, "data={format: store}")
     assert there["time on H100"]["tokens"]["value"] == 3 * 1000
     (tmp_path / "store" / "manifest.json").write_text("{}")
     assert main(["plan", str(recipe), stored, "data={format: store}"]) == 2
-    assert "no manifest of a store" in capsys.readouterr().err
+    assert "is damaged" in capsys.readouterr().err
 
 
 def of_verb(verb, folder):

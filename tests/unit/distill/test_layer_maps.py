@@ -8,7 +8,7 @@ import pytest
 from conftest import SaveModel
 from stillroom.config import load
 from stillroom.distill.config import DistillConfig
-from stillroom.distill.layer_maps import pair_layers
+from stillroom.distill.hidden_plan import pair_layers
 from stillroom.distill.plan import DistillPlan, make_plan
 from stillroom.errors import ConfigError, MismatchError
 from stillroom.losses.config import Every, Kept, Last, Pairs, Uniform

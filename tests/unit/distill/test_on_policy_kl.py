@@ -6,8 +6,8 @@ import torch
 
 from conftest import build_documents, build_model
 from stillroom.data.dataset import Documents
-from stillroom.distill import on_policy_kl as module
-from stillroom.distill.on_policy_kl import on_policy_kl
+from stillroom.distill import preflight as module
+from stillroom.distill.preflight import on_policy_kl
 from stillroom.teachers.live import LiveTeacher
 from stillroom.training.step import StudentStep
 

@@ -7,7 +7,7 @@ import pytest
 from published import PUBLISHED
 from stillroom.config import load
 from stillroom.distill.config import DistillConfig
-from stillroom.distill.parallel import resolve_parallel
+from stillroom.distill.estimate import resolve_parallel
 from stillroom.distributed.group import RankGroup
 from stillroom.distributed.init import DistContext
 from stillroom.errors import ConfigError, OutOfMemoryError

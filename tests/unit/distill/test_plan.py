@@ -122,14 +122,14 @@ def test_it_tells_what_will_be_read_and_written(plan, tmp_path, text_files, own_
 
 
 def test_held_out_data_are_read_as_the_data_are(plan, text_files):
-    held_out = plan("data.length=24", "data.pack=false", "held_out.max_documents=3").held_out
+    held_out = plan("data.length=24", "data.pack=false", "held_out.max_documents=3").config.held_out_data
     assert held_out.model_dump() == {
         **plan("data.length=24", "data.pack=false").config.data.model_dump(),
         "path": f"{text_files}/valid.jsonl",
         "max_documents": 3,
         "shuffle": False,
     }
-    assert plan("held_out=null").held_out is None
+    assert plan("held_out=null").config.held_out_data is None
 
 
 # --- students --------------------------------------------------------------------------------------------------------
@@ -137,20 +137,20 @@ def test_held_out_data_are_read_as_the_data_are(plan, text_files):
 
 def test_a_new_student_is_like_the_teacher_and_has_its_tokenizer(plan, saved_model):
     made = plan(f"teacher.model={saved_model('qwen3', seed=2)}", "student={init: {kind: config}}")
-    assert made.fresh.model_type == "qwen3"
-    assert made.fresh.vocab_size == 304
+    assert made.student.config.model_type == "qwen3"
+    assert made.student.config.vocab_size == 304
     assert made.config.teacher.columns == 304
 
 
 def test_a_new_student_like_another_model(plan, saved_model):
     init = f"{{kind: config, like: {saved_model('gemma2')}, settings: {{num_hidden_layers: 1}}}}"
     made = plan(f"student={{init: {init}}}")
-    assert (made.fresh.model_type, made.fresh.num_hidden_layers) == ("gemma2", 1)
+    assert (made.student.config.model_type, made.student.config.num_hidden_layers) == ("gemma2", 1)
 
 
 def test_a_new_student_of_a_family_is_as_wide_as_the_tokenizer(plan):
     made = plan("student={init: {kind: config, family: llama, settings: {max_position_embeddings: 32}}}")
-    assert (made.fresh.vocab_size, made.config.teacher.columns) == (300, 300)
+    assert (made.student.config.vocab_size, made.config.teacher.columns) == (300, 300)
 
 
 def test_settings_that_no_model_can_have(plan):
@@ -352,6 +352,7 @@ def test_nothing_that_is_read_lies_where_the_run_writes(plan, tmp_path, settings
 def test_held_out_data_of_another_place_do_not_inherit_what_belongs_to_a_place(plan, tmp_path):
     (tmp_path / "other.jsonl").write_text('{"text": "another"}\n')
     made = plan("data.subset=a", "data.revision=b", f"held_out.path={tmp_path}/other.jsonl", "held_out.revision=c")
-    assert (made.held_out.subset, made.held_out.revision, made.held_out.shuffle) == (None, "c", False)
+    found = made.config.held_out_data
+    assert (found.subset, found.revision, found.shuffle) == (None, "c", False)
     same = plan("data.subset=a", f"held_out={{path: {made.config.data.path}, split: test}}")
-    assert (same.held_out.subset, same.held_out.split) == ("a", "test")
+    assert (same.config.held_out_data.subset, same.config.held_out_data.split) == ("a", "test")

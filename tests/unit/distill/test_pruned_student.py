@@ -85,9 +85,7 @@ def test_an_interrupted_run_keeps_what_it_chose(settings, tmp_path, monkeypatch)
 
     with pytest.raises(Interrupted):
         run(settings("halves", BEST), report=report)
-    monkeypatch.setattr(
-        "stillroom.distill.cut_student.choose_mask", lambda *_, **__: pytest.fail("it was chosen already")
-    )
+    monkeypatch.setattr("stillroom.distill.build.choose_mask", lambda *_, **__: pytest.fail("it was chosen already"))
     run(settings("halves", BEST), resume=True)
     assert metrics(tmp_path / "halves") == metrics(tmp_path / "whole")
     one, other = (load_file(tmp_path / n / "model" / "model.safetensors") for n in ("whole", "halves"))
@@ -118,7 +116,7 @@ def test_another_teacher_under_the_same_name_is_told_when_it_resumes(settings, t
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     other = saved_model("llama", seed=5, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
     shutil.copy(other / "model.safetensors", here / "model.safetensors")
-    with pytest.raises(MismatchError, match="began with a part of another model"):
+    with pytest.raises(MismatchError, match="began with another model to cut the student from"):
         run(base, resume=True)
 
 

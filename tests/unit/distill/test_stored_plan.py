@@ -90,8 +90,8 @@ def test_what_a_store_says_is_filled_in(plan, stored):
 def test_a_new_student_has_the_stores_tokenizer(plan, stored):
     init = "student={init: {kind: config, family: llama, settings: {max_position_embeddings: 32}}}"
     made = plan(stored(), init)
-    assert made.fresh is not None
-    assert made.fresh.vocab_size == 300
+    assert made.student.kind == "new"
+    assert made.student.config.vocab_size == 300
     assert len(made.tokenizer.get_vocab()) == 300
 
 
@@ -247,7 +247,7 @@ def test_a_student_without_a_template_is_given_the_stores(plan, of_chats, studen
 def test_the_stores_own_template_was_changed(plan, of_chats, student, chat_tokenizer_folder, tmp_path):
     changed = Path(shutil.copytree(of_chats, tmp_path / "changed"))
     (changed / "tokenizer" / "chat_template.jinja").write_text(OTHER)
-    with pytest.raises(MismatchError, match="lacks the chat template"):
+    with pytest.raises(MismatchError, match=r"the chat template in the store .* is not the one"):
         plan(changed, f"student.model={student(base=chat_tokenizer_folder)}", "batch.tokens=40",
              "batch.micro_tokens=40")  # fmt: skip
 
@@ -290,7 +290,7 @@ def test_what_stands_for_missing_entries_is_refused_where_none_are(plan, stored)
     missing = "objectives=[{kind: forward_kl, missing: label}]"
     with pytest.raises(ConfigError, match=r"forward_kl\.missing has no meaning for a full store"):
         plan(stored(signal="{kind: full}"), missing)
-    assert plan(stored(), missing, f"held_out.path={stored('valid', signal='{kind: full}')}").held_out is not None
+    assert plan(stored(), missing, f"held_out.path={stored('valid', signal='{kind: full}')}").held_out_store is not None
 
 
 # --- lengths ---------------------------------------------------------------------------------------------------------

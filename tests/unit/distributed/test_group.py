@@ -7,8 +7,8 @@ import torch
 
 from conftest import build_batch, build_documents, build_stream
 from stillroom.data.dataloader import RankSlice
-from stillroom.distributed.group import SINGLE_RANK
-from stillroom.distributed.init import SINGLE_PROCESS, RankInfo, init_distributed, rank_info
+from stillroom.distributed.group import SINGLE_RANK, RankGroup
+from stillroom.distributed.init import SINGLE_PROCESS, init_distributed, rank_info
 from stillroom.errors import ConfigError, MismatchError, MissingError, ReportedElsewhere
 from stillroom.teachers.live import _share, _split
 
@@ -28,13 +28,13 @@ def told(monkeypatch):
 
 def test_a_process_that_is_told_nothing_is_alone(told):
     told()
-    assert rank_info() == RankInfo(0, 1, 0)
+    assert rank_info() == RankGroup(0, 1, 0)
     assert init_distributed("cpu", timeout_s=1, sharded=False) is SINGLE_PROCESS
 
 
 def test_a_process_is_who_it_is_told_to_be(told):
     told(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", MASTER_ADDR="here", MASTER_PORT="1")
-    assert rank_info() == RankInfo(5, 8, 1)
+    assert rank_info() == RankGroup(5, 8, 1)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from stillroom.doctor.config import DoctorConfig
-from stillroom.doctor.overlap import TaskTexts
-from stillroom.doctor.run import run
+from stillroom.doctor.findings import TaskTexts
+from stillroom.doctor.run import DoctorConfig, run
 from stillroom.errors import MismatchError, MissingError
 
 WORDS = " ".join(f"w{i}" for i in range(13))

@@ -1,6 +1,6 @@
 """Overlap: 13 words in a row, whatever their case and what stands between them."""
 
-from stillroom.doctor.overlap import Shared, TaskTexts, grams, overlap
+from stillroom.doctor.findings import Shared, TaskTexts, grams, overlap
 
 TWELVE = "one two three four five six seven eight nine ten eleven twelve"
 THIRTEEN = f"{TWELVE} thirteen"

@@ -15,7 +15,7 @@ from stillroom.capture.run import build_capture
 from stillroom.config import Quantization, load, replace
 from stillroom.distill.build import build_teacher
 from stillroom.distill.config import DistillConfig
-from stillroom.distill.parallel import resolve_parallel
+from stillroom.distill.estimate import resolve_parallel
 from stillroom.distill.plan import make_plan
 from stillroom.distributed.group import RankGroup
 from stillroom.distributed.init import DistContext

@@ -20,9 +20,8 @@ from stillroom.training.checkpoint import Checkpoints
 from stillroom.training.config import AdamWConfig
 from stillroom.training.hidden_objective import HiddenLoss, HiddenSpec, fit_to_first_step, layers_of
 from stillroom.training.loop import train
-from stillroom.training.optimizer import build_optimizer, build_schedule
 from stillroom.training.prefetch import Prefetcher
-from stillroom.training.state import TrainState
+from stillroom.training.state import TrainState, build_optimizer, build_schedule
 from stillroom.training.step import StudentStep, documents_of
 
 PAIRS = ((0, 1), (1, 3), ("embeddings", "embeddings"), ("final_norm", "final_norm"))

@@ -21,9 +21,8 @@ from stillroom.teachers.live import LiveTeacher
 from stillroom.training.checkpoint import Checkpoints
 from stillroom.training.config import AdamWConfig
 from stillroom.training.loop import train
-from stillroom.training.optimizer import build_optimizer, build_schedule
 from stillroom.training.prefetch import Prefetcher
-from stillroom.training.state import TrainState
+from stillroom.training.state import TrainState, build_optimizer, build_schedule
 from stillroom.training.step import StudentStep
 
 LENGTHS = [6, 33, 12, 7, 29, 31, 18, 33, 5, 24, 9, 33, 16, 28, 33, 11]

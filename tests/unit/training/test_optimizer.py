@@ -9,7 +9,7 @@ from torch import nn
 
 from conftest import FAMILIES, build_model
 from stillroom.training.config import AdamWConfig
-from stillroom.training.optimizer import build_optimizer, build_schedule
+from stillroom.training.state import build_optimizer, build_schedule
 
 
 def decay_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:

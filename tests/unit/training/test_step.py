@@ -18,9 +18,8 @@ from stillroom.teachers.live import LiveTeacher
 from stillroom.training.checkpoint import Checkpoints
 from stillroom.training.config import AdamWConfig
 from stillroom.training.loop import train
-from stillroom.training.optimizer import build_optimizer, build_schedule
 from stillroom.training.prefetch import Prefetcher
-from stillroom.training.state import TrainState
+from stillroom.training.state import TrainState, build_optimizer, build_schedule
 from stillroom.training.step import StudentStep
 
 T = 2.0

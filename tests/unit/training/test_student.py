@@ -15,7 +15,7 @@ from stillroom.batch import Batch
 from stillroom.config import load
 from stillroom.distill.build import student_dtype
 from stillroom.distill.config import DistillConfig
-from stillroom.distill.student_plan import export_dtype, new_config
+from stillroom.distill.student_plan import StudentPlan, new_config
 from stillroom.errors import ConfigError, MismatchError
 from stillroom.losses.divergences import forward_kl
 from stillroom.losses.logits import cross_entropy
@@ -24,9 +24,9 @@ from stillroom.models import loading
 from stillroom.models.hidden_states import verify
 from stillroom.teachers.live import LiveTeacher
 from stillroom.training.config import AdamWConfig, NewStudentConfig
-from stillroom.training.optimizer import build_optimizer
+from stillroom.training.state import build_optimizer
 from stillroom.training.step import StudentStep
-from stillroom.training.student import Student, build_meta_student, build_student
+from stillroom.training.student import Student, build_student
 
 # peft itself still asks for the old name
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
@@ -335,16 +335,16 @@ def test_an_export_of_another_type_is_the_rounded_weights(lora, tied, student, s
         assert json.loads((full.parent / "config.json").read_text())["dtype"] == "float32"
 
 
-def test_an_export_has_the_type_of_the_checkpoint_it_comes_from(recipe, tmp_path):
+def test_an_export_has_the_type_of_the_checkpoint_it_comes_from(tmp_path):
     model = build_model("llama").bfloat16()
     model.save_pretrained(tmp_path / "half")
 
-    def resolved(*settings: str) -> str:
-        config = load(DistillConfig, recipe, [f"student.model={tmp_path}/half", f"out={tmp_path}/run", *settings])
-        return export_dtype(config, None, loading.read_config(str(tmp_path / "half")))
+    def resolved(precision: str = "float32") -> str:
+        source = str(tmp_path / "half")
+        return StudentPlan(loading.read_config(source), (source, None)).export_dtype(precision)
 
     assert resolved() == "bfloat16"
-    assert resolved("precision=float64") == "float64"
+    assert resolved("float64") == "float64"
     described = json.loads((tmp_path / "half" / "config.json").read_text())
     del described["dtype"]
     (tmp_path / "half" / "config.json").write_text(json.dumps(described))
@@ -357,15 +357,13 @@ def test_an_export_has_the_type_of_the_checkpoint_it_comes_from(recipe, tmp_path
     assert resolved() == "float16"
 
 
-def test_a_new_student_is_exported_in_float32_or_as_its_pattern_says(recipe, tmp_path, tiny_tokenizer):
-    config = load(DistillConfig, recipe, ["student={init: {kind: config}}", f"out={tmp_path}/run"])
+def test_a_new_student_is_exported_in_float32_or_as_its_pattern_says(tiny_tokenizer):
     of_family = new_config(NewStudentConfig(kind="config", family="llama"), None, tiny_tokenizer)
-    assert export_dtype(config, None, of_family) == "float32"
+    assert StudentPlan(of_family).export_dtype("float32") == "float32"
     pattern = build_config("llama")
     pattern.dtype = torch.bfloat16
-    assert (
-        export_dtype(config, None, new_config(NewStudentConfig(kind="config"), pattern, tiny_tokenizer)) == "bfloat16"
-    )
+    like = new_config(NewStudentConfig(kind="config"), pattern, tiny_tokenizer)
+    assert StudentPlan(like).export_dtype("float32") == "bfloat16"
 
 
 def test_a_student_that_will_be_sharded_keeps_its_generation_config(recipe, tmp_path):
@@ -373,7 +371,7 @@ def test_a_student_that_will_be_sharded_keeps_its_generation_config(recipe, tmp_
     model.generation_config.do_sample, model.generation_config.top_k = True, 7
     model.save_pretrained(tmp_path / "model")
     config = load(DistillConfig, recipe, [f"student.model={tmp_path}/model", f"out={tmp_path}/run"])
-    built = build_meta_student(config.student, dtype=torch.float32, seed=0)
+    built = build_student(config.student, dtype=torch.float32, device="meta", seed=0)
     assert built.model.generation_config.top_k == 7
 
 
