@@ -13,7 +13,7 @@ def main(arguments: Arguments) -> int:
 
 def summary(record: dict[str, Any]) -> str:
     """The results in a table: a row for each metric and task, a column for each model; and the differences in words."""
-    from stillroom.evaluate.report.words import METRICS, SHARE, metric
+    from stillroom.evaluate.report.tables import METRICS, SHARE, metric
 
     names = list(record["config"]["models"])
     rows = []

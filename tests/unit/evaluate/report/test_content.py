@@ -7,7 +7,7 @@ import pytest
 
 from evaluations import build_evaluation
 from stillroom.errors import DataError, MissingError
-from stillroom.evaluate.report import read_results, rebuild, sentences, words
+from stillroom.evaluate.report import read_results, rebuild, sentences, tables
 from stillroom.evaluate.report.content import SHOWN, make_report, pairs, read_changes, read_training
 from stillroom.evaluate.report.tables import metric_table
 from stillroom.evaluate.results import Difference, Number, Results
@@ -29,21 +29,21 @@ from stillroom.evaluate.tasks.items import Item, ModelAnswer, write_items
     ],
 )
 def test_a_number_has_the_digits_that_its_error_bears(number, unit, wanted):
-    assert words.value(number, unit) == wanted
+    assert tables.value_text(number, unit) == wanted
 
 
 def test_an_interval_may_be_unknown():
-    assert words.interval(Number(value=1.0, error=0.1)) == ""
-    assert words.interval(Number(value=1.0, error=0.1, low=0.8, high=1.2)) == "0.80 to 1.20"
+    assert tables.interval_text(Number(value=1.0, error=0.1)) == ""
+    assert tables.interval_text(Number(value=1.0, error=0.1, low=0.8, high=1.2)) == "0.80 to 1.20"
 
 
 def test_sizes():
-    assert [words.size(n) for n in (None, 12, 2048, 5 << 30)] == ["–", "12 bytes", "2.0 KiB", "5.0 GiB"]
+    assert [tables.size(n) for n in (None, 12, 2048, 5 << 30)] == ["–", "12 bytes", "2.0 KiB", "5.0 GiB"]
 
 
 def test_a_long_name_keeps_its_ends():
-    assert words.shortened("abcdefghij", 7) == "abc…hij"
-    assert words.shortened("a\n b", 7) == "a b"
+    assert tables.shortened("abcdefghij", 7) == "abc…hij"
+    assert tables.shortened("a\n b", 7) == "a b"
 
 
 def test_bars_are_of_normalised_scores_where_all_models_have_them(tmp_path):
@@ -79,7 +79,7 @@ def test_a_recovered_gap_that_is_no_share_is_not_drawn_among_shares(tmp_path, ga
     report = make_report(results, tmp_path, {})
     assert ("recovered gap" in [group.title for group in report.agreement_groups]) == drawn
     assert ("it has its card" in report.agreement_note) != drawn
-    assert report.headlines[0].title == "recovered gap"
+    assert report.headlines[0]["title"] == "recovered gap"
 
 
 def test_a_score_that_is_no_share_is_not_drawn_and_that_is_said(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from evaluations import HOSTILE, build_evaluation
 from stillroom.evaluate.report.content import make_report
-from stillroom.evaluate.report.markdown import code, escaped, to_markdown
+from stillroom.evaluate.report.page import code, escaped, to_markdown
 
 
 def markdown(folder: Path, **settings) -> str:

@@ -8,8 +8,8 @@ import pytest
 
 from evaluations import HOSTILE, build_evaluation
 from stillroom.evaluate.report import charts, write_report
+from stillroom.evaluate.report.charts import PAINTS
 from stillroom.evaluate.report.page import HERE
-from stillroom.evaluate.report.svg import PAINTS
 from stillroom.evaluate.results import Results
 
 EVERY_NAME = ("teacher", "distilled", "distilled-2", "baseline", "other")
