@@ -64,7 +64,7 @@ def main(arguments: Arguments) -> int:
 def items_of(path: str) -> "tuple[str, Iterable[TaskTexts]]":
     """Returns the name of the task that a file describes, and its items as texts: each question with each answer."""
     from stillroom.doctor.overlap import TaskTexts
-    from stillroom.evaluate.tasks.config import LocalTask, read_description
+    from stillroom.evaluate.config import LocalTask, read_description
     from stillroom.evaluate.tasks.local import questions
 
     description = read_description(LocalTask(kind="local", path=path))

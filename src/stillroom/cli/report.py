@@ -58,7 +58,7 @@ def main(arguments: Arguments) -> int:
 
 def _print_changes(folder: Path, config: BetweenConfig) -> int:
     from stillroom.evaluate.report import read_results, task_changes
-    from stillroom.evaluate.tasks.items import as_text
+    from stillroom.evaluate.results import as_text
 
     results, (a, b) = read_results(folder), config.between
     tasks = [task for task in results.tasks if task.items is not None and config.task in (None, task.name)]

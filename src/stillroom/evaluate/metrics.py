@@ -194,8 +194,7 @@ def differences(measured: Mapping[str, Measured], alike: Sequence[str]) -> Itera
                 continue
             value = x.numbers[metric].value - y.numbers[metric].value
             numbers = (value, *interval(x.draws[metric] - y.draws[metric], value))
-            one = compared(metric, a, b, numbers, x.units.number, None, higher_is_better, unit, x.units.noun)
-            yield Difference.model_validate(one._asdict())
+            yield compared(metric, a, b, numbers, x.units.number, None, higher_is_better, unit, x.units.noun)
 
 
 # --- where a model differs from its teacher ---------------------------------------------------------------------------

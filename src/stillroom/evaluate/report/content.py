@@ -12,8 +12,7 @@ from stillroom.errors import DataError, StillroomError
 from stillroom.evaluate.report import tables
 from stillroom.evaluate.report.charts import Look, looks
 from stillroom.evaluate.report.tables import Curve, Group, Panel, ends_of
-from stillroom.evaluate.results import Difference, ModelFacts, Results, Role, TaskResult
-from stillroom.evaluate.tasks.items import Change, changes
+from stillroom.evaluate.results import Change, Difference, ModelFacts, Results, Role, TaskResult, changes
 from stillroom.runs import read_metrics
 
 HEADLINES = {

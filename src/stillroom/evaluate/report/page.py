@@ -14,8 +14,7 @@ from stillroom.errors import DataError, MissingError
 from stillroom.evaluate.report import charts
 from stillroom.evaluate.report.content import FAR, LEVEL_NAMES, LEVELS, make_report
 from stillroom.evaluate.report.tables import shortened, visible
-from stillroom.evaluate.results import Passage, Results
-from stillroom.runs import writing
+from stillroom.evaluate.results import Passage, Results, write_text
 
 QUESTION_LENGTH = 400
 """The most characters of a question that the page shows; a longer one loses its beginning."""
@@ -145,22 +144,14 @@ def write_report(results: Results, out: Path, runs: Mapping[str, Path]) -> list[
         MissingError: the plotting library is not installed; report.md is written all the same.
     """
     report, written = make_report(results, out, runs), [out / "report.md", out / "report.html"]
-    _write(written[0], to_markdown(report))
+    write_text(written[0], [to_markdown(report)])
     try:
         page = to_page(report)
     except MissingError as error:
         why, fix = f"{written[0]} is written; the page has charts.", f"{error.fix} Then run `stillroom report {out}`."
         raise MissingError(error.what, error.values, why=why, fix=fix) from None
-    _write(written[1], page)
+    write_text(written[1], [page])
     return written
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
 
 
 def rebuild(folder: Path) -> list[Path]:

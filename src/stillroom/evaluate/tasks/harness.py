@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stillroom.errors import ConfigError, DataError, StillroomError, require
+from stillroom.evaluate.config import HarnessTask
 from stillroom.evaluate.results import TaskResult
-from stillroom.evaluate.tasks.config import HarnessTask
 from stillroom.evaluate.tasks.harness_results import HarnessOutput, harness_results
 from stillroom.evaluate.tasks.likelihood import Request, log_likelihoods
 from stillroom.evaluate.tasks.lm import EvalModel, Report, served_model

@@ -17,10 +17,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stillroom.evaluate.results import Number, TaskResult
-from stillroom.evaluate.tasks.config import LEADERBOARD
-from stillroom.evaluate.tasks.items import FOLDER, Item, ModelAnswer, differences, normalize, number, write_items
-from stillroom.statistics import Z_95
+from stillroom.evaluate.config import LEADERBOARD
+from stillroom.evaluate.results import (
+    FOLDER,
+    Item,
+    ModelAnswer,
+    Number,
+    TaskResult,
+    differences,
+    normalize,
+    write_items,
+)
+from stillroom.statistics import Z_95, mean
 
 HarnessOutput = dict[str, Any]
 """The output of lm-eval for one model."""
@@ -199,7 +207,7 @@ def _scores(found: HarnessOutput, top: str | None, mains: Mapping[str, Main], ro
         of_task = _from_items(_numbers(found["results"][task], mains[task].filtered), logged)
         scores |= {f"{main.metric} {task}": of_task[main.metric]}
     if main.metric not in scores:  # a group that lm-eval gives no score of its own
-        scores = {main.metric: number([float(one[main.metric]) for one in everything]), **scores}
+        scores = {main.metric: mean([float(one[main.metric]) for one in everything]), **scores}
     return scores
 
 
@@ -209,7 +217,7 @@ def _from_items(numbers: Mapping[str, Number], logged: Sequence[Mapping[str, Any
     for name, given in numbers.items():
         values = [one.get(name) for one in logged]
         if values and all(isinstance(value, int | float) for value in values):
-            own = number([float(value) for value in values if value is not None])
+            own = mean([float(value) for value in values if value is not None])
             if math.isclose(own.value, given.value, abs_tol=1e-9):
                 found[name] = own
     return found
@@ -253,40 +261,27 @@ def _version(found: HarnessOutput, top: str | None, tasks: Sequence[str]) -> str
 # --- the leaderboard -------------------------------------------------------------------------------------------------
 
 BBH_CHOICES = {
-    "boolean_expressions": 2,
-    "causal_judgement": 2,
-    "date_understanding": 6,
-    "disambiguation_qa": 3,
-    "formal_fallacies": 2,
-    "geometric_shapes": 11,
-    "hyperbaton": 2,
-    "logical_deduction_five_objects": 5,
-    "logical_deduction_seven_objects": 7,
-    "logical_deduction_three_objects": 3,
-    "movie_recommendation": 6,
-    "navigate": 2,
-    "object_counting": 19,
-    "penguins_in_a_table": 5,
-    "reasoning_about_colored_objects": 18,
-    "ruin_names": 6,
-    "salient_translation_error_detection": 6,
-    "snarks": 2,
-    "sports_understanding": 2,
-    "temporal_sequences": 4,
-    "tracking_shuffled_objects_five_objects": 5,
-    "tracking_shuffled_objects_seven_objects": 7,
-    "tracking_shuffled_objects_three_objects": 3,
-    "web_of_lies": 2,
+    name: number
+    for number, names in {
+        2: "boolean_expressions causal_judgement formal_fallacies hyperbaton navigate snarks sports_understanding "
+        "web_of_lies",
+        3: "disambiguation_qa logical_deduction_three_objects tracking_shuffled_objects_three_objects",
+        4: "temporal_sequences",
+        5: "logical_deduction_five_objects penguins_in_a_table tracking_shuffled_objects_five_objects",
+        6: "date_understanding movie_recommendation ruin_names salient_translation_error_detection",
+        7: "logical_deduction_seven_objects tracking_shuffled_objects_seven_objects",
+        11: "geometric_shapes",
+        18: "reasoning_about_colored_objects",
+        19: "object_counting",
+    }.items()
+    for name in names.split()
 }
 """The number of answers to choose from, as published."""
 MUSR_CHOICES = {"murder_mysteries": 2, "object_placements": 5, "team_allocation": 3}
 CHANCE = {
     **{f"leaderboard_bbh_{name}": 1 / number for name, number in BBH_CHOICES.items()},
     **{f"leaderboard_musr_{name}": 1 / number for name, number in MUSR_CHOICES.items()},
-    "leaderboard_gpqa": 0.25,
-    "leaderboard_gpqa_diamond": 0.25,
-    "leaderboard_gpqa_extended": 0.25,
-    "leaderboard_gpqa_main": 0.25,
+    **{f"leaderboard_{name}": 0.25 for name in ("gpqa", "gpqa_diamond", "gpqa_extended", "gpqa_main")},
     "leaderboard_mmlu_pro": 0.1,
     "leaderboard_math_hard": 0.0,
 }
@@ -311,7 +306,7 @@ def official(task: str, raw: Raw) -> Number | None:
         )
     for group in ("bbh", "musr"):
         if task == f"leaderboard_{group}":
-            names = [name for name in CHANCE if name.startswith(f"{task}_")]
+            names = sorted(name for name in CHANCE if name.startswith(f"{task}_"))
             return _mean([one for name in names if (one := official(name, raw)) is not None])
     if task not in CHANCE:
         return None

@@ -10,8 +10,7 @@ from stillroom.errors import DataError, MissingError
 from stillroom.evaluate.report import read_results, rebuild, sentences, tables
 from stillroom.evaluate.report.content import SHOWN, make_report, pairs, read_changes, read_training
 from stillroom.evaluate.report.tables import metric_table
-from stillroom.evaluate.results import Difference, Number, Results
-from stillroom.evaluate.tasks.items import Item, ModelAnswer, write_items
+from stillroom.evaluate.results import Difference, Item, ModelAnswer, Number, Results, write_items
 
 
 @pytest.mark.parametrize(

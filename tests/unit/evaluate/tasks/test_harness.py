@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks import run_task
 from conftest import build_model
 from stillroom.errors import ConfigError, MissingError
+from stillroom.evaluate.config import HarnessTask, LocalTask
+from stillroom.evaluate.plan import open_benchmark
+from stillroom.evaluate.results import read_items
 from stillroom.evaluate.tasks import harness, harness_results
-from stillroom.evaluate.tasks.benchmarks import open_benchmark
-from stillroom.evaluate.tasks.config import HarnessTask, LocalTask
-from stillroom.evaluate.tasks.items import read_items
 from stillroom.evaluate.tasks.lm import EvalModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")
