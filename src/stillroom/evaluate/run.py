@@ -25,6 +25,7 @@ from stillroom.evaluate.plan import Benchmark, EvaluatePlan, LocalModel, make_pl
 from stillroom.evaluate.report import sentences, unit_of, write_report
 from stillroom.evaluate.results import FOLDER, ModelFacts, Results, TaskResult
 from stillroom.evaluate.scoring import Limits, Speed
+from stillroom.evaluate.tasks.harness import in_words
 from stillroom.evaluate.tasks.lm import EvalModel
 from stillroom.models import loading
 from stillroom.models.folder import check_folder
@@ -166,7 +167,7 @@ def ask(benchmark: Benchmark, model: EvalModel, out: Path, report: Report = lamb
         reason = f"the device has too little memory for it ({str(error).split('. ')[0][:160]})"
     except Exception as error:
         path = out / FAILURES / f"{benchmark.name}-{model.name}.txt"
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (traceback in {path})"
+        reason = f"{in_words(error)} (traceback in {path})"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(traceback.format_exc())
     gc.collect()

@@ -61,34 +61,32 @@ def harness_results(
         failed: the reason why other models have none.
     """
     first = next(iter(found.values()))
-    tasks = list(first["samples"])
-    by_task = {task: _mains(first, task) for task in tasks}
+    by_task = {task: _mains(first, task) for task in first["samples"]}
     for metric in dict.fromkeys(metric for mains in by_task.values() for metric in mains):
         mains = {task: known[metric] for task, known in by_task.items() if metric in known}
-        if len(mains) < len(tasks) or len({main.higher_is_better for main in mains.values()}) > 1:
+        if len(mains) < len(by_task) or len({main.higher_is_better for main in mains.values()}) > 1:
             continue
         rows = _rows(first, mains)  # all tasks have the metric: the group has a score by it, or its items have
         countable = all(isinstance(one.get(mains[task].metric), int | float) for task in rows for one in rows[task])
-        if len(tasks) == 1 or key in first["results"] or (countable and any(rows.values())):
+        if len(by_task) == 1 or key in first["results"] or (countable and any(rows.values())):
             return [_result(key, name, mains, found, failed, out, seed)]
     results = []
     for task, known in by_task.items():
+        part = f"{name}.{task}" if known or len(by_task) > 1 else name
         if known:
             main = next(iter(known.values()))
-            results.append(_result(task, f"{name}.{task}", {task: main}, found, failed, out, seed))
+            results.append(_result(task, part, {task: main}, found, failed, out, seed))
         else:
-            results.append(
-                TaskResult(
-                    name=f"{name}.{task}" if len(tasks) > 1 else name,
-                    source="lm-eval",
-                    version=_version(first, task, [task]),
-                    shots=int(first["n-shot"].get(task) or 0),
-                    num_items=len(first["samples"][task]),
-                    metric="not known",
-                    failed=f"lm-eval gives no score of {task}",
-                )
-            )
+            facts = {"version": _version(first, task, [task]), "num_items": len(first["samples"][task])}
+            why = f"lm-eval gives no score of {task}"
+            results.append(no_score(part, why, int(first["n-shot"].get(task) or 0), **facts))
     return results
+
+
+def no_score(name: str, failed: str | None, shots: int, version: str = "not known", num_items: int = 0) -> TaskResult:
+    """The result of a task of which there is nothing but the reason."""
+    about = {"version": version, "shots": shots, "num_items": num_items, "failed": failed}
+    return TaskResult(name=name, source="lm-eval", metric="not known", **about)
 
 
 def _mains(found: HarnessOutput, task: str) -> dict[str, Main]:
@@ -117,11 +115,17 @@ def _result(
     first, tasks = next(iter(found.values())), list(mains)
     main = mains[tasks[0]]
     rows = {model: _rows(one, mains) for model, one in found.items()}
-    items = _items(first, tasks, rows, main.metric)
-    write_items(out / FOLDER / f"{name}.jsonl", items)
+    items, file = _items(first, tasks, rows, main.metric), f"{FOLDER}/{name}.jsonl"
+    write_items(out / file, items)
     top = key if key in first["results"] else tasks[0] if len(tasks) == 1 else None
     scores = {model: _scores(one, top, mains, rows[model]) for model, one in found.items()}
-    values = _values(items, {model: one[main.metric].value for model, one in scores.items()})
+    values = {}
+    if items and all(item.models.keys() == found.keys() for item in items):
+        values = {model: [item.models[model].correct for item in items] for model in found}
+    for model, of in values.items():  # a score that is no mean of the items cannot be compared item by item
+        if not math.isclose(math.fsum(of) / len(of), scores[model][main.metric].value, rel_tol=1e-6, abs_tol=1e-9):
+            values = {}
+            break
     return TaskResult(
         name=name,
         source="lm-eval",
@@ -131,31 +135,16 @@ def _result(
         metric=main.metric,
         higher_is_better=main.higher_is_better,
         scores=scores,
-        normalised=_normalised(key, found),
+        normalised=official_scores(key, found),
         differences=differences(name, main.metric, values, seed, higher_is_better=main.higher_is_better),
-        items=f"{FOLDER}/{name}.jsonl" if values else None,
+        items=file if values else None,
         failed=failed,
     )
 
 
 def _rows(found: HarnessOutput, mains: Mapping[str, Main]) -> Rows:
-    return {
-        task: sorted(
-            (one for one in found["samples"][task] if one["filter"] == main.filtered), key=lambda one: one["doc_id"]
-        )
-        for task, main in mains.items()
-    }
-
-
-def _values(items: Sequence[Item], scores: Mapping[str, float]) -> dict[str, list[float]]:
-    """The number of each item by model, where the score is their mean; otherwise the score is another function of the
-    items, and models cannot be compared item by item."""
-    if not items or any(item.models.keys() != scores.keys() for item in items):
-        return {}
-    values = {model: [item.models[model].correct for item in items] for model in scores}
-    means = {model: math.fsum(of) / len(of) for model, of in values.items()}
-    alike = all(math.isclose(means[model], score, rel_tol=1e-6, abs_tol=1e-9) for model, score in scores.items())
-    return values if alike else {}
+    rows = {task: [one for one in found["samples"][task] if one["filter"] == mains[task].filtered] for task in mains}
+    return {task: sorted(logged, key=lambda one: one["doc_id"]) for task, logged in rows.items()}
 
 
 def _items(first: HarnessOutput, tasks: Sequence[str], rows: Mapping[str, Rows], main: str) -> list[Item]:
@@ -240,18 +229,6 @@ def _numbers(metrics: Mapping[str, Any], filtered: str) -> dict[str, Number]:
     return found
 
 
-def _normalised(name: str, found: Mapping[str, HarnessOutput]) -> dict[str, Number]:
-    """The official score, where the task is one of the leaderboard's and nothing that it is made of is missing."""
-    scores = {}
-    for model, one in found.items():
-        results = {**one["results"], **one.get("groups", {})}
-        with contextlib.suppress(KeyError):
-            score = official(name, lambda task, metric, of=results: _numbers(of[task], "none")[metric])
-            if score is not None:
-                scores[model] = score
-    return scores
-
-
 def _version(found: HarnessOutput, top: str | None, tasks: Sequence[str]) -> str:
     known = found["versions"]
     versions = dict.fromkeys(str(known[task]) for task in (top, *tasks) if known.get(task) not in (None, "N/A"))
@@ -311,6 +288,17 @@ def official(task: str, raw: Raw) -> Number | None:
     if task not in CHANCE:
         return None
     return normalize(raw(task, METRIC.get(task, "acc_norm")), CHANCE[task], clip=True)
+
+
+def official_scores(key: str, found: Mapping[str, HarnessOutput]) -> dict[str, Number]:
+    """The official score by model, where the task is the leaderboard's and nothing that it is made of is missing."""
+    scores = {}
+    for model, one in found.items():
+        groups = {**one["results"], **one.get("groups", {})}
+        with contextlib.suppress(KeyError):
+            score = official(key, lambda task, metric, of=groups: _numbers(of[task], "none")[metric])
+            scores |= {} if score is None else {model: score}
+    return scores
 
 
 def _mean(parts: Sequence[Number], *, alike: bool = False) -> Number:

@@ -151,10 +151,10 @@ def found_for(**results: Any) -> dict[str, Any]:
 
 def test_official_scores_stand_beside_the_raw_ones():
     metrics = {"acc,none": 0.37, "acc_stderr,none": 0.01}
-    found = harness_results._normalised("leaderboard_mmlu_pro", {"m": found_for(leaderboard_mmlu_pro=metrics)})
+    found = harness_results.official_scores("leaderboard_mmlu_pro", {"m": found_for(leaderboard_mmlu_pro=metrics)})
     assert found["m"].value == pytest.approx(0.3)
     assert found["m"].error == pytest.approx(0.01 / 0.9)
-    assert harness_results._normalised("leaderboard_musr", {"m": found_for()}) == {}
+    assert harness_results.official_scores("leaderboard_musr", {"m": found_for()}) == {}
 
 
 def test_metrics_keep_the_filter_that_is_not_the_first():
