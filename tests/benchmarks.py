@@ -7,7 +7,8 @@ from stillroom.evaluate.config import AnyTask
 from stillroom.evaluate.plan import open_benchmark
 from stillroom.evaluate.results import TaskResult
 from stillroom.evaluate.run import ask, task_results
-from stillroom.evaluate.tasks.lm import EvalModel, Report
+from stillroom.evaluate.tasks.lm import EvalModel
+from stillroom.verbs import Report
 
 
 def run_tasks(

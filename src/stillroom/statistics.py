@@ -68,6 +68,13 @@ def standard_error(values: ArrayLike) -> float:
     return float(x.std(ddof=1) / math.sqrt(len(x)))
 
 
+def normal(value: float, error: float | None) -> Number:
+    """A number with the interval of ±1.96 standard errors."""
+    if error is None:
+        return Number(value=value)
+    return Number(value=value, error=error, low=value - Z_95 * error, high=value + Z_95 * error)
+
+
 def mean(values: ArrayLike) -> Number:
     """The mean of independent values with its 95 % interval.
 
@@ -80,7 +87,7 @@ def mean(values: ArrayLike) -> Number:
         return Number(value=value)
     error = standard_error(x)
     if not _zero_one(x):
-        return Number(value=value, error=error, low=value - Z_95 * error, high=value + Z_95 * error)
+        return normal(value, error)
     shrink = 1 + Z_95**2 / n
     center = (value + Z_95**2 / (2 * n)) / shrink
     half = Z_95 / shrink * math.sqrt(value * (1 - value) / n + (Z_95 / (2 * n)) ** 2)
@@ -213,8 +220,8 @@ def compared(
         winner, loser = (a_name, b_name) if (value > 0) == higher_is_better else (b_name, a_name)
         positive = numbers if value > 0 else (-value, -high, -low)
         sentence = f"{winner} beats {loser} by {_in_words(positive, unit)}, {count}"
-    about = {"what": what, "a": a_name, "b": b_name, "num_items": num_items, "p_value": p_value, "sentence": sentence}
-    return Difference(value=value, low=low, high=high, **about)
+    ends = {"value": value, "low": low, "high": high}
+    return Difference(what=what, a=a_name, b=b_name, num_items=num_items, p_value=p_value, sentence=sentence, **ends)
 
 
 def _in_words(numbers: tuple[float, float, float], unit: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from stillroom.chat.config import ChatConfig
 from stillroom.errors import ConfigError, StillroomError
@@ -112,7 +112,7 @@ class ChatModel:
         """Writes an answer, by nothing but ``settings``, whatever the model's own generation config says besides."""
         ends = self.model.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]
         end = ends[0] if isinstance(ends, list) else ends
-        plain = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+        plain: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
         pad = self.tokenizer.pad_token_id or end  # one row is never padded, but `generate` wants a token
         self.model.generate(  # pyright: ignore[reportCallIssue]
             inputs=tokens, attention_mask=torch.ones_like(tokens), pad_token_id=pad, **plain, **settings
@@ -164,16 +164,6 @@ class Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
 
 
-class _Stop(StoppingCriteria):
-    """Ends an answer once the event is set."""
-
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:  # noqa: ARG002
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
-
-
 class _Pieces(TextStreamer):
     """Puts each piece of an answer into a queue."""
 
@@ -213,7 +203,7 @@ def answers(
                 prompts[number],
                 max_new_tokens=max_tokens,
                 logits_processor=[draw],
-                stopping_criteria=[_Stop(stop)],
+                stopping_criteria=[lambda ids, *_, **__: torch.full((len(ids),), stop.is_set(), device=ids.device)],
                 streamer=streamer,
             )
         except BaseException as error:

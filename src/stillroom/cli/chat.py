@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from stillroom.chat.config import ChatConfig
-from stillroom.cli.arguments import Arguments
+from stillroom.cli.arguments import Arguments, refuse_flags
 from stillroom.config import explain, load
 from stillroom.errors import ConfigError
 from stillroom.terminal import fitted, harmless, width
@@ -36,13 +36,12 @@ def main(arguments: Arguments) -> int:
     if "help" in arguments.flags:
         print(f"{USAGE}\n{explain(ChatConfig)}")
         return 0
-    if flags := arguments.flags - {"quiet", "debug"}:
-        raise ConfigError(
-            "`chat` writes nothing that could be planned, resumed or overwritten",
-            {"given": ", ".join(f"--{flag}" for flag in sorted(flags)), "flags": "--quiet, --debug, --help"},
-            why="Nothing would be done for it.",
-            fix="Leave it out.",
-        )
+    refuse_flags(
+        "chat",
+        arguments.flags,
+        ("quiet", "debug", "help"),
+        "It writes nothing that could be planned, resumed or overwritten.",
+    )
     words = [f"models={json.dumps(arguments.words, ensure_ascii=False)}"] if arguments.words else []
     for word in arguments.overrides:
         key, _, text = word.partition("=")  # prompt=1 and prompt=[x] are texts, though they look like YAML

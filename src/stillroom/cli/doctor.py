@@ -5,11 +5,10 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from stillroom.cli.arguments import Arguments, first_key
+from stillroom.cli.arguments import Arguments, first_key, refuse_flags
 from stillroom.config import explain, load
 from stillroom.distill.config import DistillConfig
 from stillroom.doctor.config import DoctorConfig
-from stillroom.errors import ConfigError
 from stillroom.terminal import harmless
 
 if TYPE_CHECKING:
@@ -34,13 +33,12 @@ def main(arguments: Arguments) -> int:
     if "help" in arguments.flags:
         print(f"{USAGE}\n{explain(DoctorConfig)}")
         return 0
-    if flags := arguments.flags - {"quiet", "debug", "json"}:
-        raise ConfigError(
-            "`doctor` writes nothing that could be planned, resumed or overwritten",
-            {"given": ", ".join(f"--{flag}" for flag in sorted(flags)), "flags": "--json, --quiet, --debug, --help"},
-            why="Nothing would be done for it.",
-            fix="Leave it out.",
-        )
+    refuse_flags(
+        "doctor",
+        arguments.flags,
+        ("json", "quiet", "debug", "help"),
+        "It writes nothing that could be planned, resumed or overwritten.",
+    )
     own = [word for word in arguments.overrides if first_key(word) in DoctorConfig.model_fields]
     config = load(DoctorConfig, None, own)
     recipe = load(DistillConfig, arguments.recipe, [word for word in arguments.overrides if word not in own])

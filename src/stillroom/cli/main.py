@@ -58,7 +58,10 @@ def main(words: Sequence[str] | None = None) -> int:
         arguments = parse(words, tuple(VERBS))
         if arguments.verb is None:
             return _say(HELP.rstrip())
-        _hush()
+        import logging
+
+        for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):  # which tell of other devices' kernels
+            logging.getLogger(name).setLevel(logging.ERROR)
         verb: Callable[[Arguments], int] = import_module(f"stillroom.cli.{arguments.verb}").main
         return verb(arguments)
     except ReportedElsewhere:
@@ -83,16 +86,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return _failed(f"error: {error.strerror}: {error.filename or 'while writing'}", "--debug" in words)
 
 
-def _hush() -> None:
-    """Keeps packages that `transformers` imports where they are installed from telling of other devices' kernels."""
-    import logging
-
-    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO}
-"""What a full, broken or locked disk says, wherever it is met."""
+"""The errors of a full, broken or locked disk, wherever it is met."""
 
 
 def _say(text: str) -> int:

@@ -28,7 +28,7 @@ class ModelConfig(Config):
     url: str | None = None
     """The address of an OpenAI-compatible server that runs it, for tasks alone: http://127.0.0.1:8000/v1."""
     role: Role | None = None
-    """What it is; null is what its name says: teacher, distilled, baseline, and any other name is other. There is one
+    """Its role; null is what its name says: teacher, distilled, baseline, and any other name is other. There is one
     teacher at the most, and one baseline: the student that was not distilled."""
     tokenizer: PathText | None = None
     """Hub name or folder of its tokenizer; null is the model's own. One that makes other ids than that is refused."""
@@ -137,7 +137,7 @@ class EvaluateConfig(Config):
     verb: ClassVar[str | None] = "evaluate"
 
     models: Annotated[dict[Name, ModelOrText], Field(min_length=1)]
-    """What is compared, each under a name that the results call it by: models.teacher=FOLDER models.distilled=FOLDER
+    """The models, each under a name that the results call it by: models.teacher=FOLDER models.distilled=FOLDER
     models.baseline=FOLDER, and any others. A bare text is the model; or settings:"""
     data: DataConfig | None = None
     """The held-out text that they predict; null where there are only tasks."""
@@ -152,7 +152,7 @@ class EvaluateConfig(Config):
     device: str = "auto"
     """cpu, cuda, cuda:1; auto takes a CUDA device where there is one, and else the CPU."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of the resamples that intervals are taken from."""
+    """The seed of the resamples that intervals are taken from."""
     out: PathText
     """The folder of the results, which must not exist yet."""
 

@@ -45,7 +45,7 @@ def costs(config: EvaluateConfig, headers: Headers, hardware: Hardware, title: s
     beside = {name: None if name == teacher or name in (headers.alone or ()) else teacher for name in models}
 
     def parts(name: str, batch_tokens: int) -> dict[str, float]:
-        """What lies on the device while a model reads: its weights and the teacher's, which stays once it is loaded."""
+        """The bytes on the device while a model reads: its weights and the teacher's, which stays once it is loaded."""
         held = dict.fromkeys([name] if data is None or teacher in (None, name) else [teacher, name])
         weights = {f"{one}'s weights": float(itemsizes[one] * models[one].total) for one in held}
         weights["driver and workspaces"] = float(hardware.driver_bytes)
@@ -106,8 +106,8 @@ def _add_memory(
 def _passing(
     readers: Sequence[tuple[ModelSize, int]], data: DataConfig, batch_tokens: int, logits: int
 ) -> dict[str, float]:
-    """What one or two models, each with the bytes of a number, hold while they read a batch: the last states of both,
-    and beside them the larger of what a layer needs for a moment and the logits."""
+    """The bytes that one or two models, each with the size of a number, hold while they read a batch: the last states
+    of both, and beside them the larger of what a layer needs for a moment and the logits."""
     layers = [batch_tokens * passing_bytes(size, data.length, item, masked=data.pack) for size, item in readers]
     vocab_size = min(size.vocab_size for size, _ in readers)
     return {

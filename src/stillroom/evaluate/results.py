@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -253,9 +254,10 @@ def scores(values: Values, groups: Sequence[str | None], metric: str) -> dict[st
     found = {name: mean(one) for name, one in values.items()}
     if LOG_LIKELIHOOD in found:
         mean_nats = found[LOG_LIKELIHOOD]
-        ends = (mean_nats.value, mean_nats.high, mean_nats.low)
-        if all(x is None or -x <= math.log(sys.float_info.max) for x in ends):
-            value, low, high = (None if x is None else math.exp(-x) for x in ends)
+        ends = (mean_nats.high, mean_nats.low)
+        if all(x is None or -x <= math.log(sys.float_info.max) for x in (mean_nats.value, *ends)):
+            value = math.exp(-mean_nats.value)
+            low, high = (None if x is None else math.exp(-x) for x in ends)
             error = None if mean_nats.error is None else value * mean_nats.error
             found["perplexity"] = Number(value=value, error=error, low=low, high=high)
     main = np.asarray(values[metric])
@@ -286,6 +288,5 @@ def differences(
 ) -> tuple[Difference, ...]:
     """Every two models compared on the same items: shares of 1 in points, other scores in the units of the metric."""
     unit = "points" if all(0 <= value <= 1 for values in by_model.values() for value in values) else metric
-    about = {"seed": seed, "higher_is_better": higher_is_better, "unit": unit}
-    what = f"{task} {metric}"
-    return tuple(difference(what, a, b, by_model[a], by_model[b], **about) for a, b in combinations(by_model, 2))
+    compare = partial(difference, f"{task} {metric}", seed=seed, higher_is_better=higher_is_better, unit=unit)
+    return tuple(compare(a, b, by_model[a], by_model[b]) for a, b in combinations(by_model, 2))

@@ -20,9 +20,11 @@ from stillroom.config import is_local
 from stillroom.errors import MissingError, StillroomError
 from stillroom.estimates.headers import numbers_of
 from stillroom.evaluate.config import EvaluateConfig, ModelConfig, Role
-from stillroom.evaluate.held_out import HeldOutEval, summarize
+from stillroom.evaluate.held_out import HeldOutEval
 from stillroom.evaluate.plan import Benchmark, EvaluatePlan, LocalModel, make_plan
-from stillroom.evaluate.report import sentences, unit_of, write_report
+from stillroom.evaluate.report.content import sentences
+from stillroom.evaluate.report.page import write_report
+from stillroom.evaluate.report.tables import unit_of
 from stillroom.evaluate.results import FOLDER, ModelFacts, Results, TaskResult
 from stillroom.evaluate.scoring import Limits, Speed
 from stillroom.evaluate.tasks.harness import in_words
@@ -81,7 +83,7 @@ def run(
 def _write_report(found: Results, out: Path, report: Report) -> list[str]:  # kept: has a test of its own
     """Writes the reports that can be made here; returns their paths."""
     try:
-        return [str(path) for path in write_report(found, out, {name: Path(run) for name, run in found.runs.items()})]
+        return [str(path) for path in write_report(found, out)]
     except MissingError as error:
         report("note", {"text": f"there is no report.html: {error.what}. {error.fix}"})
         return [str(out / "report.md")]
@@ -108,21 +110,12 @@ def _evaluate(plan: EvaluatePlan, command: str, out: Path, report: Report) -> Re
         lm = EvalModel(name, None, tokenizer, config.models[name].url, config.models[name].model)
         for benchmark in plan.benchmarks:
             answers[benchmark.name][name] = ask(benchmark, lm, out, report)
-    summary: dict[str, Any] = {}
-    if evaluation is not None and data is not None:
+    summary, speeds = {}, {}
+    if evaluation is not None:
+        speeds = {one.model.name: one.speed for one in evaluation.outputs}
         not_compared = {local.name: plan.not_beside_teacher(local) for local in plan.local_models}
-        found = summarize(
-            evaluation.outputs,
-            [*config.models],
-            not_compared,
-            path=data.path,
-            cuts=config.cuts,
-            teacher=config.teacher,
-            baseline=config.baseline,
-            seed=config.seed,
-        )
-        summary = dict(vars(found))
-    speeds = summary.pop("speeds", {})
+        about: dict[str, Any] = {"baseline": config.baseline, "cuts": config.cuts, "seed": config.seed}
+        summary = evaluation.summary([*config.models], not_compared, **about)
     tasks = []
     for benchmark in plan.benchmarks:
         by_model = {name: answers[benchmark.name][name] for name in config.models}
@@ -207,29 +200,28 @@ def _load(local: LocalModel, device: str, *, pack: bool) -> PreTrainedModel:
 def _model_facts(
     name: str, role: Role, model: ModelConfig, local: LocalModel | None, speed: Speed | None
 ) -> ModelFacts:
+    """The facts of a model: its parameters, tied ones counted once, and the bytes of its weight files, from their
+    headers alone. A model of the hub must have been loaded before."""
     if local is None:
         facts: dict[str, Any] = {"model": str(redact(f"{model.model} at {model.url}")), "tokenizer": None}
         facts |= {"fingerprint": f"served as {model.model}", "num_parameters": None, "size_bytes": None}
+        return ModelFacts(name=name, role=role, **facts)
+    if is_local(model.model):
+        folder = Path(model.model).expanduser()
     else:
-        facts = {"model": model.model, "fingerprint": local.fingerprint, "tokenizer": fingerprint(local.tokenizer)}
-        facts |= _sizes(model.model, model.revision) | ({} if speed is None else speed._asdict())
-    return ModelFacts(name=name, role=role, **facts)
-
-
-def _sizes(name: str, revision: str | None) -> dict[str, int]:
-    """The parameters, tied ones counted once, and the bytes of a model's weight files, from their headers alone.
-
-    A model of the hub must have been loaded before.
-    """
-    if is_local(name):
-        folder = Path(name).expanduser()
-    else:
-        folder = Path(str(cached_file(name, "config.json", revision=revision, local_files_only=True))).parent
+        config = cached_file(model.model, "config.json", revision=model.revision, local_files_only=True)
+        folder = Path(str(config)).parent
     weights = [path for path in check_folder(folder) if path.suffix == ".safetensors"]
-    return {
-        "num_parameters": sum(sum(numbers_of(path).values()) for path in weights),
-        "size_bytes": sum(path.stat().st_size for path in weights),
-    }
+    return ModelFacts(
+        name=name,
+        role=role,
+        model=model.model,
+        fingerprint=local.fingerprint,
+        tokenizer=fingerprint(local.tokenizer),
+        num_parameters=sum(sum(numbers_of(path).values()) for path in weights),
+        size_bytes=sum(path.stat().st_size for path in weights),
+        **({} if speed is None else speed._asdict()),
+    )
 
 
 def _command(settings: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree
 
@@ -43,33 +44,7 @@ INK, MUTED, RULE = "#0f0001", "#0f0002", "#0f0003"
 """Stand-ins in a figure for the page's colors, which depend on whether it is light or dark."""
 FACE = "DejaVu Sans"
 """The library's own typeface, by which it takes the measure of texts; the page's is hardly ever wider."""
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.family": FACE,
-    "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": RULE,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.titlesize": 9,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.unicode_minus": True,
-    "xtick.color": RULE,
-    "ytick.color": RULE,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": MUTED,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "axes.labelsize": 8,
-    "grid.color": RULE,
-    "grid.linewidth": 0.6,
-    "hatch.linewidth": 0.8,
-}
+STYLE = Path(__file__).parent / "charts.mplstyle"
 
 
 class Paint(NamedTuple):
@@ -220,10 +195,10 @@ def _bars(ax: "Axes", groups: Sequence[Group], shown: Sequence[Look], key: str, 
             low, high = (100 * end for end in ends_of(number))
             if high > low:
                 at = x + label.whisker * slots / AXES_POINTS
-                ends, line = [[y - low], [high - y]], {"color": INK, "ecolor": INK, "elinewidth": 1, "capsize": 1.8}
-                ax.errorbar(at, y, ends, fmt="none", **line)
+                ends = [[y - low], [high - y]]
+                ax.errorbar(at, y, ends, fmt="none", color=INK, ecolor=INK, elinewidth=1, capsize=1.8)
             place = (label.x if high > low else 0, 2 if y >= 0 else -2)
-            about = {"ha": "center", "va": "bottom" if y >= 0 else "top", "fontsize": label.size}
+            about: dict[str, Any] = {"ha": "center", "va": "bottom" if y >= 0 else "top", "fontsize": label.size}
             ax.annotate(label.text(y), (x, y), place, textcoords="offset points", **about)
     characters = int(118 / slots)
     for g, group in enumerate(groups):
@@ -259,8 +234,8 @@ def curves(panels: Sequence[Panel], looks: Sequence[Look], name: str, title: str
                 look = by_name[curve.model]
                 if curve.thin:
                     ax.plot(curve.steps, curve.thin, color=look.line, alpha=0.25, linewidth=0.7)
-                mark = {"linestyle": look.dashes, "marker": look.mark if len(curve.steps) <= 24 else None, "ms": 4}
-                ax.plot(curve.steps, curve.values, color=look.line, linewidth=1.6, **mark)
+                mark = look.mark if len(curve.steps) <= 24 else None
+                ax.plot(curve.steps, curve.values, color=look.line, lw=1.6, ls=look.dashes, marker=mark, ms=4)
             if panel.level is not None and teacher is not None:
                 ax.axhline(panel.level, color=teacher.line, linewidth=1.2, linestyle=(0, (5, 2)))
                 place = ((1, panel.level), (0, 3), ("axes fraction", "data"), "offset points")
@@ -315,10 +290,10 @@ def dots(breakdowns: Sequence[Breakdown], looks: Sequence[Look], name: str, titl
 def _drawing(height: float, rows: int, columns: int) -> Iterator[tuple["Figure", list["Axes"]]]:
     """A figure with its axes, and the context in which it is drawn and turned into SVG. The library's own typeface may
     lack any letter: it is the page that sets the text."""
-    import matplotlib
+    from matplotlib import style
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+    with style.context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         yield figure, list(figure.subplots(rows, columns, squeeze=False).flat)

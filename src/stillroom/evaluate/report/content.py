@@ -1,5 +1,6 @@
 """Content: everything that a report says, in order, before it becomes a page or Markdown."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -69,12 +70,12 @@ class Training(NamedTuple):
     """The reason by model why its curves are not there."""
 
 
-def make_report(results: Results, folder: Path, runs: Mapping[str, Path]) -> SimpleNamespace:
-    """Reads the items in ``folder`` and the metrics of ``runs``, and puts the results into words: all that the
+def make_report(results: Results, folder: Path) -> SimpleNamespace:
+    """Reads the items in ``folder`` and the metrics of the runs, and puts the results into words: all that the
     templates of the page and of Markdown show."""
     names = [facts.name for facts in results.models]
     shown = looks(results.models)
-    training = read_training({name: runs[name] for name in names if name in runs})
+    training = read_training({name: Path(results.runs[name]) for name in names if name in results.runs})
     groups, note, axis = _task_groups(results.tasks)
     agreement, agreement_note = _agreement(results)
     title = "How much of the teacher did the student keep?"
@@ -217,14 +218,6 @@ def pairs(models: Sequence[ModelFacts]) -> tuple[tuple[str, str], ...]:
     return tuple(found or pairwise(facts.name for facts in models))
 
 
-def read_changes(tasks: Sequence[TaskResult], models: Sequence[ModelFacts], folder: Path) -> Iterator[Changes]:
-    """The changes of every task and pair whose items are known. Those that cannot be read carry the reason."""
-    for task in tasks:
-        for a, b in pairs(models) if task.items is not None else ():
-            if a in task.scores and b in task.scores:
-                yield _changes(task, a, b, folder)
-
-
 def task_changes(task: TaskResult, a: str, b: str, folder: Path) -> Iterator[Change]:
     """The items of a task that changed from model ``a`` to model ``b``.
 
@@ -243,24 +236,25 @@ def task_changes(task: TaskResult, a: str, b: str, folder: Path) -> Iterator[Cha
     return changes(path, a, b)
 
 
-def _changes(task: TaskResult, a: str, b: str, folder: Path) -> Changes:
-    file = str(task.items)
-    gained: list[Change] = []
-    lost: list[Change] = []
-    num_gained = num_lost = 0
-    try:
-        for change in task_changes(task, a, b, folder):
-            num_gained += change.kind == "gained"
-            num_lost += change.kind == "lost"
-            kept = gained if change.kind == "gained" else lost
-            if len(kept) < SHOWN:
-                kept.append(change)
-    except (StillroomError, OSError, UnicodeDecodeError) as error:
-        why = error.what if isinstance(error, StillroomError) else str(error)
-        return Changes(task.name, a, b, task.num_items, 0, 0, (), file, why)
-    few = min(len(gained), max(SHOWN // 2, SHOWN - len(lost)))
-    shown = (*gained[:few], *lost[: SHOWN - few])
-    return Changes(task.name, a, b, task.num_items, num_gained, num_lost, shown, file)
+def read_changes(tasks: Sequence[TaskResult], models: Sequence[ModelFacts], folder: Path) -> Iterator[Changes]:
+    """The changes of every task and pair whose items are known. Those that cannot be read carry the reason."""
+    for task in tasks:
+        for a, b in pairs(models) if task.items is not None else ():
+            if a not in task.scores or b not in task.scores:
+                continue
+            shown: dict[str, list[Change]] = {"gained": [], "lost": []}
+            numbers, why = Counter[str](), None
+            try:
+                for change in task_changes(task, a, b, folder):
+                    numbers[change.kind] += 1
+                    if len(shown[change.kind]) < SHOWN:
+                        shown[change.kind].append(change)
+            except (StillroomError, OSError, UnicodeDecodeError) as error:
+                why = error.what if isinstance(error, StillroomError) else str(error)
+            few = min(len(shown["gained"]), max(SHOWN // 2, SHOWN - len(shown["lost"])))
+            some = (*shown["gained"][:few], *shown["lost"][: SHOWN - few])
+            counts = (numbers["gained"], numbers["lost"], some)
+            yield Changes(task.name, a, b, task.num_items, *counts, str(task.items), why)
 
 
 # --- training curves -------------------------------------------------------------------------------------------------

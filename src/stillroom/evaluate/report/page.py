@@ -1,7 +1,7 @@
 """The files of a report: report.md, and the page report.html that loads nothing and runs nothing."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -100,8 +100,8 @@ def to_page(report: SimpleNamespace) -> str:
 
 def to_markdown(report: SimpleNamespace) -> str:
     """The report as a text that any viewer of Markdown shows, with the numbers of its charts as tables."""
-    values = {"report": report, "marked": f"{MARKED:g}", "shortened": shortened, "passage": _passage, "code": code}
-    return _rendered("report.md.jinja", escaped, **values)
+    shown = {"shortened": shortened, "passage": _passage, "code": code}
+    return _rendered("report.md.jinja", escaped, report=report, marked=f"{MARKED:g}", **shown)
 
 
 def escaped(text: str) -> Markup:
@@ -133,17 +133,14 @@ def _passage(passage: Passage) -> Markup:
 # --- the files -------------------------------------------------------------------------------------------------------
 
 
-def write_report(results: Results, out: Path, runs: Mapping[str, Path]) -> list[Path]:
-    """Writes ``out/report.md`` and ``out/report.html``; returns their paths.
-
-    Args:
-        results: the results; the items that they name lie in ``out``.
-        runs: the folder by model of the run that made it. A folder that is not there is named in the report.
+def write_report(results: Results, out: Path) -> list[Path]:
+    """Writes ``out/report.md`` and ``out/report.html``, where the items lie too; returns their paths. The folder of a
+    run that is not there is named in the report.
 
     Raises:
         MissingError: the plotting library is not installed; report.md is written all the same.
     """
-    report, written = make_report(results, out, runs), [out / "report.md", out / "report.html"]
+    report, written = make_report(results, out), [out / "report.md", out / "report.html"]
     write_text(written[0], [to_markdown(report)])
     try:
         page = to_page(report)
@@ -155,14 +152,8 @@ def write_report(results: Results, out: Path, runs: Mapping[str, Path]) -> list[
 
 
 def rebuild(folder: Path) -> list[Path]:
-    """Writes the reports of an evaluation anew from its files.
-
-    Raises:
-        MissingError: the folder holds no results.json, or the plotting library is not installed.
-        DataError: results.json was not written by an evaluation.
-    """
-    results = read_results(folder)
-    return write_report(results, folder, {name: Path(run) for name, run in results.runs.items()})
+    """Writes the reports of an evaluation anew from its files. Raises what ``read_results`` and ``write_report`` do."""
+    return write_report(read_results(folder), folder)
 
 
 def read_results(folder: Path) -> Results:

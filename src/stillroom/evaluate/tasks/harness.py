@@ -21,7 +21,8 @@ from stillroom.evaluate.config import HarnessTask
 from stillroom.evaluate.results import TaskResult
 from stillroom.evaluate.tasks.harness_results import HarnessOutput, harness_results, no_score
 from stillroom.evaluate.tasks.likelihood import Request, log_likelihoods
-from stillroom.evaluate.tasks.lm import EvalModel, Report, served_model
+from stillroom.evaluate.tasks.lm import EvalModel, served_model
+from stillroom.verbs import Report
 
 CPU_BATCH = 8
 """Prompts that are answered at a time on a CPU; on other devices lm-eval finds the number."""

@@ -28,7 +28,7 @@ from stillroom.evaluate.results import (
     normalize,
     write_items,
 )
-from stillroom.statistics import Z_95, mean
+from stillroom.statistics import mean, normal
 
 HarnessOutput = dict[str, Any]
 """The output of lm-eval for one model."""
@@ -77,15 +77,15 @@ def harness_results(
             main = next(iter(known.values()))
             results.append(_result(task, part, {task: main}, found, failed, out, seed))
         else:
-            facts = {"version": _version(first, task, [task]), "num_items": len(first["samples"][task])}
+            shots, version = int(first["n-shot"].get(task) or 0), _version(first, task, [task])
             why = f"lm-eval gives no score of {task}"
-            results.append(no_score(part, why, int(first["n-shot"].get(task) or 0), **facts))
+            results.append(no_score(part, why, shots, version, len(first["samples"][task])))
     return results
 
 
 def no_score(name: str, failed: str | None, shots: int, version: str = "not known", num_items: int = 0) -> TaskResult:
     """The result of a task of which there is nothing but the reason."""
-    about = {"version": version, "shots": shots, "num_items": num_items, "failed": failed}
+    about: dict[str, Any] = {"version": version, "shots": shots, "num_items": num_items, "failed": failed}
     return TaskResult(name=name, source="lm-eval", metric="not known", **about)
 
 
@@ -221,11 +221,8 @@ def _numbers(metrics: Mapping[str, Any], filtered: str) -> dict[str, Number]:
             continue
         error = metrics.get(f"{name}_stderr,{of}")
         label = name if of == filtered else f"{name},{of}"
-        if not isinstance(error, int | float) or math.isnan(error):
-            found[label] = Number(value=float(value))
-        else:
-            ends = {"low": float(value - Z_95 * error), "high": float(value + Z_95 * error)}
-            found[label] = Number(value=float(value), error=float(error), **ends)
+        error = float(error) if isinstance(error, int | float) and not math.isnan(error) else None
+        found[label] = normal(float(value), error)
     return found
 
 
@@ -308,5 +305,4 @@ def _mean(parts: Sequence[Number], *, alike: bool = False) -> Number:
     errors = [part.error for part in parts if part.error is not None]
     if len(errors) < len(parts):
         return Number(value=value)
-    error = (sum(errors) if alike else math.sqrt(sum(error**2 for error in errors))) / len(parts)
-    return Number(value=value, error=error, low=value - Z_95 * error, high=value + Z_95 * error)
+    return normal(value, (sum(errors) if alike else math.sqrt(sum(error**2 for error in errors))) / len(parts))

@@ -95,7 +95,7 @@ def encode(
 
 
 def encoded(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], plain: Sequence[bool] | None = None
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], plain: Sequence[bool] | None = None
 ) -> list[list[int]]:
     """The tokens of each text, with special tokens around it where it is not ``plain``. One that begins with the
     beginning-of-sequence token is given no second one."""
@@ -117,7 +117,8 @@ def encoded(
 
 # --- batches and errors ----------------------------------------------------------------------------------------------
 
-R, A = TypeVar("R"), TypeVar("A")
+R = TypeVar("R")
+A = TypeVar("A")
 
 
 def fitting(

@@ -1,6 +1,6 @@
 """The interface of tasks to a model, in this process or behind an address: log-likelihoods, and generated answers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -23,9 +23,6 @@ from stillroom.evaluate.tasks.likelihood import (
 from stillroom.models.loading import max_length
 from stillroom.teachers.http.client import Connection, Endpoint, connected, in_order
 from stillroom.teachers.http.engine import ServerEngine
-
-Report = Callable[[str, Mapping[str, Any]], None]
-"""A function that is called with the answers so far: "task" with task, model, done and total; "note" with text."""
 
 Done = Callable[[int], object]
 """A function that is called with the number of questions to a model that are answered."""
@@ -236,7 +233,7 @@ def generate(
             fix=f"Set max_tokens in the description to less than {limit}.",
         )
     room = None if limit is None else limit - max_tokens
-    whole = encoded(tokenizer, prompts)
+    whole = encoded(tokenizer, list(prompts))
     prefix = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
     ids = [(tokens if room is None else tokens[-room:]) or [cast(int, prefix)] for tokens in whole]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))

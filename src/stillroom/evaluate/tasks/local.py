@@ -27,7 +27,8 @@ from stillroom.evaluate.config import (
 )
 from stillroom.evaluate.results import FOLDER, LOG_LIKELIHOOD, Item, ModelAnswer, TaskResult, write_items
 from stillroom.evaluate.tasks.likelihood import Likelihood
-from stillroom.evaluate.tasks.lm import EvalModel, Report, answers, likelihoods
+from stillroom.evaluate.tasks.lm import EvalModel, answers, likelihoods
+from stillroom.verbs import Report
 
 NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+)")
 """A minus that follows a number or a word, as in 10-12, is none; a comma parts thousands."""
@@ -162,7 +163,8 @@ def _before(description: Description) -> str:
     """The instruction and examples that stand before every question."""
     if not isinstance(description, MultipleChoice | ExactMatch):
         return ""
-    text, shots, given, examples = description.instruction, description.shots, description.examples, []
+    text, shots, examples = description.instruction, description.shots, []
+    given: Any = description.examples
     if isinstance(given, str) and shots:
         examples = [(f"{file} {place}", row) for file, place, row in islice(_rows(given), shots)]
     elif shots:
@@ -219,13 +221,7 @@ class LocalBenchmark(NamedTuple):
 
     @classmethod
     def open(cls, config: LocalTask) -> "LocalBenchmark":
-        """Reads description and items.
-
-        Raises:
-            ConfigError: the description cannot be meant.
-            DataError: an item cannot be asked, with file, line and column.
-            MissingError: a file is not there.
-        """
+        """Reads description and items. Raises what ``read_description`` and ``questions`` do."""
         description = read_description(config)
         examples = getattr(description, "examples", None)
         files = (config.path, description.items, *([examples] if isinstance(examples, str) else []))
@@ -332,8 +328,8 @@ class LocalBenchmark(NamedTuple):
             answers[name] = ModelAnswer(prediction=prediction, scores=scores, correct=correct, num_cut=num_cut)
         one = self.questions[i]
         gold = one.labels[one.gold] if one.labels else " | ".join(one.answers)
-        about = {"question": one.shown, "options": one.labels, "gold": gold}
-        return Item(id=one.id, group=one.group, models=answers, **about)
+        parts: dict[str, Any] = {"question": one.shown, "options": one.labels, "gold": gold}
+        return Item(id=one.id, group=one.group, models=answers, **parts)
 
 
 def apply(filters: Sequence[Filter], text: str) -> str:

@@ -7,8 +7,9 @@ import pytest
 
 from evaluations import build_evaluation
 from stillroom.errors import DataError, MissingError
-from stillroom.evaluate.report import read_results, rebuild, sentences, tables
-from stillroom.evaluate.report.content import SHOWN, make_report, pairs, read_changes, read_training
+from stillroom.evaluate.report import tables
+from stillroom.evaluate.report.content import SHOWN, make_report, pairs, read_changes, read_training, sentences
+from stillroom.evaluate.report.page import read_results, rebuild
 from stillroom.evaluate.report.tables import metric_table
 from stillroom.evaluate.results import Difference, Item, ModelAnswer, Number, Results, write_items
 
@@ -47,19 +48,19 @@ def test_a_long_name_keeps_its_ends():
 
 def test_bars_are_of_normalised_scores_where_all_models_have_them(tmp_path):
     results = build_evaluation(tmp_path, num_tasks=2)
-    groups = make_report(results, tmp_path, {}).task_groups
+    groups = make_report(results, tmp_path).task_groups
     assert [(g.title, g.note) for g in groups] == [("blimp", "acc_norm, normalised"), ("bbh_causal_judgement", "acc")]
     task = results.tasks[0]
     fewer = task.model_copy(update={"normalised": {"teacher": task.normalised["teacher"]}})
-    (group,) = make_report(results.model_copy(update={"tasks": (fewer,)}), tmp_path, {}).task_groups
+    (group,) = make_report(results.model_copy(update={"tasks": (fewer,)}), tmp_path).task_groups
     assert group.note == "acc_norm"
 
 
 def test_the_axis_of_normalised_scores_says_what_they_are(tmp_path):
     results = build_evaluation(tmp_path, num_tasks=2)
-    assert make_report(results, tmp_path, {}).task_axis == "per cent"
+    assert make_report(results, tmp_path).task_axis == "per cent"
     normalised = results.model_copy(update={"tasks": results.tasks[:1]})
-    assert make_report(normalised, tmp_path, {}).task_axis == "0 is chance, 100 perfect"
+    assert make_report(normalised, tmp_path).task_axis == "0 is chance, 100 perfect"
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_the_axis_of_normalised_scores_says_what_they_are(tmp_path):
 def test_a_recovered_gap_that_is_no_share_is_not_drawn_among_shares(tmp_path, gap, drawn):
     results = build_evaluation(tmp_path, num_tasks=0)
     results.metrics["distilled"]["recovered_gap"] = gap
-    report = make_report(results, tmp_path, {})
+    report = make_report(results, tmp_path)
     assert ("recovered gap" in [group.title for group in report.agreement_groups]) == drawn
     assert ("it has its card" in report.agreement_note) != drawn
     assert report.headlines[0]["title"] == "recovered gap"
@@ -85,7 +86,7 @@ def test_a_score_that_is_no_share_is_not_drawn_and_that_is_said(tmp_path):
     results = build_evaluation(tmp_path, num_tasks=1)
     scores = {name: {"perplexity": Number(value=12.0)} for name in results.tasks[0].scores}
     task = results.tasks[0].model_copy(update={"metric": "perplexity", "scores": scores, "normalised": {}})
-    report = make_report(results.model_copy(update={"tasks": (task,)}), tmp_path, {})
+    report = make_report(results.model_copy(update={"tasks": (task,)}), tmp_path)
     assert report.task_groups == ()
     assert "Not drawn, since its score is no share: blimp." in report.task_note
     assert report.tasks.rows[0][5].text == "12.00"
@@ -102,7 +103,7 @@ def without(results: Results, name: str) -> Results:
 
 def test_a_task_that_failed_for_one_model_is_shown_for_the_others(tmp_path):
     results = without(build_evaluation(tmp_path), "baseline")
-    report = make_report(results, tmp_path, {})
+    report = make_report(results, tmp_path)
     assert report.failed == ("leaderboard_mmlu_pro failed: the task's data could not be fetched",)
     raw, normalised, *_ = report.tasks.rows
     assert [(cell.text, cell.mark) for cell in raw[5:]] == [("80.0 %", ""), ("73.5 %", ""), ("–", "1")]
@@ -142,7 +143,7 @@ def test_passages_near_to_the_teacher_are_none_of_the_furthest(tmp_path):
     results = build_evaluation(tmp_path)
     far, near = (results.worst["distilled"][0].model_copy(update={"mean_kl_nats": kl}) for kl in (0.01, 0.009))
     worst = {"distilled": (far, near), "baseline": (near,)}
-    assert make_report(results.model_copy(update={"worst": worst}), tmp_path, {}).worst == (
+    assert make_report(results.model_copy(update={"worst": worst}), tmp_path).worst == (
         ("distilled", (far,)),
         ("baseline", ()),
     )
