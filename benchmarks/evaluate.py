@@ -37,7 +37,7 @@ def measure(work: Callable[[], list[float]]) -> tuple[float, float, list[float]]
 
 
 def pairs_of(name: str, step: int) -> list[tuple[str, str]]:
-    from stillroom.evaluate.tasks.config import LocalTask, read_description
+    from stillroom.evaluate.config import LocalTask, read_description
     from stillroom.evaluate.tasks.local import questions
 
     path = Path(__file__).parents[1] / "recipes" / "tasks" / f"{name}.yaml"

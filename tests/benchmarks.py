@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from stillroom.evaluate.config import AnyTask
+from stillroom.evaluate.plan import open_benchmark
 from stillroom.evaluate.results import TaskResult
-from stillroom.evaluate.tasks.benchmarks import ask, open_benchmark, results
-from stillroom.evaluate.tasks.config import AnyTask
-from stillroom.evaluate.tasks.lm import EvalModel, Report
+from stillroom.evaluate.run import ask, task_results
+from stillroom.evaluate.tasks.lm import EvalModel
+from stillroom.verbs import Report
 
 
 def run_tasks(
@@ -15,7 +17,7 @@ def run_tasks(
     """All results of a task or group."""
     benchmark = open_benchmark(config)
     answers = {model.name: ask(benchmark, model, out, report) for model in models}
-    return list(results(benchmark, answers, out, seed))
+    return list(task_results(benchmark, answers, out, seed))
 
 
 def run_task(

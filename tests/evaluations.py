@@ -10,6 +10,8 @@ import numpy as np
 from stillroom.evaluate.results import (
     Breakdown,
     Difference,
+    Item,
+    ModelAnswer,
     ModelFacts,
     Number,
     Passage,
@@ -17,8 +19,8 @@ from stillroom.evaluate.results import (
     Role,
     TaskResult,
     Text,
+    write_items,
 )
-from stillroom.evaluate.tasks.items import Item, ModelAnswer, write_items
 
 ROLES: dict[str, Role] = {"teacher": "teacher", "distilled": "distilled", "baseline": "baseline"}
 TASKS = ("blimp", "bbh_causal_judgement", "leaderboard_mmlu_pro", "arc_challenge", "hellaswag", "winogrande",

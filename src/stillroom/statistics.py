@@ -6,10 +6,10 @@ hard for both say nothing about which is better.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+from pydantic import BaseModel, ConfigDict
 
 from stillroom.errors import MismatchError
 
@@ -21,36 +21,45 @@ Z_95 = 1.959963984540054
 """The number of standard deviations that hold 95 % of the normal distribution."""
 SIGNIFICANCE = 0.05
 FEWEST_ITEMS = 6
-"""With fewer no winner is named: a fair coin falls on one side five times in a row, either one, in 1 of 16 trials."""
+"""No winner is named with fewer: a fair coin falls on one side five times in a row, either one, in 1 of 16 trials."""
 FEW_DISCORDANT = 25
-"""With fewer items on which two models differ, McNemar's test is exact."""
+"""McNemar's test is exact with fewer items on which two models differ."""
 
 
-class Mean(NamedTuple):
-    """A mean with its error; the fields are those of a Number in the results."""
+class Record(BaseModel):
+    """A part of what an evaluation writes down."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Number(Record):
+    """A measured number with what is known of its error."""
 
     value: float
-    error: float | None
+    error: float | None = None
     """Its standard error; None for a single item."""
-    low: float | None
-    high: float | None
+    low: float | None = None
     """The 95 % interval."""
+    high: float | None = None
 
 
-class Compared(NamedTuple):
-    """Two models on the same items; the fields are those of a Difference in the results."""
+class Difference(Record):
+    """Two models on the same items."""
 
     what: str
+    """The metric, or task and metric."""
     a: str
     b: str
     value: float
     """a less b."""
     low: float
     high: float
+    """The 95 % interval by paired bootstrap."""
     num_items: int
-    p_value: float | None
+    p_value: float | None = None
     """McNemar's, for scores of 0 and 1."""
     sentence: str
+    """The difference in words; no winner is named where the interval spans zero."""
 
 
 def standard_error(values: ArrayLike) -> float:
@@ -59,7 +68,14 @@ def standard_error(values: ArrayLike) -> float:
     return float(x.std(ddof=1) / math.sqrt(len(x)))
 
 
-def mean(values: ArrayLike) -> Mean:
+def normal(value: float, error: float | None) -> Number:
+    """A number with the interval of ±1.96 standard errors."""
+    if error is None:
+        return Number(value=value)
+    return Number(value=value, error=error, low=value - Z_95 * error, high=value + Z_95 * error)
+
+
+def mean(values: ArrayLike) -> Number:
     """The mean of independent values with its 95 % interval.
 
     For values of 0 and 1 the interval is Wilson's (doi 10.1080/01621459.1927.10502953), which stays within 0 and 1 and
@@ -68,14 +84,15 @@ def mean(values: ArrayLike) -> Mean:
     x = np.asarray(values, dtype=np.float64)
     value, n = float(x.mean()), len(x)
     if n < 2:
-        return Mean(value, None, None, None)
+        return Number(value=value)
     error = standard_error(x)
     if not _zero_one(x):
-        return Mean(value, error, value - Z_95 * error, value + Z_95 * error)
+        return normal(value, error)
     shrink = 1 + Z_95**2 / n
     center = (value + Z_95**2 / (2 * n)) / shrink
     half = Z_95 / shrink * math.sqrt(value * (1 - value) / n + (Z_95 / (2 * n)) ** 2)
-    return Mean(value, error, min(max(center - half, 0.0), value), max(min(center + half, 1.0), value))
+    low, high = min(max(center - half, 0.0), value), max(min(center + half, 1.0), value)
+    return Number(value=value, error=error, low=low, high=high)
 
 
 def paired_bootstrap(
@@ -157,28 +174,18 @@ def difference(
     b: ArrayLike,
     *,
     seed: int,
-    weights: ArrayLike | None = None,
     higher_is_better: bool = True,
     unit: str = "points",
     items: str = "questions",
-) -> Compared:
-    """Compares two models on the same items, and states the result in words.
-
-    A winner is named only where the interval excludes zero, McNemar's test (for scores of 0 and 1) does not call it
-    chance, and there are enough items.
-
-    Args:
-        what: the metric, or task and metric.
-        unit: the unit of the scores; points are hundredths.
-        items: a word for them, in the plural.
+) -> Difference:
+    """Compares two models on the same items, as ``compared`` does.
 
     Raises:
         MismatchError: the scores are not of the same items, or there are none.
     """
     x, y = _paired(a, b)
-    both_zero_one = weights is None and _zero_one(x) and _zero_one(y)
-    p_value = mcnemar(x, y) if both_zero_one else None
-    numbers = paired_bootstrap(x, y, seed, weights)
+    p_value = mcnemar(x, y) if _zero_one(x) and _zero_one(y) else None
+    numbers = paired_bootstrap(x, y, seed)
     return compared(what, a_name, b_name, numbers, len(x), p_value, higher_is_better, unit, items)
 
 
@@ -188,15 +195,21 @@ def compared(
     b_name: str,
     numbers: tuple[float, float, float],
     num_items: int,
-    p_value: float | None = None,
-    higher_is_better: bool = True,
-    unit: str = "points",
-    items: str = "questions",
-) -> Compared:
+    p_value: float | None,
+    higher_is_better: bool,
+    unit: str,
+    items: str,
+) -> Difference:
     """States the result of a comparison on the same items in words.
 
+    A winner is named only where the interval excludes zero, McNemar's test (for scores of 0 and 1) does not call it
+    chance, and there are enough items.
+
     Args:
+        what: the metric, or task and metric.
         numbers: a less b, and its 95 % interval.
+        unit: the unit of the scores; points are hundredths.
+        items: a word for them, in the plural.
     """
     value, low, high = numbers
     beyond_chance = not low <= 0 <= high and (p_value is None or p_value < SIGNIFICANCE)
@@ -207,7 +220,8 @@ def compared(
         winner, loser = (a_name, b_name) if (value > 0) == higher_is_better else (b_name, a_name)
         positive = numbers if value > 0 else (-value, -high, -low)
         sentence = f"{winner} beats {loser} by {_in_words(positive, unit)}, {count}"
-    return Compared(what, a_name, b_name, value, low, high, num_items, p_value, sentence)
+    ends = {"value": value, "low": low, "high": high}
+    return Difference(what=what, a=a_name, b=b_name, num_items=num_items, p_value=p_value, sentence=sentence, **ends)
 
 
 def _in_words(numbers: tuple[float, float, float], unit: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from evaluations import HOSTILE, build_evaluation
-from stillroom.evaluate.report import rebuild
+from stillroom.evaluate.report.page import rebuild
 
 BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None

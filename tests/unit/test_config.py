@@ -25,8 +25,7 @@ from stillroom.doctor.run import DoctorConfig
 from stillroom.errors import ConfigError, MissingError
 from stillroom.estimates.hardware import Hardware
 from stillroom.estimates.storage import Storage
-from stillroom.evaluate.config import EvaluateConfig
-from stillroom.evaluate.tasks.config import ExactMatch, LastWord, MinimalPairs, MultipleChoice
+from stillroom.evaluate.config import EvaluateConfig, ExactMatch, LastWord, MinimalPairs, MultipleChoice
 from stillroom.prune.config import PruneConfig
 from stillroom.pruning.config import Layers
 from stillroom.recipe import differences, parse_json, read_recipe, to_yaml

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from stillroom.chat.config import ChatConfig
 from stillroom.errors import ConfigError, StillroomError
@@ -72,8 +72,12 @@ class ChatModel:
     tokenizer: PreTrainedTokenizerBase
     messages: list[dict[str, str]] = field(default_factory=list)
 
-    def tokens(self, prompt: str, system: str | None) -> Tensor:
-        """The tokens that the model goes on from, ``[1, t]``: the conversation in its template, or the prompt alone."""
+    def tokens(self, prompt: str, system: str | None, max_tokens: int) -> Tensor:
+        """The tokens that the model goes on from, ``[1, t]``: the conversation in its template, or the prompt alone.
+
+        Raises:
+            ConfigError: there are none; or they and ``max_tokens`` more are too many for the model.
+        """
         if template_of(self.tokenizer) is None:
             tokens = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
         else:
@@ -88,12 +92,31 @@ class ChatModel:
                 why="A model goes on from what it has read, and its tokenizer makes nothing of this.",
                 fix="Write a prompt.",
             )
+        limit, num_tokens = loading.max_length(self.model.config), tokens.shape[1]
+        if limit is not None and num_tokens + max_tokens > limit:
+            fits = num_tokens < limit
+            raise ConfigError(
+                f"{self.name} cannot read prompt and answer",
+                {"prompt, in tokens": num_tokens, "max_tokens": max_tokens, "its max_position_embeddings": limit},
+                why="Positions beyond that have no embedding, or one that the model never saw.",
+                fix=f"Set max_tokens to at most {limit - num_tokens}." if fits else "Write a shorter prompt.",
+            )
         return tokens.to(self.model.device)
 
     def _with(self, prompt: str, system: str | None) -> list[dict[str, str]]:
         """The conversation with this prompt, which is remembered only when it is answered."""
         before = [{"role": "system", "content": system}] if system is not None and not self.messages else self.messages
         return [*before, {"role": "user", "content": prompt}]
+
+    def generate(self, tokens: Tensor, **settings: Any) -> None:
+        """Writes an answer, by nothing but ``settings``, whatever the model's own generation config says besides."""
+        ends = self.model.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]
+        end = ends[0] if isinstance(ends, list) else ends
+        plain: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+        pad = self.tokenizer.pad_token_id or end  # one row is never padded, but `generate` wants a token
+        self.model.generate(  # pyright: ignore[reportCallIssue]
+            inputs=tokens, attention_mask=torch.ones_like(tokens), pad_token_id=pad, **plain, **settings
+        )
 
     def remember(self, prompt: str, system: str | None, answer: str) -> None:
         if template_of(self.tokenizer) is not None:
@@ -141,16 +164,6 @@ class Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
 
 
-class _Stop(StoppingCriteria):
-    """Ends an answer once the event is set."""
-
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:  # noqa: ARG002
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
-
-
 class _Pieces(TextStreamer):
     """Puts each piece of an answer into a queue."""
 
@@ -180,23 +193,19 @@ def answers(
     """
     pieces: queue.SimpleQueue[Piece | BaseException] = queue.SimpleQueue()
     stop = threading.Event()
-    prompts = [model.tokens(prompt, system) for model in models]
-    for model, tokens in zip(models, prompts, strict=True):
-        limit, num_tokens = loading.max_length(model.model.config), tokens.shape[1]
-        if limit is not None and num_tokens + max_tokens > limit:
-            fits = num_tokens < limit
-            raise ConfigError(
-                f"{model.name} cannot read prompt and answer",
-                {"prompt, in tokens": num_tokens, "max_tokens": max_tokens, "its max_position_embeddings": limit},
-                why="Positions beyond that have no embedding, or one that the model never saw.",
-                fix=f"Set max_tokens to at most {limit - num_tokens}." if fits else "Write a shorter prompt.",
-            )
+    prompts = [model.tokens(prompt, system, max_tokens) for model in models]
 
     def answer(number: int) -> None:
         draw = Draw(temperature, top_p, torch.Generator().manual_seed(seed))
         streamer = _Pieces(models[number].tokenizer, number, pieces)
         try:
-            _generate(models[number], prompts[number], max_tokens, draw, _Stop(stop), streamer)
+            models[number].generate(
+                prompts[number],
+                max_new_tokens=max_tokens,
+                logits_processor=[draw],
+                stopping_criteria=[lambda ids, *_, **__: torch.full((len(ids),), stop.is_set(), device=ids.device)],
+                streamer=streamer,
+            )
         except BaseException as error:
             pieces.put(error)
 
@@ -219,24 +228,3 @@ def answers(
                 thread.join()
     for model, text in zip(models, texts, strict=True):
         model.remember(prompt, system, text)
-
-
-def _generate(
-    chat: ChatModel, tokens: Tensor, max_tokens: int, draw: Draw, stop: _Stop, streamer: TextStreamer
-) -> None:
-    ends = chat.model.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]
-    end = ends[0] if isinstance(ends, list) else ends
-    chat.model.generate(  # pyright: ignore[reportCallIssue]
-        inputs=tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=max_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=chat.tokenizer.pad_token_id or end,  # one row is never padded, but `generate` wants a token
-        logits_processor=[draw],
-        stopping_criteria=[stop],
-        streamer=streamer,
-    )

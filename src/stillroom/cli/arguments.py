@@ -1,11 +1,18 @@
-"""The command line's own grammar: VERB [RECIPE.yaml] [key=value …] and the flags."""
+"""The command line's own grammar, VERB [RECIPE.yaml] [key=value …] and the flags; and what is done with it alike: a
+verb explains its settings, prints its plan, or runs and prints the result."""
 
 import difflib
+import gc
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from stillroom.errors import ConfigError
+
+if TYPE_CHECKING:
+    from stillroom.config import Config
 
 FLAGS = ("dry-run", "resume", "overwrite", "quiet", "debug", "help")
 OF_SOME = {"json": ("doctor", "plan")}
@@ -89,6 +96,63 @@ def _known(name: str, names: Sequence[str], kind: str, word: str) -> str:
     )
 
 
+def refuse_flags(name: str, given: set[str], allowed: Sequence[str], why: str) -> None:
+    """Raises ConfigError where a command has been given another flag than those that it has."""
+    for flag in sorted(given - set(allowed)):
+        flags = {"flags": ", ".join(f"--{one}" for one in allowed)}
+        raise ConfigError(f"`{name}` has no --{flag}", flags, why=why, fix="Leave it out.")
+
+
 def first_key(word: str) -> str:
     """The first key of a ``key=value``: batch of batch.tokens=4096."""
     return word.partition("=")[0].partition(".")[0]
+
+
+def import_all(name: str) -> Any:
+    """Imports a module that brings torch and transformers, and returns it.
+
+    Nothing of what they make can be collected, and looking through it again and again takes a third of their time. So
+    the collector waits until they are there, and never looks at it again.
+    """
+    gc.disable()
+    try:
+        return import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def run_verb(
+    verb: str,
+    config_class: "type[Config]",
+    summary: Callable[[dict[str, Any]], str],
+    arguments: Arguments,
+    code: Callable[[dict[str, Any]], int] = lambda _: 0,
+) -> int:
+    """Runs ``stillroom.VERB.run.run``, or with --dry-run prints ``stillroom.VERB.plan.make_plan``; the exit code, which
+    of a run is what ``code`` makes of its record."""
+    from stillroom.config import explain, load  # which is no part of what answers `stillroom --help`
+
+    if "help" in arguments.flags:
+        print(f"usage: stillroom {verb} [RECIPE.yaml] [key=value …]\n\n{explain(config_class)}")
+        return 0
+    config = load(config_class, arguments.recipe, arguments.overrides)
+
+    dry = "dry-run" in arguments.flags
+    module = import_all(f"stillroom.{verb}.{'plan' if dry else 'run'}")
+
+    from stillroom.cli.progress import Progress
+    from stillroom.models.loading import quiet
+
+    quiet()
+    if dry:
+        print(module.make_plan(config), end="")
+        return 0
+    with Progress(quiet="quiet" in arguments.flags) as progress:
+        record = module.run(
+            config, resume="resume" in arguments.flags, overwrite="overwrite" in arguments.flags, report=progress
+        )
+    if not record:  # another process of the run tells it
+        return 0
+    print(summary(record))
+    return code(record)

@@ -3,8 +3,7 @@
 from typing import Any
 
 from stillroom.capture.config import CaptureConfig, Part
-from stillroom.cli.arguments import Arguments
-from stillroom.cli.verb import run_verb
+from stillroom.cli.arguments import Arguments, run_verb
 
 
 def main(arguments: Arguments) -> int:

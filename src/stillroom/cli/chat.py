@@ -9,15 +9,18 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from stillroom.chat.config import ChatConfig
-from stillroom.cli.arguments import Arguments
+from stillroom.cli.arguments import Arguments, refuse_flags
 from stillroom.config import explain, load
 from stillroom.errors import ConfigError
-from stillroom.terminal import harmless
+from stillroom.terminal import fitted, harmless, width
 
 if TYPE_CHECKING:
     from stillroom.chat.run import Piece
 
 Written = Callable[[str, bool], str]
+BETWEEN = " │ "
+NARROWEST = 24
+"""The fewest columns of an answer; a terminal that has fewer for each shows them one after the other."""
 
 USAGE = """\
 usage: stillroom chat MODEL [MODEL] [key=value …]
@@ -33,21 +36,28 @@ def main(arguments: Arguments) -> int:
     if "help" in arguments.flags:
         print(f"{USAGE}\n{explain(ChatConfig)}")
         return 0
-    if flags := arguments.flags - {"quiet", "debug"}:
-        raise ConfigError(
-            "`chat` writes nothing that could be planned, resumed or overwritten",
-            {"given": ", ".join(f"--{flag}" for flag in sorted(flags)), "flags": "--quiet, --debug, --help"},
-            why="Nothing would be done for it.",
-            fix="Leave it out.",
-        )
+    refuse_flags(
+        "chat",
+        arguments.flags,
+        ("quiet", "debug", "help"),
+        "It writes nothing that could be planned, resumed or overwritten.",
+    )
     words = [f"models={json.dumps(arguments.words, ensure_ascii=False)}"] if arguments.words else []
     for word in arguments.overrides:
         key, _, text = word.partition("=")  # prompt=1 and prompt=[x] are texts, though they look like YAML
         words.append(f"{key}={json.dumps(text, ensure_ascii=False)}" if key in ("prompt", "system") else word)
     config = load(ChatConfig, None, words)
     try:
-        typed = config.prompt is None and sys.stdin.isatty()
-        prompts = _typed() if typed else iter([_given(config.prompt)])
+        prompt, typed = config.prompt, config.prompt is None and sys.stdin.isatty()
+        if prompt is None and not typed:
+            prompt = re.sub(r"\r?\n\Z", "", sys.stdin.read())  # which ends with a newline that nobody meant
+        if prompt is not None and not prompt.strip():
+            raise ConfigError(
+                "there is no prompt",
+                {"prompt": "not given", "stdin": "empty"},
+                why="Without a terminal nobody is asked for one.",
+                fix="Write prompt='…', or send it to stdin.",
+            )
 
         from stillroom.chat.run import run
         from stillroom.models.loading import quiet
@@ -57,24 +67,12 @@ def main(arguments: Arguments) -> int:
         def notify(text: str) -> None:
             print(harmless(text), file=sys.stderr)
 
+        prompts = _typed() if prompt is None else [prompt]
         run(config, prompts, lambda pieces: _show(config.models, pieces), notify, turn_by_turn=typed)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
     return 0
-
-
-def _given(prompt: str | None) -> str:
-    """The prompt of the settings, or stdin's, which ends with a newline that nobody meant."""
-    prompt = re.sub(r"\r?\n\Z", "", sys.stdin.read()) if prompt is None else prompt
-    if not prompt.strip():
-        raise ConfigError(
-            "there is no prompt",
-            {"prompt": "not given", "stdin": "empty"},
-            why="Without a terminal nobody is asked for one.",
-            fix="Write prompt='…', or send it to stdin.",
-        )
-    return prompt
 
 
 def _typed() -> Iterator[str]:
@@ -93,8 +91,6 @@ def _typed() -> Iterator[str]:
 
 def _show(names: tuple[str, ...], pieces: "Iterator[Piece]") -> None:
     """Shows answers side by side on a terminal that is wide enough for it; else one after the other."""
-    from stillroom.chat.columns import BETWEEN, NARROWEST, SideBySide
-
     size = shutil.get_terminal_size()
     if not sys.stdout.isatty() or len(names) == 1:
         _one_after_the_other(names, pieces, [_as_it_comes] * len(names))
@@ -139,3 +135,78 @@ def _one_after_the_other(names: tuple[str, ...], pieces: "Iterator[Piece]", writ
             now += 1
             if now < len(names):
                 begin()
+
+
+# --- side by side ---------------------------------------------------------------------------------------------------
+
+
+class Column:
+    """A text that is broken into lines of so many columns while it grows. Only its last line may still change."""
+
+    def __init__(self, columns: int) -> None:
+        self.columns = columns
+        self.lines = [""]
+        self.done = False
+
+    def add(self, text: str) -> None:
+        """Breaks what is longer than a line, at its spaces where it has any."""
+        for i, part in enumerate(harmless(text).split("\n")):
+            line = part if i else self.lines.pop() + part
+            while width(line) > self.columns:
+                cut = next((i for i in range(1, len(line)) if width(line[: i + 1]) > self.columns), len(line))
+                space = line.rfind(" ", 1, cut + 1)
+                self.lines.append(line[: space if space > 0 else cut])
+                line = line[space + 1 if space > 0 else cut :]
+            self.lines.append(line)
+
+
+class SideBySide:
+    """Draws growing columns on a terminal: gives the text to write for each piece that comes.
+
+    Rows that all columns have done with stay as they are; those below are drawn anew. At most ``height`` rows are drawn
+    anew, since a terminal cannot go back further: a column that runs ahead by more waits.
+    """
+
+    def __init__(self, titles: Sequence[str], columns: int, height: int) -> None:
+        each = (columns - len(BETWEEN) * (len(titles) - 1)) // len(titles)
+        self._columns = [Column(each) for _ in titles]
+        self._titles, self._height = titles, max(2, height - 1)
+        self._first = 0
+        """The first row that may change."""
+        self._drawn = 0
+        """Rows from there on that are on the screen."""
+
+    def head(self) -> str:
+        """Titles and a rule."""
+        each = self._columns[0].columns
+        titles = []
+        for title in self._titles:
+            text = harmless(title).replace("\n", " ")
+            if width(text) > each:  # the end stays: names of models differ at their ends
+                while width(text) > each - 1:
+                    text = text[1:]
+                text = f"…{text}"
+            titles.append(fitted(text, each))
+        return f"{BETWEEN.join(titles).rstrip()}\n{'─┼─'.join('─' * each for _ in self._titles)}\n"
+
+    def add(self, number: int, text: str, last: bool) -> str:
+        """The text to write for a piece of a column's text; ``last`` says that it is the last one."""
+        column = self._columns[number]
+        column.add(text)
+        column.done = column.done or last
+        if not all(one.done for one in self._columns):
+            return self._draw(self._height)
+        return self._draw(max(len(one.lines) for one in self._columns)) + "\n"
+
+    def _draw(self, most: int) -> str:
+        """Goes back to the first row that may change, wipes from there on, and draws ``most`` rows."""
+        back = f"\x1b[{self._drawn - 1}A" if self._drawn > 1 else ""
+        last = min(max(len(column.lines) for column in self._columns), self._first + most)
+        rows = []
+        for row in range(self._first, last):
+            parts = [fitted(one.lines[row] if row < len(one.lines) else "", one.columns) for one in self._columns]
+            rows.append(BETWEEN.join(parts).rstrip(" "))
+        text = f"\r{back}\x1b[J" + "\n".join(rows)
+        final = min([*(len(one.lines) - 1 for one in self._columns if not one.done), last - 1])
+        self._drawn, self._first = last - final, final
+        return text

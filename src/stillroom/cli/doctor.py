@@ -5,13 +5,11 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from stillroom.cli.arguments import Arguments, first_key
-from stillroom.cli.verb import import_all
+from stillroom.cli.arguments import Arguments, first_key, import_all, refuse_flags
 from stillroom.config import explain, load
 from stillroom.distill.config import DistillConfig
 from stillroom.doctor.findings import Finding, TaskTexts
 from stillroom.doctor.run import DoctorConfig, run
-from stillroom.errors import ConfigError
 from stillroom.terminal import harmless
 
 USAGE = """\
@@ -33,13 +31,12 @@ def main(arguments: Arguments) -> int:
     if "help" in arguments.flags:
         print(f"{USAGE}\n{explain(DoctorConfig)}")
         return 0
-    if flags := arguments.flags - {"quiet", "debug", "json"}:
-        raise ConfigError(
-            "`doctor` writes nothing that could be planned, resumed or overwritten",
-            {"given": ", ".join(f"--{flag}" for flag in sorted(flags)), "flags": "--json, --quiet, --debug, --help"},
-            why="Nothing would be done for it.",
-            fix="Leave it out.",
-        )
+    refuse_flags(
+        "doctor",
+        arguments.flags,
+        ("json", "quiet", "debug", "help"),
+        "It writes nothing that could be planned, resumed or overwritten.",
+    )
     own = [word for word in arguments.overrides if first_key(word) in DoctorConfig.model_fields]
     config = load(DoctorConfig, None, own)
     recipe = load(DistillConfig, arguments.recipe, [word for word in arguments.overrides if word not in own])
@@ -62,7 +59,7 @@ def main(arguments: Arguments) -> int:
 
 def items_of(path: str) -> tuple[str, Iterable[TaskTexts]]:
     """Returns the name of the task that a file describes, and its items as texts: each question with each answer."""
-    from stillroom.evaluate.tasks.config import LocalTask, read_description
+    from stillroom.evaluate.config import LocalTask, read_description
     from stillroom.evaluate.tasks.local import questions
 
     description = read_description(LocalTask(kind="local", path=path))

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from stillroom.cli.arguments import Arguments
-from stillroom.cli.verb import run_verb
+from stillroom.cli.arguments import Arguments, run_verb
 from stillroom.evaluate.config import EvaluateConfig
 
 
@@ -13,7 +12,7 @@ def main(arguments: Arguments) -> int:
 
 def summary(record: dict[str, Any]) -> str:
     """The results in a table: a row for each metric and task, a column for each model; and the differences in words."""
-    from stillroom.evaluate.report.words import METRICS, SHARE, metric
+    from stillroom.evaluate.report.tables import METRICS, SHARE, metric
 
     names = list(record["config"]["models"])
     rows = []

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from stillroom.cli.arguments import Arguments, first_key
-from stillroom.cli.verb import import_all
+from stillroom.cli.arguments import Arguments, first_key, import_all, refuse_flags
 from stillroom.config import explain, load
 from stillroom.errors import ConfigError
 from stillroom.estimates.hardware import Hardware
@@ -36,14 +35,9 @@ def main(arguments: Arguments) -> int:
     if "help" in arguments.flags:
         print(f"{USAGE}\n\nsettings\n{explain(Hardware)}\n\nsettings of storage\n{explain(Storage)}")
         return 0
-    for flag in ("dry-run", "resume", "overwrite"):
-        if flag in arguments.flags:
-            raise ConfigError(
-                f"`plan` has no --{flag}",
-                {"flags": "--json, --quiet, --debug, --help"},
-                why="A plan reads headers and writes nothing.",
-                fix="Leave it out.",
-            )
+    refuse_flags(
+        "plan", arguments.flags, ("json", "quiet", "debug", "help"), "A plan reads headers and writes nothing."
+    )
     report = _report(arguments.words, arguments.overrides)
     print(report.as_json() if "json" in arguments.flags else report)
     return 0

@@ -1,4 +1,4 @@
-"""What a running verb says on stderr: one live line on a terminal, plain lines now and then in a log file."""
+"""The progress of a running verb on stderr: one live line on a terminal, plain lines now and then in a log file."""
 
 import sys
 import time

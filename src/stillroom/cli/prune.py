@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from stillroom.cli.arguments import Arguments
-from stillroom.cli.verb import run_verb
+from stillroom.cli.arguments import Arguments, run_verb
 from stillroom.prune.config import PruneConfig
 
 

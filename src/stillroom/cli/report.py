@@ -48,7 +48,7 @@ def main(arguments: Arguments) -> int:
     if arguments.overrides:
         return _print_changes(Path(arguments.words[0]), load(BetweenConfig, None, arguments.overrides))
 
-    from stillroom.evaluate.report import rebuild
+    from stillroom.evaluate.report.page import rebuild
 
     for word in arguments.words:
         for path in rebuild(Path(word)):
@@ -57,8 +57,9 @@ def main(arguments: Arguments) -> int:
 
 
 def _print_changes(folder: Path, config: BetweenConfig) -> int:
-    from stillroom.evaluate.report import read_results, task_changes
-    from stillroom.evaluate.tasks.items import as_text
+    from stillroom.evaluate.report.content import task_changes
+    from stillroom.evaluate.report.page import read_results
+    from stillroom.evaluate.results import as_text
 
     results, (a, b) = read_results(folder), config.between
     tasks = [task for task in results.tasks if task.items is not None and config.task in (None, task.name)]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stillroom.cli.arguments import Arguments
+from stillroom.cli.arguments import Arguments, refuse_flags
 from stillroom.config import Config, PathText, explain, load
 from stillroom.errors import ConfigError, StillroomError
 
@@ -70,14 +70,8 @@ def main(arguments: Arguments) -> int:
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         raise _unknown(f"`{command}` is not a command of `store`", {"did you mean": near[0]} if near else {})
-    for flag in ("dry-run", "resume"):
-        if flag in arguments.flags:
-            raise ConfigError(
-                f"`store {command}` has no --{flag}",
-                {"flags": "--overwrite, --quiet, --debug, --help"},
-                why="Nothing would be done for it: what is written appears as a whole, or not at all.",
-                fix="Leave it out.",
-            )
+    why = "Nothing would be done for it: what is written appears as a whole, or not at all."
+    refuse_flags(f"store {command}", arguments.flags, ("overwrite", "quiet", "debug", "help"), why)
     try:
         return COMMANDS[command](words, arguments) or 0
     except KeyboardInterrupt:

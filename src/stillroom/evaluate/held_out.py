@@ -1,6 +1,6 @@
 """The held-out evaluation: every model scores the text, and the scores become metrics."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,13 +21,12 @@ from stillroom.evaluate.metrics import (
     worst_passages,
 )
 from stillroom.evaluate.plan import NO_DISTRIBUTION, LocalModel
-from stillroom.evaluate.results import Breakdown, Difference, Number, Passage, Text
+from stillroom.evaluate.results import Text
 from stillroom.evaluate.scoring import Limits, Predicted, Scores, Speed, batches, enough_memory, measure_speed, score
 from stillroom.models.loading import rope_border
 from stillroom.runs import redact
 from stillroom.tokenizers import fingerprint
-
-Report = Callable[[str, Mapping[str, Any]], None]
+from stillroom.verbs import Report
 
 BESIDE_THE_TEACHER = (
     "forward_kl_nats", "forward_kl_p95_nats", "reverse_kl_nats", "reverse_kl_p95_nats", "top1_agreement",
@@ -47,19 +46,6 @@ class ModelOutput:
     num_bytes: np.ndarray | None
     scores: Scores
     speed: Speed
-
-
-@dataclass(frozen=True)
-class TextMetrics:
-    """The metrics of all models on a text; the fields are those of the results."""
-
-    text: Text
-    metrics: dict[str, dict[str, Number]]
-    refused: dict[str, dict[str, str]]
-    differences: tuple[Difference, ...]
-    breakdowns: tuple[Breakdown, ...]
-    worst: dict[str, tuple[Passage, ...]]
-    speeds: dict[str, Speed]
 
 
 class HeldOutEval:
@@ -124,79 +110,83 @@ class HeldOutEval:
         if local.name == self.teacher:
             self._beside = model
 
-
-def summarize(
-    outputs: Sequence[ModelOutput],
-    names: Sequence[str],
-    not_compared: Mapping[str, str | None],
-    *,
-    path: str,
-    cuts: bool,
-    teacher: str | None,
-    baseline: str | None,
-    seed: int,
-) -> TextMetrics:
-    """Metrics, differences, breakdowns and worst passages of a text.
-
-    Args:
-        outputs: the scores of every model that runs here; at least one.
-        names: all models in order, those behind an address too.
-        not_compared: the reason by model why it is not compared with the teacher token by token, or None.
-        path: the file or folder of the text.
-        cuts: whether a long document loses text, and the tokenizer decides where.
-        teacher, baseline: the models' names, where there are such.
-        seed: the seed of the bootstrap.
-    """
-    by_name, first = {one.model.name: one for one in outputs}, outputs[0]
-    alike = [name for name in by_name if by_name[name].model.mismatch is None]
-    every = (*ALONE, *BESIDE_THE_TEACHER, "recovered_gap")
-    refused: dict[str, dict[str, str]] = {name: dict.fromkeys(every, NO_DISTRIBUTION) for name in names}
-    for name, output in by_name.items():
-        refused[name], reason = {}, not_compared[name]
-        if name != teacher and reason is not None:
-            refused[name] |= dict.fromkeys((*BESIDE_THE_TEACHER, "recovered_gap"), reason)
-        if (reason := _no_bytes(output, first, cuts)) is not None:
-            refused[name]["bits_per_byte"] = reason
-    the_teacher, to_beat = by_name.get(teacher or ""), by_name[baseline] if baseline in alike else None
-    measured: dict[str, Measured] = {}
-    for name in (name for name in names if name in by_name):
-        output = by_name[name]
-        measured[name] = measure(
-            output.scores,
-            output.units,
-            seed,
-            num_bytes=None if "bits_per_byte" in refused[name] else output.num_bytes,
-            teacher=the_teacher.scores if the_teacher and name in alike and name != teacher else None,
-            baseline=to_beat.scores if to_beat and name != baseline else None,
-        )
-    metrics = {name: dict(one.numbers) for name, one in measured.items()}
-    if teacher in measured and (reason := _no_gap(measured, refused, teacher, baseline)) is not None:
-        for name in metrics.keys() - {teacher, baseline}:
-            metrics[name].pop("recovered_gap", None)
-            refused[name].setdefault("recovered_gap", reason)
-    for name, numbers in metrics.items():
-        for metric in [metric for metric, number in numbers.items() if not np.isfinite(number.value)]:
-            refused[name][metric] = "it is beyond the largest number"
-            del numbers[metric]
-    students = {
-        name: by_name[name].scores["forward_kl"] for name in names if "forward_kl_nats" in metrics.get(name, {})
-    }
-    return TextMetrics(
-        Text(
-            name=str(redact(path)),
+    def text(self) -> Text:
+        """The text as the first model reads it."""
+        first = self.outputs[0]
+        return Text(
+            name=str(redact(self.data.path)),
             fingerprint=first.predicted.documents.fingerprint,
             num_documents=len(np.unique(first.predicted.documents.source_rows)),
             num_tokens=len(first.predicted),
             num_bytes=None if first.num_bytes is None else int(first.num_bytes.sum()),
-        ),
-        metrics,
-        {name: why for name, why in refused.items() if why},
-        tuple(differences(measured, alike)),
-        breakdowns(the_teacher.predicted, the_teacher.scores["entropy"], students) if the_teacher and students else (),
-        {name: worst_passages(by_name[name].predicted, kl, by_name[name].model.tokenizer)
-         for name, kl in students.items()},
-        {name: output.speed for name, output in by_name.items()},
-    )  # fmt: skip
+        )
+
+    def summary(
+        self,
+        names: Sequence[str],
+        not_compared: Mapping[str, str | None],
+        *,
+        baseline: str | None,
+        cuts: bool,
+        seed: int,
+    ) -> dict[str, Any]:
+        """Metrics, differences, breakdowns and worst passages of the text, by the names of the results, once at least
+        one model has scored it.
+
+        Args:
+            names: all models in order, those behind an address too.
+            not_compared: the reason by model why it is not compared with the teacher token by token, or None.
+            baseline: the baseline's name, where there is one.
+            cuts: whether a long document loses text, and the tokenizer decides where.
+            seed: the seed of the bootstrap.
+        """
+        teacher = self.teacher
+        by_name, first = {one.model.name: one for one in self.outputs}, self.outputs[0]
+        alike = [name for name in by_name if by_name[name].model.mismatch is None]
+        every = (*ALONE, *BESIDE_THE_TEACHER, "recovered_gap")
+        refused: dict[str, dict[str, str]] = {name: dict.fromkeys(every, NO_DISTRIBUTION) for name in names}
+        for name, output in by_name.items():
+            refused[name], reason = {}, not_compared[name]
+            if name != teacher and reason is not None:
+                refused[name] |= dict.fromkeys((*BESIDE_THE_TEACHER, "recovered_gap"), reason)
+            if (reason := _no_bytes(output, first, cuts)) is not None:
+                refused[name]["bits_per_byte"] = reason
+        the_teacher, to_beat = by_name.get(teacher or ""), by_name[baseline] if baseline in alike else None
+        measured: dict[str, Measured] = {}
+        for name in (name for name in names if name in by_name):
+            output = by_name[name]
+            measured[name] = measure(
+                output.scores,
+                output.units,
+                seed,
+                num_bytes=None if "bits_per_byte" in refused[name] else output.num_bytes,
+                teacher=the_teacher.scores if the_teacher and name in alike and name != teacher else None,
+                baseline=to_beat.scores if to_beat and name != baseline else None,
+            )
+        metrics = {name: dict(one.numbers) for name, one in measured.items()}
+        if teacher in measured and (why := no_gap(measured, refused, teacher, baseline)) is not None:
+            for name in metrics.keys() - {teacher, baseline}:
+                metrics[name].pop("recovered_gap", None)
+                refused[name].setdefault("recovered_gap", why)
+        for name, numbers in metrics.items():
+            for metric in [metric for metric, number in numbers.items() if not np.isfinite(number.value)]:
+                refused[name][metric] = "it is beyond the largest number"
+                del numbers[metric]
+        students = {
+            name: by_name[name].scores["forward_kl"] for name in names if "forward_kl_nats" in metrics.get(name, {})
+        }
+        worst = {}
+        for name, kl in students.items():
+            worst[name] = worst_passages(by_name[name].predicted, kl, by_name[name].model.tokenizer)
+        bins = the_teacher and students and breakdowns(the_teacher.predicted, the_teacher.scores["entropy"], students)
+        return {
+            "text": self.text(),
+            "metrics": metrics,
+            "refused": {name: why for name, why in refused.items() if why},
+            "differences": tuple(differences(measured, alike)),
+            "breakdowns": bins or (),
+            "worst": worst,
+        }
 
 
 def _no_bytes(output: ModelOutput, first: ModelOutput, cuts: bool) -> str | None:
@@ -216,14 +206,3 @@ def _no_bytes(output: ModelOutput, first: ModelOutput, cuts: bool) -> str | None
     if cuts and output.model.mismatch and any(one[key] for one in counts for key in lost):
         return "long documents lose text, and another part of it by its tokenizer than by that of the others"
     return None
-
-
-def _no_gap(
-    measured: Mapping[str, Measured], refused: Mapping[str, Mapping[str, str]], teacher: str, baseline: str | None
-) -> str | None:  # kept: three reasons of one question
-    """The reason why no model has a recovered gap; None where there is one to recover."""
-    if baseline is None or baseline not in measured:
-        return "no model is said to be the baseline" if baseline is None else f"{baseline} does not run here"
-    if "recovered_gap" in refused[baseline]:
-        return f"of {baseline}, {refused[baseline]['recovered_gap']}"
-    return no_gap(measured[teacher], measured[baseline])

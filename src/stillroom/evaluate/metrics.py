@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -171,11 +172,17 @@ def _quantile(values: np.ndarray, share: float, draws: np.ndarray | None) -> Num
     return Number(value=value, error=(one_error[1] - one_error[0]) / 2, low=min(below, value), high=max(above, value))
 
 
-def no_gap(teacher: Measured, baseline: Measured) -> str | None:
+def no_gap(
+    measured: Mapping[str, Measured], refused: Mapping[str, Mapping[str, str]], teacher: str, baseline: str | None
+) -> str | None:
     """The reason why there is no gap between baseline and teacher to recover; None where there is one."""
-    name = "cross_entropy_nats"
-    value = baseline.numbers[name].value - teacher.numbers[name].value
-    low = float(np.percentile(baseline.draws[name] - teacher.draws[name], 2.5)) if baseline.draws else value
+    if baseline is None or baseline not in measured:
+        return "no model is said to be the baseline" if baseline is None else f"{baseline} does not run here"
+    if "recovered_gap" in refused[baseline]:
+        return f"of {baseline}, {refused[baseline]['recovered_gap']}"
+    name, above, below = "cross_entropy_nats", measured[baseline], measured[teacher]
+    value = above.numbers[name].value - below.numbers[name].value
+    low = float(np.percentile(above.draws[name] - below.draws[name], 2.5)) if above.draws else value
     return None if low > 0 else "the baseline's cross-entropy is not above the teacher's beyond chance"
 
 
@@ -194,8 +201,7 @@ def differences(measured: Mapping[str, Measured], alike: Sequence[str]) -> Itera
                 continue
             value = x.numbers[metric].value - y.numbers[metric].value
             numbers = (value, *interval(x.draws[metric] - y.draws[metric], value))
-            one = compared(metric, a, b, numbers, x.units.number, None, higher_is_better, unit, x.units.noun)
-            yield Difference.model_validate(one._asdict())
+            yield compared(metric, a, b, numbers, x.units.number, None, higher_is_better, unit, x.units.noun)
 
 
 # --- where a model differs from its teacher ---------------------------------------------------------------------------
@@ -220,11 +226,20 @@ def breakdowns(
     entropy = np.clip(np.digitize(teacher_entropy, ENTROPIES) - 1, 0, None)
     inner = [f"{a:g}–{b:g}" for a, b in pairwise(ENTROPIES[1:])]
     entropies = (f"under {ENTROPIES[1]:g}", *inner, f"{ENTROPIES[-1]:g} and more")
-    return (
-        _breakdown("token_frequency", frequency, frequency_labels, forward_kl),
-        _breakdown("position", position, tuple(places), forward_kl),
-        _breakdown("teacher_entropy", entropy, entropies, forward_kl),
-    )
+    found: list[Breakdown] = []
+    by_kind = {
+        "token_frequency": (frequency, frequency_labels),
+        "position": (position, tuple(places)),
+        "teacher_entropy": (entropy, entropies),
+    }
+    for by, (bins, labels) in by_kind.items():
+        counts, means = np.bincount(bins, minlength=len(labels)).tolist(), {}
+        for name, values in forward_kl.items():
+            sums = np.bincount(bins, weights=values, minlength=len(labels)).tolist()
+            means[name] = tuple(s / n if n else None for s, n in zip(sums, counts, strict=True))
+        about: dict[str, Any] = {"by": by, "labels": labels, "num_tokens": tuple(counts)}
+        found.append(Breakdown(**about, forward_kl_nats=means))
+    return tuple(found)
 
 
 def _by_frequency(tokens: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -244,15 +259,6 @@ def _by_frequency(tokens: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
         least, most = int(often[bins == b].min()), int(often[bins == b].max())
         labels.append(f"{least:,}×" if least == most else f"{least:,}–{most:,}×")
     return bins[np.searchsorted(often, counts[tokens])], tuple(labels)
-
-
-def _breakdown(by, bins: np.ndarray, labels: tuple[str, ...], forward_kl: Mapping[str, np.ndarray]) -> Breakdown:
-    counts = np.bincount(bins, minlength=len(labels)).tolist()
-    means = {}
-    for name, values in forward_kl.items():
-        sums = np.bincount(bins, weights=values, minlength=len(labels)).tolist()
-        means[name] = tuple(s / n if n else None for s, n in zip(sums, counts, strict=True))
-    return Breakdown(by=by, labels=labels, num_tokens=tuple(counts), forward_kl_nats=means)
 
 
 def worst_passages(

@@ -1,6 +1,7 @@
 """The plan of an evaluation: every "auto" resolved, everything checked that headers tell. Writes nothing."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from stillroom.config import BATCH_TOKENS, LOGITS_BYTES, format_setting, is_local, replace
+from stillroom.data.config import DataConfig
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.errors import ConfigError, MismatchError, MissingError
-from stillroom.evaluate.config import EvaluateConfig, ModelConfig
+from stillroom.evaluate.config import AnyTask, EvaluateConfig, HarnessTask, ModelConfig, expand
 from stillroom.evaluate.estimate import costs, read_headers
-from stillroom.evaluate.tasks.benchmarks import Benchmark, LocalBenchmark, open_benchmark
-from stillroom.evaluate.tasks.config import expand
+from stillroom.evaluate.tasks.harness import HarnessBenchmark
+from stillroom.evaluate.tasks.local import LocalBenchmark
 from stillroom.models import loading
 from stillroom.runs import check_outside, redact
 from stillroom.tokenizers import (
@@ -25,15 +27,10 @@ from stillroom.tokenizers import (
     template_fingerprint,
     template_of,
 )
-from stillroom.verbs import (
-    VerbPlan,
-    check_row,
-    check_vocabulary,
-    costs_on,
-    files_of,
-    has_bfloat16,
-    no_template,
-)
+from stillroom.verbs import VerbPlan, check_row, check_vocabulary, costs_on, files_of, has_bfloat16, no_template
+
+Benchmark = LocalBenchmark | HarnessBenchmark
+"""A task that is put to every model."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class LocalModel:
     name: str
     config: ModelConfig
     fingerprint: str
-    """Of the model."""
+    """The fingerprint of the model."""
     tokenizer: PreTrainedTokenizerBase
     template: str | None
     """The chat template that rows go through, where they do."""
@@ -61,7 +58,7 @@ class EvaluatePlan(VerbPlan[EvaluateConfig]):
     """The models behind an address, each with its tokenizer where that is known."""
     benchmarks: tuple[Benchmark, ...]
     runs: dict[str, str]
-    """By model: the folder of the run that made it, where it is known."""
+    """The folder by model of the run that made it, where it is known."""
     batch_tokens: int
     """Tokens that go through a model at once."""
     logits_bytes: int
@@ -124,12 +121,26 @@ def make_plan(config: EvaluateConfig) -> EvaluatePlan:
             models that are to be compared differ.
         ConfigError: settings contradict what the headers say.
     """
-    given, (config, batch_tokens, logits_bytes) = config, _resolve(config)
-    _check_outside(config)
-    readers = _readers(config, given)
+    device = loading.resolve_device(config.device, "device")
+    length = 2 if config.data is None else config.data.length
+    shown_length = None if config.data is None else format_setting(config, "data.length")
+    batch_tokens = max(length, BATCH_TOKENS) if config.batch_tokens == "auto" else config.batch_tokens
+    check_row("batch_tokens", batch_tokens, length, shown_length or length)
+    logits_bytes = LOGITS_BYTES if config.logits_bytes == "auto" else config.logits_bytes
+    dtype = "bfloat16" if has_bfloat16(device) else "float32"
+    values: dict[str, Any] = {"device": device, "batch_tokens": batch_tokens, "logits_bytes": logits_bytes}
+    values |= {f"models.{name}.dtype": dtype for name, model in config.models.items() if model.dtype == "auto"}
+    config = replace(config, values)
+    read = {"data.path": None if config.data is None else config.data.path}
+    for name, model in config.models.items():
+        if model.url is None:
+            read[f"models.{name}"] = model.model
+        read |= {f"models.{name}.tokenizer": model.tokenizer, f"models.{name}.run": model.run}
+    check_outside(config.out, read)
+    readers = _local_models(config.models, config.teacher, config.data, shown_length)
     if config.data is not None and is_local(config.data.path):
         open_source(config.data)  # which says where it is not there
-    benchmarks = _benchmarks(config)
+    benchmarks = _benchmarks(config.tasks, config.out)
     served = {
         name: None if model.tokenizer is None else _tokenizer(name, model)
         for name, model in config.models.items()
@@ -139,82 +150,64 @@ def make_plan(config: EvaluateConfig) -> EvaluatePlan:
     return EvaluatePlan(config, readers, served, benchmarks, runs, batch_tokens, logits_bytes)
 
 
-def _resolve(config: EvaluateConfig) -> tuple[EvaluateConfig, int, int]:
-    """Returns the settings with every "auto" resolved, and the budgets: tokens of a batch, and bytes of logits."""
-    device = loading.resolve_device(config.device, "device")
-    dtype = "bfloat16" if has_bfloat16(device) else "float32"
-    length = 2 if config.data is None else config.data.length
-    batch_tokens = max(length, BATCH_TOKENS) if config.batch_tokens == "auto" else config.batch_tokens
-    check_row(
-        "batch_tokens", batch_tokens, length, length if config.data is None else format_setting(config, "data.length")
-    )
-    logits_bytes = LOGITS_BYTES if config.logits_bytes == "auto" else config.logits_bytes
-    values: dict[str, Any] = {"device": device, "batch_tokens": batch_tokens, "logits_bytes": logits_bytes}
-    for name, model in config.models.items():
-        if model.dtype == "auto":
-            values[f"models.{name}.dtype"] = dtype
-    return replace(config, values), batch_tokens, logits_bytes
+def open_benchmark(task: AnyTask) -> Benchmark:
+    """Reads all that a task needs and asks no model.
+
+    Raises:
+        ConfigError: the description cannot be meant; lm-eval knows no such task.
+        DataError: an item cannot be asked, with file, line and column.
+        MissingError: a file is not there, or lm-eval is not installed.
+    """
+    return HarnessBenchmark.open(task) if isinstance(task, HarnessTask) else LocalBenchmark.open(task)
 
 
-def _check_outside(config: EvaluateConfig) -> None:
-    """Nothing that is read lies in the folder that is written, where --overwrite would delete it."""
-    paths = {"data.path": None if config.data is None else config.data.path}
-    for name, model in config.models.items():
-        if model.url is None:
-            paths[f"models.{name}"] = model.model
-        paths |= {f"models.{name}.tokenizer": model.tokenizer, f"models.{name}.run": model.run}
-    check_outside(config.out, paths)
-
-
-def _benchmarks(config: EvaluateConfig) -> tuple[Benchmark, ...]:
+def _benchmarks(tasks: Sequence[AnyTask], out: str) -> tuple[Benchmark, ...]:
     """The tasks, opened: each under a name of its own, and none of whose files lies where the results go."""
-    found: dict[str, tuple[Benchmark, Any]] = {}
-
-    def in_short(task: Any) -> str:
-        return ", ".join(
-            f"{key}={value}" for key, value in task.model_dump(exclude_none=True, exclude={"kind"}).items()
-        )
-
-    for task in expand(config.tasks):
-        one = open_benchmark(task)
+    found: dict[str, tuple[Benchmark, str]] = {}
+    for task in expand(tasks):
+        one, given = open_benchmark(task), task.model_dump(exclude_none=True, exclude={"kind"})
+        in_short = ", ".join(f"{key}={value}" for key, value in given.items())
         if one.name in found:
             raise ConfigError(
                 f"two tasks are called {one.name}",
-                {"first": in_short(found[one.name][1]), "second": in_short(task)},
+                {"first": found[one.name][1], "second": in_short},
                 why="Results and items are kept by name, so those of one would take the place of the other's.",
                 fix="Give one a name of its own: {kind: …, name: …, …}.",
             )
-        check_outside(config.out, {f"{one.name}: {Path(file).name}": file for file in one.files})
-        found[one.name] = one, task
+        check_outside(out, {f"{one.name}: {Path(file).name}": file for file in one.files})
+        found[one.name] = one, in_short
     return tuple(one for one, _ in found.values())
 
 
-def _readers(config: EvaluateConfig, given: EvaluateConfig) -> tuple[LocalModel, ...]:
-    here = {name: model for name, model in config.models.items() if model.url is None}
-    first = config.teacher if config.teacher in here else next(iter(here), None)
-    if first is None:
+def _local_models(
+    models: Mapping[str, ModelConfig], teacher: str | None, data: DataConfig | None, shown_length: object
+) -> tuple[LocalModel, ...]:
+    """The models that run in this process, the teacher first."""
+    here = {name: model for name, model in models.items() if model.url is None}
+    if not here:
         return ()
+    first = teacher if teacher in here else next(iter(here))
     here = {first: here[first], **here}
     configs = {
         name: loading.read_config(model.model, revision=model.revision, trust_remote_code=model.trust_remote_code)
         for name, model in here.items()
     }
     tokenizers = {name: _tokenizer(name, model) for name, model in here.items()}
-    unlike = {name: _unlike(first, name, tokenizers) for name in here}
     widths = {name: found.get_text_config().vocab_size for name, found in configs.items()}
+    unlike: dict[str, str | None] = dict.fromkeys(here)
     for name, model in here.items():
-        check_vocabulary(
-            tokenizers[name],
-            configs[name],
-            name,
-            tokenizer_name=model.tokenizer or f"its own, by default ({model.model})",
-            fix=f"Set models.{name}.tokenizer to the one that the model was trained with.",
-        )
-        if config.data is not None:
-            loading.check_length(config.data.length, configs[name], name, format_setting(given, "data.length"))
+        try:
+            compare(tokenizers[first], tokenizers[name], (first, name))
+        except MismatchError as error:
+            unlike[name] = f"its tokenizer is not that of {first}: {error.why}"
+        own = model.tokenizer or f"its own, by default ({model.model})"
+        fix = f"Set models.{name}.tokenizer to the one that the model was trained with."
+        check_vocabulary(tokenizers[name], configs[name], name, tokenizer_name=own, fix=fix)
+        if data is not None:
+            loading.check_length(data.length, configs[name], name, shown_length)
     compared = {widths[name] for name in here if unlike[name] is None}
     common = compared.pop() if len(compared) == 1 else required_vocab_size(tokenizers[first])
-    templates = _templates(config, tokenizers, unlike)
+    templates = _templates(data, tokenizers, unlike)
     return tuple(
         LocalModel(
             name,
@@ -242,38 +235,28 @@ def _tokenizer(name: str, model: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _unlike(first: str, name: str, tokenizers: dict[str, PreTrainedTokenizerBase]) -> str | None:
-    """Why a model's tokens cannot be compared with those of the first, which is the teacher where there is one."""
-    try:
-        compare(tokenizers[first], tokenizers[name], (first, name))
-    except MismatchError as error:
-        return f"its tokenizer is not that of {first}: {error.why}"
-    return None
-
-
 def _templates(
-    config: EvaluateConfig, tokenizers: dict[str, PreTrainedTokenizerBase], unlike: dict[str, str | None]
+    data: DataConfig | None, tokenizers: Mapping[str, PreTrainedTokenizerBase], unlike: Mapping[str, str | None]
 ) -> dict[str, str | None]:
     """Returns each model's chat template, which is the same for all that are compared token by token."""
-    if config.data is None or not needs_template(config.data):
+    if data is None or not needs_template(data):
         return dict.fromkeys(tokenizers)
     own = {name: template_of(tokenizer) for name, tokenizer in tokenizers.items()}
     together = {name: template for name, template in own.items() if unlike[name] is None and template is not None}
     first = next(iter(together), None)
-    if config.data.template == "auto":  # pyright: ignore[reportAttributeAccessIssue]
-        for name, template in together.items():
-            if first is not None and template != together[first]:
-                raise MismatchError(
-                    f"{first} and {name} have different chat templates",
-                    {first: template_fingerprint(together[first])[:16], name: template_fingerprint(template)[:16]},
-                    why="The same conversation would become other tokens for each, so they are not compared on one.",
-                    fix="Set data.template=teacher to take the teacher's for all.",
-                )
+    for name, template in together.items():
+        if data.template == "auto" and first is not None and template != together[first]:  # pyright: ignore[reportAttributeAccessIssue]
+            raise MismatchError(
+                f"{first} and {name} have different chat templates",
+                {first: template_fingerprint(together[first])[:16], name: template_fingerprint(template)[:16]},
+                why="The same conversation would become other tokens for each, so they are not compared on one.",
+                fix="Set data.template=teacher to take the teacher's for all.",
+            )
     shared = None if first is None else together[first]
     found = {name: shared if unlike[name] is None else own[name] for name in own}
     for name, template in found.items():
         if template is None:
-            values = {"tokenizer": tokenizers[name].name_or_path, "data.format": config.data.format}
+            values = {"tokenizer": tokenizers[name].name_or_path, "data.format": data.format}
             raise no_template(values, of=f"the tokenizer of {name}")
     return found
 

@@ -1,28 +1,26 @@
-"""Results: everything that an evaluation found, as results.json holds it. The report is made of this file alone."""
+"""Results: everything that an evaluation found, as results.json and the files of items hold it. The report is made of
+them alone."""
 
-from typing import Literal
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+import numpy as np
+from pydantic import Field, ValidationError
 
-Role = Literal["teacher", "distilled", "baseline", "other"]
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Number(_Part):
-    """A measured number with what is known of its error."""
-
-    value: float
-    error: float | None = None
-    """Its standard error."""
-    low: float | None = None
-    """The 95 % interval."""
-    high: float | None = None
+from stillroom.errors import DataError, MissingError
+from stillroom.evaluate.config import Role
+from stillroom.runs import writing
+from stillroom.statistics import Difference, Number, Record, difference, mean
 
 
-class ModelFacts(_Part):
+class ModelFacts(Record):
     """A model that was evaluated."""
 
     name: str
@@ -41,7 +39,7 @@ class ModelFacts(_Part):
     peak_memory_bytes: int | None = None
 
 
-class Text(_Part):
+class Text(Record):
     """The held-out text."""
 
     name: str
@@ -53,26 +51,7 @@ class Text(_Part):
     """UTF-8 bytes of them; None where the tokenizer drops some of the text."""
 
 
-class Difference(_Part):
-    """Two models on the same items."""
-
-    what: str
-    """The metric, or task and metric."""
-    a: str
-    b: str
-    value: float
-    """a less b."""
-    low: float
-    high: float
-    """The 95 % interval by paired bootstrap."""
-    num_items: int
-    p_value: float | None = None
-    """McNemar's, for scores of 0 and 1."""
-    sentence: str
-    """The difference in words; no winner is named where the interval spans zero."""
-
-
-class TaskResult(_Part):
+class TaskResult(Record):
     """One benchmark."""
 
     name: str
@@ -97,7 +76,7 @@ class TaskResult(_Part):
     """The reason why it was not run for the models that have no scores."""
 
 
-class Breakdown(_Part):
+class Breakdown(Record):
     """The mean KL of a model to the teacher in bins of tokens."""
 
     by: Literal["token_frequency", "position", "teacher_entropy"]
@@ -108,7 +87,7 @@ class Breakdown(_Part):
     """The mean of each bin by model; None where a bin is empty."""
 
 
-class Passage(_Part):
+class Passage(Record):
     """A passage of the text in which a model is far from the teacher."""
 
     document: str
@@ -120,7 +99,7 @@ class Passage(_Part):
     """The KL of the prediction of each token."""
 
 
-class Results(_Part):
+class Results(Record):
     """Everything that the report shows."""
 
     format: Literal[1] = 1
@@ -145,3 +124,169 @@ class Results(_Part):
     """The command that repeats the evaluation."""
     versions: dict[str, str] = Field(default_factory=dict)
     machine: dict[str, str | int] = Field(default_factory=dict)
+
+
+# --- items -----------------------------------------------------------------------------------------------------------
+
+FOLDER = "items"
+LOG_LIKELIHOOD = "log_likelihood_nats"
+
+
+class ModelAnswer(Record):
+    """The answer of a model to an item."""
+
+    prediction: str
+    scores: tuple[float, ...] = ()
+    """The log-likelihood of each option, in nats; none where the model wrote."""
+    correct: float
+    """The score by the metric that is shown first: 1 or 0, or another number."""
+    num_cut: int = 0
+    """Tokens of the question that were too far back for the model to read."""
+
+
+class Item(Record):
+    """An item of a task."""
+
+    id: str
+    group: str | None = None
+    question: str
+    """The question without instruction and examples."""
+    options: tuple[str, ...] = ()
+    gold: str
+    models: dict[str, ModelAnswer] = Field(default_factory=dict)
+    """The answers by the model's name."""
+
+
+def write_text(path: Path, texts: Iterable[str]) -> None:
+    """Writes texts under a temporary name, syncs the file and renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path), temporary.open("w", encoding="utf-8") as file:
+        file.writelines(texts)
+        file.flush()
+        os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+def write_items(path: Path, items: Iterable[Item]) -> None:
+    """Writes a line of JSON for each item."""
+    write_text(path, (json.dumps(item.model_dump(), ensure_ascii=False) + "\n" for item in items))
+
+
+def read_items(path: Path) -> Iterator[Item]:
+    """The items in a file, streamed.
+
+    Raises:
+        MissingError: it is not there.
+        DataError: a line is not an item.
+    """
+    if not path.is_file():
+        raise MissingError(
+            f"the items {path} are not there",
+            why="They tell what each model said of each item.",
+            fix="Check the path; `stillroom evaluate` writes them into OUT/items.",
+        )
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield Item.model_validate_json(line)
+            except ValidationError as error:
+                raise DataError(
+                    f"{path} line {number} is not an item",
+                    {"problem": " ".join(error.errors()[0]["msg"].split())[:200]},
+                    why="Every line is the result of one item.",
+                    fix="Evaluate again, or restore the file.",
+                ) from None
+
+
+class Change(NamedTuple):
+    """An item that one model has right and the other wrong."""
+
+    item: Item
+    kind: Literal["gained", "lost"]
+    """Whether b has right what a had wrong, or the other way about."""
+    a: ModelAnswer
+    b: ModelAnswer
+
+
+def changes(path: Path, a: str, b: str) -> Iterator[Change]:
+    """The items that changed from model ``a`` to model ``b``, in the order of the file.
+
+    Raises:
+        MissingError: the file is not there, or tells nothing of one of the models.
+        DataError: a line of it is not an item.
+    """
+    for item in read_items(path):
+        for name in (a, b):
+            if name not in item.models:
+                raise MissingError(
+                    f"{path} tells nothing of {name}",
+                    {"item": item.id, "models": ", ".join(item.models)},
+                    why="Only models that answered the same items can be compared.",
+                    fix="Name two of these models, or evaluate again with both.",
+                )
+        one, other = item.models[a], item.models[b]
+        if one.correct != other.correct:
+            yield Change(item, "gained" if other.correct > one.correct else "lost", one, other)
+
+
+def as_text(change: Change, a: str, b: str) -> str:
+    """A change in a few lines, for a terminal."""
+    question = " ".join(change.item.question.split())
+    lines = [
+        f"{'+' if change.kind == 'gained' else '-'} {change.item.id}: {question[-160:]}",
+        f"    right: {change.item.gold}",
+    ]
+    return "\n".join([*lines, *(f"    {name}: {one.prediction}" for name, one in ((a, change.a), (b, change.b)))])
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+Values = Mapping[str, Sequence[float]]
+"""The score of each item, by metric."""
+
+
+def scores(values: Values, groups: Sequence[str | None], metric: str) -> dict[str, Number]:
+    """The mean of each metric, and of ``metric`` in each group as "METRIC GROUP".
+
+    Log-likelihoods are given as a perplexity too: exp(−mean), where that is a number that a computer can hold.
+    """
+    found = {name: mean(one) for name, one in values.items()}
+    if LOG_LIKELIHOOD in found:
+        mean_nats = found[LOG_LIKELIHOOD]
+        ends = (mean_nats.high, mean_nats.low)
+        if all(x is None or -x <= math.log(sys.float_info.max) for x in (mean_nats.value, *ends)):
+            value = math.exp(-mean_nats.value)
+            low, high = (None if x is None else math.exp(-x) for x in ends)
+            error = None if mean_nats.error is None else value * mean_nats.error
+            found["perplexity"] = Number(value=value, error=error, low=low, high=high)
+    main = np.asarray(values[metric])
+    for group in dict.fromkeys(groups):
+        if group is not None:
+            found[f"{metric} {group}"] = mean(main[[other == group for other in groups]])
+    return found
+
+
+def normalize(raw: Number, chance: float, *, clip: bool = False) -> Number:
+    """(raw − chance) / (1 − chance): 0 at chance and 1 at perfect.
+
+    Args:
+        clip: whether a score below chance counts as chance.
+    """
+
+    def scaled(value: float | None) -> float | None:
+        if value is None:
+            return None
+        return max((value - chance) / (1 - chance), 0.0) if clip else (value - chance) / (1 - chance)
+
+    error = None if raw.error is None else raw.error / (1 - chance)
+    return Number(value=scaled(raw.value) or 0.0, error=error, low=scaled(raw.low), high=scaled(raw.high))
+
+
+def differences(
+    task: str, metric: str, by_model: Mapping[str, Sequence[float]], seed: int, *, higher_is_better: bool = True
+) -> tuple[Difference, ...]:
+    """Every two models compared on the same items: shares of 1 in points, other scores in the units of the metric."""
+    unit = "points" if all(0 <= value <= 1 for values in by_model.values() for value in values) else metric
+    compare = partial(difference, f"{task} {metric}", seed=seed, higher_is_better=higher_is_better, unit=unit)
+    return tuple(compare(a, b, by_model[a], by_model[b]) for a, b in combinations(by_model, 2))

@@ -5,26 +5,29 @@ import json
 import platform
 import shlex
 import shutil
+import traceback
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from os import cpu_count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from stillroom.config import is_local
-from stillroom.errors import MissingError
+from stillroom.errors import MissingError, StillroomError
 from stillroom.estimates.headers import numbers_of
-from stillroom.evaluate.config import EvaluateConfig, ModelConfig
-from stillroom.evaluate.held_out import HeldOutEval, summarize
-from stillroom.evaluate.plan import EvaluatePlan, LocalModel, make_plan
-from stillroom.evaluate.report import sentences, unit_of, write_report
-from stillroom.evaluate.results import ModelFacts, Results, Role
+from stillroom.evaluate.config import EvaluateConfig, ModelConfig, Role
+from stillroom.evaluate.held_out import HeldOutEval
+from stillroom.evaluate.plan import Benchmark, EvaluatePlan, LocalModel, make_plan
+from stillroom.evaluate.report.content import sentences
+from stillroom.evaluate.report.page import write_report
+from stillroom.evaluate.report.tables import unit_of
+from stillroom.evaluate.results import FOLDER, ModelFacts, Results, TaskResult
 from stillroom.evaluate.scoring import Limits, Speed
-from stillroom.evaluate.tasks.benchmarks import FAILURES, ask, results
-from stillroom.evaluate.tasks.items import FOLDER
+from stillroom.evaluate.tasks.harness import in_words
 from stillroom.evaluate.tasks.lm import EvalModel
 from stillroom.models import loading
 from stillroom.models.folder import check_folder
@@ -34,6 +37,8 @@ from stillroom.runs import RunFolder, check_place, redact, versions, write_json
 from stillroom.tokenizers import fingerprint
 from stillroom.verbs import Report, recorded
 
+FAILURES = "failures"
+"""The folder of the tracebacks of errors that nobody foresaw."""
 FREE_TO_CHANGE = ("out", "device", "batch_tokens", "logits_bytes")
 """Settings that change no score, but for rounding."""
 
@@ -67,7 +72,7 @@ def run(
         for old in (FOLDER, FAILURES):  # of an evaluation that is made again
             shutil.rmtree(folder.path / old, ignore_errors=True)
         with recorded(folder):
-            found = _evaluate(plan, _command(given), folder.path, report)
+            found = _evaluate(plan, _command(given.model_dump(mode="json", exclude_unset=True)), folder.path, report)
             write_json(folder.path / "results.json", found.model_dump(mode="json"))
             reports = _write_report(found, folder.path, report)
         failed = {task.name: task.failed for task in found.tasks if task.failed}
@@ -78,7 +83,7 @@ def run(
 def _write_report(found: Results, out: Path, report: Report) -> list[str]:  # kept: has a test of its own
     """Writes the reports that can be made here; returns their paths."""
     try:
-        return [str(path) for path in write_report(found, out, {name: Path(run) for name, run in found.runs.items()})]
+        return [str(path) for path in write_report(found, out)]
     except MissingError as error:
         report("note", {"text": f"there is no report.html: {error.what}. {error.fix}"})
         return [str(out / "report.md")]
@@ -105,25 +110,16 @@ def _evaluate(plan: EvaluatePlan, command: str, out: Path, report: Report) -> Re
         lm = EvalModel(name, None, tokenizer, config.models[name].url, config.models[name].model)
         for benchmark in plan.benchmarks:
             answers[benchmark.name][name] = ask(benchmark, lm, out, report)
-    summary: dict[str, Any] = {}
-    if evaluation is not None and data is not None:
+    summary, speeds = {}, {}
+    if evaluation is not None:
+        speeds = {one.model.name: one.speed for one in evaluation.outputs}
         not_compared = {local.name: plan.not_beside_teacher(local) for local in plan.local_models}
-        found = summarize(
-            evaluation.outputs,
-            [*config.models],
-            not_compared,
-            path=data.path,
-            cuts=config.cuts,
-            teacher=config.teacher,
-            baseline=config.baseline,
-            seed=config.seed,
-        )
-        summary = dict(vars(found))
-    speeds = summary.pop("speeds", {})
+        about: dict[str, Any] = {"baseline": config.baseline, "cuts": config.cuts, "seed": config.seed}
+        summary = evaluation.summary([*config.models], not_compared, **about)
     tasks = []
     for benchmark in plan.benchmarks:
         by_model = {name: answers[benchmark.name][name] for name in config.models}
-        tasks += results(benchmark, by_model, out, config.seed)
+        tasks += task_results(benchmark, by_model, out, config.seed)
     here = {local.name: local for local in plan.local_models}
     return Results(
         models=tuple(
@@ -145,6 +141,49 @@ def _evaluate(plan: EvaluatePlan, command: str, out: Path, report: Report) -> Re
     )
 
 
+class Failure(NamedTuple):
+    """The reason why a model has no replies."""
+
+    reason: str
+
+
+def ask(benchmark: Benchmark, model: EvalModel, out: Path, report: Report = lambda *_: None) -> Any | Failure:
+    """The replies of a model to a benchmark, or why it has none: whatever goes wrong, the others are still asked.
+
+    An error that nobody foresaw leaves its traceback in ``out``/failures/NAME-MODEL.txt.
+    """
+    try:
+        return benchmark.ask(model, report)
+    except StillroomError as error:
+        return Failure(f"{error.what}. {error.why}")
+    except torch.OutOfMemoryError as error:
+        reason = f"the device has too little memory for it ({str(error).split('. ')[0][:160]})"
+    except Exception as error:
+        path = out / FAILURES / f"{benchmark.name}-{model.name}.txt"
+        reason = f"{in_words(error)} (traceback in {path})"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(traceback.format_exc())
+    gc.collect()
+    report("note", {"text": f"{benchmark.name}: {model.name} failed: {reason}"})
+    return Failure(reason)
+
+
+def task_results(
+    benchmark: Benchmark, answers: Mapping[str, Any | Failure], out: Path, seed: int
+) -> Sequence[TaskResult]:
+    """The results of a benchmark, and the file of its items in ``out``/items.
+
+    Args:
+        answers: the result of ``ask`` by model. ``failed`` of the results says which are failures.
+        seed: the seed of the bootstrap.
+    """
+    replies = {name: answer for name, answer in answers.items() if not isinstance(answer, Failure)}
+    failures = {name: answer.reason for name, answer in answers.items() if isinstance(answer, Failure)}
+    alike = not replies and len(set(failures.values())) == 1
+    named = [reason if alike else f"{name}: {reason}" for name, reason in failures.items()]
+    return benchmark.results(replies, "; ".join(dict.fromkeys(named)) or None, out, seed)
+
+
 def _load(local: LocalModel, device: str, *, pack: bool) -> PreTrainedModel:
     model = loading.load_model(
         local.config.model,
@@ -161,32 +200,31 @@ def _load(local: LocalModel, device: str, *, pack: bool) -> PreTrainedModel:
 def _model_facts(
     name: str, role: Role, model: ModelConfig, local: LocalModel | None, speed: Speed | None
 ) -> ModelFacts:
+    """The facts of a model: its parameters, tied ones counted once, and the bytes of its weight files, from their
+    headers alone. A model of the hub must have been loaded before."""
     if local is None:
         facts: dict[str, Any] = {"model": str(redact(f"{model.model} at {model.url}")), "tokenizer": None}
         facts |= {"fingerprint": f"served as {model.model}", "num_parameters": None, "size_bytes": None}
+        return ModelFacts(name=name, role=role, **facts)
+    if is_local(model.model):
+        folder = Path(model.model).expanduser()
     else:
-        facts = {"model": model.model, "fingerprint": local.fingerprint, "tokenizer": fingerprint(local.tokenizer)}
-        facts |= _sizes(model.model, model.revision) | ({} if speed is None else speed._asdict())
-    return ModelFacts(name=name, role=role, **facts)
-
-
-def _sizes(name: str, revision: str | None) -> dict[str, int]:
-    """The parameters, tied ones counted once, and the bytes of a model's weight files, from their headers alone.
-
-    A model of the hub must have been loaded before.
-    """
-    if is_local(name):
-        folder = Path(name).expanduser()
-    else:
-        folder = Path(str(cached_file(name, "config.json", revision=revision, local_files_only=True))).parent
+        config = cached_file(model.model, "config.json", revision=model.revision, local_files_only=True)
+        folder = Path(str(config)).parent
     weights = [path for path in check_folder(folder) if path.suffix == ".safetensors"]
-    return {
-        "num_parameters": sum(sum(numbers_of(path).values()) for path in weights),
-        "size_bytes": sum(path.stat().st_size for path in weights),
-    }
+    return ModelFacts(
+        name=name,
+        role=role,
+        model=model.model,
+        fingerprint=local.fingerprint,
+        tokenizer=fingerprint(local.tokenizer),
+        num_parameters=sum(sum(numbers_of(path).values()) for path in weights),
+        size_bytes=sum(path.stat().st_size for path in weights),
+        **({} if speed is None else speed._asdict()),
+    )
 
 
-def _command(given: EvaluateConfig) -> str:
+def _command(settings: dict[str, Any]) -> str:
     """The command line that repeats an evaluation with the settings that were given."""
 
     def words(value: Any, key: str) -> list[str]:
@@ -198,8 +236,7 @@ def _command(given: EvaluateConfig) -> str:
                 text = value
         return [shlex.quote(f"{key}={text}")]
 
-    values = redact(given.model_dump(mode="json", exclude_unset=True))
-    return " ".join(["stillroom evaluate", *words(values, "")])
+    return " ".join(["stillroom evaluate", *words(redact(settings), "")])
 
 
 def _facts(results: Results) -> dict[str, Any]:

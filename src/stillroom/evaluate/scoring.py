@@ -151,7 +151,21 @@ def score(
             for key, row in zip(keys, rows.cpu().float().numpy(), strict=True):
                 scores[key][places] = row
                 if not np.isfinite(row).all():
-                    raise _not_finite(name, key, predicted, int(places[np.flatnonzero(~np.isfinite(row))[0]]))
+                    place = int(places[np.flatnonzero(~np.isfinite(row))[0]])
+                    document, token = (
+                        predicted.documents.name(int(predicted.document[place])),
+                        predicted.position[place],
+                    )
+                    raise NonFiniteError(
+                        f"what {name} says is not finite",
+                        {
+                            key.replace("_", " "): "not a number, or infinite",
+                            "at": f"{document}, token {token} (from 0)",
+                        },
+                        why="It, or the teacher beside it, gives no distribution, so no score would mean anything.",
+                        fix=f"Check its weights. Where they are good, models.{name}.dtype=float32 or another "
+                        f"models.{name}.attention may mend it.",
+                    )
         report(len(places))
     return scores
 
@@ -203,20 +217,6 @@ def enough_memory(limits: Limits) -> Iterator[None]:
         ) from error
 
 
-def _not_finite(name: str, key: str, predicted: Predicted, place: int) -> NonFiniteError:
-    document = int(predicted.document[place])
-    return NonFiniteError(
-        f"what {name} says is not finite",
-        {
-            key.replace("_", " "): "not a number, or infinite",
-            "at": f"{predicted.documents.name(document)}, token {int(predicted.position[place])} (from 0)",
-        },
-        why="It, or the teacher beside it, says something that is no distribution, so no score would mean anything.",
-        fix=f"Check its weights. Where they are good, models.{name}.dtype=float32 or another models.{name}.attention "
-        "may mend it.",
-    )
-
-
 # --- speed -----------------------------------------------------------------------------------------------------------
 
 
@@ -237,50 +237,37 @@ def measure_speed(model: PreTrainedModel, text: Iterator[Batch], limits: Limits,
 
     first = next(text)
     cross_entropies(first, Buffers())
-    memory = _CudaMemory(limits.device) if limits.device.startswith("cuda") else _ProcessMemory()
+    growth = _memory_growth(limits.device)
     num_tokens, start, buffers = 0, time.perf_counter(), Buffers()
     for batch in chain([first], text):
         cross_entropies(batch, buffers)
-        memory.wait()
+        if limits.device.startswith("cuda"):
+            torch.cuda.synchronize(limits.device)
         num_tokens += int((batch.documents >= 0).sum())
         if time.perf_counter() - start > MOST_S:
             break
     seconds = time.perf_counter() - start
     weights = sum(t.nbytes for t in {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}.values())
-    grown = memory.grown()
+    grown = growth()
     return Speed(num_tokens / seconds, None if grown is None else weights + grown)
 
 
-class _CudaMemory:
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.wait()
+def _memory_growth(device: str) -> Callable[[], int | None]:
+    """Gives the most memory that was held from now on besides what is held now, in bytes: of a CUDA device, or of the
+    process, whose high-water mark only Linux lets be set back."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        self.before = torch.cuda.memory_allocated(device)
-
-    def wait(self) -> None:
-        torch.cuda.synchronize(self.device)
-
-    def grown(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device) - self.before
-
-
-class _ProcessMemory:
-    """The memory of the process; only Linux lets its high-water mark be set back."""
-
-    def __init__(self) -> None:
-        self.before = None
-        with suppress(OSError, AttributeError):  # memory that was freed and not given back would count as held
-            ctypes.CDLL(None).malloc_trim(0)
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-            self.before = _status_bytes("VmRSS")
-
-    def wait(self) -> None:
-        """Nothing is under way on a CPU when a call returns."""
-
-    def grown(self) -> int | None:
-        return None if self.before is None else max(0, _status_bytes("VmHWM") - self.before)
+        held = torch.cuda.memory_allocated(device)
+        return lambda: torch.cuda.max_memory_allocated(device) - held
+    with suppress(OSError, AttributeError):  # memory that was freed and not given back would count as held
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status_bytes("VmRSS")
+    except OSError:
+        return lambda: None
+    return lambda: max(0, _status_bytes("VmHWM") - before)
 
 
 def _status_bytes(key: str) -> int:

@@ -62,7 +62,7 @@ def test_a_conversation_goes_through_the_template_and_is_remembered(chat_tokeniz
     roles = ["system", "user", "assistant", "user", "assistant"]
     assert [message["role"] for message in chat.messages] == roles
     assert chat.messages[-1]["content"] == answer
-    text = chat_tokenizer.decode(chat.tokens("More?", None)[0])
+    text = chat_tokenizer.decode(chat.tokens("More?", None, 1)[0])
     assert "<|im_start|>system\nBe brief.<|im_end|>" in text
     assert text.endswith("<|im_start|>user\nMore?<|im_end|>\n<|im_start|>assistant\n")
 

@@ -3,7 +3,7 @@
 import pytest
 
 from evaluations import build_evaluation
-from stillroom.evaluate.tasks.items import read_items
+from stillroom.evaluate.results import read_items
 
 
 def test_reports_are_made_anew_from_files(here, tmp_path):

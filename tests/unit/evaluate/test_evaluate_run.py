@@ -18,7 +18,7 @@ from stillroom.evaluate import run as evaluation
 from stillroom.evaluate.config import EvaluateConfig
 from stillroom.evaluate.plan import NO_DISTRIBUTION, make_plan
 from stillroom.evaluate.results import Results
-from stillroom.evaluate.tasks.benchmarks import LocalBenchmark
+from stillroom.evaluate.tasks.local import LocalBenchmark
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,9 @@ def test_the_tokenizer_of_a_served_model_is_looked_for_first(tmp_path):
 
 def test_a_text_that_yaml_would_read_otherwise_is_quoted_in_the_command():
     given = load(EvaluateConfig, None, ["models.a={model: m, revision: '1234567'}", "out=x", "tasks=[hellaswag]"])
-    again = load(EvaluateConfig, None, shlex.split(evaluation._command(given))[2:])
+    again = load(
+        EvaluateConfig, None, shlex.split(evaluation._command(given.model_dump(mode="json", exclude_unset=True)))[2:]
+    )
     assert again == given
     assert again.models["a"].revision == "1234567"
 

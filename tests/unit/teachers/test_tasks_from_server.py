@@ -11,7 +11,7 @@ from fake_server import FakeServer, fake_server
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks import run_task
-from stillroom.evaluate.tasks.config import LocalTask
+from stillroom.evaluate.config import LocalTask
 from stillroom.evaluate.tasks.lm import EvalModel, answers, likelihoods, served_model
 
 

@@ -1,15 +1,30 @@
-"""Charts: bars with intervals, curves and dots, drawn by matplotlib, as SVG for the page."""
+"""Charts: bars with intervals, curves and dots, drawn by matplotlib, as SVG in the colors of the page."""
 
+import io
 import math
+import re
 import textwrap
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from xml.etree import ElementTree
 
 from stillroom.errors import require
-from stillroom.evaluate.report import words
-from stillroom.evaluate.report.svg import INK, MUTED, Look, drawing, fill, inline, line
-from stillroom.evaluate.results import Breakdown, Number
-from stillroom.statistics import Z_95
+from stillroom.evaluate.report.tables import (
+    BY,
+    Group,
+    Panel,
+    ends_of,
+    error_text,
+    interval_text,
+    shortened,
+    value_text,
+    visible,
+)
+from stillroom.evaluate.results import Breakdown, ModelFacts, Number, Role
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,30 +39,77 @@ AXES_POINTS = 660
 """The width of the axes of bars, in points, about."""
 
 
-class Group(NamedTuple):
-    """Bars that stand together: one number of each model."""
-
-    title: str
-    note: str
-    """The text below the title."""
-    numbers: Mapping[str, Number]
-
-
-class Curve(NamedTuple):
-    """A curve of one model; ``thin`` is drawn pale behind the others."""
-
-    model: str
-    steps: Sequence[int]
-    values: Sequence[float]
-    thin: Sequence[float] = ()
+SVG, LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
+INK, MUTED, RULE = "#0f0001", "#0f0002", "#0f0003"
+"""Stand-ins in a figure for the page's colors, which depend on whether it is light or dark."""
+FACE = "DejaVu Sans"
+"""The library's own typeface, by which it takes the measure of texts; the page's is hardly ever wider."""
+STYLE = Path(__file__).parent / "charts.mplstyle"
 
 
-class Panel(NamedTuple):
-    """Curves that share an axis, and the level of the teacher where there is one."""
+class Paint(NamedTuple):
+    """The colors of a model. Each is a pair: on a light page and on a dark one."""
 
-    title: str
-    curves: Sequence[Curve]
-    level: float | None = None
+    fill: tuple[str, str]
+    line: tuple[str, str]
+    """The color of edges and curves: at least 3 : 1 against the page."""
+
+
+PAINTS: dict[Role, tuple[Paint, ...]] = {
+    "teacher": (Paint(("#2f9e5b", "#45b873"), ("#1d7a43", "#62d690")),),
+    "distilled": (
+        Paint(("#7a4fd0", "#9b78ec"), ("#6236bd", "#b79cf8")),
+        Paint(("#bda4f2", "#5f3db0"), ("#6236bd", "#b79cf8")),
+        Paint(("#4b2a8f", "#d9c9ff"), ("#4b2a8f", "#d9c9ff")),
+    ),
+    "baseline": (Paint(("#f2c230", "#f2c84b"), ("#8a6700", "#f2c84b")),),
+    "other": (
+        Paint(("#3b8fdd", "#4a9de8"), ("#1f6bb0", "#7dbcf5")),
+        Paint(("#e07a3a", "#e5864a"), ("#a8501a", "#f0a575")),
+        Paint(("#2aa3a8", "#37b3b8"), ("#147277", "#62d0d4")),
+        Paint(("#d763a0", "#de74ac"), ("#a83774", "#f09cc8")),
+        Paint(("#8d959e", "#9aa3ad"), ("#626a73", "#b6bec7")),
+    ),
+}
+"""Teachers are green, distilled models purple, baselines yellow."""
+DASHES = ("", "6 3", "2 2", "8 3 2 3", "1 2", "10 4")
+MARKS = ("o", "s", "^", "D", "v", "P")
+
+
+class Look(NamedTuple):
+    """A model's place in the charts."""
+
+    name: str
+    number: int
+    paint: Paint
+    dash: str
+    """An SVG dash pattern, so that curves are told apart without color."""
+    mark: str
+    """A mark of the plotting library."""
+
+    @property
+    def fill(self) -> str:
+        """The stand-in for the color of its areas."""
+        return f"#0f01{self.number:02x}"
+
+    @property
+    def line(self) -> str:
+        return f"#0f02{self.number:02x}"
+
+    @property
+    def dashes(self) -> Any:
+        """The pattern as the plotting library takes it."""
+        return (0, tuple(float(part) / 2 for part in self.dash.split())) if self.dash else "solid"
+
+
+def looks(models: Sequence[ModelFacts]) -> tuple[Look, ...]:
+    """A look for each model, in their order; the first distilled one has the plain line."""
+    found, used = {}, Counter[Role]()
+    for i, (number, facts) in enumerate(sorted(enumerate(models), key=lambda one: one[1].role != "distilled")):
+        paint = PAINTS[facts.role][used[facts.role] % len(PAINTS[facts.role])]
+        used[facts.role] += 1
+        found[number] = Look(facts.name, number, paint, DASHES[i % len(DASHES)], MARKS[i % len(MARKS)])
+    return tuple(found[number] for number in range(len(models)))
 
 
 def check() -> None:
@@ -55,54 +117,35 @@ def check() -> None:
     require("matplotlib", "report", "the charts of report.html")
 
 
-def _figure(height: float, rows: int, columns: int, **settings: Any) -> tuple["Figure", list["Axes"]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **settings)
-    return figure, list(axes.flat)
-
-
 # --- bars ------------------------------------------------------------------------------------------------------------
 
 
 def bars(groups: Sequence[Group], looks: Sequence[Look], name: str, title: str, axis: str = "per cent") -> str:
     """Grouped bars in per cent, or in what ``axis`` says, with the 95 % interval of each."""
-    looks_by = {look.name: (i, look) for i, look in enumerate(looks)}
-    shown = [look.name for look in looks if any(look.name in group.numbers for group in groups)]
+    shown = [look for look in looks if any(look.name in group.numbers for group in groups)]
     most = max(1, min(MOST_GROUPS, BARS_IN_A_ROW // max(1, len(shown))))
     num_rows = math.ceil(len(groups) / most)
     in_row = math.ceil(len(groups) / num_rows)
     ends = [100 * end for group in groups for number in group.numbers.values() for end in ends_of(number)]
     low, high = min([0.0, *ends]), max([1.0, *ends])
     room = 0.12 * (high - low)
-    hints: dict[str, str] = {}
-    with drawing():
-        figure, axes = _figure(0.5 + 2.5 * num_rows, num_rows, 1)
+    texts, hints = [], {}
+    for group in groups:
+        values = [
+            f"{one.name} {value_text(group.numbers[one.name], '%')}" for one in shown if one.name in group.numbers
+        ]
+        texts.append(f"{group.title}: {', '.join(values)}")
+    with _drawing(0.5 + 2.5 * num_rows, num_rows, 1) as (figure, axes):
         for row, ax in enumerate(axes):
             part = groups[row * in_row : (row + 1) * in_row]
-            slots = max(in_row, LEAST_GROUPS)
-            _bars(ax, part, shown, looks_by, f"bar-{row}", slots, hints)
+            hints |= _bars(ax, part, shown, f"bar-{row}", max(in_row, LEAST_GROUPS))
             ax.set_ylim(low - room if low < 0 else 0, high + room)
             ax.set_ylabel(axis)
             ax.grid(axis="y")
             ax.axhline(0, color=MUTED, linewidth=0.8)
             ax.spines["left"].set_visible(False)
             ax.tick_params(length=0)
-        texts = []
-        for group in groups:
-            numbers = {one: group.numbers[one] for one in shown if one in group.numbers}
-            values = [f"{one} {words.value(number, '%')}" for one, number in numbers.items()]
-            texts.append(f"{group.title}: {', '.join(values)}")
         return inline(figure, name, title, ". ".join(texts), hints)
-
-
-def ends_of(number: Number) -> tuple[float, float]:
-    """The ends of the 95 % interval, or those by the standard error, or the value alone."""
-    if number.low is not None and number.high is not None:
-        return min(number.low, number.value), max(number.high, number.value)
-    half = Z_95 * (number.error or 0.0)
-    return number.value - half, number.value + half
 
 
 class _Label(NamedTuple):
@@ -133,157 +176,177 @@ class _Label(NamedTuple):
         return f"{value:.{self.digits}f}".replace("-", "−")
 
 
-def _bars(
-    ax: "Axes",
-    groups: Sequence[Group],
-    shown: Sequence[str],
-    looks: Mapping[str, tuple[int, Look]],
-    key: str,
-    slots: int,
-    hints: dict[str, str],
-) -> None:
+def _bars(ax: "Axes", groups: Sequence[Group], shown: Sequence[Look], key: str, slots: int) -> dict[str, str]:
+    """Draws the groups of a row; returns the text of each bar by its id."""
+    hints: dict[str, str] = {}
     width = min(0.8 / max(1, len(shown)), 0.26)
     label = _Label.in_bars(0.9 * width * AXES_POINTS / slots, [n for group in groups for n in group.numbers.values()])
     for g, group in enumerate(groups):
-        for i, name in enumerate(shown):
-            if name not in group.numbers:
+        for i, look in enumerate(shown):
+            if (number := group.numbers.get(look.name)) is None:
                 continue
-            number, (color, _) = group.numbers[name], looks[name]
             x, y = g + (i - (len(shown) - 1) / 2) * width, 100 * number.value
-            (bar,) = ax.bar(x, y, 0.9 * width, color=fill(color), edgecolor=line(color), linewidth=1)
+            (bar,) = ax.bar(x, y, 0.9 * width, color=look.fill, edgecolor=look.line, linewidth=1)
             bar.set_gid(f"{key}-{g}-{i}")
-            parts = [words.value(number, "%"), words.error(number, "%")]
-            if interval := words.interval(number, "%"):
+            parts = [value_text(number, "%"), error_text(number, "%")]
+            if interval := interval_text(number, "%"):
                 parts.append(f"(95 % interval {interval})")
-            hints[f"{key}-{g}-{i}"] = f"{group.title}, {name}: {' '.join(filter(None, parts))}"
+            hints[f"{key}-{g}-{i}"] = f"{group.title}, {look.name}: {' '.join(filter(None, parts))}"
             low, high = (100 * end for end in ends_of(number))
             if high > low:
                 at = x + label.whisker * slots / AXES_POINTS
-                ax.errorbar(
-                    at, y, [[y - low], [high - y]], fmt="none", color=INK, ecolor=INK, elinewidth=1, capsize=1.8
-                )
+                ends = [[y - low], [high - y]]
+                ax.errorbar(at, y, ends, fmt="none", color=INK, ecolor=INK, elinewidth=1, capsize=1.8)
             place = (label.x if high > low else 0, 2 if y >= 0 else -2)
-            valign = "bottom" if y >= 0 else "top"
-            ax.annotate(
-                label.text(y), (x, y), place, textcoords="offset points", ha="center", va=valign, fontsize=label.size
-            )
+            about: dict[str, Any] = {"ha": "center", "va": "bottom" if y >= 0 else "top", "fontsize": label.size}
+            ax.annotate(label.text(y), (x, y), place, textcoords="offset points", **about)
     characters = int(118 / slots)
     for g, group in enumerate(groups):
-        for row, text in enumerate(_lines(group, characters)):
-            place = (0, -6 - 10.5 * row)
-            across = ("data", "axes fraction")
-            ax.annotate(text, (g, 0), place, across, "offset points", ha="center", va="top", fontsize=8)
+        row = 0
+        for text in (group.title.replace("_", " "), group.note):  # each in two lines at the most
+            for length in range(2 * characters, characters // 2, -1):
+                lines = textwrap.wrap(shortened(text, length), characters)
+                if len(lines) <= 2:
+                    break
+            else:
+                lines = []
+            for line in lines:
+                place = ((g, 0), (0, -6 - 10.5 * row), ("data", "axes fraction"), "offset points")
+                ax.annotate(line, *place, ha="center", va="top", fontsize=8)
+                row += 1
     ax.set_xticks([])
     spare = (slots - len(groups)) / 2
     ax.set_xlim(-0.5 - spare, len(groups) - 0.5 + spare)
-
-
-def _lines(group: Group, characters: int) -> Iterator[str]:
-    """The title in two lines at the most, and the note."""
-    for text in (group.title.replace("_", " "), group.note):
-        for length in range(2 * characters, characters // 2, -1):
-            lines = textwrap.wrap(words.shortened(text, length), characters)
-            if len(lines) <= 2:
-                yield from lines
-                break
+    return hints
 
 
 # --- curves ----------------------------------------------------------------------------------------------------------
 
 
-def curves(panels: Sequence[Panel], looks: Sequence[Look], name: str, title: str, teacher: int | None) -> str:
+def curves(panels: Sequence[Panel], looks: Sequence[Look], name: str, title: str, teacher: Look | None) -> str:
     """Curves over optimizer steps, side by side."""
     from matplotlib.ticker import MaxNLocator
 
-    looks_by = {look.name: (i, look) for i, look in enumerate(looks)}
-    with drawing():
-        figure, axes = _figure(3.0, 1, len(panels))
+    by_name, texts = {look.name: look for look in looks}, []
+    with _drawing(3.0, 1, len(panels)) as (figure, axes):
         for ax, panel in zip(axes, panels, strict=True):
             for curve in panel.curves:
-                i, look = looks_by[curve.model]
+                look = by_name[curve.model]
                 if curve.thin:
-                    ax.plot(curve.steps, curve.thin, color=line(i), alpha=0.25, linewidth=0.7)
-                style = _dash(look.dash)
+                    ax.plot(curve.steps, curve.thin, color=look.line, alpha=0.25, linewidth=0.7)
                 mark = look.mark if len(curve.steps) <= 24 else None
-                ax.plot(curve.steps, curve.values, color=line(i), linewidth=1.6, linestyle=style, marker=mark, ms=4)
+                ax.plot(curve.steps, curve.values, color=look.line, lw=1.6, ls=look.dashes, marker=mark, ms=4)
             if panel.level is not None and teacher is not None:
-                ax.axhline(panel.level, color=line(teacher), linewidth=1.2, linestyle=(0, (5, 2)))
-                ax.annotate(
-                    f"teacher {panel.level:.3f}",
-                    (1, panel.level),
-                    (0, 3),
-                    xycoords=("axes fraction", "data"),
-                    textcoords="offset points",
-                    ha="right",
-                    color=line(teacher),
-                    fontsize=8,
-                )
-            ax.set_title(panel.title)
-            ax.set_xlabel("optimizer step")
-            ax.set_ylabel("nats a token")
+                ax.axhline(panel.level, color=teacher.line, linewidth=1.2, linestyle=(0, (5, 2)))
+                place = ((1, panel.level), (0, 3), ("axes fraction", "data"), "offset points")
+                ax.annotate(f"teacher {panel.level:.3f}", *place, ha="right", color=teacher.line, fontsize=8)
+            ax.set(title=panel.title, xlabel="optimizer step", ylabel="nats a token")
             ax.grid(axis="y")
             ax.set_xlim(0, 1.02 * max(step for curve in panel.curves for step in curve.steps))
             ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             ax.yaxis.set_major_locator(MaxNLocator(6))
             ax.xaxis.set_major_formatter("{x:,.0f}")
-        texts = []
-        for panel in panels:
             ends = [f"{curve.model} ends at {curve.values[-1]:.3f}" for curve in panel.curves]
             texts.append(f"{panel.title}: {', '.join(ends)}")
-        text = ". ".join(texts)
-        return inline(figure, name, title, text, {})
-
-
-def _dash(pattern: str) -> Any:
-    return (0, tuple(float(part) / 2 for part in pattern.split())) if pattern else "solid"
+        return inline(figure, name, title, ". ".join(texts), {})
 
 
 # --- dots ------------------------------------------------------------------------------------------------------------
 
-BY = {
-    "token_frequency": "by how often the token comes",
-    "position": "by the tokens read before it",
-    "teacher_entropy": "by the teacher's entropy, nats",
-}
-
 
 def dots(breakdowns: Sequence[Breakdown], looks: Sequence[Look], name: str, title: str) -> str:
     """The mean KL of each bin, a row a bin and a mark a model; one panel a breakdown."""
-    hints: dict[str, str] = {}
-    with drawing():
-        height = 1.1 + 0.24 * max(len(one.labels) for one in breakdowns)
-        figure, axes = _figure(height, 1, len(breakdowns))
+    texts, hints = [], {}
+    for one in breakdowns:
+        parts = []
+        for model, values in one.forward_kl_nats.items():
+            known = [(label, x) for label, x in zip(one.labels, values, strict=True) if x is not None]
+            if known:
+                (first, low), (last, high) = known[0], known[-1]
+                parts.append(f"{model} {low:.3f} nats at {first}, {high:.3f} at {last}")
+        texts.append(f"{BY[one.by]}: {'; '.join(parts)}")
+    with _drawing(1.1 + 0.24 * max(len(one.labels) for one in breakdowns), 1, len(breakdowns)) as (figure, axes):
         for b, (ax, one) in enumerate(zip(axes, breakdowns, strict=True)):
-            _dots(ax, one, looks, f"dot-{b}", hints)
-        texts = []
-        for one in breakdowns:
-            parts = []
-            for model, values in one.forward_kl_nats.items():
-                known = [(label, x) for label, x in zip(one.labels, values, strict=True) if x is not None]
-                if known:
-                    (first, low), (last, high) = known[0], known[-1]
-                    parts.append(f"{model} {low:.3f} nats at {first}, {high:.3f} at {last}")
-            texts.append(f"{BY[one.by]}: {'; '.join(parts)}")
-        text = ". ".join(texts)
-        return inline(figure, name, title, text, hints)
+            for look in (look for look in looks if look.name in one.forward_kl_nats):
+                places = [(x, y) for y, x in enumerate(one.forward_kl_nats[look.name]) if x is not None]
+                ax.plot(*zip(*places, strict=True), color=look.line, linewidth=0.9, linestyle=look.dashes)
+                for x, y in places:
+                    (dot,) = ax.plot(x, y, look.mark, color=look.fill, mec=look.line, ms=5.5, mew=0.9)
+                    dot.set_gid(key := f"dot-{b}-{look.number}-{y}")
+                    hints[key] = f"{look.name}, {one.labels[y]}: {x:.3f} nats, {one.num_tokens[y]:,} tokens"
+            ax.set_yticks(range(len(one.labels)), [shortened(label, 18) for label in one.labels])
+            ax.set_ylim(len(one.labels) - 0.4, -0.6)
+            ax.set_xlim(left=0)
+            ax.set(title=BY[one.by], xlabel="KL to the teacher, nats a token")
+            ax.grid(axis="both")
+            ax.tick_params(length=0)
+        return inline(figure, name, title, ". ".join(texts), hints)
 
 
-def _dots(ax: "Axes", one: Breakdown, looks: Sequence[Look], key: str, hints: dict[str, str]) -> None:
-    rows = range(len(one.labels))
-    for i, look in enumerate(looks):
-        if look.name not in one.forward_kl_nats:
-            continue
-        values = one.forward_kl_nats[look.name]
-        places = [(x, y) for y, x in zip(rows, values, strict=True) if x is not None]
-        ax.plot(*zip(*places, strict=True), color=line(i), linewidth=0.9, linestyle=_dash(look.dash))
-        for x, y in places:
-            (dot,) = ax.plot(x, y, look.mark, color=fill(i), mec=line(i), ms=5.5, mew=0.9)
-            dot.set_gid(f"{key}-{i}-{y}")
-            hints[f"{key}-{i}-{y}"] = f"{look.name}, {one.labels[y]}: {x:.3f} nats, {one.num_tokens[y]:,} tokens"
-    ax.set_yticks(rows, [words.shortened(label, 18) for label in one.labels])
-    ax.set_ylim(len(one.labels) - 0.4, -0.6)
-    ax.set_xlim(left=0)
-    ax.set_title(BY[one.by])
-    ax.set_xlabel("KL to the teacher, nats a token")
-    ax.grid(axis="both")
-    ax.tick_params(length=0)
+# --- from figures to SVG ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _drawing(height: float, rows: int, columns: int) -> Iterator[tuple["Figure", list["Axes"]]]:
+    """A figure with its axes, and the context in which it is drawn and turned into SVG. The library's own typeface may
+    lack any letter: it is the page that sets the text."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    with style.context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        yield figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def inline(figure: "Figure", name: str, title: str, text: str, hints: Mapping[str, str]) -> str:
+    """The figure as an ``<svg>`` element that takes the width that it is given.
+
+    Args:
+        name: starts every id in it, so that figures of one page do not share any.
+        title: the title of the chart.
+        text: the same in words, for those who do not see it.
+        hints: the text by the id of an artist that is shown when one points at it.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    root = ElementTree.fromstring(buffer.getvalue())
+    for child in list(root):
+        if child.tag.endswith("metadata"):
+            root.remove(child)
+    view = root.attrib["viewBox"]
+    root.attrib.clear()
+    root.attrib.update({"viewBox": view, "role": "img", "aria-labelledby": f"{name}-title {name}-text"})
+    for element in root.iter():
+        _adapt(element, name, hints)
+    for place, (kind, content) in enumerate((("title", title), ("desc", text))):
+        element = ElementTree.Element(f"{SVG}{kind}", {"id": f"{name}-{'text' if kind == 'desc' else kind}"})
+        element.text = visible(content)
+        root.insert(place, element)
+    ElementTree.register_namespace("", SVG[1:-1])
+    ElementTree.register_namespace("xlink", LINK[1:-1])
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _adapt(element: ElementTree.Element, name: str, hints: Mapping[str, str]) -> None:
+    """Gives an element an id of its own, the page's colors and typeface, and the text for who points at it."""
+    given = element.get("id")
+    if given is not None and given in hints:
+        hint = ElementTree.Element(f"{SVG}title")
+        hint.text = visible(hints[given])
+        element.insert(0, hint)
+    if given is not None:
+        element.set("id", f"{name}-{given}")
+    if (target := element.get(f"{LINK}href")) is not None:
+        element.set(f"{LINK}href", target.replace("#", f"#{name}-", 1))
+    for key in ("style", "clip-path", "fill", "stroke"):
+        if (text := element.get(key)) is not None:
+            text = text.replace("url(#", f"url(#{name}-")
+            for kind, variable in (("1", "fill"), ("2", "line")):
+                text = re.sub(rf"#0f0{kind}([0-9a-f]{{2}})", lambda m, v=variable: f"var(--{v}-{int(m[1], 16)})", text)
+            for color, variable in ((INK, "ink"), (MUTED, "muted"), (RULE, "rule")):
+                text = text.replace(color, f"var(--{variable})")
+            element.set(key, text.replace(f"'{FACE}'", "var(--face)"))

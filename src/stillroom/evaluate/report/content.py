@@ -1,23 +1,33 @@
 """Content: everything that a report says, in order, before it becomes a page or Markdown."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from stillroom.errors import DataError, StillroomError
-from stillroom.evaluate.report import tables, words
-from stillroom.evaluate.report.charts import Curve, Group, Panel, ends_of
-from stillroom.evaluate.report.svg import Look, looks
-from stillroom.evaluate.report.tables import Table
-from stillroom.evaluate.results import Difference, ModelFacts, Passage, Results, Role, TaskResult
-from stillroom.evaluate.tasks.items import Change, changes
+from stillroom.evaluate.report import tables
+from stillroom.evaluate.report.charts import Look, looks
+from stillroom.evaluate.report.tables import Curve, Group, Panel, ends_of
+from stillroom.evaluate.results import Change, Difference, ModelFacts, Results, Role, TaskResult, changes
 from stillroom.runs import read_metrics
 
-HEADLINES = ("recovered_gap", "top1_agreement", "forward_kl_nats")
-AGREEMENT = ("top1_agreement", "top10_overlap", "accepted_mass", "recovered_gap")
+HEADLINES = {
+    "recovered_gap": "of the gap in cross-entropy between baseline and teacher",
+    "top1_agreement": "how often both hold the same token for the likeliest",
+    "forward_kl_nats": "nats a token; 0 is the teacher itself",
+}
+"""The metrics that are read first, and what each is."""
+AGREEMENT = {
+    "top1_agreement": "same top token",
+    "top10_overlap": "overlap of the top 10",
+    "accepted_mass": "accepted mass",
+    "recovered_gap": "recovered gap",
+}
 """The shares of 1 that are drawn together."""
 GAP = (-0.2, 1.3)
 """The widest interval of a recovered gap that is drawn beside shares; its value is in 0 to 1.1."""
@@ -27,20 +37,12 @@ FAR = 0.01
 """The mean nats a token from which on a passage counts as far from the teacher."""
 LEVELS = (0.1, 0.5, 1.0, 2.0, 4.0)
 """The beginnings of the shades of a token's KL, in nats."""
+LEVEL_NAMES = ("below 0.1", *(f"{a:g} to {b:g}" for a, b in pairwise(LEVELS)), "4 and more")
 SHOWN = 10
 """The changed items of a task that the page holds, for two models."""
 POINTS = 240
 """The most points of one curve."""
 HELD_OUT = {"cross_entropy_nats": "held-out cross-entropy", "forward_kl_nats": "held-out KL to the teacher"}
-
-
-class Headline(NamedTuple):
-    """A number that is read first, of each student."""
-
-    title: str
-    about: str
-    rows: tuple[tuple[int, str, tables.Cell], ...]
-    """The model's number and name, and its value."""
 
 
 class Changes(NamedTuple):
@@ -68,58 +70,21 @@ class Training(NamedTuple):
     """The reason by model why its curves are not there."""
 
 
-class ReportContent(NamedTuple):
-    """Everything that is shown."""
-
-    results: Results
-    looks: tuple[Look, ...]
-    title: str
-    about: str
-    headlines: tuple[Headline, ...]
-    sentences: tuple[str, ...]
-    task_groups: tuple[Group, ...]
-    task_note: str
-    task_axis: str
-    agreement_groups: tuple[Group, ...]
-    agreement_note: str
-    metrics: Table
-    tasks: Table
-    failed: tuple[str, ...]
-    """The tasks that have no score of any model, each with the reason."""
-    more_scores: tuple[Table, ...]
-    task_differences: Table | None
-    metric_differences: Table | None
-    training: Training
-    training_tables: tuple[Table, ...]
-    breakdown_tables: tuple[Table, ...]
-    worst: tuple[tuple[str, tuple[Passage, ...]], ...]
-    """The passages of each model that are far from the teacher, or none."""
-    changes: tuple[Changes, ...]
-    sizes: Table
-    fingerprints: Table
-    versions: Table
-    machine: Table
-
-    @property
-    def teacher(self) -> int | None:
-        """The number of the teacher among the models."""
-        return next((i for i, facts in enumerate(self.results.models) if facts.role == "teacher"), None)
-
-
-def make_report(results: Results, folder: Path, runs: Mapping[str, Path]) -> ReportContent:
-    """Reads the items in ``folder`` and the metrics of ``runs``, and puts the results into words."""
+def make_report(results: Results, folder: Path) -> SimpleNamespace:
+    """Reads the items in ``folder`` and the metrics of the runs, and puts the results into words: all that the
+    templates of the page and of Markdown show."""
     names = [facts.name for facts in results.models]
-    training = read_training({name: runs[name] for name in names if name in runs})
+    shown = looks(results.models)
+    training = read_training({name: Path(results.runs[name]) for name in names if name in results.runs})
     groups, note, axis = _task_groups(results.tasks)
     agreement, agreement_note = _agreement(results)
-    more = (tables.more_scores(task, names) for task in results.tasks)
     title = "How much of the teacher did the student keep?"
-    return ReportContent(
+    return SimpleNamespace(
         results=results,
-        looks=looks(results.models),
+        looks=shown,
         title=title if any(facts.role == "teacher" for facts in results.models) else "Models side by side",
         about=_about(results),
-        headlines=tuple(_headlines(results)),
+        headlines=_headlines(results, shown),
         sentences=sentences(results),
         task_groups=groups,
         task_note=note,
@@ -129,18 +94,18 @@ def make_report(results: Results, folder: Path, runs: Mapping[str, Path]) -> Rep
         metrics=tables.metric_table(results),
         tasks=tables.task_table(results),
         failed=tuple(tables.failure(task) for task in results.tasks if task.failed is not None and not task.scores),
-        more_scores=tuple(table for table in more if table is not None),
+        more_scores=[table for task in results.tasks if (table := tables.more_scores(task, names)) is not None],
         task_differences=tables.difference_table([one for task in results.tasks for one in task.differences]),
         metric_differences=tables.difference_table(results.differences),
         training=training,
-        training_tables=tuple(tables.training_tables(training.panels)),
-        breakdown_tables=tuple(tables.breakdown_tables(results.breakdowns)),
-        worst=tuple(
+        training_tables=[*tables.training_tables(training.panels)],
+        breakdown_tables=[*tables.breakdown_tables(results.breakdowns)],
+        worst=tuple(  # of each model the passages that are far from the teacher, or none
             (name, tuple(passage for passage in results.worst[name] if passage.mean_kl_nats >= FAR))
             for name in names
             if results.worst.get(name)
         ),
-        changes=tuple(read_changes(results.tasks, results.models, folder)),
+        changes=[*read_changes(results.tasks, results.models, folder)],
         sizes=tables.size_table(results),
         fingerprints=tables.fingerprint_table(results),
         versions=tables.pair_table("Versions", results.versions),
@@ -160,22 +125,19 @@ def _about(results: Results) -> str:
     return " · ".join(parts)
 
 
-ABOUT = {
-    "recovered_gap": "of the gap in cross-entropy between baseline and teacher",
-    "top1_agreement": "how often both hold the same token for the likeliest",
-    "forward_kl_nats": "nats a token; 0 is the teacher itself",
-}
-
-
-def _headlines(results: Results) -> Iterator[Headline]:
-    """The distilled models first, then all others that have the number."""
-    order = sorted(enumerate(results.models), key=lambda one: one[1].role != "distilled")
-    for key in HEADLINES:
-        metric = words.METRICS[key]
-        numbers = [(i, f.name, results.metrics.get(f.name, {}).get(key)) for i, f in order if f.role != "teacher"]
-        rows = tuple((i, name, tables.headline_cell(one, metric.unit)) for i, name, one in numbers if one is not None)
+def _headlines(results: Results, shown: Sequence[Look]) -> list[dict[str, Any]]:
+    """The numbers that are read first: of the distilled models, then of all others that have them."""
+    order = sorted(zip(shown, results.models, strict=True), key=lambda one: one[1].role != "distilled")
+    found = []
+    for key, about in HEADLINES.items():
+        metric, rows = tables.METRICS[key], []
+        for look, facts in order:
+            number = results.metrics.get(facts.name, {}).get(key)
+            if number is not None and facts.role != "teacher":
+                rows.append((look, tables.headline_cell(number, metric.unit)))
         if rows:
-            yield Headline(metric.title, ABOUT[key], rows)
+            found.append({"title": metric.title, "about": about, "rows": rows})
+    return found
 
 
 def sentences(results: Results) -> tuple[str, ...]:
@@ -196,7 +158,7 @@ def sentences(results: Results) -> tuple[str, ...]:
         return [one for one in every if {roles.get(one.a), roles.get(one.b)} == {a, b}]
 
     found = [*between("distilled", "baseline"), *between("distilled", "teacher")] or every
-    return tuple(f"{words.what(one.what)}: {one.sentence}" for one in found[:SENTENCES])
+    return tuple(f"{tables.what(one.what)}: {one.sentence}" for one in found[:SENTENCES])
 
 
 def _task_groups(tasks: Sequence[TaskResult]) -> tuple[tuple[Group, ...], str, str]:
@@ -210,7 +172,7 @@ def _task_groups(tasks: Sequence[TaskResult]) -> tuple[tuple[Group, ...], str, s
         if task.normalised and task.normalised.keys() >= raw.keys():
             groups.append(Group(task.name, f"{task.metric}, normalised", task.normalised))
             normalised += 1
-        elif raw and task.higher_is_better and tables.unit_of(task) == words.SHARE:
+        elif raw and task.higher_is_better and tables.unit_of(task) == tables.SHARE:
             groups.append(Group(task.name, task.metric, raw))
         else:
             left.append(task.name)
@@ -228,10 +190,8 @@ def _task_groups(tasks: Sequence[TaskResult]) -> tuple[tuple[Group, ...], str, s
 
 def _agreement(results: Results) -> tuple[tuple[Group, ...], str]:
     """A group of bars for each share, and a note. A recovered gap that is far from a share is not among them."""
-    titles = {"top1_agreement": "same top token", "top10_overlap": "overlap of the top 10",
-              "accepted_mass": "accepted mass", "recovered_gap": "recovered gap"}  # fmt: skip
     groups, note = [], "Held-out text; lines are 95 % intervals."
-    for key in AGREEMENT:
+    for key, title in AGREEMENT.items():
         numbers = {name: found[key] for name, found in results.metrics.items() if key in found}
         far = key == "recovered_gap" and not all(
             0 <= gap.value <= 1.1 and GAP[0] <= ends_of(gap)[0] and ends_of(gap)[1] <= GAP[1]
@@ -240,18 +200,8 @@ def _agreement(results: Results) -> tuple[tuple[Group, ...], str]:
         if far:
             note += " The recovered gap is far from 0 to 100 % and not drawn beside them; it has its card."
         elif numbers:
-            groups.append(Group(titles[key], "", numbers))
+            groups.append(Group(title, "", numbers))
     return tuple(groups), note
-
-
-def level(kl_nats: float) -> int:
-    """The shade of a token, 0 to 5."""
-    return sum(kl_nats >= start for start in LEVELS)
-
-
-def level_names() -> tuple[str, ...]:
-    inner = (f"{a:g} to {b:g}" for a, b in pairwise(LEVELS))
-    return (f"below {LEVELS[0]:g}", *inner, f"{LEVELS[-1]:g} and more")
 
 
 # --- changed items ---------------------------------------------------------------------------------------------------
@@ -266,14 +216,6 @@ def pairs(models: Sequence[ModelFacts]) -> tuple[tuple[str, str], ...]:
 
     found = [(one, student) for student in named("distilled") for one in [*named("baseline"), *named("teacher")]]
     return tuple(found or pairwise(facts.name for facts in models))
-
-
-def read_changes(tasks: Sequence[TaskResult], models: Sequence[ModelFacts], folder: Path) -> Iterator[Changes]:
-    """The changes of every task and pair whose items are known. Those that cannot be read carry the reason."""
-    for task in tasks:
-        for a, b in pairs(models) if task.items is not None else ():
-            if a in task.scores and b in task.scores:
-                yield _changes(task, a, b, folder)
 
 
 def task_changes(task: TaskResult, a: str, b: str, folder: Path) -> Iterator[Change]:
@@ -294,24 +236,25 @@ def task_changes(task: TaskResult, a: str, b: str, folder: Path) -> Iterator[Cha
     return changes(path, a, b)
 
 
-def _changes(task: TaskResult, a: str, b: str, folder: Path) -> Changes:
-    file = str(task.items)
-    gained: list[Change] = []
-    lost: list[Change] = []
-    num_gained = num_lost = 0
-    try:
-        for change in task_changes(task, a, b, folder):
-            num_gained += change.kind == "gained"
-            num_lost += change.kind == "lost"
-            kept = gained if change.kind == "gained" else lost
-            if len(kept) < SHOWN:
-                kept.append(change)
-    except (StillroomError, OSError, UnicodeDecodeError) as error:
-        why = error.what if isinstance(error, StillroomError) else str(error)
-        return Changes(task.name, a, b, task.num_items, 0, 0, (), file, why)
-    few = min(len(gained), max(SHOWN // 2, SHOWN - len(lost)))
-    shown = (*gained[:few], *lost[: SHOWN - few])
-    return Changes(task.name, a, b, task.num_items, num_gained, num_lost, shown, file)
+def read_changes(tasks: Sequence[TaskResult], models: Sequence[ModelFacts], folder: Path) -> Iterator[Changes]:
+    """The changes of every task and pair whose items are known. Those that cannot be read carry the reason."""
+    for task in tasks:
+        for a, b in pairs(models) if task.items is not None else ():
+            if a not in task.scores or b not in task.scores:
+                continue
+            shown: dict[str, list[Change]] = {"gained": [], "lost": []}
+            numbers, why = Counter[str](), None
+            try:
+                for change in task_changes(task, a, b, folder):
+                    numbers[change.kind] += 1
+                    if len(shown[change.kind]) < SHOWN:
+                        shown[change.kind].append(change)
+            except (StillroomError, OSError, UnicodeDecodeError) as error:
+                why = error.what if isinstance(error, StillroomError) else str(error)
+            few = min(len(shown["gained"]), max(SHOWN // 2, SHOWN - len(shown["lost"])))
+            some = (*shown["gained"][:few], *shown["lost"][: SHOWN - few])
+            counts = (numbers["gained"], numbers["lost"], some)
+            yield Changes(task.name, a, b, task.num_items, *counts, str(task.items), why)
 
 
 # --- training curves -------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """The files of a report: report.md, and the page report.html that loads nothing and runs nothing."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -9,14 +11,15 @@ from markupsafe import Markup
 from pydantic import ValidationError
 
 from stillroom.errors import DataError, MissingError
-from stillroom.evaluate.report import charts, content, words
-from stillroom.evaluate.report.content import ReportContent, make_report
-from stillroom.evaluate.report.markdown import to_markdown
-from stillroom.evaluate.results import Results
-from stillroom.runs import writing
+from stillroom.evaluate.report import charts
+from stillroom.evaluate.report.content import FAR, LEVEL_NAMES, LEVELS, make_report
+from stillroom.evaluate.report.tables import shortened, visible
+from stillroom.evaluate.results import Passage, Results, write_text
 
 QUESTION_LENGTH = 400
 """The most characters of a question that the page shows; a longer one loses its beginning."""
+MARKED = LEVELS[2]
+"""The nats from which on a token is marked in a passage of report.md."""
 HERE = Path(__file__).parent
 MARKS = {
     "o": '<circle cx="19" cy="9" r="4.5" PAINT/>',
@@ -29,113 +32,128 @@ MARKS = {
 """The marks of the plotting library, for legends."""
 
 
-def to_page(report: ReportContent) -> str:
-    """Makes the whole page. All that comes from files is text there, whatever it holds.
+def _rendered(template: str, plain: Callable[[str], str], **values: Any) -> str:
+    """The text of a template, in which all texts that are not ``Markup`` go through ``plain``."""
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
+        loader=FileSystemLoader(HERE),
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(far=f"{FAR:g}", **values)
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def to_page(report: SimpleNamespace) -> str:
+    """Makes the whole page. All that comes from files is text there, whatever it holds, without signs that a browser
+    would obey or hide.
 
     Raises:
         MissingError: the plotting library is not installed.
     """
     charts.check()
-
-    def visible(value: Any) -> Any:  # texts are shown without signs that a browser would obey or hide
-        return words.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    results, looks, drawn = report.results, report.looks, {}
+    if report.task_groups:
+        drawn["tasks"] = charts.bars(report.task_groups, looks, "tasks", "Scores of each benchmark", report.task_axis)
+    if report.agreement_groups:
+        drawn["agreement"] = charts.bars(report.agreement_groups, looks, "agreement", "Agreement")
+    if report.training.panels:
+        teacher = next((looks[i] for i, facts in enumerate(results.models) if facts.role == "teacher"), None)
+        drawn["training"] = charts.curves(report.training.panels, looks, "training", "Training curves", teacher)
+    if results.breakdowns:
+        drawn["dots"] = charts.dots(results.breakdowns, looks, "dots", "KL to the teacher by kind of token and place")
+    rules = [  # the colors of the models, on a light page (which paper is) and on a dark one
+        " ".join(f"--fill-{i}: {one.paint.fill[k]}; --line-{i}: {one.paint.line[k]};" for i, one in enumerate(looks))
+        for k in range(2)
+    ]
 
     def tail(text: str) -> str:  # a question stands at the end of a long text
         return text if len(text) <= QUESTION_LENGTH else f"… {text[-QUESTION_LENGTH:]}"
 
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=visible,
-        loader=FileSystemLoader(HERE),
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("page.html.jinja").render(
+    return _rendered(
+        "page.html.jinja",
+        visible,
         report=report,
-        charts=_charts(report),
+        charts={name: Markup(svg) for name, svg in drawn.items()},
         style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
-        paints=Markup(_paints(report)),
+        paints=Markup(
+            f":root {{ {rules[0]} }}\n@media screen and (prefers-color-scheme: dark) {{ :root {{ {rules[1]} }} }}"
+        ),
         marks={name: Markup(mark) for name, mark in MARKS.items()},
-        levels=content.level_names(),
-        far=f"{content.FAR:g}",
-        level=content.level,
+        levels=LEVEL_NAMES,
+        level=lambda nats: sum(nats >= start for start in LEVELS),
         tokens=lambda passage: [
             (text.replace("\n", "↵\n") or "∅", nats) for text, nats in zip(passage.tokens, passage.kl_nats, strict=True)
         ],
         tail=tail,
         shown=lambda groups: {name for group in groups for name in group.numbers},
         trained={curve.model for panel in report.training.panels for curve in panel.curves},
-        broken={name for one in report.results.breakdowns for name in one.forward_kl_nats},
+        broken={name for one in results.breakdowns for name in one.forward_kl_nats},
     )
 
 
-def _charts(report: ReportContent) -> dict[str, Markup]:
-    found: dict[str, str] = {}
-    if report.task_groups:
-        found["tasks"] = charts.bars(
-            report.task_groups, report.looks, "tasks", "Scores of each benchmark", report.task_axis
-        )
-    if report.agreement_groups:
-        found["agreement"] = charts.bars(report.agreement_groups, report.looks, "agreement", "Agreement")
-    if report.training.panels:
-        panels = report.training.panels
-        found["training"] = charts.curves(panels, report.looks, "training", "Training curves", report.teacher)
-    if report.results.breakdowns:
-        title = "KL to the teacher by kind of token and place"
-        found["dots"] = charts.dots(report.results.breakdowns, report.looks, "dots", title)
-    return {name: Markup(svg) for name, svg in found.items()}
+# --- Markdown --------------------------------------------------------------------------------------------------------
 
 
-def _paints(report: ReportContent) -> str:
-    """The colors of the models, on a light page (which paper is) and on a dark one."""
+def to_markdown(report: SimpleNamespace) -> str:
+    """The report as a text that any viewer of Markdown shows, with the numbers of its charts as tables."""
+    shown = {"shortened": shortened, "passage": _passage, "code": code}
+    return _rendered("report.md.jinja", escaped, report=report, marked=f"{MARKED:g}", **shown)
 
-    def rules(shade: int) -> str:
-        return " ".join(
-            f"--fill-{i}: {look.paint.fill[shade]}; --line-{i}: {look.paint.line[shade]};"
-            for i, look in enumerate(report.looks)
-        )
 
-    dark = f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {rules(1)} }} }}"
-    return f":root {{ {rules(0)} }}\n{dark}"
+def escaped(text: str) -> Markup:
+    """The text as Markdown shows it unchanged, on one line."""
+    text = visible(" ".join(text.split()))
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return Markup(re.sub(r"([\\`*_{}\[\]|~$#])", r"\\\1", text))
+
+
+def code(text: str) -> Markup:
+    """The text as a block of code, fenced by more backticks than it holds."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
+    return Markup(f"{fence}\n{visible(text)}\n{fence}")
+
+
+def _passage(passage: Passage) -> Markup:
+    """The tokens, those that are far from the teacher bold; line ends are shown, and white space stands outside."""
+    parts = []
+    for token, nats in zip(passage.tokens, passage.kl_nats, strict=True):
+        text = token.replace("\r\n", "\n").replace("\n", "↵") or "∅"
+        before = " " if text[:1].isspace() else ""
+        after = " " if text.strip() and text[-1:].isspace() else ""
+        text = escaped(text.strip())
+        marked = f"<b>{text or '␣'}</b>⟨{nats:.1f}⟩" if nats >= MARKED else text
+        parts.append(f"{before}{marked}{after}")
+    return Markup("".join(parts).strip())
 
 
 # --- the files -------------------------------------------------------------------------------------------------------
 
 
-def write_report(results: Results, out: Path, runs: Mapping[str, Path]) -> list[Path]:
-    """Writes ``out/report.md`` and ``out/report.html``; returns their paths.
-
-    Args:
-        results: the results; the items that they name lie in ``out``.
-        runs: the folder by model of the run that made it. A folder that is not there is named in the report.
+def write_report(results: Results, out: Path) -> list[Path]:
+    """Writes ``out/report.md`` and ``out/report.html``, where the items lie too; returns their paths. The folder of a
+    run that is not there is named in the report.
 
     Raises:
         MissingError: the plotting library is not installed; report.md is written all the same.
     """
-    report = make_report(results, out, runs)
-    written = [out / "report.md"]
-    _write(written[0], to_markdown(report))
+    report, written = make_report(results, out), [out / "report.md", out / "report.html"]
+    write_text(written[0], [to_markdown(report)])
     try:
         page = to_page(report)
     except MissingError as error:
-        raise MissingError(
-            error.what, error.values, why=f"{written[0]} is written; the page has charts.", fix=f"{error.fix} Then run "
-            f"`stillroom report {out}`.",
-        ) from None  # fmt: skip
-    written.append(out / "report.html")
-    _write(written[1], page)
+        why, fix = f"{written[0]} is written; the page has charts.", f"{error.fix} Then run `stillroom report {out}`."
+        raise MissingError(error.what, error.values, why=why, fix=fix) from None
+    write_text(written[1], [page])
     return written
 
 
 def rebuild(folder: Path) -> list[Path]:
-    """Writes the reports of an evaluation anew from its files.
-
-    Raises:
-        MissingError: the folder holds no results.json, or the plotting library is not installed.
-        DataError: results.json was not written by an evaluation.
-    """
-    results = read_results(folder)
-    return write_report(results, folder, {name: Path(run) for name, run in results.runs.items()})
+    """Writes the reports of an evaluation anew from its files. Raises what ``read_results`` and ``write_report`` do."""
+    return write_report(read_results(folder), folder)
 
 
 def read_results(folder: Path) -> Results:
@@ -163,11 +181,3 @@ def read_results(folder: Path) -> Results:
             why="A report must not show what nobody measured.",
             fix="Restore the file, or evaluate again.",
         ) from None
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)

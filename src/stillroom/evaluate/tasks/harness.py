@@ -12,16 +12,17 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from stillroom.errors import ConfigError, DataError, StillroomError, require
+from stillroom.evaluate.config import HarnessTask
 from stillroom.evaluate.results import TaskResult
-from stillroom.evaluate.tasks.config import HarnessTask
-from stillroom.evaluate.tasks.harness_results import HarnessOutput, harness_results
+from stillroom.evaluate.tasks.harness_results import HarnessOutput, harness_results, no_score
 from stillroom.evaluate.tasks.likelihood import Request, log_likelihoods
-from stillroom.evaluate.tasks.lm import EvalModel, Report, served_model
+from stillroom.evaluate.tasks.lm import EvalModel, served_model
+from stillroom.verbs import Report
 
 CPU_BATCH = 8
 """Prompts that are answered at a time on a CPU; on other devices lm-eval finds the number."""
@@ -67,16 +68,20 @@ class HarnessBenchmark(NamedTuple):
             StillroomError: its data or the model cannot be had, or something in it fails.
         """
         with _its_output() as stderr:
-            report = partial(_report_to, stderr, report)
+
+            def tell(event: str, values: Mapping[str, Any]) -> None:
+                with contextlib.redirect_stderr(stderr):
+                    report(event, values)
+
             if (reason := _why_not(self.config.task)) is not None:
                 raise _stopped(self.name, reason)
-            report("note", {"text": f"{self.name}: asking {model.name} through lm-eval"})
+            tell("note", {"text": f"{self.name}: asking {model.name} through lm-eval"})
             try:
-                return _evaluate(self.config, model, self.name, report)
+                return _evaluate(self.config, model, self.name, tell)
             except StillroomError:
                 raise
             except Exception as error:  # whatever the hub or a task's own code raises
-                raise _stopped(self.name, _in_words(error)) from error
+                raise _stopped(self.name, in_words(error)) from error
 
     def results(
         self, replies: Mapping[str, HarnessOutput], failed: str | None, out: Path, seed: int
@@ -87,18 +92,8 @@ class HarnessBenchmark(NamedTuple):
                 key = self.name if self.files else self.config.task
                 return harness_results(key, self.name, replies, failed, out, seed)
         except Exception as error:  # lm-eval's output may have any form; the other benchmarks keep their results
-            failed = f"what lm-eval gave could not be read: {_in_words(error)}"
-        return [
-            TaskResult(
-                name=self.name,
-                source="lm-eval",
-                version="not known",
-                shots=self.config.shots or 0,
-                num_items=0,
-                metric="not known",
-                failed=failed,
-            )
-        ]
+            failed = f"what lm-eval gave could not be read: {in_words(error)}"
+        return [no_score(self.name, failed, self.config.shots or 0)]
 
 
 @cache
@@ -113,11 +108,12 @@ def _why_not(task: str) -> str | None:  # kept: cached, since a far hub takes lo
     try:
         _manager(whole=not Path(task).is_file()).load([task])
     except Exception as error:  # whatever the hub or a task's own code raises
-        return _in_words(error)
+        return in_words(error)
     return None
 
 
-def _in_words(error: Exception) -> str:
+def in_words(error: Exception) -> str:
+    """An error that nobody foresaw, on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
@@ -170,11 +166,6 @@ def _its_output() -> Iterator[Any]:
         yield stderr
 
 
-def _report_to(stderr: Any, report: Report, event: str, values: Mapping[str, Any]) -> None:  # kept: a callback
-    with contextlib.redirect_stderr(stderr):
-        report(event, values)
-
-
 def _engine(lm: EvalModel, name: str, report: Report) -> Any:
     """lm-eval's own model class, whose likelihoods are computed by our engine."""
     HFLM: Any = _lm_eval("models.huggingface").HFLM
@@ -190,10 +181,8 @@ def _engine(lm: EvalModel, name: str, report: Report) -> Any:
 
             scored = log_likelihoods(model, pairs, limit=self.max_length, done=done)
             if num_cut := sum(one.num_cut > 0 for one in scored):
-                text = (
-                    f"{name}: {num_cut} of {len(scored)} texts were too long for {lm.name} and cut at their beginning"
-                )
-                report("note", {"text": text})
+                text = f"{name}: {num_cut} of {len(scored)} texts were too long for {lm.name} and cut"
+                report("note", {"text": f"{text} at their beginning"})
             return [(one.log_likelihood, one.greedy) for one in scored]
 
     tokenizer = copy.deepcopy(lm.tokenizer)  # lm-eval gives it a padding token

@@ -17,10 +17,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stillroom.evaluate.results import Number, TaskResult
-from stillroom.evaluate.tasks.config import LEADERBOARD
-from stillroom.evaluate.tasks.items import FOLDER, Item, ModelAnswer, differences, normalize, number, write_items
-from stillroom.statistics import Z_95
+from stillroom.evaluate.config import LEADERBOARD
+from stillroom.evaluate.results import (
+    FOLDER,
+    Item,
+    ModelAnswer,
+    Number,
+    TaskResult,
+    differences,
+    normalize,
+    write_items,
+)
+from stillroom.statistics import mean, normal
 
 HarnessOutput = dict[str, Any]
 """The output of lm-eval for one model."""
@@ -53,34 +61,32 @@ def harness_results(
         failed: the reason why other models have none.
     """
     first = next(iter(found.values()))
-    tasks = list(first["samples"])
-    by_task = {task: _mains(first, task) for task in tasks}
+    by_task = {task: _mains(first, task) for task in first["samples"]}
     for metric in dict.fromkeys(metric for mains in by_task.values() for metric in mains):
         mains = {task: known[metric] for task, known in by_task.items() if metric in known}
-        if len(mains) < len(tasks) or len({main.higher_is_better for main in mains.values()}) > 1:
+        if len(mains) < len(by_task) or len({main.higher_is_better for main in mains.values()}) > 1:
             continue
         rows = _rows(first, mains)  # all tasks have the metric: the group has a score by it, or its items have
         countable = all(isinstance(one.get(mains[task].metric), int | float) for task in rows for one in rows[task])
-        if len(tasks) == 1 or key in first["results"] or (countable and any(rows.values())):
+        if len(by_task) == 1 or key in first["results"] or (countable and any(rows.values())):
             return [_result(key, name, mains, found, failed, out, seed)]
     results = []
     for task, known in by_task.items():
+        part = f"{name}.{task}" if known or len(by_task) > 1 else name
         if known:
             main = next(iter(known.values()))
-            results.append(_result(task, f"{name}.{task}", {task: main}, found, failed, out, seed))
+            results.append(_result(task, part, {task: main}, found, failed, out, seed))
         else:
-            results.append(
-                TaskResult(
-                    name=f"{name}.{task}" if len(tasks) > 1 else name,
-                    source="lm-eval",
-                    version=_version(first, task, [task]),
-                    shots=int(first["n-shot"].get(task) or 0),
-                    num_items=len(first["samples"][task]),
-                    metric="not known",
-                    failed=f"lm-eval gives no score of {task}",
-                )
-            )
+            shots, version = int(first["n-shot"].get(task) or 0), _version(first, task, [task])
+            why = f"lm-eval gives no score of {task}"
+            results.append(no_score(part, why, shots, version, len(first["samples"][task])))
     return results
+
+
+def no_score(name: str, failed: str | None, shots: int, version: str = "not known", num_items: int = 0) -> TaskResult:
+    """The result of a task of which there is nothing but the reason."""
+    about: dict[str, Any] = {"version": version, "shots": shots, "num_items": num_items, "failed": failed}
+    return TaskResult(name=name, source="lm-eval", metric="not known", **about)
 
 
 def _mains(found: HarnessOutput, task: str) -> dict[str, Main]:
@@ -109,11 +115,17 @@ def _result(
     first, tasks = next(iter(found.values())), list(mains)
     main = mains[tasks[0]]
     rows = {model: _rows(one, mains) for model, one in found.items()}
-    items = _items(first, tasks, rows, main.metric)
-    write_items(out / FOLDER / f"{name}.jsonl", items)
+    items, file = _items(first, tasks, rows, main.metric), f"{FOLDER}/{name}.jsonl"
+    write_items(out / file, items)
     top = key if key in first["results"] else tasks[0] if len(tasks) == 1 else None
     scores = {model: _scores(one, top, mains, rows[model]) for model, one in found.items()}
-    values = _values(items, {model: one[main.metric].value for model, one in scores.items()})
+    values = {}
+    if items and all(item.models.keys() == found.keys() for item in items):
+        values = {model: [item.models[model].correct for item in items] for model in found}
+    for model, of in values.items():  # a score that is no mean of the items cannot be compared item by item
+        if not math.isclose(math.fsum(of) / len(of), scores[model][main.metric].value, rel_tol=1e-6, abs_tol=1e-9):
+            values = {}
+            break
     return TaskResult(
         name=name,
         source="lm-eval",
@@ -123,31 +135,16 @@ def _result(
         metric=main.metric,
         higher_is_better=main.higher_is_better,
         scores=scores,
-        normalised=_normalised(key, found),
+        normalised=official_scores(key, found),
         differences=differences(name, main.metric, values, seed, higher_is_better=main.higher_is_better),
-        items=f"{FOLDER}/{name}.jsonl" if values else None,
+        items=file if values else None,
         failed=failed,
     )
 
 
 def _rows(found: HarnessOutput, mains: Mapping[str, Main]) -> Rows:
-    return {
-        task: sorted(
-            (one for one in found["samples"][task] if one["filter"] == main.filtered), key=lambda one: one["doc_id"]
-        )
-        for task, main in mains.items()
-    }
-
-
-def _values(items: Sequence[Item], scores: Mapping[str, float]) -> dict[str, list[float]]:
-    """The number of each item by model, where the score is their mean; otherwise the score is another function of the
-    items, and models cannot be compared item by item."""
-    if not items or any(item.models.keys() != scores.keys() for item in items):
-        return {}
-    values = {model: [item.models[model].correct for item in items] for model in scores}
-    means = {model: math.fsum(of) / len(of) for model, of in values.items()}
-    alike = all(math.isclose(means[model], score, rel_tol=1e-6, abs_tol=1e-9) for model, score in scores.items())
-    return values if alike else {}
+    rows = {task: [one for one in found["samples"][task] if one["filter"] == mains[task].filtered] for task in mains}
+    return {task: sorted(logged, key=lambda one: one["doc_id"]) for task, logged in rows.items()}
 
 
 def _items(first: HarnessOutput, tasks: Sequence[str], rows: Mapping[str, Rows], main: str) -> list[Item]:
@@ -199,7 +196,7 @@ def _scores(found: HarnessOutput, top: str | None, mains: Mapping[str, Main], ro
         of_task = _from_items(_numbers(found["results"][task], mains[task].filtered), logged)
         scores |= {f"{main.metric} {task}": of_task[main.metric]}
     if main.metric not in scores:  # a group that lm-eval gives no score of its own
-        scores = {main.metric: number([float(one[main.metric]) for one in everything]), **scores}
+        scores = {main.metric: mean([float(one[main.metric]) for one in everything]), **scores}
     return scores
 
 
@@ -209,7 +206,7 @@ def _from_items(numbers: Mapping[str, Number], logged: Sequence[Mapping[str, Any
     for name, given in numbers.items():
         values = [one.get(name) for one in logged]
         if values and all(isinstance(value, int | float) for value in values):
-            own = number([float(value) for value in values if value is not None])
+            own = mean([float(value) for value in values if value is not None])
             if math.isclose(own.value, given.value, abs_tol=1e-9):
                 found[name] = own
     return found
@@ -224,24 +221,9 @@ def _numbers(metrics: Mapping[str, Any], filtered: str) -> dict[str, Number]:
             continue
         error = metrics.get(f"{name}_stderr,{of}")
         label = name if of == filtered else f"{name},{of}"
-        if not isinstance(error, int | float) or math.isnan(error):
-            found[label] = Number(value=float(value))
-        else:
-            ends = {"low": float(value - Z_95 * error), "high": float(value + Z_95 * error)}
-            found[label] = Number(value=float(value), error=float(error), **ends)
+        error = float(error) if isinstance(error, int | float) and not math.isnan(error) else None
+        found[label] = normal(float(value), error)
     return found
-
-
-def _normalised(name: str, found: Mapping[str, HarnessOutput]) -> dict[str, Number]:
-    """The official score, where the task is one of the leaderboard's and nothing that it is made of is missing."""
-    scores = {}
-    for model, one in found.items():
-        results = {**one["results"], **one.get("groups", {})}
-        with contextlib.suppress(KeyError):
-            score = official(name, lambda task, metric, of=results: _numbers(of[task], "none")[metric])
-            if score is not None:
-                scores[model] = score
-    return scores
 
 
 def _version(found: HarnessOutput, top: str | None, tasks: Sequence[str]) -> str:
@@ -253,40 +235,27 @@ def _version(found: HarnessOutput, top: str | None, tasks: Sequence[str]) -> str
 # --- the leaderboard -------------------------------------------------------------------------------------------------
 
 BBH_CHOICES = {
-    "boolean_expressions": 2,
-    "causal_judgement": 2,
-    "date_understanding": 6,
-    "disambiguation_qa": 3,
-    "formal_fallacies": 2,
-    "geometric_shapes": 11,
-    "hyperbaton": 2,
-    "logical_deduction_five_objects": 5,
-    "logical_deduction_seven_objects": 7,
-    "logical_deduction_three_objects": 3,
-    "movie_recommendation": 6,
-    "navigate": 2,
-    "object_counting": 19,
-    "penguins_in_a_table": 5,
-    "reasoning_about_colored_objects": 18,
-    "ruin_names": 6,
-    "salient_translation_error_detection": 6,
-    "snarks": 2,
-    "sports_understanding": 2,
-    "temporal_sequences": 4,
-    "tracking_shuffled_objects_five_objects": 5,
-    "tracking_shuffled_objects_seven_objects": 7,
-    "tracking_shuffled_objects_three_objects": 3,
-    "web_of_lies": 2,
+    name: number
+    for number, names in {
+        2: "boolean_expressions causal_judgement formal_fallacies hyperbaton navigate snarks sports_understanding "
+        "web_of_lies",
+        3: "disambiguation_qa logical_deduction_three_objects tracking_shuffled_objects_three_objects",
+        4: "temporal_sequences",
+        5: "logical_deduction_five_objects penguins_in_a_table tracking_shuffled_objects_five_objects",
+        6: "date_understanding movie_recommendation ruin_names salient_translation_error_detection",
+        7: "logical_deduction_seven_objects tracking_shuffled_objects_seven_objects",
+        11: "geometric_shapes",
+        18: "reasoning_about_colored_objects",
+        19: "object_counting",
+    }.items()
+    for name in names.split()
 }
 """The number of answers to choose from, as published."""
 MUSR_CHOICES = {"murder_mysteries": 2, "object_placements": 5, "team_allocation": 3}
 CHANCE = {
     **{f"leaderboard_bbh_{name}": 1 / number for name, number in BBH_CHOICES.items()},
     **{f"leaderboard_musr_{name}": 1 / number for name, number in MUSR_CHOICES.items()},
-    "leaderboard_gpqa": 0.25,
-    "leaderboard_gpqa_diamond": 0.25,
-    "leaderboard_gpqa_extended": 0.25,
-    "leaderboard_gpqa_main": 0.25,
+    **{f"leaderboard_{name}": 0.25 for name in ("gpqa", "gpqa_diamond", "gpqa_extended", "gpqa_main")},
     "leaderboard_mmlu_pro": 0.1,
     "leaderboard_math_hard": 0.0,
 }
@@ -311,11 +280,22 @@ def official(task: str, raw: Raw) -> Number | None:
         )
     for group in ("bbh", "musr"):
         if task == f"leaderboard_{group}":
-            names = [name for name in CHANCE if name.startswith(f"{task}_")]
+            names = sorted(name for name in CHANCE if name.startswith(f"{task}_"))
             return _mean([one for name in names if (one := official(name, raw)) is not None])
     if task not in CHANCE:
         return None
     return normalize(raw(task, METRIC.get(task, "acc_norm")), CHANCE[task], clip=True)
+
+
+def official_scores(key: str, found: Mapping[str, HarnessOutput]) -> dict[str, Number]:
+    """The official score by model, where the task is the leaderboard's and nothing that it is made of is missing."""
+    scores = {}
+    for model, one in found.items():
+        groups = {**one["results"], **one.get("groups", {})}
+        with contextlib.suppress(KeyError):
+            score = official(key, lambda task, metric, of=groups: _numbers(of[task], "none")[metric])
+            scores |= {} if score is None else {model: score}
+    return scores
 
 
 def _mean(parts: Sequence[Number], *, alike: bool = False) -> Number:
@@ -325,5 +305,4 @@ def _mean(parts: Sequence[Number], *, alike: bool = False) -> Number:
     errors = [part.error for part in parts if part.error is not None]
     if len(errors) < len(parts):
         return Number(value=value)
-    error = (sum(errors) if alike else math.sqrt(sum(error**2 for error in errors))) / len(parts)
-    return Number(value=value, error=error, low=value - Z_95 * error, high=value + Z_95 * error)
+    return normal(value, (sum(errors) if alike else math.sqrt(sum(error**2 for error in errors))) / len(parts))

@@ -9,9 +9,10 @@ a batch, padded at their ends, which no kept position sees. Only the logits of c
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -72,18 +73,14 @@ def encode(
     ends = [len(context.rstrip()) for context, _ in pairs]
     moved = [(pair[0][:end], pair[0][end:] + pair[1]) for pair, end in zip(pairs, ends, strict=True)]
     contexts = list(dict.fromkeys(context for context, _ in moved if context))
-    numbers = {context: i for i, context in enumerate(contexts)}
-    before = encoded(tokenizer, contexts)
-    whole = encoded(tokenizer, [context + continuation for context, continuation in moved if context])
-    alone = encoded(tokenizer, [text for context, text in moved if not context], special_tokens=False)
+    before = dict(zip(contexts, encoded(tokenizer, contexts), strict=True))
+    whole = encoded(tokenizer, [context + text for context, text in moved], plain=[not context for context, _ in moved])
     prefix = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
-    wholes, alones, found = iter(whole), iter(alone), []
-    for i, (context, _) in enumerate(moved):
+    found = []
+    for i, ((context, _), tokens) in enumerate(zip(moved, whole, strict=True)):
         if context:
-            start, tokens = before[numbers[context]], next(wholes)
-            request = Request(tokens[: len(start)], tokens[len(start) :])
+            request = Request(tokens[: len(before[context])], tokens[len(before[context]) :])
         else:
-            tokens = next(alones)
             begun = prefix is None or tokens[:1] == [prefix]
             request = Request(tokens[:1], tokens[1:]) if begun else Request([cast(int, prefix)], tokens)
         if not request.context or not request.continuation:
@@ -97,19 +94,68 @@ def encode(
     return found
 
 
-def encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special_tokens: bool = True) -> list[list[int]]:
-    """The tokens of each text. One that begins with the beginning-of-sequence token is given no second one."""
+def encoded(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], plain: Sequence[bool] | None = None
+) -> list[list[int]]:
+    """The tokens of each text, with special tokens around it where it is not ``plain``. One that begins with the
+    beginning-of-sequence token is given no second one."""
     bos = tokenizer.bos_token
-    begun = [isinstance(bos, str) and text.startswith(bos) for text in texts]
     found: list[list[int]] = [[] for _ in texts]
     for add in (True, False):
-        places = [i for i, has in enumerate(begun) if (special_tokens and not has) == add]
+        places = []
+        for i, text in enumerate(texts):
+            bare = (plain is not None and plain[i]) or (isinstance(bos, str) and text.startswith(bos))
+            if bare != add:
+                places.append(i)
         if places:
             some = [texts[i] for i in places]
             ids = tokenizer(some, add_special_tokens=add, return_attention_mask=False, verbose=False)["input_ids"]
             for i, tokens in zip(places, cast(list[list[int]], ids), strict=True):
                 found[i] = tokens
     return found
+
+
+# --- batches and errors ----------------------------------------------------------------------------------------------
+
+R = TypeVar("R")
+A = TypeVar("A")
+
+
+def fitting(
+    rows: Sequence[R], widths: Sequence[int], budget: int, what: str, answer: Callable[[Sequence[R]], A]
+) -> Iterator[tuple[Sequence[R], A]]:
+    """Rows, widest first, in batches of at most ``budget`` tokens that are halved wherever the device's memory does not
+    suffice; each with its answer.
+
+    Raises:
+        OutOfMemoryError: the device has too little memory for ``what``, a single row.
+    """
+    place = 0
+    while place < len(rows):
+        batch = rows[place : place + max(1, budget // widths[place])]
+        try:
+            answered = answer(batch)
+        except torch.OutOfMemoryError:
+            if len(batch) > 1:
+                budget = max(widths[place], budget // 2)
+                continue
+            raise OutOfMemoryError(
+                f"the device has too little memory for {what}",
+                {"tokens": widths[place], "batch": "1 row"},
+                why="It cannot be done in parts.",
+                fix="Use a smaller dtype or a device with more memory; for an answer, lower max_tokens.",
+            ) from None
+        yield batch, answered
+        place += len(batch)
+
+
+def not_a_number(values: Mapping[str, object]) -> NonFiniteError:
+    return NonFiniteError(
+        "what the model says is not a number",
+        values,
+        why="An answer would count as right or wrong by chance.",
+        fix="Check its weights; where they are good, another dtype or attention may mend it.",
+    )
 
 
 # --- rows that a model reads ------------------------------------------------------------------------------------------
@@ -177,61 +223,38 @@ def log_likelihoods(
     rows, cuts = _rows(requests, limit)
     border = rope_border(model.config)
     shared = _Shared(0, None) if border is not None else _Shared.read(model, rows)
-    device = next(model.parameters()).device
-    budget = num_tokens or (CPU_TOKENS if device.type == "cpu" else DEVICE_TOKENS)
-    found: list[Likelihood | None] = [None] * len(requests)
-    place = answered = 0
-    while place < len(rows):
-        size = max(1, budget // len(rows[place].tokens))
-        batch = rows[place : place + size]
-        if border is not None:  # no batch has rows of both sides of the border at which the model changes its positions
-            longer = len(batch[0].tokens) > border
-            batch = batch[: next((i for i, row in enumerate(batch) if (len(row.tokens) > border) != longer), size)]
-        try:
-            answers = _answer(model, batch, requests, shared)
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
-                raise _too_little_memory(len(batch[0].tokens)) from None
-            budget = max(len(rows[place].tokens), budget // 2)
-            continue
-        for i, log_likelihood, greedy in answers:
-            if math.isnan(log_likelihood):
-                raise NonFiniteError(
-                    "what the model says is not a number",
-                    {"log-likelihood": "not a number", "of": f"request {i} (from 0)"},
-                    why="An answer would count as right or wrong by chance.",
-                    fix="Check its weights; where they are good, another dtype or attention may mend it.",
-                )
-            found[i] = Likelihood(log_likelihood, greedy, len(requests[i].continuation), cuts[i])
-        place, answered = place + len(batch), answered + len(answers)
-        done(answered)
-    return cast(list[Likelihood], found)
+    budget = num_tokens or (CPU_TOKENS if next(model.parameters()).device.type == "cpu" else DEVICE_TOKENS)
+    # no batch has rows of both sides of the border at which the model changes its positions
+    num_longer = 0 if border is None else sum(len(row.tokens) > border for row in rows)
+    found: dict[int, Likelihood] = {}
+    for side in (rows[:num_longer], rows[num_longer:]):
+        widths, answer = [len(row.tokens) for row in side], partial(_answer, model, requests, shared)
+        for _, answers in fitting(side, widths, budget, "a single text", answer):
+            for i, log_likelihood, greedy in answers:
+                if math.isnan(log_likelihood):
+                    raise not_a_number({"log-likelihood": "not a number", "of": f"request {i} (from 0)"})
+                found[i] = Likelihood(log_likelihood, greedy, len(requests[i].continuation), cuts[i])
+            done(len(found))
+    return [found[i] for i in range(len(requests))]
 
 
 def _answer(
-    model: PreTrainedModel, rows: Sequence[RequestRow], requests: Sequence[Request], shared: "_Shared"
+    model: PreTrainedModel, requests: Sequence[Request], shared: "_Shared", rows: Sequence[RequestRow]
 ) -> list[tuple[int, float, bool]]:
     """(request, log-likelihood, greedy) of each request that the rows answer."""
     hidden = shared.hidden(model, rows)
-    width = hidden.shape[1]
+    width, device = hidden.shape[1], hidden.device
     places, targets, owners = [], [], []
     for number, row in enumerate(rows):
         for i, start in row.requested:
             continuation = requests[i].continuation
             first = number * width + start - shared.length
+            owners.append((i, slice(len(places), len(places) + len(continuation))))
             places += range(first, first + len(continuation))
             targets += continuation
-            owners.append((i, len(continuation)))
-    device = hidden.device
-    log_probs, greedy = _next_log_probs(
-        hidden.flatten(0, 1)[torch.tensor(places, device=device)], lm_head(model), torch.tensor(targets, device=device)
-    )
-    found, place = [], 0
-    for i, length in owners:
-        part = slice(place, place + length)
-        found.append((i, float(log_probs[part].sum()), bool(greedy[part].all())))
-        place += length
-    return found
+    hidden = hidden.flatten(0, 1)[torch.tensor(places, device=device)]
+    log_probs, greedy = _next_log_probs(hidden, lm_head(model), torch.tensor(targets, device=device))
+    return [(i, float(log_probs[part].sum()), bool(greedy[part].all())) for i, part in owners]
 
 
 def _next_log_probs(hidden: Tensor, output: LMHead, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,8 +291,8 @@ class _Shared:
         tokens = torch.tensor([first[:length]], device=next(model.parameters()).device)
         try:
             cache = getattr(backbone(model)(input_ids=tokens, use_cache=True), "past_key_values", None)
-        except torch.OutOfMemoryError:
-            raise _too_little_memory(length) from None
+        except torch.OutOfMemoryError:  # it is read with each row, which says what does not suffice
+            cache = None
         plain = isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
         return cls(length, cache) if plain else cls(0, None)  # windows and states of other kinds are read with each row
 
@@ -283,12 +306,3 @@ class _Shared:
         layers = [(layer.keys, layer.values) for layer in cast(list[Any], self._cache.layers)]
         cache = DynamicCache([tuple(x.expand(len(rows), -1, -1, -1) for x in layer) for layer in layers])
         return backbone(model)(**inputs, past_key_values=cache, use_cache=True)[0]
-
-
-def _too_little_memory(length: int) -> OutOfMemoryError:
-    return OutOfMemoryError(
-        "the device has too little memory to score a single text",
-        {"tokens": length, "batch": "1 row"},
-        why="It cannot be read in parts.",
-        fix="Use a smaller dtype, or a device with more memory.",
-    )

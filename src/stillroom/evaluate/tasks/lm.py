@@ -1,6 +1,7 @@
 """The interface of tasks to a model, in this process or behind an address: log-likelihoods, and generated answers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -10,14 +11,18 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Pre
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-from stillroom.errors import DataError, MissingError, NonFiniteError, OutOfMemoryError
-from stillroom.evaluate.tasks.likelihood import Likelihood, encode, encoded, log_likelihoods
+from stillroom.errors import DataError, MissingError
+from stillroom.evaluate.tasks.likelihood import (
+    Likelihood,
+    encode,
+    encoded,
+    fitting,
+    log_likelihoods,
+    not_a_number,
+)
 from stillroom.models.loading import max_length
 from stillroom.teachers.client import Connection, Endpoint, connected, in_order
 from stillroom.teachers.engine import ServerEngine
-
-Report = Callable[[str, Mapping[str, Any]], None]
-"""A function that is called with the answers so far: "task" with task, model, done and total; "note" with text."""
 
 Done = Callable[[int], object]
 """A function that is called with the number of questions to a model that are answered."""
@@ -186,12 +191,8 @@ class _Finite(LogitsProcessor):
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         if torch.isnan(scores).any():
-            raise NonFiniteError(
-                "what the model says is not a number",
-                {"logits": "not a number", "at": f"token {input_ids.shape[1]} (from 0) of a prompt and its answer"},
-                why="What it writes would mean nothing.",
-                fix="Check its weights; where they are good, another dtype or attention may mend it.",
-            )
+            place = f"token {input_ids.shape[1]} (from 0) of a prompt and its answer"
+            raise not_a_number({"logits": "not a number", "at": place})
         return scores
 
 
@@ -238,37 +239,25 @@ def generate(
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     cpu = next(model.parameters()).device.type == "cpu"
     budget = num_tokens or (CPU_TOKENS if cpu else DEVICE_TOKENS)
-    generations: list[Generation | None] = [None] * len(ids)
-    place = 0
-    while place < len(order):
-        width = len(ids[order[place]]) + max_tokens
-        batch = order[place : place + max(1, budget // width)]
-        try:
-            texts = _generate(model, tokenizer, [ids[i] for i in batch], until, max_tokens)
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
-                raise OutOfMemoryError(
-                    "the device has too little memory to write a single answer",
-                    {"tokens of prompt and answer": width, "batch": "1 prompt"},
-                    why="It cannot be written in parts.",
-                    fix="Lower max_tokens in the description, or use a smaller dtype, or a device with more memory.",
-                ) from None
-            budget = max(width, budget // 2)
-            continue
-        for i, text in zip(batch, texts, strict=True):
-            generations[i] = Generation(text, max(0, len(whole[i]) - len(ids[i])))
-        place += len(batch)
-        done(place)
-    return cast(list[Generation], generations)
+    widths, found = [len(ids[i]) + max_tokens for i in order], {}
+    write = partial(_generate, model, tokenizer, ids, until, max_tokens)
+    for batch, texts in fitting(order, widths, budget, "a single answer", write):
+        found |= {
+            i: Generation(text, max(0, len(whole[i]) - len(ids[i]))) for i, text in zip(batch, texts, strict=True)
+        }
+        done(len(found))
+    return [found[i] for i in range(len(prompts))]
 
 
 def _generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
+    ids: Sequence[list[int]],
     until: Sequence[str],
     max_tokens: int,
+    batch: Sequence[int],
 ) -> list[str]:
+    prompts = [ids[i] for i in batch]
     width = max(map(len, prompts))
     device = next(model.parameters()).device
     rows = torch.tensor([[0] * (width - len(tokens)) + tokens for tokens in prompts], device=device)

@@ -1,8 +1,10 @@
 """Local tasks: items become questions, each checked, and a model's replies to them become scores."""
 
+import hashlib
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +14,21 @@ import numpy as np
 from stillroom.data.chat_templates import Name, Row, Template, text_in, value_in
 from stillroom.data.sources import FileSource, files_of
 from stillroom.errors import ConfigError, DataError, MissingError
-from stillroom.evaluate.tasks.config import Description, ExactMatch, Filter, LastWord, MinimalPairs, MultipleChoice
-from stillroom.evaluate.tasks.items import LOG_LIKELIHOOD
+from stillroom.evaluate import results
+from stillroom.evaluate.config import (
+    Description,
+    ExactMatch,
+    Filter,
+    LastWord,
+    LocalTask,
+    MinimalPairs,
+    MultipleChoice,
+    read_description,
+)
+from stillroom.evaluate.results import FOLDER, LOG_LIKELIHOOD, Item, ModelAnswer, TaskResult, write_items
 from stillroom.evaluate.tasks.likelihood import Likelihood
 from stillroom.evaluate.tasks.lm import EvalModel, answers, likelihoods
+from stillroom.verbs import Report
 
 NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+)")
 """A minus that follows a number or a word, as in 10-12, is none; a comma parts thousands."""
@@ -24,33 +37,21 @@ NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:
 class Question(NamedTuple):
     """One item of a task."""
 
-    id: str
-    group: str | None
-    """The part of the task that it belongs to."""
-    shown: str
-    """The question without instruction and examples."""
     context: str
     """All that the model reads before its answer."""
-    options: tuple[str, ...]
-    """The answers whose likelihood is compared, as they follow the context; none where the model writes."""
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] = ()
     """The options without the delimiter before them."""
-    gold: int
+    gold: int = 0
     """The right option."""
-    answers: tuple[str, ...]
+    answers: tuple[str, ...] = ()
     """The right answers, where the model writes."""
-
-
-class Parts(NamedTuple):
-    """An item as a description makes it, before examples are put before it."""
-
-    context: str
-    options: tuple[str, ...]
-    gold: int
-    answers: tuple[str, ...]
-
-
-Parser = Callable[[Row, Name], Parts]
+    options: tuple[str, ...] = ()
+    """The answers whose likelihood is compared, as they follow the context; none where the model writes."""
+    shown: str = ""
+    """The question without instruction and examples."""
+    id: str = ""
+    group: str | None = None
+    """The part of the task that it belongs to."""
 
 
 def questions(description: Description, limit: int | None = None) -> list[Question]:
@@ -61,27 +62,23 @@ def questions(description: Description, limit: int | None = None) -> list[Questi
             be asked, with file, line and column; two items have the same id.
         ConfigError: the description cannot be meant.
     """
-    parse = _parser(description)
-    before = _before(description, parse)
+    before = _before(description)
     delimiter = description.delimiter if isinstance(description, MultipleChoice | ExactMatch) else ""
     found, seen = [], set[str]()
     for file, place, row in islice(_rows(description.items), limit):
         name = partial("{} {}".format, file, place)
-        parts = parse(row, name)
+        asked = _question(description, row, name)
         number = f"{file.name} {place}" if description.id is None else _plain(row, description.id, name)
         if number in seen:
-            raise _error(name(), f"an item `{number}` came before", {"column": description.id, "value": number})
+            raise _error(name, f"an item `{number}` came before", {"column": description.id, "value": number})
         seen.add(number)
+        whole = {"shown": asked.context, "context": before + asked.context, "id": number}
         group = None if description.group is None else _plain(row, description.group, name)
-        options = tuple(delimiter + option for option in parts.options)
-        context, shown = before + parts.context, parts.context
-        found.append(Question(number, group, shown, context, options, parts.options, parts.gold, parts.answers))
+        options = tuple(delimiter + label for label in asked.labels)
+        found.append(asked._replace(group=group, options=options, **whole))
     if not found:
-        raise MissingError(
-            f"{description.items} has no items",
-            why="There is nothing to ask.",
-            fix="Check the path in the description.",
-        )
+        why, fix = "There is nothing to ask.", "Check the path in the description."
+        raise MissingError(f"{description.items} has no items", why=why, fix=fix)
     return found
 
 
@@ -89,58 +86,63 @@ def _rows(path: str) -> Iterator[tuple[Path, str, Row]]:
     return FileSource(files_of(Path(path))).places()
 
 
-def _template(description: Description, field: str) -> Template:
-    return Template(f"{field} of {description.name}", getattr(description, field))
-
-
 # --- the kinds of questions ------------------------------------------------------------------------------------------
 
+_template = cache(Template)
 
-def _parser(description: Description) -> Parser:
+
+def _question(description: Description, row: Row, name: Name) -> Question:
+    """An item as the description makes it, before examples are put before it."""
+
+    def filled(field: str) -> str:
+        return _template(f"{field} of {description.name}", getattr(description, field))(row, name)
+
     match description:
         case MultipleChoice():
-            return _multiple_choice(description)
+            choices = _choices(description, row, name)
+            return Question(filled("context"), choices, _gold(row, description.target, choices, name))
         case MinimalPairs():
-            good, bad = (_template(description, field) for field in ("good", "bad"))
-            return lambda row, name: Parts("", _not_empty((good(row, name), bad(row, name)), name), 0, ())
-        case ExactMatch():
-            context = _template(description, "context")
-            return lambda row, name: Parts(context(row, name), (), 0, _answers(description, row, name))
+            return Question("", _not_empty((filled("good"), filled("bad")), name))
+        case ExactMatch(target=target) if "{" in target or "}" in target:
+            return Question(filled("context"), answers=(filled("target"),))
+        case ExactMatch(target=target):
+            context, value = filled("context"), value_in(row, target, name)
+            values = value if isinstance(value, list) else [value]
+            if values and all(isinstance(one, str | int | float) and not isinstance(one, bool) for one in values):
+                return Question(context, answers=tuple(map(str, values)))
+            found = {f"column `{target}`": f"{value!r:.60}", "needed": "a text or a number"}
+            raise _error(name, "the target is no answer", found)
         case LastWord():
-            return partial(_last_word_parts, _template(description, "text"))
+            text = filled("text").rstrip()
+            if (match := re.fullmatch(r"(.*\S)(\s+\S+)", text, re.DOTALL)) is not None:
+                return Question(match[1], (match[2],))
+            raise _error(name, "there is no last word after others", {"text": f"{text!r:.60}", "needed": "two words"})
 
 
-def _multiple_choice(description: MultipleChoice) -> Parser:
-    context, column = _template(description, "context"), description.choices
-    templates: list[str | Template] = []
-    for text in () if isinstance(column, str) else column:
-        filled_in = "{" in text or "}" in text
-        templates.append(Template(f"choices of {description.name}", text) if filled_in else text)
-
-    def parse(row: Row, name: Name) -> Parts:
-        choices = [text if isinstance(text, str) else text(row, name) for text in templates]
-        if isinstance(column, str):
-            value = value_in(row, column, name)
-            texts = isinstance(value, list) and all(isinstance(choice, str) for choice in value)
-            if not texts or len(value) < 2:
-                given = f"a list of {len(value)}" if texts else f"{value!r:.60}"
-                values = {f"column `{column}`": given, "needed": "two texts or more"}
-                raise _error(name(), "there is nothing to choose", values)
-            choices = value
-        options = _not_empty(choices, name)
-        for i, choice in enumerate(options):
-            if choice in options[:i]:
-                both = f"{options.index(choice)} and {i}"
-                raise _error(name(), "two choices are the same", {"choices": both, "text": f"{choice!r:.60}"})
-        return Parts(context(row, name), options, _gold(row, description.target, choices, name), ())
-
-    return parse
+def _choices(description: MultipleChoice, row: Row, name: Name) -> tuple[str, ...]:
+    column = description.choices
+    if isinstance(column, str):
+        choices = value_in(row, column, name)
+        texts = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
+        if not texts or len(choices) < 2:
+            given = f"a list of {len(choices)}" if texts else f"{choices!r:.60}"
+            values = {f"column `{column}`": given, "needed": "two texts or more"}
+            raise _error(name, "there is nothing to choose", values)
+    else:
+        label = f"choices of {description.name}"
+        choices = [_template(label, text)(row, name) if "{" in text or "}" in text else text for text in column]
+    options = _not_empty(choices, name)
+    for i, choice in enumerate(options):
+        if choice in options[:i]:
+            both = f"{options.index(choice)} and {i}"
+            raise _error(name, "two choices are the same", {"choices": both, "text": f"{choice!r:.60}"})
+    return options
 
 
 def _not_empty(choices: Sequence[str], name: Name) -> tuple[str, ...]:
     for i, choice in enumerate(choices):
         if not choice.strip():
-            raise _error(name(), "a choice is empty", {"choice": i, "text": repr(choice)})
+            raise _error(name, "a choice is empty", {"choice": i, "text": repr(choice)})
     return tuple(choices)
 
 
@@ -150,61 +152,34 @@ def _gold(row: Row, column: str, choices: Sequence[str], name: Name) -> int:
         return value
     if isinstance(value, str) and value in choices:
         return choices.index(value)
-    raise _error(
-        name(),
-        "the target is none of the choices",
-        {f"column `{column}`": f"{value!r:.60}", "choices": f"0 to {len(choices) - 1}, or {', '.join(choices)}"[:200]},
-    )
-
-
-def _answers(description: ExactMatch, row: Row, name: Name) -> tuple[str, ...]:
-    target = description.target
-    if "{" in target or "}" in target:
-        return (_template(description, "target")(row, name),)
-    value = value_in(row, target, name)
-    values = value if isinstance(value, list) else [value]
-    if values and all(isinstance(answer, str | int | float) and not isinstance(answer, bool) for answer in values):
-        return tuple(str(answer) for answer in values)
-    raise _error(
-        name(), "the target is no answer", {f"column `{target}`": f"{value!r:.60}", "needed": "a text or a number"}
-    )
-
-
-def _last_word_parts(template: Template, row: Row, name: Name) -> Parts:  # kept: a kind of question
-    text = template(row, name).rstrip()
-    match = re.fullmatch(r"(.*\S)(\s+\S+)", text, re.DOTALL)
-    if match is None:
-        raise _error(name(), "there is no last word after others", {"text": f"{text!r:.60}", "needed": "two words"})
-    return Parts(match[1], (match[2],), 0, ())
+    known = f"0 to {len(choices) - 1}, or {', '.join(choices)}"[:200]
+    raise _error(name, "the target is none of the choices", {f"column `{column}`": f"{value!r:.60}", "choices": known})
 
 
 # --- examples, columns, errors ----------------------------------------------------------------------------------------
 
 
-def _before(description: Description, parse: Parser) -> str:
+def _before(description: Description) -> str:
     """The instruction and examples that stand before every question."""
     if not isinstance(description, MultipleChoice | ExactMatch):
         return ""
-    examples: list[tuple[Name, Row]] = []
-    if isinstance(description.examples, str) and description.shots:
-        for file, place, row in islice(_rows(description.examples), description.shots):
-            examples.append((lambda file=file, place=place: f"{file} {place}", row))
-    elif description.shots:
-        given: Any = description.examples or ()
-        for i, row in enumerate(given[: description.shots], 1):
-            examples.append((lambda i=i: f"example {i} of {description.name}", row))
-    if len(examples) < description.shots:
+    text, shots, examples = description.instruction, description.shots, []
+    given: Any = description.examples
+    if isinstance(given, str) and shots:
+        examples = [(f"{file} {place}", row) for file, place, row in islice(_rows(given), shots)]
+    elif shots:
+        examples = [(f"example {i} of {description.name}", row) for i, row in enumerate((given or ())[:shots], 1)]
+    if len(examples) < shots:
         raise ConfigError(
             f"the task {description.name} has too few examples",
-            {"shots": description.shots, "examples": len(examples)},
+            {"shots": shots, "examples": len(examples)},
             why="As many stand before each question as shots says.",
             fix="Set `examples` in the description to a list or a file with enough of them, or lower shots.",
         )
-    text = description.instruction
-    for name, row in examples:
-        parts = parse(row, name)
-        answer = parts.options[parts.gold] if parts.options else parts.answers[0]
-        text += parts.context + description.delimiter + answer + description.separator
+    for place, row in examples:
+        one = _question(description, row, partial(str, place))
+        answer = one.labels[one.gold] if one.labels else one.answers[0]
+        text += one.context + description.delimiter + answer + description.separator
     return text
 
 
@@ -213,9 +188,9 @@ def _plain(row: Row, column: str, name: Name) -> str:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else text_in(row, column, name)
 
 
-def _error(place: str, what: str, values: dict[str, Any]) -> DataError:
+def _error(name: Name, what: str, values: dict[str, Any]) -> DataError:
     return DataError(
-        f"{place}: {what}",
+        f"{name()}: {what}",
         values,
         why="The item cannot be asked, and none is left out without a word.",
         fix="Mend or delete it, or name another column in the description.",
@@ -236,72 +211,125 @@ class ModelReply(NamedTuple):
     """Tokens of the question that were too far back for the model to read."""
 
 
-def metric(description: Description) -> str:
-    """The metric that is shown first."""
-    match description:
-        case MultipleChoice():
-            return description.metric
-        case ExactMatch():
-            return "exact_match"
-        case _:
-            return "acc"
+class LocalBenchmark(NamedTuple):
+    """A benchmark that a description file describes."""
 
+    description: Description
+    questions: tuple[Question, ...]
+    files: tuple[str, ...]
+    """The files that it was read from."""
 
-def chance(description: Description, questions: Sequence[Question]) -> float | None:
-    """The score of blind guessing, where it is known: the mean of one over the number of options."""
-    if isinstance(description, MultipleChoice | MinimalPairs):
-        return float(np.mean([1 / len(question.options) for question in questions]))
-    return None
+    @classmethod
+    def open(cls, config: LocalTask) -> "LocalBenchmark":
+        """Reads description and items. Raises what ``read_description`` and ``questions`` do."""
+        description = read_description(config)
+        examples = getattr(description, "examples", None)
+        files = (config.path, description.items, *([examples] if isinstance(examples, str) else []))
+        return cls(description, tuple(questions(description, config.limit)), files)
 
+    @property
+    def name(self) -> str:
+        return self.description.name
 
-def ask(
-    description: Description, questions: Sequence[Question], model: EvalModel, done: Callable[[int], object]
-) -> list[ModelReply]:
-    """Puts all questions to a model.
+    @property
+    def metric(self) -> str:
+        """The metric that is shown first."""
+        return getattr(self.description, "metric", "exact_match" if isinstance(self.description, ExactMatch) else "acc")
 
-    Args:
-        done: is called with the number of answers so far.
+    @property
+    def chance(self) -> float | None:
+        """The score of blind guessing, where it is known: the mean of one over the number of options."""
+        if isinstance(self.description, MultipleChoice | MinimalPairs):
+            return float(np.mean([1 / len(question.options) for question in self.questions]))
+        return None
 
-    Raises:
-        StillroomError: the model cannot be asked such questions.
-    """
-    if isinstance(description, ExactMatch):
-        limits = {"until": description.until, "max_tokens": description.max_tokens}
+    def ask(self, model: EvalModel, report: Report) -> list[ModelReply]:
+        """The reply of a model to every question.
+
+        Raises:
+            StillroomError: it cannot be asked such questions.
+        """
+        pairs = [(question.context, option) for question in self.questions for option in question.options]
+        total = len(pairs) or len(self.questions)
+
+        def done(number: int) -> None:
+            report("task", {"task": self.name, "model": model.name, "done": number, "total": total})
+
         replies = []
-        generations = answers(model, [question.context for question in questions], **limits, done=done)
-        for question, (text, num_cut) in zip(questions, generations, strict=True):
-            prediction = apply(description.filters, text)
-            right = [apply(description.target_filters, answer) for answer in question.answers]
-            replies.append(ModelReply(prediction, (), {"exact_match": float(prediction in right)}, num_cut))
+        if isinstance(one := self.description, ExactMatch):
+            prompts = [question.context for question in self.questions]
+            written = answers(model, prompts, until=one.until, max_tokens=one.max_tokens, done=done)
+            for question, (text, num_cut) in zip(self.questions, written, strict=True):
+                prediction = apply(one.filters, text)
+                right = prediction in [apply(one.target_filters, answer) for answer in question.answers]
+                replies.append(ModelReply(prediction, (), {"exact_match": float(right)}, num_cut))
+        else:
+            owners = [question.id for question in self.questions for _ in question.options]
+            scored = iter(likelihoods(model, pairs, owners.__getitem__, done))
+            replies += [self._reply(question, [next(scored) for _ in question.options]) for question in self.questions]
+        if num_cut := sum(one.num_cut > 0 for one in replies):
+            text = f"{self.name}: {num_cut} of {len(replies)} questions were too long for {model.name} and cut"
+            report("note", {"text": f"{text} at their beginning"})
         return replies
-    pairs = [(question.context, option) for question in questions for option in question.options]
-    owners = [question.id for question in questions for _ in question.options]
-    scored = iter(likelihoods(model, pairs, owners.__getitem__, done))
-    judge = _last_word if isinstance(description, LastWord) else partial(_choose, description)
-    return [judge(question, [next(scored) for _ in question.options]) for question in questions]
 
+    def _reply(self, question: Question, options: Sequence[Likelihood]) -> ModelReply:  # kept: the top option
+        """Chooses the top option by each measure; of equals the first, as in lm-eval."""
+        sums, first = np.array([one.log_likelihood for one in options]), options[0]
+        if isinstance(self.description, LastWord):
+            metrics = {"acc": float(first.greedy), LOG_LIKELIHOOD: first.log_likelihood}
+            prediction = question.labels[0] if first.greedy else ""
+        else:
+            lengths = {"acc": np.ones(len(options))}
+            if isinstance(self.description, MultipleChoice):
+                lengths["acc_norm"] = np.array([len(label) for label in question.labels])
+                lengths["acc_bytes"] = np.array([len(label.encode()) for label in question.labels])
+                lengths["acc_tokens"] = np.array([one.num_tokens for one in options])
+            chosen = {name: int(np.argmax(sums / length)) for name, length in lengths.items()}
+            metrics = {name: float(choice == question.gold) for name, choice in chosen.items()}
+            prediction = question.labels[chosen[self.metric]]
+        return ModelReply(prediction, tuple(sums.tolist()), metrics, max(one.num_cut for one in options))
 
-def _choose(description: Description, question: Question, options: Sequence[Likelihood]) -> ModelReply:
-    """Chooses the top option by each measure; of equals the first, as in lm-eval."""
-    sums = np.array([one.log_likelihood for one in options])
-    lengths = {"acc": np.ones(len(options))}
-    if isinstance(description, MultipleChoice):
-        lengths |= {
-            "acc_norm": np.array([len(label) for label in question.labels]),
-            "acc_bytes": np.array([len(label.encode()) for label in question.labels]),
-            "acc_tokens": np.array([one.num_tokens for one in options]),
-        }
-    chosen = {name: int(np.argmax(sums / length)) for name, length in lengths.items()}
-    metrics = {name: float(choice == question.gold) for name, choice in chosen.items()}
-    prediction = question.labels[chosen[metric(description)]]
-    return ModelReply(prediction, tuple(sums.tolist()), metrics, max(one.num_cut for one in options))
+    def results(
+        self, replies: Mapping[str, list[ModelReply]], failed: str | None, out: Path, seed: int
+    ) -> Sequence[TaskResult]:
+        """One result, whose items are written; ``failed`` says why the models without replies have none."""
+        main, chance, file = self.metric, self.chance, f"{FOLDER}/{self.name}.jsonl"
+        if replies:
+            write_items(out / file, (self._item(i, replies) for i in range(len(self.questions))))
+        values = {name: {key: [one.metrics[key] for one in all_of] for key in all_of[0].metrics}
+                  for name, all_of in replies.items()}  # fmt: skip
+        groups = [question.group for question in self.questions]
+        scores = {name: results.scores(by_metric, groups, main) for name, by_metric in values.items()}
+        settings = self.description.model_dump(mode="json", exclude={"items", "examples"})
+        asked = [question._asdict() for question in self.questions]  # with all that stands before each
+        result = TaskResult(
+            name=self.name,
+            source="local",
+            version=self.description.version,
+            shots=getattr(self.description, "shots", 0),
+            num_items=len(self.questions),
+            metric=main,
+            scores=scores,
+            normalised={}
+            if chance is None
+            else {name: results.normalize(one[main], chance) for name, one in scores.items()},
+            differences=results.differences(self.name, main, {name: one[main] for name, one in values.items()}, seed),
+            items=file if replies else None,
+            fingerprint=hashlib.sha256(json.dumps([settings, asked], sort_keys=True).encode()).hexdigest(),
+            failed=failed,
+        )
+        return [result]
 
-
-def _last_word(question: Question, options: Sequence[Likelihood]) -> ModelReply:  # kept: a kind of question
-    (one,) = options
-    prediction = question.labels[0] if one.greedy else ""
-    metrics = {"acc": float(one.greedy), LOG_LIKELIHOOD: one.log_likelihood}
-    return ModelReply(prediction, (one.log_likelihood,), metrics, one.num_cut)
+    def _item(self, i: int, replies: Mapping[str, Sequence[ModelReply]]) -> Item:
+        answers = {}
+        for name, all_of in replies.items():
+            prediction, scores, metrics, num_cut = all_of[i]
+            correct = metrics[self.metric]
+            answers[name] = ModelAnswer(prediction=prediction, scores=scores, correct=correct, num_cut=num_cut)
+        one = self.questions[i]
+        gold = one.labels[one.gold] if one.labels else " | ".join(one.answers)
+        parts: dict[str, Any] = {"question": one.shown, "options": one.labels, "gold": gold}
+        return Item(id=one.id, group=one.group, models=answers, **parts)
 
 
 def apply(filters: Sequence[Filter], text: str) -> str:

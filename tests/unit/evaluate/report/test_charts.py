@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from stillroom.evaluate.report.charts import Group, bars
-from stillroom.evaluate.report.svg import looks
+from stillroom.evaluate.report.charts import bars, looks
+from stillroom.evaluate.report.tables import Group
 from stillroom.evaluate.results import ModelFacts, Number
 
 BAR = r'<g id="x-bar-\d-\d-(\d)">.*?<path d="M ([\d.]+) ([\d.]+) +L ([\d.]+) [\d.]+ +L [\d.]+ ([\d.]+)'

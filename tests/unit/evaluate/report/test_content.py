@@ -7,11 +7,11 @@ import pytest
 
 from evaluations import build_evaluation
 from stillroom.errors import DataError, MissingError
-from stillroom.evaluate.report import read_results, rebuild, sentences, words
-from stillroom.evaluate.report.content import SHOWN, make_report, pairs, read_changes, read_training
+from stillroom.evaluate.report import tables
+from stillroom.evaluate.report.content import SHOWN, make_report, pairs, read_changes, read_training, sentences
+from stillroom.evaluate.report.page import read_results, rebuild
 from stillroom.evaluate.report.tables import metric_table
-from stillroom.evaluate.results import Difference, Number, Results
-from stillroom.evaluate.tasks.items import Item, ModelAnswer, write_items
+from stillroom.evaluate.results import Difference, Item, ModelAnswer, Number, Results, write_items
 
 
 @pytest.mark.parametrize(
@@ -29,38 +29,38 @@ from stillroom.evaluate.tasks.items import Item, ModelAnswer, write_items
     ],
 )
 def test_a_number_has_the_digits_that_its_error_bears(number, unit, wanted):
-    assert words.value(number, unit) == wanted
+    assert tables.value_text(number, unit) == wanted
 
 
 def test_an_interval_may_be_unknown():
-    assert words.interval(Number(value=1.0, error=0.1)) == ""
-    assert words.interval(Number(value=1.0, error=0.1, low=0.8, high=1.2)) == "0.80 to 1.20"
+    assert tables.interval_text(Number(value=1.0, error=0.1)) == ""
+    assert tables.interval_text(Number(value=1.0, error=0.1, low=0.8, high=1.2)) == "0.80 to 1.20"
 
 
 def test_sizes():
-    assert [words.size(n) for n in (None, 12, 2048, 5 << 30)] == ["–", "12 bytes", "2.0 KiB", "5.0 GiB"]
+    assert [tables.size(n) for n in (None, 12, 2048, 5 << 30)] == ["–", "12 bytes", "2.0 KiB", "5.0 GiB"]
 
 
 def test_a_long_name_keeps_its_ends():
-    assert words.shortened("abcdefghij", 7) == "abc…hij"
-    assert words.shortened("a\n b", 7) == "a b"
+    assert tables.shortened("abcdefghij", 7) == "abc…hij"
+    assert tables.shortened("a\n b", 7) == "a b"
 
 
 def test_bars_are_of_normalised_scores_where_all_models_have_them(tmp_path):
     results = build_evaluation(tmp_path, num_tasks=2)
-    groups = make_report(results, tmp_path, {}).task_groups
+    groups = make_report(results, tmp_path).task_groups
     assert [(g.title, g.note) for g in groups] == [("blimp", "acc_norm, normalised"), ("bbh_causal_judgement", "acc")]
     task = results.tasks[0]
     fewer = task.model_copy(update={"normalised": {"teacher": task.normalised["teacher"]}})
-    (group,) = make_report(results.model_copy(update={"tasks": (fewer,)}), tmp_path, {}).task_groups
+    (group,) = make_report(results.model_copy(update={"tasks": (fewer,)}), tmp_path).task_groups
     assert group.note == "acc_norm"
 
 
 def test_the_axis_of_normalised_scores_says_what_they_are(tmp_path):
     results = build_evaluation(tmp_path, num_tasks=2)
-    assert make_report(results, tmp_path, {}).task_axis == "per cent"
+    assert make_report(results, tmp_path).task_axis == "per cent"
     normalised = results.model_copy(update={"tasks": results.tasks[:1]})
-    assert make_report(normalised, tmp_path, {}).task_axis == "0 is chance, 100 perfect"
+    assert make_report(normalised, tmp_path).task_axis == "0 is chance, 100 perfect"
 
 
 @pytest.mark.parametrize(
@@ -76,17 +76,17 @@ def test_the_axis_of_normalised_scores_says_what_they_are(tmp_path):
 def test_a_recovered_gap_that_is_no_share_is_not_drawn_among_shares(tmp_path, gap, drawn):
     results = build_evaluation(tmp_path, num_tasks=0)
     results.metrics["distilled"]["recovered_gap"] = gap
-    report = make_report(results, tmp_path, {})
+    report = make_report(results, tmp_path)
     assert ("recovered gap" in [group.title for group in report.agreement_groups]) == drawn
     assert ("it has its card" in report.agreement_note) != drawn
-    assert report.headlines[0].title == "recovered gap"
+    assert report.headlines[0]["title"] == "recovered gap"
 
 
 def test_a_score_that_is_no_share_is_not_drawn_and_that_is_said(tmp_path):
     results = build_evaluation(tmp_path, num_tasks=1)
     scores = {name: {"perplexity": Number(value=12.0)} for name in results.tasks[0].scores}
     task = results.tasks[0].model_copy(update={"metric": "perplexity", "scores": scores, "normalised": {}})
-    report = make_report(results.model_copy(update={"tasks": (task,)}), tmp_path, {})
+    report = make_report(results.model_copy(update={"tasks": (task,)}), tmp_path)
     assert report.task_groups == ()
     assert "Not drawn, since its score is no share: blimp." in report.task_note
     assert report.tasks.rows[0][5].text == "12.00"
@@ -103,7 +103,7 @@ def without(results: Results, name: str) -> Results:
 
 def test_a_task_that_failed_for_one_model_is_shown_for_the_others(tmp_path):
     results = without(build_evaluation(tmp_path), "baseline")
-    report = make_report(results, tmp_path, {})
+    report = make_report(results, tmp_path)
     assert report.failed == ("leaderboard_mmlu_pro failed: the task's data could not be fetched",)
     raw, normalised, *_ = report.tasks.rows
     assert [(cell.text, cell.mark) for cell in raw[5:]] == [("80.0 %", ""), ("73.5 %", ""), ("–", "1")]
@@ -143,7 +143,7 @@ def test_passages_near_to_the_teacher_are_none_of_the_furthest(tmp_path):
     results = build_evaluation(tmp_path)
     far, near = (results.worst["distilled"][0].model_copy(update={"mean_kl_nats": kl}) for kl in (0.01, 0.009))
     worst = {"distilled": (far, near), "baseline": (near,)}
-    assert make_report(results.model_copy(update={"worst": worst}), tmp_path, {}).worst == (
+    assert make_report(results.model_copy(update={"worst": worst}), tmp_path).worst == (
         ("distilled", (far,)),
         ("baseline", ()),
     )

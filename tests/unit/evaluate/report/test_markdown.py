@@ -7,12 +7,12 @@ import pytest
 
 from evaluations import HOSTILE, build_evaluation
 from stillroom.evaluate.report.content import make_report
-from stillroom.evaluate.report.markdown import code, escaped, to_markdown
+from stillroom.evaluate.report.page import code, escaped, to_markdown
 
 
 def markdown(folder: Path, **settings) -> str:
     results = build_evaluation(folder, **settings)
-    return to_markdown(make_report(results, folder, {name: Path(run) for name, run in results.runs.items()}))
+    return to_markdown(make_report(results, folder))
 
 
 def test_it_has_the_numbers_of_the_page(tmp_path):
@@ -78,7 +78,7 @@ def test_marked_tokens_are_bold_whatever_stands_beside_them(tmp_path):
 
     def shown(nats: float) -> str:
         one = passage.model_copy(update={"tokens": tokens, "kl_nats": (0.0, *[nats] * 10, 0.0)})
-        text = to_markdown(make_report(results.model_copy(update={"worst": {"distilled": (one,)}}), tmp_path, {}))
+        text = to_markdown(make_report(results.model_copy(update={"worst": {"distilled": (one,)}}), tmp_path))
         return text.partition("> … ")[2].partition(" …\n")[0]
 
     assert shown(0.5) == "locals(\\*)&lt;b&gt;  ↵↵ a ∅."
@@ -99,5 +99,5 @@ def test_differences_and_failures_stand_with_what_they_are_of(tmp_path):
 def test_a_model_that_is_nowhere_far_from_the_teacher(tmp_path):
     results = build_evaluation(tmp_path, num_tasks=0)
     near = results.worst["distilled"][0].model_copy(update={"mean_kl_nats": 0.0})
-    text = to_markdown(make_report(results.model_copy(update={"worst": {"distilled": (near,)}}), tmp_path, {}))
+    text = to_markdown(make_report(results.model_copy(update={"worst": {"distilled": (near,)}}), tmp_path))
     assert "### distilled\n\nNone: no passage is 0.01 nats a token or more from the teacher.\n" in text

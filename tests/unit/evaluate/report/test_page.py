@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from evaluations import HOSTILE, build_evaluation
-from stillroom.evaluate.report import charts, write_report
-from stillroom.evaluate.report.page import HERE
-from stillroom.evaluate.report.svg import PAINTS
+from stillroom.evaluate.report import charts
+from stillroom.evaluate.report.charts import PAINTS
+from stillroom.evaluate.report.page import HERE, write_report
 from stillroom.evaluate.results import Results
 
 EVERY_NAME = ("teacher", "distilled", "distilled-2", "baseline", "other")
@@ -47,7 +47,7 @@ class Reader(HTMLParser):
 
 def page(folder: Path, **settings) -> tuple[Results, Reader, str]:
     results = build_evaluation(folder, **settings)
-    _, path = write_report(results, folder, {name: Path(run) for name, run in results.runs.items()})
+    _, path = write_report(results, folder)
     text = path.read_text(encoding="utf-8")
     return results, Reader(text), text
 
@@ -127,7 +127,7 @@ def test_differences_stand_with_what_they_are_of(tmp_path):
 def test_a_model_that_is_nowhere_far_from_the_teacher(tmp_path):
     results = build_evaluation(tmp_path, num_tasks=0)
     near = results.worst["distilled"][0].model_copy(update={"mean_kl_nats": 0.0})
-    write_report(results.model_copy(update={"worst": {"distilled": (near,)}}), tmp_path, {})
+    write_report(results.model_copy(update={"worst": {"distilled": (near,)}}), tmp_path)
     reader = Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "distilled: none; no passage is 0.01 nats a token or more from the teacher." in reader.text
     assert "1 passage" not in reader.text
@@ -228,7 +228,7 @@ def test_the_page_needs_the_plotting_library_and_markdown_does_not(tmp_path, mon
 
     monkeypatch.setattr(charts, "check", absent)
     with pytest.raises(MissingError, match=r"report\.md is written") as caught:
-        write_report(build_evaluation(tmp_path), tmp_path, {})
+        write_report(build_evaluation(tmp_path), tmp_path)
     assert caught.value.fix == f"Install it. Then run `stillroom report {tmp_path}`."
     assert (tmp_path / "report.md").is_file()
     assert not (tmp_path / "report.html").exists()

@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks import run_task
 from conftest import build_model
 from stillroom.errors import ConfigError, MissingError
+from stillroom.evaluate.config import HarnessTask, LocalTask
+from stillroom.evaluate.plan import open_benchmark
+from stillroom.evaluate.results import read_items
 from stillroom.evaluate.tasks import harness, harness_results
-from stillroom.evaluate.tasks.benchmarks import open_benchmark
-from stillroom.evaluate.tasks.config import HarnessTask, LocalTask
-from stillroom.evaluate.tasks.items import read_items
 from stillroom.evaluate.tasks.lm import EvalModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -151,10 +151,10 @@ def found_for(**results: Any) -> dict[str, Any]:
 
 def test_official_scores_stand_beside_the_raw_ones():
     metrics = {"acc,none": 0.37, "acc_stderr,none": 0.01}
-    found = harness_results._normalised("leaderboard_mmlu_pro", {"m": found_for(leaderboard_mmlu_pro=metrics)})
+    found = harness_results.official_scores("leaderboard_mmlu_pro", {"m": found_for(leaderboard_mmlu_pro=metrics)})
     assert found["m"].value == pytest.approx(0.3)
     assert found["m"].error == pytest.approx(0.01 / 0.9)
-    assert harness_results._normalised("leaderboard_musr", {"m": found_for()}) == {}
+    assert harness_results.official_scores("leaderboard_musr", {"m": found_for()}) == {}
 
 
 def test_metrics_keep_the_filter_that_is_not_the_first():

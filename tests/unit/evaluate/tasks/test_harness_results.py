@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from stillroom.evaluate.results import TaskResult
+from stillroom.evaluate.results import TaskResult, read_items
 from stillroom.evaluate.tasks.harness_results import harness_results
-from stillroom.evaluate.tasks.items import read_items
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 

@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import build_model
 from stillroom.errors import MissingError
+from stillroom.evaluate.config import Filter, LocalTask, Regex, read_description
 from stillroom.evaluate.tasks import local
-from stillroom.evaluate.tasks.config import Filter, LocalTask, Regex, read_description
 from stillroom.evaluate.tasks.likelihood import Likelihood
 from stillroom.evaluate.tasks.lm import EvalModel, Generation, likelihoods
-from stillroom.evaluate.tasks.local import LOG_LIKELIHOOD, ModelReply, apply, ask, chance, questions
+from stillroom.evaluate.tasks.local import LOG_LIKELIHOOD, LocalBenchmark, ModelReply, apply, questions
 from stillroom.recipe import to_yaml
 
 NOBODY = EvalModel("nobody", None, None, None, "")
@@ -24,8 +24,8 @@ def said_of(folder: Path, rows: list[dict[str, Any]], **settings: Any) -> tuple[
     (folder / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "task.yaml").write_text(to_yaml({"name": "task", "items": "items.jsonl", **settings}))
     description = read_description(LocalTask(kind="local", path=str(folder / "task.yaml")))
-    asked = questions(description)
-    return ask(description, asked, NOBODY, lambda _: None), chance(description, asked)
+    asked = LocalBenchmark(description, tuple(questions(description)), ())
+    return asked.ask(NOBODY, lambda *_: None), asked.chance
 
 
 def tell(monkeypatch: pytest.MonkeyPatch, told: dict[str, tuple[float, int]]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stillroom.errors import ConfigError, DataError, MissingError
-from stillroom.evaluate.tasks.config import LocalTask, read_description
+from stillroom.evaluate.config import LocalTask, read_description
 from stillroom.evaluate.tasks.local import Question, questions
 from stillroom.recipe import to_yaml
 

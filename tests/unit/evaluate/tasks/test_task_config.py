@@ -8,7 +8,7 @@ from pydantic import Field
 
 from stillroom.config import Config, load
 from stillroom.errors import ConfigError, MissingError
-from stillroom.evaluate.tasks.config import (
+from stillroom.evaluate.config import (
     LEADERBOARD,
     HarnessTask,
     LocalTask,

@@ -10,10 +10,9 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks import run_task
 from conftest import build_model
 from stillroom.errors import DataError, MissingError
-from stillroom.evaluate.results import Number, TaskResult
-from stillroom.evaluate.tasks.benchmarks import open_benchmark
-from stillroom.evaluate.tasks.config import LocalTask
-from stillroom.evaluate.tasks.items import as_text, changes, normalize, read_items, scores
+from stillroom.evaluate.config import LocalTask
+from stillroom.evaluate.plan import open_benchmark
+from stillroom.evaluate.results import Number, TaskResult, as_text, changes, normalize, read_items, scores
 from stillroom.evaluate.tasks.lm import EvalModel
 from stillroom.statistics import paired_bootstrap
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from stillroom.chat.columns import Column, SideBySide
+from stillroom.cli.chat import Column, SideBySide
 from stillroom.terminal import harmless, width
 
 
