@@ -215,7 +215,7 @@ def test_a_family_that_is_not_described_says_what_to_describe():
     with pytest.raises(MismatchError, match="no smaller model can be cut out of the family gpt2") as caught:
         describe(build_config("gpt2"))
     assert "axes of each of its tensors" in str(caught.value)
-    assert "families.py" in str(caught.value)
+    assert "pruning/plan.py" in str(caught.value)
 
 
 def test_a_model_whose_layers_differ_in_shape_is_refused(monkeypatch):
