@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from operator import itemgetter
 from pathlib import Path
 
@@ -169,12 +170,16 @@ def compare(
         {f"id {number}": token for token, number in sorted(t.get_vocab().items(), key=itemgetter(1))} for t in (a, b)
     ]
     special = (_roles(a), _roles(b)) if roles else ({}, {})
-    kinds = (("tokens", *maps), ("special tokens", *special), ("encodings", *(_encodings(t, roles) for t in (a, b))))
-    differing = ((*each, [k for k in {**each[1], **each[2]} if each[1].get(k) != each[2].get(k)]) for each in kinds)
-    found = next((each for each in differing if each[-1]), None)
-    if found is None:
+    kinds: dict[str, tuple[Mapping[str, object], ...]] = {
+        "tokens": tuple(maps),
+        "special tokens": special,
+        "encodings": (_encodings(a, roles), _encodings(b, roles)),
+    }
+    differing = {k: [key for key in {**x, **y} if x.get(key) != y.get(key)] for k, (x, y) in kinds.items()}
+    kind = next((kind for kind, keys in differing.items() if keys), None)
+    if kind is None:
         return
-    kind, of_a, of_b, keys = found
+    keys, (of_a, of_b) = differing[kind], kinds[kind]
     values: dict[str, object] = {
         name: f"fingerprint {print_[:16]}, {len(tokenizer.get_vocab())} tokens ({tokenizer.name_or_path or 'unnamed'})"
         for name, print_, tokenizer in zip(names, prints, (a, b), strict=True)

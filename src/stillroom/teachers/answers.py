@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,12 +114,13 @@ class AnswerReader:
                 raise self._other_tokens(f"position {i}, token {own}")
             if not loss_mask[i - 1]:
                 continue
+            by_id, right = dict[int, float](), False
             try:  # most are right, so they are first checked together
                 by_id = {by_digits[key]: entry["logprob"] for key, entry in entries.items()}
                 values = list(by_id.values())
                 right = set(map(type, values)) == {float} and math.isfinite(sum(values)) and max(values) <= 0
             except (KeyError, TypeError):
-                right = False
+                pass
             if not right:
                 by_id = {self._id(key): self._value(entry, i) for key, entry in entries.items()}
             found.append((by_id, by_id[own], own))
@@ -231,7 +232,7 @@ class AnswerReader:
         whole = (np.array(numbers, np.int32) for numbers in (counts, ids))
         return TopLogProbs(*whole, *(np.array(values, np.float32) for values in (log_probs, labels)))
 
-    def error(self, what: str, values: dict[str, object], *, why: str = "", fix: str = "") -> DataError:
+    def error(self, what: str, values: Mapping[str, object], *, why: str = "", fix: str = "") -> DataError:
         """Returns an error about the subject; ``what`` ends where the subject's name follows."""
         return DataError(
             f"{what} {self.subject}",
