@@ -1,5 +1,8 @@
 """Checkpoints: all of a run's state, written whole or not at all."""
 
+import io
+import json
+import pickle
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
@@ -9,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -24,7 +31,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from stillroom.distributed.group import SINGLE_RANK, RankGroup
 from stillroom.errors import DataError, StillroomError, StorageError
-from stillroom.runs import crc32, read_json, replace_folder, sync_folder, write_json
+from stillroom.runs import crc32, read_json, replace_folder, seal, sync_folder, write_json
 from stillroom.training.state import TrainState
 
 PLAIN = ("step", "num_tokens", "time_s", "held_out", "measured_at", "best")
@@ -134,7 +141,7 @@ class Checkpoints:
                 why="Each process writes its part into the run's folder, and this one does not see the others'.",
                 fix="Put `out` on a file system that all hosts share.",
             )
-        write_json(temporary / "state.json", numbers)
+        write_json(temporary / "state.json", seal(json.loads(json.dumps(numbers))))
         sync_folder(temporary)
         replace_folder(temporary, path)
         everything = self.all()
@@ -157,12 +164,18 @@ class Checkpoints:
             found = _checksums(path, ranks.shard(names), ranks)
             if numbers["files"] != found:
                 raise ValueError(f"its files have the checksums {found} and were written with {numbers['files']}")
-            saved = FileSystemReader(path).read_metadata().state_dict_metadata
+            saved = _Reader(path).read_metadata().state_dict_metadata
             # a process that was not there when it was saved goes on with the random state that it began with
             random = {name: value for name, value in tensors["random"].items() if f"random.{name}" in saved}
             tensors["random"] = random
             with _quiet():
-                load_tensors(tensors, checkpoint_id=path, process_group=ranks.group, no_dist=ranks.world_size == 1)
+                load_tensors(
+                    tensors,
+                    storage_reader=_Reader(path),
+                    planner=_Planner(),
+                    process_group=ranks.group,
+                    no_dist=ranks.world_size == 1,
+                )
             set_model_state_dict(state.module, tensors["model"], options=StateDictOptions(strict=False))
             set_optimizer_state_dict(state.module, state.optimizer, tensors["optimizer"])
             state.schedule.load_state_dict(
@@ -235,3 +248,50 @@ def _reason(error: BaseException) -> str:
     inner = list(_causes(error))[-1]
     plain = inner.strerror if isinstance(inner, OSError) else None
     return plain or f"{type(inner).__name__}: {' '.join(str(inner).split())[:160]}"
+
+
+# --- what is trusted -------------------------------------------------------------------------------------------------
+_OF_METADATA = {
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+}  # fmt: skip
+"""What torch writes into a checkpoint's ``.metadata``, by module."""
+
+
+class _Metadata(pickle.Unpickler):
+    """Reads ``.metadata``, a pickle, and refuses every name that torch does not write there: a checkpoint that comes
+    from elsewhere must not run its author's code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not dtype and name not in _OF_METADATA.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint")
+        return super().find_class(module, name)
+
+
+class _Reader(FileSystemReader):
+    """torch's reader, but for ``.metadata``, and for files outside the checkpoint's folder."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _Metadata(file).load()
+        if outside := [info.relative_path for info in metadata.storage_data.values() if "/" in info.relative_path]:
+            raise ValueError(f"it names {outside[0]}, which lies outside its folder")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Planner(DefaultLoadPlanner):
+    """torch's planner, but that values which are no tensors are numbers, texts and lists of them alone."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        found = torch.load(value, weights_only=True)
+        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], found)

@@ -1,10 +1,13 @@
 """Checkpoints: all of a run's state, bit for bit, written whole or not at all."""
 
+import io
 import json
+import os
+import pickle
 import resource
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from stillroom.distill.config import DistillConfig
 from stillroom.errors import DataError, MismatchError, StorageError
 from stillroom.losses.divergences import forward_kl
 from stillroom.losses.objective import Objective
+from stillroom.runs import crc32, read_json, seal, write_json
 from stillroom.teachers.live import LiveTeacher
 from stillroom.training.checkpoint import Checkpoints
 from stillroom.training.config import AdamWConfig
@@ -339,3 +343,86 @@ def test_ctrl_c_while_tensors_are_written_is_an_interruption(tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         Checkpoints(tmp_path, keep=1).save(state)
     assert names(tmp_path) == [1]
+
+
+# --- checkpoints from elsewhere --------------------------------------------------------------------------------------
+class Attack:
+    """A pickle that makes a folder when it is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def sealed_again(path: Path) -> None:
+    """Makes a checkpoint consistent, as an attacker would who may write all of it."""
+    numbers = read_json(path / "state.json")
+    numbers["files"] = {name: crc32(path / name) for name in sorted(numbers["files"])}
+    write_json(path / "state.json", seal(numbers))
+
+
+def with_metadata(path: Path, change: Callable[[Any], Any]) -> None:
+    with (path / ".metadata").open("rb") as file:
+        metadata = pickle.load(file)  # noqa: S301
+    (path / ".metadata").write_bytes(pickle.dumps(change(metadata)))
+
+
+def attack_metadata(path: Path, proof: Path) -> None:
+    (path / ".metadata").write_bytes(pickle.dumps(Attack(proof)))
+
+
+def attack_metadata_that_is_whole(path: Path, proof: Path) -> None:
+    with_metadata(path, lambda metadata: (setattr(metadata, "planner_data", Attack(proof)), metadata)[1])
+
+
+def attack_values(path: Path, proof: Path) -> None:
+    file = io.BytesIO()
+    torch.save(Attack(proof), file)
+    (path / "evil").write_bytes(file.getvalue())
+
+    def change(metadata: Any) -> Any:
+        for index, info in metadata.storage_data.items():
+            if index.fqn.endswith(".lr"):
+                info.relative_path, info.offset, info.length = "evil", 0, len(file.getvalue())
+        return metadata
+
+    with_metadata(path, change)
+    numbers = read_json(path / "state.json")
+    write_json(path / "state.json", seal({**numbers, "files": {**numbers["files"], "evil": 0}}))
+
+
+def attack_with_a_path(path: Path, proof: Path) -> None:  # noqa: ARG001
+    shutil.copy(path / "__0_0.distcp", path.parent / "stolen")
+
+    def change(metadata: Any) -> Any:
+        for info in metadata.storage_data.values():
+            info.relative_path = "../stolen"
+        return metadata
+
+    with_metadata(path, change)
+
+
+@pytest.mark.parametrize("attack", [attack_metadata, attack_metadata_that_is_whole, attack_values, attack_with_a_path])
+def test_a_checkpoint_from_elsewhere_runs_no_code_and_reads_no_other_files(attack, tmp_path):
+    state = build_state()
+    go_on(state, tmp_path / "a", 2)
+    path = Checkpoints(tmp_path / "a", keep=9).save(state)
+    attack(path, tmp_path / "proof")
+    sealed_again(path)
+    with pytest.raises(DataError, match="cannot be read"):
+        Checkpoints(tmp_path / "a", keep=9).load(build_state(), path)
+    assert not (tmp_path / "proof").exists()
+
+
+@pytest.mark.parametrize("key", ["step", "num_tokens", "time_s", "stream", "schedule", "files"])
+def test_a_state_that_was_changed_by_hand_is_refused(key, tmp_path):
+    state = build_state()
+    go_on(state, tmp_path, 2)
+    path = Checkpoints(tmp_path, keep=9).save(state)
+    numbers = json.loads((path / "state.json").read_text())
+    numbers[key] = numbers[key] + 1 if isinstance(numbers[key], int | float) else {}
+    (path / "state.json").write_text(json.dumps(numbers))
+    with pytest.raises(DataError, match="cannot be read"):
+        Checkpoints(tmp_path, keep=9).load(build_state(), path)
