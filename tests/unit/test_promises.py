@@ -6,10 +6,14 @@ from typing import Any
 import pytest
 import torch
 
+from stillroom.capture import plan as capture
+from stillroom.capture.config import CaptureConfig
+from stillroom.capture.run import run as run_capture
 from stillroom.config import load
 from stillroom.distill import plan as distill
 from stillroom.distill.config import DistillConfig
-from stillroom.errors import DataError
+from stillroom.distill.run import run as run_distill
+from stillroom.errors import ConfigError, DataError
 from stillroom.estimates.headers import numbers_of, read_sizes
 from stillroom.models import loading
 from stillroom.models.safetensors_io import load_weights
@@ -83,6 +87,42 @@ def test_a_model_that_is_promised_is_never_loaded(cut, tmp_path):
     model = loading.build_meta_model(loading.read_config(str(tmp_path / "model")), dtype=torch.float32)
     with pytest.raises(DataError, match="promised, and not there yet"):
         load_weights(model, tmp_path / "model")
+
+
+def test_a_store_is_learned_from_before_it_is_captured(teacher, recipe, text_files, tmp_path):
+    def plan(store: str, held_out: str) -> VerbPlan[Any]:
+        return plan_training(
+            recipe, tmp_path, teacher, Path(teacher), f"teacher={{kind: store, path: {store}}}",
+            "data={format: store}", f"held_out={{path: {held_out}}}", "objectives=[{kind: forward_kl}]",
+            "batch={tokens: 64}",
+        )  # fmt: skip
+
+    places = {}
+    for name in ("train", "valid"):
+        words = [
+            f"teacher={{model: {teacher}, engine: {{kind: transformers, device: cpu}}}}",
+            f"data={{path: {text_files}/{name}.jsonl, format: text, length: 32}}",
+            "signal={kind: top_k, k: 4}",
+            f"out={tmp_path}/{name}",
+        ]
+        config = load(CaptureConfig, None, words)
+        capture.make_plan(config).promise(tmp_path / "promised" / name)
+        places[name] = config
+    before = plan(*(f"{tmp_path}/promised/{name}/store" for name in places))
+    with pytest.raises(DataError, match="promised, and not there yet"):
+        run_distill(before.config)
+    for config in places.values():
+        run_capture(config)
+    after = plan(*(f"{tmp_path}/{name}/store" for name in places))
+    assert before.config.model_dump(exclude={"teacher", "held_out"}) == after.config.model_dump(
+        exclude={"teacher", "held_out"}
+    )
+    assert before.details() == after.details()
+    with pytest.raises(ConfigError, match="less than a row"):
+        plan_training(
+            recipe, tmp_path, teacher, Path(teacher), f"teacher={{kind: store, path: {tmp_path}/promised/train/store}}",
+            "data={format: store}", "held_out=null", "objectives=[{kind: forward_kl}]", "batch={tokens: 16}",
+        )  # fmt: skip
 
 
 def test_an_adapter_alone_is_no_model_that_could_be_promised(teacher, recipe, tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from stillroom.models import loading
 from stillroom.models.quantization import check_quantizable
 from stillroom.runs import check_outside, redact, versions
 from stillroom.store.config import side_columns
-from stillroom.store.format import Manifest, SourceInfo, format_of
+from stillroom.store.format import PROMISE, TOKENIZER, Manifest, SourceInfo, format_of, write_manifest
 from stillroom.store.quantize import hidden_bytes_per_position
 from stillroom.tokenizers import (
     compare,
@@ -124,14 +125,25 @@ class CapturePlan(VerbPlan[CaptureConfig]):
         size = f"{share.positions * each:,} bytes ({share.positions * each / 2**20:,.1f} MiB)"
         return f"{text}; {share.documents:,} documents, {most}{share.positions:,} positions: {most}{size}"
 
-    def manifest(self, documents: Documents) -> Manifest:
-        """Returns the manifest of the store, with no shards yet."""
+    def promise(self, folder: Path) -> None:
+        if isinstance(self.config.part, Part):  # what others read is the joined store
+            return
+        config, found = self.config.data, self.documents
+        data = (
+            hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:32] if found is None else found.fingerprint
+        )
+        store = folder / "store"
+        self.tokenizer.save_pretrained(store / TOKENIZER)
+        write_manifest(store, self.manifest(data).model_copy(update={"engine": PROMISE, "complete": True}))
+
+    def manifest(self, data: str) -> Manifest:
+        """Returns the manifest of the store, with no shards yet; ``data`` is the fingerprint of the documents."""
         config, teacher = self.config, self.config.teacher
         print_of_teacher, text = f"served as {teacher.model}", None
         if self.teacher_config is not None:
             print_of_teacher = loading.fingerprint(teacher.model, self.teacher_config)
             text = None if config.hidden is None else self.teacher_config.get_text_config()
-        print_of_data = documents.fingerprint
+        print_of_data = data
         if config.generate is not None:
             asked = f"{print_of_data} {config.generate.model_dump_json()} {print_of_teacher} {config.seed}"
             print_of_data = hashlib.sha256(asked.encode()).hexdigest()[:32]

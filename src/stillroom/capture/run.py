@@ -80,7 +80,7 @@ def run(
                 vocab_size=plan.vocab_size,
                 hidden=config.hidden,
             )
-            manifest = plan.manifest(documents)
+            manifest = plan.manifest(documents.fingerprint)
             folder.update(
                 status="started",
                 teacher={"fingerprint": manifest.teacher.fingerprint},

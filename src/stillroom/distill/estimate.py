@@ -88,7 +88,7 @@ def load_of(config: DistillConfig, headers: Headers, hardware: Hardware) -> Load
         vocab_size = min(size.vocab_size for size in headers.models.values())
     entries = float(config.teacher.top) if isinstance(config.teacher, ServerTeacherConfig) else 0.0
     if isinstance(config.teacher, StoreTeacherConfig):
-        entries = ENTRIES if headers.store is None else store["entries"] / max(1, store["positions"])
+        entries = store["entries"] / store["positions"] if store.get("positions") else ENTRIES
     teacher = None
     if isinstance(config.teacher, LiveTeacherConfig) and asked:
         single = config.teacher.dtype == "float32" or (config.teacher.dtype == "auto" and hardware.is_cpu)

@@ -93,7 +93,7 @@ class DistillPlan(VerbPlan[DistillConfig]):
         """
         num_tokens, data = None, self.config.data  # those of one pass, where they are tokenized already
         if self.store is not None:
-            num_tokens = float(self.store.manifest.tokens)
+            num_tokens = float(self.store.manifest.tokens) or None  # a promised one does not tell
         elif not isinstance(data, StoredDataConfig) and is_local(data.path):
             documents = prepared(data, self.tokenizer, template=self.template)
             num_tokens = None if documents is None else float(documents.counts["tokens"])

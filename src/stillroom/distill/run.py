@@ -24,10 +24,11 @@ from stillroom.distributed.init import (
     launcher,
     restart_count,
 )
-from stillroom.errors import Interrupted
+from stillroom.errors import DataError, Interrupted
 from stillroom.losses.objective import build_objectives, hidden_weights, needs_teacher, scheduled
 from stillroom.models import loading
 from stillroom.runs import Metrics, RunFolder, RunFolderView, check_place, deferred_interrupts
+from stillroom.store.format import PROMISE
 from stillroom.store.reader import Store
 from stillroom.teachers.base import ServerTeacher, StoredTeacher, Teacher
 from stillroom.teachers.config import LiveTeacherConfig
@@ -116,6 +117,14 @@ def _run(
         if world.world_size > 1:
             here = {"train": context.num_trainers, "teach": context.num_teachers}
             folder.update(status="started", launchers=launchers, processes=here)
+        for store in (plan.store, plan.held_out_store):
+            if store is not None and store.manifest.promised:
+                raise DataError(
+                    f"the store {store.path} is promised, and not there yet",
+                    {"engine of its manifest": PROMISE},
+                    why="It stands for what a capture will make, so that other runs can be planned, and has no rows.",
+                    fix="Make the capture, and name its store.",
+                )
         if context.is_teacher:
             return teach(plan, context)
         texts: dict[str, Documents | Store | None] = {"data": plan.store, "held_out": plan.held_out_store}

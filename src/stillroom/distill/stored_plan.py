@@ -67,7 +67,7 @@ def _open(
     batch: BatchConfig,
 ) -> Store:
     store = Store(path)
-    if not len(store):
+    if not len(store) and not store.manifest.promised:
         raise DataError(
             f"the store {path} is empty",
             {"documents": 0, "needed": "at least 1"},

@@ -10,7 +10,7 @@ import json
 import os
 import posixpath
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -28,7 +28,7 @@ from pydantic import (
 )
 
 from stillroom.errors import DataError, MissingError, require
-from stillroom.runs import sync_folder, write_json, writing
+from stillroom.runs import seal, sync_folder, write_json, writing
 from stillroom.store.config import HiddenStatesConfig, SignalConfig, side_columns
 
 FORMAT, WITH_HIDDEN = 1, 2
@@ -41,6 +41,9 @@ HIDDEN_KEYS = ("hidden", "hidden_width", "num_layers")
 """The keys of a manifest that only a store with hidden states has."""
 COUNTS = ("documents", "positions", "tokens", "entries", "draws")
 """The keys of a manifest that count what is in all shards."""
+
+PROMISE = "promise"
+"""The engine of a store that a capture is to make: it has a manifest and a tokenizer, and no document."""
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 
@@ -77,7 +80,7 @@ class Manifest(_Part):
     """False while a capture is under way, or was interrupted."""
     teacher: SourceInfo
     engine: str
-    """The program that ran the teacher: transformers, vllm, openai, import."""
+    """The program that ran the teacher: transformers, vllm, openai, import; PROMISE where none did yet."""
     tokenizer: SourceInfo
     template: str
     """The sha256 of the chat template that rows went through; "none" where they went through none."""
@@ -139,6 +142,10 @@ class Manifest(_Part):
         return [(data, (0, 1)) for data in self.merged] or [(self.data, self.part)]
 
     @property
+    def promised(self) -> bool:
+        return self.engine == PROMISE
+
+    @property
     def size_bytes(self) -> int:
         return sum(shard.size_bytes + shard.tables_bytes for shard in self.shards)
 
@@ -152,13 +159,6 @@ class Manifest(_Part):
 def format_of(hidden: HiddenStatesConfig | None) -> int:
     """The version of a store: readers that know nothing of hidden states refuse one that holds them."""
     return FORMAT if hidden is None else WITH_HIDDEN
-
-
-def seal(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a manifest with their checksum, the sha256 of them as JSON with sorted keys and no spaces."""
-    others = {key: value for key, value in values.items() if key != "sha256"}
-    text = json.dumps(others, sort_keys=True, separators=(",", ":"))
-    return {**others, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def read_manifest(data: bytes, where: object) -> Manifest:

@@ -11,8 +11,8 @@ from store.stores import build_manifest
 from published import PUBLISHED
 from stillroom.cli.main import main
 from stillroom.recipe import read_recipe
+from stillroom.runs import seal
 from stillroom.store.config import TopK
-from stillroom.store.format import seal
 
 ROOT = Path(__file__).parents[3]
 

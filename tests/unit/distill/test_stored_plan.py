@@ -19,8 +19,9 @@ from stillroom.distill.plan import DistillPlan, make_plan
 from stillroom.distill.run import run
 from stillroom.errors import ConfigError, DataError, MismatchError, MissingError
 from stillroom.models import loading
+from stillroom.runs import seal
 from stillroom.store.concat import concat
-from stillroom.store.format import MANIFEST, seal
+from stillroom.store.format import MANIFEST
 
 TOP_K = "{kind: top_k, k: 8, label: true, temperatures: [2.0]}"
 MakeStore = Callable[..., Path]

@@ -14,9 +14,10 @@ import torch
 
 from stillroom.errors import StillroomError
 from stillroom.kernels.selection import Selection, head_and_sample, sampled, top_k, top_p
+from stillroom.runs import seal
 from stillroom.store.check import check_shard
 from stillroom.store.config import AnySignal, Full, HeadAndSample, HiddenStatesConfig, Sampled, TopK, TopP, side_columns
-from stillroom.store.format import Manifest, SourceInfo, format_of, seal
+from stillroom.store.format import Manifest, SourceInfo, format_of
 from stillroom.store.quantize import LogProbCodes, encode_hidden, num_uniforms, quantize
 from stillroom.store.reader import Store
 from stillroom.store.writer import StoreWriter
