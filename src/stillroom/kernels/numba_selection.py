@@ -7,19 +7,36 @@ other device.
 import numpy as np
 from numba import njit
 
-from stillroom.kernels.numba_math import INNER, OPTIONS, largest, softmax, sum_of
+from stillroom.kernels.numba_math import f32, i32, largest, ordered, softmax, sum_of
 
 BLOCK = 64
 """The number of columns whose sum and maximum are taken together."""
+
+OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
+
+INNER = {**OPTIONS, "_nrt": False}
 
 
 @njit(**INNER)
 def summarize(row, sums, tops):
     """Computes the sum and the maximum of each block of a row; returns the largest of all."""
+    bits, top = row.view(np.int32), ordered(i32(f32(-np.inf).view(np.int32)))
     for b in range(len(sums)):
         here = slice(b * BLOCK, b * BLOCK + BLOCK)
-        sums[b], tops[b] = sum_of(row[here]), largest(row[here])
-    return largest(tops)
+        sums[b] = sum_of(row[here])
+        most = largest_of(bits[here])
+        tops[b] = i32(ordered(most)).view(np.float32)
+        top = max(top, most)
+    return i32(ordered(top)).view(np.float32)
+
+
+@njit(**INNER)
+def largest_of(bits):
+    """The largest in the order that ``ordered`` gives."""
+    most = ordered(bits[0])
+    for j in range(len(bits)):
+        most = max(most, ordered(bits[j]))
+    return most
 
 
 @njit(**INNER)
