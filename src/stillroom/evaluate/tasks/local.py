@@ -163,11 +163,11 @@ def _before(description: Description) -> str:
     """The instruction and examples that stand before every question."""
     if not isinstance(description, MultipleChoice | ExactMatch):
         return ""
-    text, shots, examples = description.instruction, description.shots, []
-    given: Any = description.examples
+    text, shots = description.instruction, description.shots
+    given, examples = description.examples, list[tuple[str, Row]]()
     if isinstance(given, str) and shots:
         examples = [(f"{file} {place}", row) for file, place, row in islice(_rows(given), shots)]
-    elif shots:
+    elif shots and not isinstance(given, str):
         examples = [(f"example {i} of {description.name}", row) for i, row in enumerate((given or ())[:shots], 1)]
     if len(examples) < shots:
         raise ConfigError(
