@@ -122,7 +122,7 @@ def build_model(family: str = "llama", *, seed: int = 0, **settings: Any) -> Pre
 
 
 def build_documents(lengths: list[int], *, seed: int = 0, vocabulary: int = 300) -> Documents:
-    """Documents of random tokens; the first fifth of each, rounded down, is not learnt."""
+    """Documents of random tokens; the first fifth of each, rounded down, is not learned."""
     generator = np.random.default_rng(seed)
     encoded = []
     for document, length in enumerate(lengths):

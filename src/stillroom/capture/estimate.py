@@ -38,7 +38,7 @@ def costs(config: CaptureConfig, headers: Headers, hardware: Hardware, title: st
         _add_teacher(report, config.teacher.engine, config.data, layers, teacher, hardware)
         each = forward_flops(teacher, config.data.length)
         report.add(ARITHMETIC, "teacher, forward", each, "FLOP")
-        why = "" if positions is not None else "the data are not tokenised yet: data_tokens=… tells how many there are"
+        why = "" if positions is not None else "the data are not tokenized yet: data_tokens=… tells how many there are"
         add_time(report, hardware, each / CAPTURE_SPEED, positions, why)
         report.assumptions.append(
             f"a capture runs at {CAPTURE_SPEED:.0%} of a bare forward pass, as measured with a tiny teacher "

@@ -172,7 +172,7 @@ class CapturePlan(VerbPlan[CaptureConfig]):
         if not isinstance(part := self.config.part, Part):
             return {}
         if (found := self.documents) is None or (will := self._share) is None:
-            return {"part": f"{part}, from 0: how much that is is not known before the data are tokenised"}
+            return {"part": f"{part}, from 0: how much that is is not known before the data are tokenized"}
         most = "" if self.config.generate is None else "at most "
         there = (
             f", from {will.first:,} to {will.stop - 1:,}" if will.documents else ": there are fewer windows than parts"
@@ -207,7 +207,7 @@ class CapturePlan(VerbPlan[CaptureConfig]):
         cached = (
             tokenized_file(data, self.tokenizer, self.template) if is_local(data.path) else f"in {cache_folder(data)}"
         )
-        found = {"tokenised data": cached, "run": str(out / "run.json"), "store": str(out / "store")}
+        found = {"tokenized data": cached, "run": str(out / "run.json"), "store": str(out / "store")}
         hidden = self.hidden_text(self._share)
         return found if hidden is None else {**found, "hidden states": hidden}
 

@@ -42,7 +42,7 @@ class Progress:
         elif event in ("score", "task"):
             self._counted(values)
         elif event == "tokenise":
-            self._periodic(f"tokenising {values['path']}: {values['rows']:,} rows")
+            self._periodic(f"tokenizing {values['path']}: {values['rows']:,} rows")
         elif event == "held_out":
             self._write(f"held out after step {values['step']}: {_numbers(values, skip=('step', 'num_tokens'))}")
         else:

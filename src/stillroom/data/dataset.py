@@ -190,7 +190,7 @@ JUST_MADE_S = 60.0
 """A folder that is younger than that may not have its lock yet."""
 
 
-def _sweep(folder: Path) -> None:
+def _sweep(folder: Path) -> None:  # kept: an idea of its own
     """Deletes what processes that were killed left half-made: those who are at work hold a lock."""
     for left in folder.glob(".*.partial"):
         with suppress(OSError):  # somebody is at work there, or has just ended

@@ -229,7 +229,7 @@ def costs(config: DistillConfig, headers: Headers, hardware: Hardware, title: st
     if not fits:
         report.advice.append(nearest(load, hardware.resolved().memory_bytes))
     of_pass = hardware.data_tokens or headers.num_tokens
-    tokens, why = None, "the data are not tokenised yet: data_tokens=… tells how many are in one pass"
+    tokens, why = None, "the data are not tokenized yet: data_tokens=… tells how many are in one pass"
     if config.steps is not None:
         tokens, why = config.steps * config.batch.tokens, f"{config.steps:,} steps of at most {config.batch.tokens:,}"
     elif of_pass is not None and config.epochs is not None:

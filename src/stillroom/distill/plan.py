@@ -122,9 +122,9 @@ class DistillPlan(VerbPlan[DistillConfig]):
     def writes(self) -> dict[str, str]:
         found = {}
         for name, data in self.texts():
-            found[f"tokenised {name}"] = f"in {cache_folder(data)}"
+            found[f"tokenized {name}"] = f"in {cache_folder(data)}"
             if is_local(data.path):
-                found[f"tokenised {name}"] = tokenized_file(data, self.tokenizer, self.template)
+                found[f"tokenized {name}"] = tokenized_file(data, self.tokenizer, self.template)
         out = Path(self.config.out)
         return {
             **found,

@@ -152,7 +152,7 @@ def _check_held_out(store: Store, held_out: Store) -> None:
                 },
                 why="What is measured must not be trained on.",
                 fix="Capture other text for held_out"
-                + (", or merge the store that is learnt from anew without it." if ours.merged else "."),
+                + (", or merge the store that is learned from anew without it." if ours.merged else "."),
             )
 
 

@@ -152,7 +152,7 @@ def storage_report(config: Storage) -> CostReport:
                 "hidden states", kind.name, kind.bytes_per_position * positions, "bytes", f"{kind.source} a position"
             )
     report.assumptions += [
-        "every position is stored: where prompts are not learnt, only answers are",
+        "every position is stored: where prompts are not learned, only answers are",
         "the store was measured with a teacher of 4,096 columns, and at 128,256 with made-up ones of 4.5 nats; "
         "up to 32,768 columns the first is taken and beyond the second; a sure teacher takes less",
     ]

@@ -170,7 +170,7 @@ class EvaluateConfig(Config):
         if data.weight is not None:
             raise ValueError("data.weight: every predicted token counts the same in an evaluation")
         if data.cache != "auto":
-            raise ValueError("data.cache: an evaluation keeps no tokenised data")
+            raise ValueError("data.cache: an evaluation keeps no tokenized data")
         if getattr(data, "template", "auto") == "student":
             raise ValueError("data.template=student: there may be several; auto demands that all have the same one")
         return self

@@ -69,7 +69,7 @@ def costs(config: EvaluateConfig, headers: Headers, hardware: Hardware, title: s
         report.add("tasks", name, number, "count", note)
     if config.tasks:
         report.assumptions.append(
-            "tasks: how long their questions and answers are is known once they are tokenised, so neither their time "
+            "tasks: how long their questions and answers are is known once they are tokenized, so neither their time "
             "nor the memory of their batches is told (batches are halved until they fit)"
         )
     return report

@@ -55,7 +55,7 @@ def lm_head(model: PreTrainedModel) -> LMHead:
             f"{type(model).__name__} has no output head",
             {"expected": "a causal language model", "found": type(model).__name__},
             why="Distillation compares next-token distributions, which the head makes.",
-            fix="Use a model with a language-modelling head.",
+            fix="Use a model with a language-modeling head.",
         )
     config = model.config.get_text_config()
     factor, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)

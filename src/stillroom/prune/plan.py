@@ -60,7 +60,7 @@ class PrunePlan(VerbPlan[PruneConfig]):
         return {"model": self.config.model, **{name: files_of(data) for name, data in named if data is not None}}
 
     def writes(self) -> dict[str, str]:
-        named = (("tokenised data", self.data), ("tokenised held-out data", self.held_out))
+        named = (("tokenized data", self.data), ("tokenized held-out data", self.held_out))
         tokenized = {
             name: tokenized_file(data, self.tokenizer, self.template)
             for name, data in named

@@ -297,10 +297,10 @@ def _places(row: ForeignRow, notes: Counter[str]) -> tuple[np.ndarray, np.ndarra
         notes["of a last token, whose next one is not there, left out"] += 1
     elif p != max(0, n - 1):
         targets = int(target_mask.sum())
-        possible = f"{n - 1}, for {n} tokens" if row.loss_mask is None else f"{targets}, which are to be learnt"
+        possible = f"{n - 1}, for {n} tokens" if row.loss_mask is None else f"{targets}, which are to be learned"
         raise _wrong(row, "a number of positions", p, possible)
     if others := n - 1 - int(target_mask.sum()):
-        notes["not to be learnt, left out"] += others
+        notes["not to be learned, left out"] += others
     return np.flatnonzero(target_mask), np.flatnonzero(target_mask)
 
 

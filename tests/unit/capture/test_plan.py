@@ -98,8 +98,8 @@ def test_it_tells_what_will_be_read_and_written(plan, saved_model, tokenizer_fol
     assert plan(f"teacher.tokenizer={tokenizer_folder}").reads()["tokenizer"] == str(tokenizer_folder)
     assert made.writes()["store"] == f"{tmp_path}/run/store"
     assert made.writes()["run"] == f"{tmp_path}/run/run.json"
-    assert made.writes()["tokenised data"].startswith(f"{own_cache}/data/")
-    assert made.writes()["tokenised data"].endswith("(new)")
+    assert made.writes()["tokenized data"].startswith(f"{own_cache}/data/")
+    assert made.writes()["tokenized data"].endswith("(new)")
     assert "--resume or --overwrite" not in str(made)
     (tmp_path / "run").mkdir()
     assert "--resume or --overwrite" in from_yaml(str(plan()))["writes"]["note"]

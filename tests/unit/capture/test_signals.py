@@ -79,7 +79,7 @@ def plain_logits(model: PreTrainedModel, document: Document) -> Tensor:
 
 @pytest.mark.parametrize("signal", [*SIGNALS, Full(kind="full")], ids=[*NAMES, "full"])
 def test_a_teacher_that_says_nothing_is_heard(model, signal, monkeypatch):
-    """The document and the position are named; what is not to be learnt may be anything."""
+    """The document and the position are named; what is not to be learned may be anything."""
     asked = documents(first=40)
     positions = np.flatnonzero(asked[4].loss_mask)[[5, 6]].tolist()
     run = hidden_states.last_hidden_states

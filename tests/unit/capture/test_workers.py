@@ -219,7 +219,7 @@ def test_errors_and_lines_bear_the_name_of_their_part(settings, tmp_path, capsys
     with Progress() as progress:
         record = run(settings(part(1, 3)), report=progress)
     lines = capsys.readouterr().err.splitlines()
-    own = [line for line in lines if "tokenising" in line or "captured" in line]
+    own = [line for line in lines if "tokenizing" in line or "captured" in line]
     assert len(own) == 2
     assert all(line.startswith("part 1 of 3: ") for line in own)
     store = record["store"]
@@ -231,7 +231,7 @@ def test_errors_and_lines_bear_the_name_of_their_part(settings, tmp_path, capsys
 
 def test_a_plan_tells_the_part_and_its_share(settings, tmp_path):
     config = settings(part(1, 3))
-    assert "not known before the data are tokenised" in from_yaml(str(make_plan(config)))["part"]
+    assert "not known before the data are tokenized" in from_yaml(str(make_plan(config)))["part"]
     store = run(config)["store"]
     planned = from_yaml(str(make_plan(config)))
     found, read = planned["part"], Store(tmp_path / "out" / "part-0001-of-0003" / "store")

@@ -87,12 +87,12 @@ def test_the_time_left(capsys, total_time_s, text):
     assert said(capsys)[0].endswith(f" {text} left")
 
 
-def test_the_rows_of_tokenising_are_told_now_and_then(capsys, clock):
+def test_the_rows_of_tokenizing_are_told_now_and_then(capsys, clock):
     with Progress() as report:
         for rows in range(1000, 41000, 1000):
             report("tokenise", {"path": "d.jsonl", "rows": rows})
             clock[0] += LOG_EVERY_S / 20
-    assert said(capsys) == ["tokenising d.jsonl: 1,000 rows", "tokenising d.jsonl: 21,000 rows"]
+    assert said(capsys) == ["tokenizing d.jsonl: 1,000 rows", "tokenizing d.jsonl: 21,000 rows"]
 
 
 @pytest.mark.usefixtures("clock")

@@ -21,7 +21,7 @@ LENGTHS = st.lists(st.integers(2, 17), min_size=1, max_size=30)
 
 
 def documents_of(lengths: list[int], fingerprint: str = "f") -> Documents:
-    """Documents whose tokens are all different: document d holds 100 d + 1, 100 d + 2 …; every third is not learnt."""
+    """Documents whose tokens are all different: document d holds 100 d + 1, 100 d + 2 …; every third is not learned."""
     encoded = []
     for document, length in enumerate(lengths):
         tokens = 100 * document + 1 + np.arange(length, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""Formats: which tokens a row becomes, and exactly which of them are learnt."""
+"""Formats: which tokens a row becomes, and exactly which of them are learned."""
 
 import json
 from collections.abc import Sequence

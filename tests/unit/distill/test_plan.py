@@ -113,8 +113,8 @@ def test_it_tells_what_will_be_read_and_written(plan, tmp_path, text_files, own_
     assert made.reads()["held_out"] == f"{text_files}/valid.jsonl"
     assert made.reads()["teacher"].startswith(f"{saved_model('llama', seed=2)} (")
     assert made.reads()["student"].startswith(f"{saved_model('llama', seed=1)} (")
-    assert made.writes()["tokenised data"].startswith(f"{own_cache}/data/")
-    assert made.writes()["tokenised data"].endswith("(new)")
+    assert made.writes()["tokenized data"].startswith(f"{own_cache}/data/")
+    assert made.writes()["tokenized data"].endswith("(new)")
     assert f"{tmp_path}/run/run.json" in made.writes()["run"]
     assert "--resume or --overwrite" not in str(made)
     (tmp_path / "run").mkdir()

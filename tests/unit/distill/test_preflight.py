@@ -54,7 +54,7 @@ def test_nothing_is_written(begin, own_cache, tmp_path):
     assert not own_cache.exists()
 
 
-def test_all_rows_are_drawn_from_once_they_are_tokenised(begin, text_files):
+def test_all_rows_are_drawn_from_once_they_are_tokenized(begin, text_files):
     trial, _, first = begin(sequences=5)
     assert (first["rows"], first["whole"], first["looked_at"]) == (5, False, 5)
     prepare(trial.plan.config.data, trial.plan.tokenizer)

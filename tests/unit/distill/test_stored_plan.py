@@ -85,7 +85,7 @@ def test_what_a_store_says_is_filled_in(plan, stored):
     assert made.reads()["store"].startswith(f"{stored()} (")
     assert made.reads()["held_out"].startswith(f"{stored('valid')} (")
     assert "teacher" not in made.reads()
-    assert "tokenised data" not in made.writes()
+    assert "tokenized data" not in made.writes()
 
 
 def test_a_new_student_has_the_stores_tokenizer(plan, stored):
@@ -136,7 +136,7 @@ def test_a_shard_that_was_cut(plan, stored, tmp_path):
 
 
 def test_a_store_of_nothing_is_refused_in_words(plan, stored):
-    """A worker's part may be empty; nothing can be learnt from it."""
+    """A worker's part may be empty; nothing can be learned from it."""
     empty = stored("train", "data.max_documents=1", "part={index: 0, of: 9}")
     with pytest.raises(DataError, match=r"document"):
         plan(empty)

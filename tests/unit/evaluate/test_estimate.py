@@ -65,7 +65,7 @@ def test_what_is_not_known_is_not_made_up():
     asked = planned("tasks=[hellaswag]", known=replace(KNOWN, questions={"hellaswag": None}))
     assert values(asked, "tasks") == {"hellaswag": None}
     assert "activations" not in asked.sections["memory of a device"]
-    assert any("once they are tokenised" in sentence for sentence in asked.assumptions)
+    assert any("once they are tokenized" in sentence for sentence in asked.assumptions)
     with pytest.raises(ConfigError, match="no use for students"):
         planned(TEXT, students=2)
 

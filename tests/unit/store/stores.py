@@ -81,7 +81,7 @@ class Document:
 def build_documents(
     config: AnySignal, lengths: Sequence[int] = (9, 1, 14, 2, 7, 12, 30, 3), *, columns: int = COLUMNS, seed: int = 0
 ) -> list[Document]:
-    """Documents of random tokens; the first third of each is not learnt, and of a document of one token nothing is."""
+    """Documents of random tokens; the first third of each is not learned, and of a document of one token nothing is."""
     generator, documents = np.random.default_rng(seed), []
     for number, length in enumerate(lengths):
         tokens = generator.integers(0, columns, length, dtype=np.int32)

@@ -470,7 +470,7 @@ def test_a_server_that_takes_text_does_not_tell_the_first_position(serve: Serve,
         list(engine.score([(number, tokens, np.ones_like(loss_mask))]))
 
 
-def test_a_text_that_would_be_tokenised_otherwise_is_not_sent(serve: Serve, documents: list[Row]) -> None:
+def test_a_text_that_would_be_tokenized_otherwise_is_not_sent(serve: Serve, documents: list[Row]) -> None:
     server = serve(takes_ids=False)
     engine, _ = engine_for(server, "openai")
     _, tokens, _ = documents[0]

@@ -1,6 +1,6 @@
 """Likelihood: the log-probability of continuations after their contexts, for many pairs at once.
 
-Texts become tokens as lm-eval makes them, so that both give the same numbers: context and continuation are tokenised
+Texts become tokens as lm-eval makes them, so that both give the same numbers: context and continuation are tokenized
 together and parted where the context alone would end, and white space between them belongs to the continuation.
 
 A row that begins another row is not read twice: the longer one answers for both, since no position sees what comes

@@ -3,7 +3,7 @@ decoded, since it needs numba.
 
 Everything is written once for three modes: TRAIN counts symbols, ENCODE writes bytes, DECODE reads them. The coder is
 an int64 array: low end (or, decoding, the bytes read less the low end), range, place in the buffer, end of the buffer,
-damage found, unit. The range is kept in [2**40, 2**56] and renormalised by two bytes.
+damage found, unit. The range is kept in [2**40, 2**56] and renormalized by two bytes.
 """
 
 import numpy as np
