@@ -97,7 +97,7 @@ class HeldOutText(Config):
     """Text that nothing is learned from or chosen by, read as `data` is read."""
 
     path: PathText
-    """A file, folder or data set like data.path."""
+    """A file, folder or data set like data.path; where data.format is store, another store."""
     split: str = "train"
     """The split, where the data set has several."""
     subset: str | None = None
@@ -111,8 +111,6 @@ class HeldOutText(Config):
 class HeldOutConfig(HeldOutText):
     """Text that is never trained on, read as `data` is read."""
 
-    path: PathText
-    """A file, folder or data set like data.path; where data.format is store, another store."""
     every: Positive | None = None
     """Measure after every so many steps; always at the end."""
 

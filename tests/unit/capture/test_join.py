@@ -16,6 +16,7 @@ from stillroom.capture.run import run
 from stillroom.capture.signals import SignalCapture
 from stillroom.config import load
 from stillroom.errors import ConfigError, DataError, MismatchError, MissingError, StillroomError, StorageError
+from stillroom.runs import read_json
 from stillroom.store.check import check
 from stillroom.store.reader import Store
 
@@ -190,7 +191,7 @@ def test_folders_that_hold_no_parts(capture, parts, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(MissingError, "there are no parts of a capture", tmp_path / "empty")
     refused(ConfigError, "was not divided", capture(tmp_path / "one"))
-    values = json.loads((folder(parts, 0) / "run.json").read_text())
+    values = read_json(folder(parts, 0) / "run.json")
     for other in ({"config": {"steps": 3}, "status": "done"}, [1], {**values, "config": None}):
         (folder(parts, 0) / "run.json").write_text(json.dumps(other))
         refused(DataError, "does not hold a part of a capture", parts)

@@ -349,10 +349,11 @@ def test_nothing_that_is_read_lies_where_the_run_writes(plan, tmp_path, settings
         plan(*(word.format(out=tmp_path / "run") for word in settings))
 
 
-def test_held_out_data_of_another_place_do_not_inherit_what_belongs_to_a_place(plan, tmp_path):
+def test_held_out_data_of_another_place_do_not_inherit_what_belongs_to_a_place(plan, recipe, tmp_path):
     (tmp_path / "other.jsonl").write_text('{"text": "another"}\n')
     made = plan("data.subset=a", "data.revision=b", f"held_out.path={tmp_path}/other.jsonl", "held_out.revision=c")
     found = made.config.held_out_data
     assert (found.subset, found.revision, found.shuffle) == (None, "c", False)
-    same = plan("data.subset=a", f"held_out={{path: {made.config.data.path}, split: test}}")
-    assert (same.config.held_out_data.subset, same.config.held_out_data.split) == ("a", "test")
+    words = ["data.subset=a", f"held_out={{path: {made.config.data.path}, split: test}}", f"out={tmp_path}/run"]
+    same = load(DistillConfig, recipe, words).held_out_data
+    assert (same.subset, same.split) == ("a", "test")

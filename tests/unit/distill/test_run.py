@@ -106,7 +106,7 @@ def test_what_a_run_leaves(distil, tmp_path, tiny_tokenizer):
     record = distil("run", "checkpoints.every=4")
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} - {".lock"} == {"run.json", "metrics.jsonl", "model", "checkpoints"}
-    assert json.loads((folder / "run.json").read_text()) == record
+    assert read_json(folder / "run.json") == record
     assert record["status"] == "done"
     assert record["steps"] == 6
     assert record["config"]["batch"] == {"tokens": 64, "micro_tokens": 32}
