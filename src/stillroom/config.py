@@ -129,7 +129,9 @@ def replace(config: C, values: Mapping[str, Any]) -> C:
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-AboveZero = Annotated[float, Field(gt=0)]
+COLDEST, HOTTEST = 0.01, 1000.0
+Temperature = Annotated[float, Field(ge=COLDEST, le=HOTTEST)]
+"""Beyond these nothing is learned: softmaxes are the top token alone, or the same for all tokens, to float32."""
 
 
 NotNegative = Annotated[float, Field(ge=0)]

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from stillroom.errors import ConfigError, DataError, Interrupted, StillroomError, Stopped, StorageError
-from stillroom.recipe import differences, parse_json
+from stillroom.recipe import differences, parse_json, plain
 from stillroom.terminal import redact
 
 
@@ -265,7 +265,7 @@ class RunFolder:
         record = self.path / "run.json"
         self.record: dict[str, Any] = _read_record(record) if record.exists() else {}
         self.resumed = bool(self.record)
-        config = redact(json.loads(json.dumps(config)))
+        config = redact(plain(config))
         if self.resumed:
             changed = differences(self.record["config"], config)
             refused = {k: v for k, v in changed.items() if not any(k == f or k.startswith(f"{f}.") for f in free)}
@@ -296,7 +296,7 @@ class RunFolder:
         """Sets values of run.json and writes it; a reader sees the old file or the new one, never half of one."""
         self.record |= redact(values)
         self.record["peak_memory_bytes"] = max(peak_memory_bytes(), self.record.get("peak_memory_bytes", 0))
-        write_json(self.path / "run.json", seal(json.loads(json.dumps(self.record))))
+        write_json(self.path / "run.json", seal(plain(self.record)))
 
     def share(self, gather: Callable[[Any], list[Any]]) -> None:
         """Lets the other processes of the run know what run.json says, each of which calls this too."""

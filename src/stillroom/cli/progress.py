@@ -76,7 +76,7 @@ class Progress:
             self._periodic(f"{text}: {done:,} of {total:,}{unit}", now=done == total)
 
     def _step(self, values: Mapping[str, Any]) -> None:
-        terms = {k: v for k, v in values.items() if k.endswith(("_nats", "_distance"))}
+        terms = {k: v for k, v in values.items() if k.endswith(("_nats", "_loss", "_distance"))}
         if len(terms) == 2:  # one objective: its value is the loss
             terms = {"loss_nats": terms["loss_nats"]}
         text = f"{_short(values['tokens_per_s'])} tokens/s, {_numbers(terms)}"

@@ -27,6 +27,7 @@ from stillroom.data.config import AnyData
 from stillroom.data.formats import Encoded, Encoder, encoder, needs_template
 from stillroom.data.sources import Source, open_source
 from stillroom.errors import DataError, StillroomError, StorageError
+from stillroom.recipe import parse_json
 from stillroom.runs import crc32, lock
 from stillroom.tokenizers import fingerprint, template_fingerprint, template_of
 
@@ -315,7 +316,7 @@ def _record_batch(documents: list[tuple[int, Encoded]]) -> pa.RecordBatch:
 def _open(plan: RowOrigin) -> Documents:
     path = plan.folder / "documents.arrow"
     try:
-        manifest = json.loads((plan.folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = parse_json((plan.folder / "manifest.json").read_bytes())
         if manifest["fingerprint"] != plan.fingerprint:
             raise _damaged(plan.folder, "fingerprint", manifest["fingerprint"], plan.fingerprint)
         if path.stat().st_size != manifest["size_bytes"]:

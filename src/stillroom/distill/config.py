@@ -97,7 +97,11 @@ class DistillConfig(Config):
             if isinstance(self.data, StoredDataConfig):
                 same = getattr(self.teacher, "path", None) == held_out.path
             else:
-                same = (held_out.path, held_out.split) == (self.data.path, self.data.split)
+                there, data = self.held_out_data, self.data
+                assert there is not None
+                same = all(
+                    getattr(there, name) == getattr(data, name) for name in ("path", "split", "subset", "revision")
+                )
             if same:
                 raise ValueError("held_out is the same as data: what is measured must not be trained on")
         if self.checkpoints.best and (held_out is None or held_out.every is None):

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from stillroom.errors import ConfigError
+from stillroom.recipe import parse_json
 
 Part = Literal["embeddings", "attention", "mlp", "experts", "router", "norms", "other", "head"]
 
@@ -217,7 +218,7 @@ def model_size(config: PretrainedConfig | Mapping[str, Any], who: str = "the mod
 
 @lru_cache(maxsize=64)
 def _model_size(values: str) -> ModelSize:
-    config = AutoConfig.for_model(**json.loads(values))
+    config = AutoConfig.for_model(**parse_json(values))
     text = config.get_text_config()
     if not 0 < text.num_hidden_layers <= MOST_LAYERS:
         raise ValueError(f"num_hidden_layers is {text.num_hidden_layers}")

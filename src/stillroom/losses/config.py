@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from stillroom.config import AboveZero, Config, NotNegative, Positive
+from stillroom.config import COLDEST, HOTTEST, Config, NotNegative, Positive, Temperature
 from stillroom.layers import Layer
 from stillroom.schema import explain_error
 
@@ -31,6 +31,8 @@ class LossEntry:
     """Its value at one position, as docs/guide/losses.md and hidden.md have it."""
     kernel_numbers: tuple[str, ...] | None = None
     """The arguments that are the numbers of its kernel term, at most two; None where no kernel knows it."""
+    unit: str = "nats"
+    """The unit of its value, in which the name of its column in metrics.jsonl ends; "loss" where it has none."""
     signal: Literal["none", "sampled", "truncated", "dense"] = "truncated"
     """The least that it is taken from without bias: labels alone, sampled entries, exact ones, or all logits."""
 
@@ -123,13 +125,13 @@ class LogitObjective(Config):
 
 
 class _Tempered(LogitObjective):
-    temperature: AboveZero | Schedule = 1.0
+    temperature: Temperature | Schedule = 1.0
     """Both sides' logits are divided by it, and the loss multiplied by its square; or how it changes over the run."""
 
     @model_validator(mode="after")
-    def _above_zero(self) -> "_Tempered":
-        if not all(temperature > 0 for temperature in self.temperatures):
-            raise ValueError("a temperature must stay above 0")
+    def _is_bounded(self) -> "_Tempered":
+        if not all(COLDEST <= temperature <= HOTTEST for temperature in self.temperatures):
+            raise ValueError(f"a temperature must stay between {COLDEST} and {HOTTEST:g}")
         return self
 
 
@@ -241,11 +243,12 @@ LOSSES = _table(
               "T² (g KL(t‖s) + (1 − g) KL(s‖t)), g the head's share of Σ abs(t − s)", ("mu",)),
     LossEntry("divergences:alpha_beta", AlphaBeta,
               "T²/(αβ) Σ [α/c t^c + β/c s^c − t^α s^β], c = α + β", ("alpha", "beta")),
-    LossEntry("divergences:total_variation", TotalVariation, "T² ½ Σ abs(t − s)", ()),
-    LossEntry("logits:logit_mse", LogitMSE, "1/v Σ (a − b)², each less its mean", (), signal="dense"),
+    LossEntry("divergences:total_variation", TotalVariation, "T² ½ Σ abs(t − s)", (), unit="loss"),
+    LossEntry("logits:logit_mse", LogitMSE, "1/v Σ (a − b)², each less its mean", (), "loss", "dense"),
     LossEntry("logits:hinge_ranking", HingeRanking,
-              "mean over pairs i before j of the teacher's k likeliest: max(0, margin − (a_i − a_j))"),
-    LossEntry("logits:logistic_ranking", LogisticRanking, "mean over the same pairs: log(1 + exp(a_j − a_i))"),
+              "mean over pairs i before j of the teacher's k likeliest: max(0, margin − (a_i − a_j))", unit="loss"),
+    LossEntry("logits:logistic_ranking", LogisticRanking, "mean over the same pairs: log(1 + exp(a_j − a_i))",
+              unit="loss"),
     LossEntry("logits:cross_entropy", CrossEntropy,
               "−T² Σ y log s; smoothed by ε, y is 1 − ε on the next token and ε/v more on each column", ("smoothing",),
               signal="none"),
@@ -359,7 +362,7 @@ class ChannelKL(Config):
     """KL between the softmaxes over the channels."""
 
     kind: Literal["channel_kl"]
-    temperature: AboveZero = 1.0
+    temperature: Temperature = 1.0
     """Both sides' states are divided by it, and the distance multiplied by its square."""
 
 

@@ -34,6 +34,8 @@ class Objective:
     arguments: dict[str, Any] = field(default_factory=dict)
     token_weight: TokenWeight | None = None
     """A further weight of each position in this objective; 1 by default."""
+    unit: str = "nats"
+    """The unit of its value; "loss" where it has none."""
 
     @cached_property
     def term(self) -> Term | None:
@@ -72,7 +74,7 @@ def build_objectives(configs: Sequence[ObjectiveConfig], progress: float = 1.0) 
         if isinstance(by, ByEntropy):
             who = "teacher" if by.kind == "teacher_entropy" else "student"
             token_weight = by_entropy(who, certain=by.certain, uncertain=by.uncertain)
-        objectives.append(Objective(name, LOSSES[kind].load(), weight, values, token_weight))
+        objectives.append(Objective(name, LOSSES[kind].load(), weight, values, token_weight, LOSSES[kind].unit))
     return tuple(objectives)
 
 

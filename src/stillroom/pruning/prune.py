@@ -21,6 +21,7 @@ from stillroom.layers import evenly
 from stillroom.pruning.config import BestLayers, LayerList
 from stillroom.pruning.importance import Say, activations, best_layers, only
 from stillroom.pruning.plan import Axis, PruningPlan, described, head_dim, pruned_config, widths_of
+from stillroom.recipe import plain
 
 CUT_FILE = "cut.json"
 """Lies beside the config.json of a model that was cut out of another."""
@@ -53,7 +54,7 @@ class PruneMask:
     """The fingerprint of the bigger model."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, **json.loads(json.dumps(asdict(self)))}
+        return {"format": FORMAT, **plain(asdict(self))}
 
     @classmethod
     def from_json(cls, values: Any, where: str = CUT_FILE) -> "PruneMask":
@@ -100,7 +101,7 @@ def read_mask(folder: str | Path) -> PruneMask | None:
         raise ValueError(f"{text} is not JSON")
 
     try:
-        values = json.loads(path.read_bytes(), parse_constant=refuse)
+        values = json.loads(path.read_bytes(), parse_constant=refuse)  # noqa: TID251
     except (ValueError, RecursionError) as error:
         raise _damaged(str(path), "JSON", f"{type(error).__name__}: {error}"[:100]) from None
     return PruneMask.from_json(values, str(path))

@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from stillroom.errors import DataError, MissingError, require
+from stillroom.recipe import parse_json
 from stillroom.runs import seal, sync_folder, write_json, writing
 from stillroom.store.config import HiddenStatesConfig, SignalConfig, side_columns
 
@@ -170,7 +171,7 @@ def read_manifest(data: bytes, where: object) -> Manifest:
     if not data:
         raise empty(where, MANIFEST)
     try:
-        values = json.loads(data)
+        values = parse_json(data)
         version = values["format"]
         expected = seal(values)["sha256"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:

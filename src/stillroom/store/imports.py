@@ -1,7 +1,6 @@
 """Import: files of top-k log-probabilities that something else wrote, to a store of kind top_k."""
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stillroom.errors import ConfigError, DataError, MismatchError, MissingError
 from stillroom.kernels.selection import Selection, subtracted_rests
+from stillroom.recipe import parse_json
 from stillroom.runs import versions
 from stillroom.store.config import SAMPLED, ImportConfig, TopK, side_columns
 from stillroom.store.format import FORMAT, METADATA, TOKENIZER, Manifest, SourceInfo
@@ -149,7 +149,7 @@ def scan(paths: Sequence[str]) -> Scan:
         with opened(path) as parquet:
             here, notes = frozenset(parquet.schema_arrow.names), (parquet.schema_arrow.metadata or {}).get(METADATA)
             try:
-                notes = {} if notes is None else dict(json.loads(notes))
+                notes = {} if notes is None else dict(parse_json(notes))
             except (ValueError, TypeError):
                 raise bad(path, "its note of the store that it came from is broken", str(notes)[:60]) from None
             if not found.columns:

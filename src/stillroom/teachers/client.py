@@ -20,6 +20,7 @@ from urllib.parse import urlsplit, urlunsplit
 from weakref import WeakSet
 
 from stillroom.errors import ConfigError, DataError, MissingError, StillroomError, require
+from stillroom.recipe import parse_json
 
 RETRIED = (429, 500, 502, 503, 504)
 
@@ -176,7 +177,7 @@ class Connection:
             raise RequestFailure(f"{type(error).__name__}{f': {said}' if said else ''}", again=True) from None
         status, found = response.status_code, None
         with suppress(ValueError, RecursionError):
-            found = json.loads(data)
+            found = parse_json(data)
             if status == 200:
                 return found
         if status == 200:

@@ -6,6 +6,7 @@ import re
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from stillroom.recipe import parse_json
 from stillroom.tokenizers import required_vocab_size
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
@@ -16,7 +17,7 @@ BYTE_LEVEL = {character: byte for byte, character in bytes_to_unicode().items()}
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
     """Returns the bytes of text that each token stands for; of special tokens, their names."""
-    decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])  # pyright: ignore
+    decoder = json.dumps(parse_json(tokenizer.backend_tokenizer.to_str())["decoder"])  # pyright: ignore
     byte_of = BYTE_LEVEL if '"ByteLevel"' in decoder else None
     pieces = any(name in decoder for name in ('"ByteFallback"', '"Metaspace"', '"\\u2581"'))
     added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}

@@ -1,7 +1,6 @@
 """Checkpoints: all of a run's state, written whole or not at all."""
 
 import io
-import json
 import pickle
 import shutil
 import warnings
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from stillroom.distributed.group import SINGLE_RANK, RankGroup
 from stillroom.errors import DataError, StillroomError, StorageError
+from stillroom.recipe import plain
 from stillroom.runs import crc32, read_json, replace_folder, seal, sync_folder, write_json
 from stillroom.training.state import TrainState
 
@@ -141,7 +141,7 @@ class Checkpoints:
                 why="Each process writes its part into the run's folder, and this one does not see the others'.",
                 fix="Put `out` on a file system that all hosts share.",
             )
-        write_json(temporary / "state.json", seal(json.loads(json.dumps(numbers))))
+        write_json(temporary / "state.json", seal(plain(numbers)))
         sync_folder(temporary)
         replace_folder(temporary, path)
         everything = self.all()

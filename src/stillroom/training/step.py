@@ -56,8 +56,8 @@ class StudentStep(TrainedModule):
 
     @property
     def columns(self) -> list[str]:
-        """The columns of the objectives' values: nats, and distances of hidden states in units of their own."""
-        return [f"{objective.name}_nats" for objective in self.objectives] + [
+        """The columns of the objectives' values with their units; distances of hidden states have their own."""
+        return [f"{objective.name}_{objective.unit}" for objective in self.objectives] + [
             f"{name}_distance" for name in self.hidden
         ]
 

@@ -4,14 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from stillroom.capture.config import CaptureConfig
 from stillroom.config import load
 from stillroom.distill.config import DistillConfig
 from stillroom.errors import ConfigError
 from stillroom.evaluate.config import EvaluateConfig
+from stillroom.losses.objective import build_objectives
 from stillroom.recipe import to_yaml
 from stillroom.training.config import AdamWConfig
+from stillroom.training.step import StudentStep
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
 
@@ -239,3 +242,46 @@ def test_every_recipe_is_valid_and_reads_the_same_after_it_was_written(recipe, t
 
 def test_there_are_recipes():
     assert RECIPES
+
+
+@pytest.mark.parametrize("temperature", ["1e-30", "1e30", "0", "{kind: linear, start: 1, stop: 1e-9}",
+                                         "{kind: cosine, start: 2000, stop: 1}"])  # fmt: skip
+def test_a_temperature_at_which_nothing_is_learned_is_refused(loaded, temperature):
+    with pytest.raises(ConfigError, match=r"temperature|0\\.01"):
+        loaded(f"objectives=[{{kind: forward_kl, temperature: {temperature}}}]")
+
+
+@pytest.mark.parametrize(
+    ("held_out", "same"),
+    [
+        ("{path: d}", True),
+        ("{path: d, subset: a}", True),
+        ("{path: d, subset: b}", False),
+        ("{path: d, revision: c}", False),
+        ("{path: d, split: test}", False),
+        ("{path: e, subset: a}", False),
+    ],
+)
+def test_other_data_of_the_same_place_are_held_out(loaded, held_out, same):
+    words = ("data.subset=a", f"held_out={held_out}")
+    if same:
+        with pytest.raises(ConfigError, match="held_out is the same as data"):
+            loaded(*words)
+    else:
+        loaded(*words)
+
+
+def test_a_column_is_called_nats_where_the_loss_is(loaded):
+    kinds = ["forward_kl", "cross_entropy", "total_variation", "logit_mse", "hinge_ranking", "logistic_ranking"]
+    config = loaded(f"objectives=[{', '.join(f'{{kind: {kind}}}' for kind in kinds)}]")
+    shape = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 8,
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape))
+    step = StudentStep(model, build_objectives(config.objectives), vocab_size=None, logits_bytes=2**20)
+    assert step.columns == ["forward_kl_nats", "cross_entropy_nats", "total_variation_loss", "logit_mse_loss",
+                            "hinge_ranking_loss", "logistic_ranking_loss"]  # fmt: skip
