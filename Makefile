@@ -34,7 +34,7 @@ gpu: .venv/.tools  ## what needs a CUDA device, against the CPU
 gpu-bench: .venv/.bench  ## exactness, memory and speed on a CUDA device, in 20 minutes at most; results in benchmarks/gpu.json
 	$(OFFLINE) $(BIN)/python benchmarks/gpu.py
 
-bench: .venv/.bench  ## start-up, losses, throughput, store, quality, hidden states, evaluation, memory, many processes and quantised teachers, as told in LOG.md; results in benchmarks/*.json
+bench: .venv/.bench  ## start-up, losses, throughput, store, quality, hidden states, evaluation, memory, many processes and quantized teachers, as told in LOG.md; results in benchmarks/*.json
 	$(OFFLINE) $(BIN)/python benchmarks/startup.py
 	$(OFFLINE) $(BIN)/python benchmarks/losses.py
 	$(OFFLINE) $(BIN)/python benchmarks/throughput.py

@@ -253,7 +253,7 @@ def _check(parts: Sequence[FoundPart]) -> None:
         for key, (one, two) in differences(first.record["config"], found.record["config"]).items():
             if not any(key == name or key.startswith(f"{name}.") for name in free):
                 raise MismatchError(
-                    f"{first.part} and part {found.part.index} were captured with another {key}",
+                    f"{first.part} and {found.part} were captured with different {key}",
                     {f"part {first.part.index}": one, f"part {found.part.index}": two},
                     why="They are of different captures, and the joined store would say what no teacher said.",
                     fix="Capture the one that is wrong anew, with the recipe of the others and --overwrite.",

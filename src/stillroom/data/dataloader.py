@@ -334,7 +334,7 @@ def in_batches(
 
     Args:
         lengths: the tokens of every document, int64 [documents].
-        length, pack: of a row (see `packing.plan_rows`).
+        length, pack: of a row (see `plan_rows`).
     """
     rows = plan_rows(lengths, length, pack, order)
     for some in group((rows[row] for row in range(len(rows))), lengths, most):

@@ -63,7 +63,7 @@ class TaskResult(Record):
     """The metric that is shown first."""
     higher_is_better: bool = True
     scores: dict[str, dict[str, Number]] = Field(default_factory=dict)
-    """The numbers by model and metric, in the units of the metric (shares of 1, not per cent)."""
+    """The numbers by model and metric, in the units of the metric (shares of 1, not percent)."""
     normalised: dict[str, Number] = Field(default_factory=dict)
     """The score by model that is 0 at chance and 1 at perfect, where there is an official normalization or a
     known chance level."""
@@ -186,7 +186,7 @@ def read_items(path: Path) -> Iterator[Item]:
             why="They tell what each model said of each item.",
             fix="Check the path; `stillroom evaluate` writes them into OUT/items.",
         )
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 yield Item.model_validate_json(line)
@@ -204,13 +204,13 @@ class Change(NamedTuple):
 
     item: Item
     kind: Literal["gained", "lost"]
-    """Whether b has right what a had wrong, or the other way about."""
+    """Whether b's score is better than a's, or worse."""
     a: ModelAnswer
     b: ModelAnswer
 
 
-def changes(path: Path, a: str, b: str) -> Iterator[Change]:
-    """The items that changed from model ``a`` to model ``b``, in the order of the file.
+def changes(path: Path, a: str, b: str, *, higher_is_better: bool = True) -> Iterator[Change]:
+    """The items whose score changed from model ``a`` to model ``b``, in the order of the file.
 
     Raises:
         MissingError: the file is not there, or tells nothing of one of the models.
@@ -227,7 +227,8 @@ def changes(path: Path, a: str, b: str) -> Iterator[Change]:
                 )
         one, other = item.models[a], item.models[b]
         if one.correct != other.correct:
-            yield Change(item, "gained" if other.correct > one.correct else "lost", one, other)
+            better = (other.correct > one.correct) == higher_is_better
+            yield Change(item, "gained" if better else "lost", one, other)
 
 
 def as_text(change: Change, a: str, b: str) -> str:

@@ -127,7 +127,8 @@ class _Work:
                 why="Its probabilities sum to 1 over its own columns only.",
                 fix=f"Compare {signal.vocab_size} columns.",
             )
-        for name, given in (("labels", self.labels), ("weights", self.weights), ("signal", signal)):
+        of_data = ("data_weights", self.data_weights)
+        for name, given in (("labels", self.labels), ("weights", self.weights), ("signal", signal), of_data):
             if given is not None and len(given) != n:
                 raise MismatchError(
                     f"`{name}` and `hidden` speak of different positions",

@@ -35,7 +35,7 @@ from stillroom.runs import crc32, read_json, replace_folder, seal, sync_folder, 
 from stillroom.training.state import TrainState
 
 PLAIN = ("step", "num_tokens", "time_s", "held_out", "measured_at", "best")
-"""The fields of a TrainState that are plain numbers."""
+"""The fields of a TrainState that are written as JSON."""
 
 
 class Checkpoints:

@@ -171,7 +171,7 @@ class LaunchedStep:
             raise NonFiniteError(
                 f"step {state.step + 1} is not finite",
                 {"loss": loss, "gradient norm": grad_norm, "documents": ", ".join(names) + more},
-                why="The update was not made: it would have spoilt every parameter. The last good checkpoint is "
+                why="The update was not made: it would have spoiled every parameter. The last good checkpoint is "
                 f"{self.checkpoints.latest() or 'none: no checkpoint was due before this step'}.",
                 fix="Look at those documents. A run that is resumed meets them again with the same settings; to train "
                 "with a lower optimizer.learning_rate, with optimizer.clip or in precision=float32, start again with "

@@ -142,7 +142,7 @@ def test_a_part_that_is_not_finished_is_named_and_goes_on_alone(capture, parts, 
 )
 def test_a_part_of_another_capture_is_named(capture, parts, words, key, values):
     capture(parts, part(1, 3), *words, overwrite=True)
-    error = refused(MismatchError, f"part 0 of 3 and part 1 were captured with another {key}", parts)
+    error = refused(MismatchError, f"part 0 of 3 and part 1 of 3 were captured with different {key}", parts)
     assert error.values == dict(zip(("part 0", "part 1"), values, strict=True))
 
 

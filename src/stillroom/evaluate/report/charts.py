@@ -120,8 +120,8 @@ def check() -> None:
 # --- bars ------------------------------------------------------------------------------------------------------------
 
 
-def bars(groups: Sequence[Group], looks: Sequence[Look], name: str, title: str, axis: str = "per cent") -> str:
-    """Grouped bars in per cent, or in what ``axis`` says, with the 95 % interval of each."""
+def bars(groups: Sequence[Group], looks: Sequence[Look], name: str, title: str, axis: str = "percent") -> str:
+    """Grouped bars in percent, or in what ``axis`` says, with the 95 % interval of each."""
     shown = [look for look in looks if any(look.name in group.numbers for group in groups)]
     most = max(1, min(MOST_GROUPS, BARS_IN_A_ROW // max(1, len(shown))))
     num_rows = math.ceil(len(groups) / most)

@@ -184,7 +184,7 @@ def _task_groups(tasks: Sequence[TaskResult]) -> tuple[tuple[Group, ...], str, s
     if left:
         notes.append(f"Not drawn, since {'their scores are' if len(left) > 1 else 'its score is'} no share: "
                      f"{', '.join(left)}.")  # fmt: skip
-    axis = "0 is chance, 100 perfect" if normalised == len(groups) else "per cent"
+    axis = "0 is chance, 100 perfect" if normalised == len(groups) else "percent"
     return tuple(groups), " ".join(notes), axis
 
 
@@ -233,7 +233,7 @@ def task_changes(task: TaskResult, a: str, b: str, folder: Path) -> Iterator[Cha
             why="A file of results must not have other files read.",
             fix="Evaluate again.",
         )
-    return changes(path, a, b)
+    return changes(path, a, b, higher_is_better=task.higher_is_better)
 
 
 def read_changes(tasks: Sequence[TaskResult], models: Sequence[ModelFacts], folder: Path) -> Iterator[Changes]:

@@ -58,7 +58,7 @@ def test_bars_are_of_normalised_scores_where_all_models_have_them(tmp_path):
 
 def test_the_axis_of_normalised_scores_says_what_they_are(tmp_path):
     results = build_evaluation(tmp_path, num_tasks=2)
-    assert make_report(results, tmp_path).task_axis == "per cent"
+    assert make_report(results, tmp_path).task_axis == "percent"
     normalised = results.model_copy(update={"tasks": results.tasks[:1]})
     assert make_report(normalised, tmp_path).task_axis == "0 is chance, 100 perfect"
 

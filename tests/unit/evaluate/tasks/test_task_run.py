@@ -76,6 +76,8 @@ def test_a_diff_tells_gains_and_losses(task: LocalTask, models: list[EvalModel],
     assert gained == [name for name, by in wanted.items() if by > 0]
     assert lost == [name for name, by in wanted.items() if by < 0]
     assert changed
+    errors = changes(path, "model1", "model2", higher_is_better=False)  # as of scores that are errors
+    assert [one.kind for one in errors] == [{"gained": "lost", "lost": "gained"}[one.kind] for one in changed]
     text = as_text(changed[0], "model1", "model2")
     assert text.startswith("+ " if changed[0].kind == "gained" else "- ")
     assert f"model2: {changed[0].b.prediction}" in text
