@@ -12,6 +12,8 @@ from stillroom.tokenizers import refuse_lfs_pointer
 MOST_HEADER_BYTES = 100_000_000
 """The longest header that safetensors itself accepts."""
 INDEX_FILE = "model.safetensors.index.json"
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""How families call the number of their layers."""
 
 
 def check_folder(folder: Path) -> list[Path]:
@@ -36,7 +38,25 @@ def check_folder(folder: Path) -> list[Path]:
                 why="Some of the weights are missing or cannot be trusted.",
                 fix="Copy or download the file again.",
             )
+    check_layers(folder, weights)
     return [folder / "config.json", *weights]
+
+
+def check_layers(folder: Path, weights: list[Path]) -> None:
+    """Raises DataError where config.json tells of more layers than the files have tensors; a family's code would build
+    them all first, without end."""
+    values = read_values(folder)
+    inner = values.get("text_config")
+    told = [part.get(key) for part in (values, inner if isinstance(inner, dict) else {}) for key in LAYERS]
+    num_layers = max((n for n in told if isinstance(n, int | float)), default=0)
+    num_tensors = sum(len(tensors_of(path)) for path in weights)
+    if num_layers > num_tensors:
+        raise DataError(
+            f"the weights in {folder} are not those of its config.json",
+            {"num_hidden_layers": num_layers, "tensors in the files": num_tensors},
+            why="Each layer has a tensor at the least, so the model cannot be built of these files.",
+            fix="Mend num_hidden_layers in config.json, or download the model again.",
+        )
 
 
 def read_values(folder: Path) -> dict[str, Any]:
@@ -105,7 +125,8 @@ def weight_files(folder: Path) -> list[Path]:
             {"expected": " or ".join(choices), "found": _listing(folder)},
             why="Only safetensors are read, under the names that `transformers` reads: other formats can run code when "
             "they are opened.",
-            fix="Convert the weights to safetensors, or check that the download was complete.",
+            fix="Convert the weights to safetensors, or check that the download was complete; a student that is to be "
+            "new is student.init of kind config.",
         )
     if path.suffix == ".safetensors":
         return [path]

@@ -17,7 +17,7 @@ from stillroom.config import Quantization, is_local
 from stillroom.errors import ConfigError, DataError, MismatchError, MissingError, did_you_mean
 from stillroom.lm_head import LMHead
 from stillroom.models import safetensors_io
-from stillroom.models.folder import check_folder, has_other_head, tensors_of, weight_files
+from stillroom.models.folder import check_folder, has_other_head
 from stillroom.models.hidden_states import lm_head
 from stillroom.models.quantization import check_quantized, num_numbers, quantized_loading
 from stillroom.models.safetensors_io import check_whole, fill_local, is_adapter, materialize, own_rows
@@ -31,21 +31,11 @@ def read_config(name: str, *, revision: str | None = None, trust_remote_code: bo
         check_folder(folder)
     try:
         config = AutoConfig.from_pretrained(str(folder or name), revision=revision, trust_remote_code=trust_remote_code)
-        text = config.get_text_config()
-        num_layers, tied = getattr(text, "num_hidden_layers", None), text.tie_word_embeddings
+        tied = config.get_text_config().tie_word_embeddings
     except Exception as error:  # what a config.json may hold makes a family's code raise anything
         raise _not_loaded(name, error) from error
-    if folder is not None:
-        num_tensors = sum(len(tensors_of(path)) for path in weight_files(folder))
-        if isinstance(num_layers, int) and num_layers > num_tensors:
-            raise DataError(
-                f"the weights in {name} are not those of its config.json",
-                {"num_hidden_layers": num_layers, "tensors in the files": num_tensors},
-                why="Each layer has a tensor at the least, so the model cannot be built of these files.",
-                fix="Mend num_hidden_layers in config.json, or download the model again.",
-            )
-        if tied and has_other_head(folder):
-            _untie(config)
+    if folder is not None and tied and has_other_head(folder):
+        _untie(config)
     return config
 
 
