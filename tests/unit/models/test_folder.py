@@ -49,7 +49,7 @@ def test_one_file_comes_before_an_older_index(folder, saved_model):
         save_file({name: old[name]}, folder / f"model-{number}.safetensors")
     places = {name: f"model-{number}.safetensors" for number, name in enumerate(old)}
     before = read_model(str(folder)).numbers
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     assert weight_files(folder) == [folder / "model.safetensors"]
     assert read_model(str(folder)).numbers == before
     assert_read_as_transformers_does(folder)
