@@ -491,3 +491,13 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() or None if answer.returncode == 0 else None
+
+
+def same_model(one: object, other: object) -> bool:
+    """Whether two fingerprints are of one model, as far as both tell: those of versions before tell samples alone."""
+    if one == other or not (isinstance(one, str) and isinstance(other, str)):
+        return one == other
+    (sampled, _, all_bytes), (other_sampled, _, other_bytes) = one.partition(", "), other.partition(", ")
+    if all_bytes.startswith("whole ") and other_bytes.startswith("whole "):
+        return all_bytes == other_bytes
+    return sampled == other_sampled

@@ -22,7 +22,7 @@ from stillroom.models import loading, safetensors_io
 from stillroom.models.hidden_states import verify
 from stillroom.pruning.importance import text_batches
 from stillroom.pruning.prune import CUT_FILE, PruneMask, choose_mask, prune_model, read_mask, report, write_mask
-from stillroom.runs import write_json
+from stillroom.runs import same_model, write_json
 from stillroom.teachers.base import ServerTeacher, StoredTeacher, Teacher
 from stillroom.teachers.config import ServerTeacherConfig, StoreTeacherConfig
 from stillroom.teachers.live import LiveTeacher, RemoteTeacher
@@ -201,7 +201,7 @@ def prune_student(
 
 def check_same(folder: Path, name: str, before: object, now: object) -> None:
     """Raises MismatchError where a thing is not what the run in a folder began with."""
-    if before != now:
+    if not same_model(before, now):
         raise MismatchError(
             f"the run in {folder} began with another {name}",
             {"then": before, "now": now},

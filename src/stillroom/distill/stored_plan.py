@@ -13,6 +13,7 @@ from stillroom.data.config import AnyData, StoredDataConfig
 from stillroom.errors import ConfigError, DataError, MismatchError
 from stillroom.losses.block import check_sparse
 from stillroom.losses.config import LOSSES, HiddenObjective, ObjectiveConfig
+from stillroom.runs import same_model
 from stillroom.store.config import SAMPLED, Full, QuantizedSignal, known_temperatures, side_columns
 from stillroom.store.reader import Store
 from stillroom.tokenizers import fingerprint, load_tokenizer, required_vocab_size, template_fingerprint, template_of
@@ -134,7 +135,7 @@ def _check_held_out(store: Store, held_out: Store) -> None:
     ours, theirs = store.manifest, held_out.manifest
     for name in ("teacher", "tokenizer", "num_columns"):
         one, other = (getattr(getattr(m, name), "fingerprint", getattr(m, name)) for m in (ours, theirs))
-        if one != other:
+        if not same_model(one, other):
             raise MismatchError(
                 f"the held-out store has another {name.replace('_', ' ')}",
                 {"teacher.path": one, "held_out.path": other},

@@ -14,6 +14,7 @@ from stillroom.estimates.headers import checkpoint_dtype
 from stillroom.models import loading
 from stillroom.pruning.plan import PruningPlan, plan_pruning
 from stillroom.pruning.prune import read_mask
+from stillroom.runs import same_model
 from stillroom.teachers.config import LiveTeacherConfig
 from stillroom.tokenizers import required_vocab_size
 from stillroom.training.config import NewStudentConfig, PrunedStudentConfig, StudentConfig
@@ -51,10 +52,11 @@ class StudentPlan:
             return None
         name = self.source[0]
         if self.cut is not None:
-            same = loading.fingerprint(name, self.cut.teacher) == teacher
+            same = same_model(loading.fingerprint(name, self.cut.teacher), teacher)
             return StudentOrigin(self.cut.layers) if same else None
         was = read_mask(Path(name).expanduser()) if is_local(name) else None
-        return StudentOrigin(was.layers, was.channels) if was is not None and was.teacher == teacher else None
+        same = was is not None and same_model(was.teacher, teacher)
+        return StudentOrigin(was.layers, was.channels) if same and was is not None else None
 
 
 def plan_student(

@@ -1,7 +1,6 @@
 """What is known of a run before anything is loaded: its models' configs and the headers of their safetensors, from a
 folder, or these small files alone from the hub."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from transformers import PretrainedConfig
 from stillroom.config import is_local
 from stillroom.errors import DataError, MissingError, StillroomError
 from stillroom.estimates.model_size import ModelSize, model_size
-from stillroom.models.folder import read_header
+from stillroom.models.folder import check_layers, has_other_head, read_object, read_values, tensors_of, weight_files
 
 MOST_BESIDE = 1.25
 """Times the parameters, and a head that is tied and yet stored, that a model's files hold at the most: GPT-2's hold
@@ -132,73 +131,48 @@ def read_config(name: str, revision: str | None, whose: str) -> Mapping[str, Any
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return _read_json(Path(hf_hub_download(name, "config.json", revision=revision)))
+        return read_object(Path(hf_hub_download(name, "config.json", revision=revision)))
     except StillroomError:
         raise
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise _not_there(name, whose, str(error).splitlines()[0][:200]) from error
 
 
+def _local(folder: Path, whose: str) -> ModelFiles:
+    config = _local_config(folder, whose)
+    numbers: Counter[str] = Counter()
+    weights = weight_files(folder)
+    check_layers(folder, weights)
+    for weight in weights:
+        numbers.update(numbers_of(weight))
+    if config.get("tie_word_embeddings", True) and has_other_head(folder):
+        config = untied(config)
+    return ModelFiles(config, numbers)
+
+
 def _local_config(folder: Path, whose: str) -> Mapping[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise MissingError(
             f"{whose} is not there",
             {"folder": folder, "expected": "config.json"},
             why="Its sizes are read from its config.json.",
             fix="Check the path; the name of a model on the hub has the form owner/name.",
         )
-    return _read_json(path)
+    return read_values(folder)
 
 
-def _local(folder: Path, whose: str) -> ModelFiles:
-    config = _local_config(folder, whose)
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise MissingError(
-            f"{whose} has a config and no weights",
-            {"folder": folder, "expected": "*.safetensors"},
-            why="Nothing could be loaded from it, so there is no run to plan.",
-            fix="Check that the download was complete; a student that is to be new is student.init of kind config.",
-        )
-    numbers: Counter[str] = Counter()
-    for weight in weights:
-        numbers.update(numbers_of(weight))
-    return ModelFiles(config, numbers)
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-        if isinstance(values, dict):
-            return values
-        problem = f"a {type(values).__name__}"
-    except ValueError as error:
-        problem = str(error)
-    raise DataError(
-        f"{path} is damaged",
-        {"expected": "an object in JSON", "found": problem},
-        why="The sizes of the model are read from it.",
-        fix="Copy or download the file again.",
-    )
+def untied(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a config.json, with a head of its own."""
+    inner = {key: untied(value) for key, value in values.items() if key == "text_config" and isinstance(value, dict)}
+    return {**values, **inner, "tie_word_embeddings": False}
 
 
 def numbers_of(path: Path) -> Counter[str]:
     """How many numbers a safetensors file holds, by type."""
-    try:
-        tensors = json.loads(read_header(path))
-        found: Counter[str] = Counter()
-        for name, tensor in tensors.items():
-            if name != "__metadata__":
-                found[str(tensor["dtype"])] += prod(tensor["shape"])
-        return found
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise DataError(
-            f"{path} is not a safetensors file",
-            {"bytes": path.stat().st_size, "expected": "a header that names each tensor with its type and shape"},
-            why="How large its weights are is read from its header.",
-            fix="Copy or download the file again; a git-lfs pointer needs `git lfs pull`.",
-        ) from None
+    found: Counter[str] = Counter()
+    for tensor in tensors_of(path).values():
+        found[str(tensor.get("dtype"))] += prod(tensor["shape"])
+    return found
 
 
 def _from_hub(name: str, revision: str | None, whose: str) -> ModelFiles:

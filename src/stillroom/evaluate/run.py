@@ -30,7 +30,7 @@ from stillroom.evaluate.scoring import Limits, Speed
 from stillroom.evaluate.tasks.harness import in_words
 from stillroom.evaluate.tasks.lm import EvalModel
 from stillroom.models import loading
-from stillroom.models.folder import check_folder
+from stillroom.models.folder import weight_files
 from stillroom.models.hidden_states import verify
 from stillroom.recipe import YAMLError, from_yaml
 from stillroom.runs import RunFolder, check_place, redact, versions, write_json
@@ -211,7 +211,7 @@ def _model_facts(
     else:
         config = cached_file(model.model, "config.json", revision=model.revision, local_files_only=True)
         folder = Path(str(config)).parent
-    weights = [path for path in check_folder(folder) if path.suffix == ".safetensors"]
+    weights = weight_files(folder)
     return ModelFacts(
         name=name,
         role=role,

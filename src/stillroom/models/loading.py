@@ -4,7 +4,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from stillroom.config import Quantization, is_local
 from stillroom.errors import ConfigError, DataError, MismatchError, MissingError, did_you_mean
 from stillroom.lm_head import LMHead
 from stillroom.models import safetensors_io
-from stillroom.models.folder import check_folder
+from stillroom.models.folder import check_folder, has_other_head
 from stillroom.models.hidden_states import lm_head
 from stillroom.models.quantization import check_quantized, num_numbers, quantized_loading
 from stillroom.models.safetensors_io import check_whole, fill_local, is_adapter, materialize, own_rows
@@ -26,12 +26,22 @@ from stillroom.models.safetensors_io import check_whole, fill_local, is_adapter,
 # --- on disk ---------------------------------------------------------------------------------------------------------
 def read_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
     """The model's config.json, from a folder (whose weight files are looked at too) or from the hub."""
-    if is_local(name):
-        check_folder(Path(name).expanduser())
+    folder = Path(name).expanduser() if is_local(name) else None
+    if folder is not None:
+        check_folder(folder)
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(str(folder or name), revision=revision, trust_remote_code=trust_remote_code)
+        tied = config.get_text_config().tie_word_embeddings
+    except Exception as error:  # what a config.json may hold makes a family's code raise anything
         raise _not_loaded(name, error) from error
+    if folder is not None and tied and has_other_head(folder):
+        _untie(config)
+    return config
+
+
+def _untie(config: PretrainedConfig) -> None:
+    """Lets a config say that the head is not the embeddings."""
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
 
 
 def _not_loaded(name: str, error: Exception) -> MissingError | DataError:
@@ -53,20 +63,42 @@ def _not_loaded(name: str, error: Exception) -> MissingError | DataError:
     )
 
 
+WHOLE_BYTES = 4 * 2**30
+"""Models of at most this size are known by all of their bytes; of larger ones samples are read."""
+
+
 def fingerprint(name: str, config: PretrainedConfig) -> str:
-    """The identity of a model: its commit on the hub; for a folder a hash of its config, its tensors' names, shapes and
-    places, and samples of each weight file (hashing all of 800 GB would take an hour)."""
+    """The identity of a model: its commit on the hub; for a folder a hash of samples of its files, which is all that
+    versions before knew, and one of every byte that is read: "sha256 <16 hex>, whole <16 hex>". Hashing all of 800 GB
+    would take an hour, so the second is "sampled" above ``WHOLE_BYTES``. Compare by `runs.same_model`."""
     if not is_local(name):
         return f"commit {getattr(config, '_commit_hash', None)}"
+    folder = Path(name).expanduser()
+    files = check_folder(folder)
     digest = hashlib.sha256()
-    for path in check_folder(Path(name).expanduser()):
+    for path in dict.fromkeys([files[0], *sorted({*files[1:], *folder.glob("*.safetensors")})]):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
             for place in sorted({0, *(size * i // 64 for i in range(64)), max(0, size - 2**16)}):
                 file.seek(place)
                 digest.update(file.read(2**16))
-    return f"sha256 {digest.hexdigest()[:16]}"
+    sampled = f"sha256 {digest.hexdigest()[:16]}"
+    stats = [path.stat() for path in files]
+    if sum(stat.st_size for stat in stats) > WHOLE_BYTES:
+        return f"{sampled}, sampled"
+    whole = hashlib.sha256()
+    for path, stat in zip(files, stats, strict=True):
+        digest_of = _file_digest if stat.st_size > 2**26 else _file_digest.__wrapped__
+        whole.update(f"{path.name} {stat.st_size} ".encode() + digest_of(path, stat.st_ino, stat.st_mtime_ns))
+    return f"{sampled}, whole {whole.hexdigest()[:16]}"
+
+
+@lru_cache(maxsize=256)
+def _file_digest(path: Path, _inode: int, _time_ns: int) -> bytes:
+    """The sha256 of a file, which is read once by a process while it is not written."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 # --- loading, building, saving ---------------------------------------------------------------------------------------
@@ -102,10 +134,15 @@ def load_model(
             output_loading_info=True,
             **({} if quantization is None else quantized_loading(quantization, dtype, device)),
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except Exception as error:  # what a config.json may hold makes a family's code raise anything
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            raise
         raise _not_loaded(name, error) from error
     model, info = loaded
     check_whole(name, list(info["missing_keys"]), list(info["unexpected_keys"]), model.base_model_prefix)
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and model.config.get_text_config().tie_word_embeddings and head.weight is not embeddings.weight:
+        _untie(model.config)  # its files hold both, with different values
     if quantization is not None:
         check_quantized(model, quantization, name)
         return model.eval()
@@ -246,7 +283,7 @@ def _draw(family: PreTrainedModel, module: nn.Module) -> None:
 
 def load_head(model: PreTrainedModel, folder: Path, device: torch.device | str) -> LMHead:
     """The head alone of a model that is a skeleton, from its folder."""
-    tied = model.config.get_text_config().tie_word_embeddings
+    tied = model.config.get_text_config().tie_word_embeddings  # as `read_config` found it in the files
     part = model.get_input_embeddings() if tied else model.get_output_embeddings()
     assert part is not None
     materialize(part, device)
@@ -274,16 +311,33 @@ def max_length(config: PretrainedConfig) -> int | None:
     return next((n for key in keys if (n := getattr(text, key, None))), None)
 
 
+def scaled_length(config: PretrainedConfig) -> tuple[int, str] | None:
+    """The tokens that a model can read by the scaling of its rotary positions, and the words for that; None where its
+    config asks for none. Of several kinds of layers, each with its own, the one that reads the least counts."""
+    text = config.get_text_config()
+    limit, rope = max_length(config), getattr(text, "rope_parameters", None) or {}
+    found: list[tuple[int, str]] = []
+    for one in [one for one in rope.values() if isinstance(one, dict)] or [rope]:
+        kind, factor = one.get("rope_type", "default"), one.get("factor")
+        original = one.get("original_max_position_embeddings") or limit
+        if kind == "default" or not isinstance(factor, int | float) or not isinstance(original, int):
+            return None
+        found.append((int(factor * original), f"{factor:g} * {original} = {int(factor * original)} ({kind})"))
+    return min(found, default=None)
+
+
 def check_length(length: int, config: PretrainedConfig, who: str, shown: object = None) -> None:
-    """Returns where a model can read rows of ``length`` tokens; an error quotes them as ``shown``. Raises
-    ConfigError where it has fewer positions."""
-    limit = max_length(config)
-    if limit is not None and length > limit:
+    """Returns where a model can read rows of ``length`` tokens, by its positions or by their scaling; an error quotes
+    them as ``shown``. Raises ConfigError where it cannot."""
+    limit, scaled = max_length(config), scaled_length(config)
+    most = None if limit is None else max(limit, 0 if scaled is None else scaled[0])
+    if most is not None and length > most:
         raise ConfigError(
             f"data.length is longer than the {who} can read",
-            {"data.length": shown or length, f"the {who}'s max_position_embeddings": limit},
+            {"data.length": shown or length, f"the {who}'s max_position_embeddings": limit}
+            | ({} if scaled is None else {"its rope scaling, factor * original": scaled[1]}),
             why="Positions beyond that have no embedding, or one that the model never saw.",
-            fix=f"Set data.length to at most {limit}.",
+            fix=f"Set data.length to at most {most}.",
         )
 
 

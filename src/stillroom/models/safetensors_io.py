@@ -21,7 +21,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from stillroom.errors import DataError
-from stillroom.models.folder import read_header
+from stillroom.models.folder import INDEX_FILE, read_header, weight_files
 from stillroom.runs import replace_folder, writing
 
 
@@ -162,11 +162,8 @@ def check_whole(name: str, missing: list[str], left_over: list[str], prefix: str
 def _slices(folder: Path) -> Iterator[dict[str, Any]]:
     """Gives the tensors of a folder's safetensors by their names, none of them read yet."""
     check_made(folder)
-    index, names = folder / "model.safetensors.index.json", {"model.safetensors"}
-    if index.is_file():
-        names = set(json.loads(index.read_bytes())["weight_map"].values())
     with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(folder / name, framework="pt")) for name in sorted(names)]
+        files = [stack.enter_context(safe_open(path, framework="pt")) for path in weight_files(folder)]
         yield {key: file.get_slice(key) for file in files for key in file.keys()}  # noqa: SIM118
 
 
@@ -438,4 +435,4 @@ def _name_files(written: list[dict[str, Tensor]], folder: Path) -> None:
             "total_parameters": sum(t.numel() for w in written for t in w.values()),
         }
         index = {"metadata": sizes, "weight_map": dict(sorted(places.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

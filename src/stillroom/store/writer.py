@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from stillroom.errors import MismatchError, StorageError
-from stillroom.runs import crc32, lock, replace_folder, sync_folder, writing
+from stillroom.runs import crc32, lock, replace_folder, same_model, sync_folder, writing
 from stillroom.store.codec import Codec
 from stillroom.store.config import SHARD_POSITIONS, Full
 from stillroom.store.format import (
@@ -134,7 +134,10 @@ class StoreWriter:
                 before = read_manifest((self.path / MANIFEST).read_bytes(), self.path)
                 for name in IDENTITY:
                     then, now = getattr(before, name), getattr(manifest, name)
-                    if then != now:
+                    same = then == now
+                    if name == "teacher":
+                        same = then.name == now.name and same_model(then.fingerprint, now.fingerprint)
+                    if not same:
                         raise MismatchError(
                             f"the store {self.path} has another {name}",
                             {"there": then, "now": now},
