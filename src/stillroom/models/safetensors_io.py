@@ -159,7 +159,7 @@ def check_whole(name: str, missing: list[str], left_over: list[str], prefix: str
 
 
 @contextmanager
-def _slices(folder: Path) -> Iterator[dict[str, Any]]:
+def _slices(folder: Path) -> Iterator[dict[str, Any]]:  # kept: a context of its own
     """Gives the tensors of a folder's safetensors by their names, none of them read yet."""
     check_made(folder)
     with ExitStack() as stack:
