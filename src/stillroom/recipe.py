@@ -68,7 +68,7 @@ def plain(values: Any) -> Any:
     return json.loads(json.dumps(values))  # noqa: TID251
 
 
-def parse_json(data: str | bytes) -> Any:
+def parse_json(data: str | bytes | bytearray) -> Any:
     """Parses JSON that came from outside.
 
     Raises:
@@ -77,7 +77,7 @@ def parse_json(data: str | bytes) -> Any:
     """
     try:
         values = json.loads(data)  # noqa: TID251
-        escape = rb"\\u[dD]" if isinstance(data, bytes) else r"\\u[dD]"
+        escape = r"\\u[dD]" if isinstance(data, str) else rb"\\u[dD]"
         if re.search(escape, data):  # pyright: ignore[reportArgumentType, reportCallIssue]
             collections.deque(_parts(values), maxlen=0)
         return values

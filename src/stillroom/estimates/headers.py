@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from stillroom.config import is_local
 from stillroom.errors import DataError, MissingError, StillroomError
 from stillroom.estimates.model_size import ModelSize, model_size
-from stillroom.models.folder import check_layers, has_other_head, read_object, read_values, tensors_of, weight_files
+from stillroom.models.folder import has_other_head, read_object, read_values, tensors_of, weight_files
 
 MOST_BESIDE = 1.25
 """Times the parameters, and a head that is tied and yet stored, that a model's files hold at the most: GPT-2's hold
@@ -142,7 +142,6 @@ def _local(folder: Path, whose: str) -> ModelFiles:
     config = _local_config(folder, whose)
     numbers: Counter[str] = Counter()
     weights = weight_files(folder)
-    check_layers(folder, weights)
     for weight in weights:
         numbers.update(numbers_of(weight))
     if config.get("tie_word_embeddings", True) and has_other_head(folder):

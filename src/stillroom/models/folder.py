@@ -38,11 +38,11 @@ def check_folder(folder: Path) -> list[Path]:
                 why="Some of the weights are missing or cannot be trusted.",
                 fix="Copy or download the file again.",
             )
-    check_layers(folder, weights)
+    check_num_layers(folder, weights)
     return [folder / "config.json", *weights]
 
 
-def check_layers(folder: Path, weights: list[Path]) -> None:
+def check_num_layers(folder: Path, weights: list[Path]) -> None:
     """Raises DataError where config.json tells of more layers than the files have tensors; a family's code would build
     them all first, without end."""
     values = read_values(folder)
