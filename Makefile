@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 EVERY_CORE := OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test coverage mutations check e2e gpu gpu-bench bench docs clean
+.PHONY: demo test coverage mutations fuzz check e2e gpu gpu-bench bench docs clean
 
 demo: .venv/.stillroom  ## a teacher and four students on this machine's own Python source, and their report, in about ten minutes
 	$(OFFLINE) $(BIN)/python examples/demo.py
@@ -18,6 +18,9 @@ coverage: .venv/.tools  ## the unit tests once more, in twice the time, and whic
 
 mutations: .venv/.tools  ## faults made by hand, which tests must catch
 	$(BIN)/python benchmarks/mutations.py --json benchmarks/mutations.json
+
+fuzz: .venv/.tools  ## damaged and hostile files, for ten minutes: what is refused, and what is not
+	$(OFFLINE) $(BIN)/python benchmarks/fuzz.py
 
 check: .venv/.tools  ## style, types, and which module may import which
 	$(BIN)/ruff check .
