@@ -167,7 +167,7 @@ def _read_json(path: Path, columns: Collection[str]) -> Places:
 BOM = b"\xef\xbb\xbf"
 
 
-def _listed(text: str, path: Path, columns: Collection[str]) -> list[object] | None:
+def _listed(text: str, path: Path, columns: Collection[str]) -> list[Any] | None:
     """The rows of a text that is one JSON value: a list, an object that holds one list, or an object that is a row
     itself, since it has one of ``columns``. None where the text is several JSON values, one after the other."""
     try:

@@ -77,9 +77,13 @@ class Store:
         m = self.manifest
         return {"documents": m.documents, "tokens": m.tokens, "tokens_learnt": m.positions}
 
-    @cached_property
+    @property
     def lengths(self) -> np.ndarray:
         """int64 [documents]: the tokens of each document."""
+        return self._lengths
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:  # kept: a protocol's property cannot be a cached one
         return self._of_all(lambda batch: batch["tokens"].value_lengths())
 
     @cached_property
