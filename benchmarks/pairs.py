@@ -28,12 +28,12 @@ HERE = Path(__file__).parents[1]
 STUDENT = "student.init={kind: config, like: $STILLROOM_DATA/models/stories3M, settings: {hidden_size: 128, " \
     "num_hidden_layers: 3, intermediate_size: 344, num_attention_heads: 4, num_key_value_heads: 2}}"  # fmt: skip
 TRAINING = ["batch.tokens=1024", "optimizer.learning_rate=2e-3", "objectives=[{kind: forward_kl}]", STUDENT]
-TEXT = ["data={path: $STILLROOM_DATA/text/tinystories_train.jsonl, format: text, length: 256, max_documents: 600}"]
+TEXT = ["data={path: $STILLROOM_DATA/text/tinystories_train.jsonl, format: text, length: 256, max_documents: 250}"]
 TEACHER = ["teacher={kind: model, model: $STILLROOM_DATA/models/stories3M}"]
 COMMANDS = {
     "capture": ["capture", "teacher.model=$STILLROOM_DATA/models/stories3M", *TEXT],
-    "distill, live": ["distill", *TRAINING, *TEACHER, *TEXT, "steps=60"],
-    "distill, stored": ["distill", *TRAINING, "teacher={kind: store, path: STORE}", "data.format=store", "steps=80"],
+    "distill, live": ["distill", *TRAINING, *TEACHER, *TEXT, "steps=35"],
+    "distill, stored": ["distill", *TRAINING, "teacher={kind: store, path: STORE}", "data.format=store", "steps=40"],
     "start": ["distill", *TRAINING, *TEACHER, *TEXT, "steps=60", "--dry-run"],
 }
 LOSSES = """

@@ -21,10 +21,12 @@ from stillroom.capture.config import (
 from stillroom.capture.parts import check_shared, named, part_of, part_range
 from stillroom.capture.plan import make_plan
 from stillroom.capture.signals import CapturedSignal, Document, SignalCapture, answered, prompts, windows
+from stillroom.data.chat_templates import NEVER_STOPS, end_of_turn, learns_to_stop
 from stillroom.data.config import AnyData
 from stillroom.data.dataset import Documents, prepare
 from stillroom.errors import OutOfMemoryError
 from stillroom.models import loading
+from stillroom.models.generation import Stops, end_tokens, own_stops
 from stillroom.models.hidden_states import verify
 from stillroom.runs import RunFolder, check_place, deferred_interrupts, ended
 from stillroom.store.config import AnySignal, HiddenStatesConfig, TopK, TopP
@@ -79,6 +81,7 @@ def run(
                 seed=config.seed,
                 vocab_size=plan.vocab_size,
                 hidden=config.hidden,
+                template=plan.template,
             )
             manifest = plan.manifest(documents.fingerprint)
             folder.update(
@@ -87,6 +90,8 @@ def run(
                 tokenizer={"fingerprint": manifest.tokenizer.fingerprint},
                 data={"fingerprint": documents.fingerprint, **documents.counts},
             )
+            if plan.template is not None and learns_to_stop(plan.tokenizer, plan.template) is False:
+                told("note", {"text": f"warning: {NEVER_STOPS}"})
             if config.hidden is not None:
                 told("note", {"text": f"hidden states: {plan.hidden_text(plan.share(documents))}"})
             prices = (0.0, 0.0) if isinstance(engine, Transformers) else (engine.prompt_price, engine.completion_price)
@@ -109,13 +114,15 @@ def build_capture(
     seed: int,
     vocab_size: int,
     hidden: HiddenStatesConfig | None,
+    template: str | None = None,
 ) -> SignalCapture:
     """Loads the teacher, or finds its server, and gives it what to capture.
 
     Args:
         teacher: with every "auto" resolved.
+        template: the chat template, whose end of turn ends an answer.
     """
-    engine, budgets = teacher.engine, {}
+    engine, given = teacher.engine, {}
     if isinstance(engine, Transformers):
         model = loading.load_model(
             teacher.model,
@@ -128,7 +135,9 @@ def build_capture(
         )
         verify(model, "the teacher", pack=data.pack)
         asked = LiveTeacher(model, () if hidden is None else hidden.layers)
-        budgets = engine.model_dump(include={"batch_tokens", "logits_bytes"})
+        given = engine.model_dump(include={"batch_tokens", "logits_bytes"})
+        given["ends"] = end_tokens(model, tokenizer, end_of_turn(tokenizer, template))
+        given["stops"] = Stops(own_stops(model), tokenizer)
     else:
         assert isinstance(signal, TopK | TopP)  # the config demands it
         server = ServerTeacherConfig(
@@ -150,7 +159,7 @@ def build_capture(
         pack=data.pack,
         pad_token=pad if isinstance(pad, int) else 0,
         hidden=hidden,
-        **budgets,
+        **given,
     )
 
 

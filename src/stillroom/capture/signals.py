@@ -18,7 +18,7 @@ from stillroom.errors import DataError, MismatchError, NonFiniteError
 from stillroom.kernels import selection
 from stillroom.kernels.selection import Selection
 from stillroom.lm_head import accumulator, logits_into
-from stillroom.models.generation import Sampling, derived_seed
+from stillroom.models.generation import Sampling, Stops, derived_seed
 from stillroom.signals import Dense, HiddenStates
 from stillroom.store.config import (
     AnySignal,
@@ -192,6 +192,10 @@ class SignalCapture:
     logits_bytes: int = 0
     """The budget for the logits of a live teacher that are held at a time."""
     hidden: HiddenStatesConfig | None = None
+    ends: Sequence[int] = ()
+    """The tokens that end an answer of a live teacher."""
+    stops: Stops | None = None
+    """The texts that end one, too."""
 
     def answers(self, prompts: Sequence[tuple[int, np.ndarray]], generate: Generate) -> list[list[np.ndarray]]:
         """Returns the teacher's answers to each prompt, given with its document's number, as tokens."""
@@ -205,6 +209,8 @@ class SignalCapture:
             vocab_size=self.vocab_size,
             pad_token=self.pad_token,
             batch_tokens=self.batch_tokens,
+            ends=self.ends,
+            stops=self.stops,
         )
 
     @torch.no_grad()

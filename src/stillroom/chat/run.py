@@ -6,15 +6,17 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from stillroom.chat.config import ChatConfig
+from stillroom.data.chat_templates import end_of_turn
 from stillroom.errors import ConfigError, StillroomError
 from stillroom.models import loading
+from stillroom.models.generation import Sampling, Stops, cut, end_tokens, generate, own_stops
 from stillroom.tokenizers import load_tokenizer, template_of
 
 
@@ -72,27 +74,27 @@ class ChatModel:
     tokenizer: PreTrainedTokenizerBase
     messages: list[dict[str, str]] = field(default_factory=list)
 
-    def tokens(self, prompt: str, system: str | None, max_tokens: int) -> Tensor:
-        """The tokens that the model goes on from, ``[1, t]``: the conversation in its template, or the prompt alone.
+    def tokens(self, prompt: str, system: str | None, max_tokens: int) -> list[int]:
+        """The tokens that the model goes on from: the conversation in its template, or the prompt alone.
 
         Raises:
             ConfigError: there are none; or they and ``max_tokens`` more are too many for the model.
         """
         if template_of(self.tokenizer) is None:
-            tokens = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
+            tokens = self.tokenizer(prompt)["input_ids"]
         else:
             tokens = self.tokenizer.apply_chat_template(
-                self._with(prompt, system), add_generation_prompt=True, return_tensors="pt", return_dict=False
+                self._with(prompt, system), add_generation_prompt=True, return_dict=False
             )
-        assert isinstance(tokens, Tensor)
-        if tokens.shape[1] == 0:
+        assert isinstance(tokens, list)
+        if not tokens:
             raise ConfigError(
                 f"the prompt is no token to {self.name}",
                 {"prompt": repr(prompt)},
                 why="A model goes on from what it has read, and its tokenizer makes nothing of this.",
                 fix="Write a prompt.",
             )
-        limit, num_tokens = loading.max_length(self.model.config), tokens.shape[1]
+        limit, num_tokens = loading.max_length(self.model.config), len(tokens)
         if limit is not None and num_tokens + max_tokens > limit:
             fits = num_tokens < limit
             raise ConfigError(
@@ -101,22 +103,16 @@ class ChatModel:
                 why="Positions beyond that have no embedding, or one that the model never saw.",
                 fix=f"Set max_tokens to at most {limit - num_tokens}." if fits else "Write a shorter prompt.",
             )
-        return tokens.to(self.model.device)
+        return cast(list[int], tokens)
 
     def _with(self, prompt: str, system: str | None) -> list[dict[str, str]]:
         """The conversation with this prompt, which is remembered only when it is answered."""
         before = [{"role": "system", "content": system}] if system is not None and not self.messages else self.messages
         return [*before, {"role": "user", "content": prompt}]
 
-    def generate(self, tokens: Tensor, **settings: Any) -> None:
-        """Writes an answer, by nothing but ``settings``, whatever the model's own generation config says besides."""
-        ends = self.model.generation_config.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]
-        end = ends[0] if isinstance(ends, list) else ends
-        plain: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-        pad = self.tokenizer.pad_token_id or end  # one row is never padded, but `generate` wants a token
-        self.model.generate(  # pyright: ignore[reportCallIssue]
-            inputs=tokens, attention_mask=torch.ones_like(tokens), pad_token_id=pad, **plain, **settings
-        )
+    def ends(self) -> list[int]:
+        """The tokens that end an answer."""
+        return end_tokens(self.model, self.tokenizer, end_of_turn(self.tokenizer, template_of(self.tokenizer)))
 
     def remember(self, prompt: str, system: str | None, answer: str) -> None:
         if template_of(self.tokenizer) is not None:
@@ -143,36 +139,27 @@ def load(place: str, *, device: str, dtype: str, trust_remote_code: bool) -> Cha
     return ChatModel(place, model, tokenizer)
 
 
-class Draw(LogitsProcessor):
-    """Draws the next token with a generator of its own, and leaves no other to choose.
-
-    `generate` draws by the process's one generator, which two models at work at the same time would share.
-    """
-
-    def __init__(self, temperature: float, top_p: float, generator: torch.Generator) -> None:
-        self.temperature, self.top_p, self.generator = temperature, top_p, generator
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
-        if self.temperature == 0:
-            return scores
-        probabilities = torch.softmax(scores.float() / self.temperature, dim=-1).cpu()
-        if self.top_p < 1:
-            ordered, ids = probabilities.sort(dim=-1, descending=True)
-            before = ordered.cumsum(dim=-1) - ordered
-            probabilities = torch.zeros_like(probabilities).scatter(-1, ids, ordered * (before < self.top_p))
-        token = torch.multinomial(probabilities, 1, generator=self.generator).to(scores.device)
-        return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
-
-
 class _Pieces(TextStreamer):
-    """Puts each piece of an answer into a queue."""
+    """Puts each piece of an answer into a queue, up to the end or the first of some texts."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, number: int, pieces: "queue.SimpleQueue[Any]") -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
+    def __init__(self, chat: ChatModel, number: int, pieces: "queue.SimpleQueue[Any]") -> None:
+        super().__init__(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
         self.number, self.pieces = number, pieces
+        self.ends, self.stops = chat.ends(), own_stops(chat.model)
+        self.text, self.shown = "", 0
+
+    def put(self, value: Tensor) -> None:
+        if self.next_tokens_are_prompt or value.flatten()[-1].item() not in self.ends:
+            super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.pieces.put(Piece(self.number, text, stream_end))
+        self.text += text
+        whole = cut(self.text, self.stops)
+        if not stream_end and len(whole) == len(self.text):  # what may be the beginning of one of the texts waits
+            begun = (size for stop in self.stops for size in range(1, len(stop)) if whole.endswith(stop[:size]))
+            whole = whole[: len(whole) - max(begun, default=0)]
+        self.pieces.put(Piece(self.number, whole[self.shown :], stream_end))
+        self.shown = max(self.shown, len(whole))
 
 
 def answers(
@@ -196,15 +183,19 @@ def answers(
     prompts = [model.tokens(prompt, system, max_tokens) for model in models]
 
     def answer(number: int) -> None:
-        draw = Draw(temperature, top_p, torch.Generator().manual_seed(seed))
-        streamer = _Pieces(models[number].tokenizer, number, pieces)
+        chat = models[number]
         try:
-            models[number].generate(
-                prompts[number],
-                max_new_tokens=max_tokens,
-                logits_processor=[draw],
-                stopping_criteria=[lambda ids, *_, **__: torch.full((len(ids),), stop.is_set(), device=ids.device)],
-                streamer=streamer,
+            pieces_of = _Pieces(chat, number, pieces)
+            generate(
+                chat.model,
+                [prompts[number]],
+                Sampling(max_tokens, temperature, top_p),
+                ends=pieces_of.ends,
+                pad_token=0,  # one row is never padded
+                seeds=[seed],
+                stops=Stops(pieces_of.stops, chat.tokenizer),
+                stopped=stop.is_set,
+                streamer=pieces_of,
             )
         except BaseException as error:
             pieces.put(error)

@@ -332,13 +332,32 @@ class ChatRenderer:
         return len(before), max(len(before), len(through.rstrip()))
 
 
+_WORDS = "Stillroom"
+_PROBE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _WORDS}]
+
+
+NEVER_STOPS = "no turn of the chat template has an end that is learned, so the student never learns to stop"
+
+
 def learns_to_stop(tokenizer: PreTrainedTokenizerBase, template: str) -> bool | None:
     """Whether what is learned of an assistant's turn has an end besides its words, by which a student learns to stop;
     None where the template refuses the conversation that this is tried with."""
-    words = "Stillroom"
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": words}]
     try:
-        text, spans = ChatRenderer(tokenizer, template, keep_all=False)(Conversation(messages, (True, True)), str)
+        text, spans = ChatRenderer(tokenizer, template, keep_all=False)(Conversation(_PROBE, (True, True)), str)
     except DataError:
         return None
-    return any(text[start:end].rpartition(words)[2].strip() for start, end in spans or [])
+    return any(text[start:end].rpartition(_WORDS)[2].strip() for start, end in spans or [])
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str | None:
+    """What a template writes after an assistant's words, white space around it left out; None where that is nothing,
+    or the template refuses the conversation that this is tried with."""
+    if template is None:
+        return None
+    try:
+        renderer = ChatRenderer(tokenizer, template, keep_all=True)
+        text = renderer(Conversation(_PROBE, (True, True)), str).text
+    except DataError:
+        return None
+    before, _, after = text.rpartition(_WORDS)
+    return after.strip() or None if before else None

@@ -13,6 +13,7 @@ import torch
 
 from stillroom.batch import Batch
 from stillroom.config import replace
+from stillroom.data.chat_templates import end_of_turn, learns_to_stop
 from stillroom.data.config import StoredDataConfig
 from stillroom.data.dataloader import DocumentSet, Step, collate, epoch_order, group, in_batches, plan_rows, totals
 from stillroom.data.dataset import CountedDocuments, prepared
@@ -23,7 +24,7 @@ from stillroom.errors import OutOfMemoryError
 from stillroom.losses.divergences import reverse_kl
 from stillroom.losses.objective import Objective
 from stillroom.models import loading
-from stillroom.models.generation import draw_text
+from stillroom.models.generation import Sampling, derived_seed, end_tokens, generate
 from stillroom.runs import peak_memory_bytes
 from stillroom.teachers.base import prompt_length
 from stillroom.teachers.config import LiveTeacherConfig, StoreTeacherConfig
@@ -73,6 +74,7 @@ class Preflight:
             "tokenizer": fingerprint(plan.tokenizer),
             "num_tokens": required_vocab_size(plan.tokenizer),
             "template": None if plan.template is None else template_fingerprint(plan.template),
+            "learns_to_stop": None if plan.template is None else learns_to_stop(plan.tokenizer, plan.template),
             "student_columns": student,
             "teacher_columns": teacher,
             "stored_columns": None if plan.store is None else plan.store.manifest.num_columns,
@@ -164,7 +166,7 @@ class Preflight:
         plan = self.plan
         if not isinstance(self.teacher, LiveTeacher) or plan.student.kind != "trained":
             return None
-        end, module = plan.tokenizer.eos_token_id, self.state.module
+        module = self.state.module
         assert isinstance(module, StudentStep)
         assert plan.vocab_size is not None  # there is a teacher
         with self._enough_memory("a text of the student's own"):
@@ -175,7 +177,7 @@ class Preflight:
                 self.drawn.tolist(),
                 vocab_size=plan.vocab_size,
                 length=plan.length,
-                end=end if isinstance(end, int) else None,
+                ends=end_tokens(module.model, plan.tokenizer, end_of_turn(plan.tokenizer, plan.template)),
                 seed=plan.config.seed,
             )
         return {"reverse_kl_nats": nats, "num_tokens": num_tokens} if num_tokens else None
@@ -286,7 +288,7 @@ def on_policy_kl(
     *,
     vocab_size: int,
     length: int,
-    end: int | None,
+    ends: Sequence[int],
     seed: int,
 ) -> tuple[float, int]:
     """Returns the mean of KL(student ‖ teacher) in nats over the tokens that the student draws at temperature 1 after
@@ -295,11 +297,10 @@ def on_policy_kl(
     Args:
         vocab_size: the columns of both heads that are compared; no other token is drawn.
         length: the most positions of a row.
-        end: the token that ends a text.
+        ends: the tokens that end a text.
     """
     module.eval()
     objectives = [Objective("own_text_kl_nats", reverse_kl)]
-    generator = torch.Generator().manual_seed(seed)
     prompts = []
     for number in numbers:
         tokens, size = documents.tokens(number), prompt_length(documents.target_mask(number))
@@ -308,9 +309,13 @@ def on_policy_kl(
             prompts.append(prompt)
     device = next(module.parameters()).device
     total, num_tokens = 0.0, 0
-    for prompt in prompts[:MOST_PROMPTS]:
-        max_tokens = min(MOST_TOKENS, length + 1 - len(prompt))
-        text = draw_text(module.model, prompt, max_tokens, vocab_size, end, generator)
+    for number, prompt in enumerate(prompts[:MOST_PROMPTS]):
+        sampling = Sampling(min(MOST_TOKENS, length + 1 - len(prompt)), temperature=1.0)
+        seeds = [derived_seed(seed, "own text", number)]
+        ((answer,),) = generate(
+            module.model, [prompt], sampling, ends=ends, pad_token=0, seeds=seeds, vocab_size=vocab_size
+        )
+        text = np.concatenate([prompt, answer]).astype(np.int64)
         batch = collate(StudentText([text], [len(prompt)]), [np.array([0])], 0).to(device)
         total += module(batch, teacher.forward(batch), 1, objectives).sums[0].item()
         num_tokens += batch.num_kept

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from stillroom.data.chat_templates import NEVER_STOPS, learns_to_stop
 from stillroom.data.config import AnyData
 from stillroom.data.dataset import Documents, prepare
 from stillroom.distill.build import asked_in_training, build_pair, build_state, build_teacher, check_same
@@ -158,6 +159,8 @@ def _distill(
                 check_same(folder.path, name.replace("_", " "), before, fact.get("fingerprint"))
 
     config = plan.config
+    if plan.template is not None and learns_to_stop(plan.tokenizer, plan.template) is False:
+        say(f"warning: {NEVER_STOPS}")
     student, specs = build_pair(plan, teacher, data, folder.path, say, ranks)
     facts = _facts(plan, student, teacher, data, held_out)
     ranks.on_every_rank(lambda: facts, lambda facts: {f"files ({name})": fact for name, fact in facts.items()})

@@ -109,6 +109,19 @@ def overlap(documents: Iterable[tuple[str, str]], tasks: Mapping[str, Iterable[T
     return Overlap(num_documents, num_shared, num_items, num_items_shared, num_short, tuple(shown))
 
 
+def of_fit(fit: Facts) -> Iterator[Finding]:
+    """Finds a chat template that teaches no student to stop."""
+    if fit.get("learns_to_stop") is False:
+        yield Finding(
+            "warning",
+            "fit",
+            "no turn of the chat template has an end that is learned",
+            {"template": fit["template"], "after the assistant's words": "nothing"},
+            "The student never learns to stop, and writes on after its answer until it is cut.",
+            "Let the template write an end of turn after the assistant's words, or keep its end in what is learned.",
+        )
+
+
 def of_data(counts: Facts) -> Iterator[Finding]:
     """Finds rows that lose text."""
     rows = counts.get("rows")

@@ -69,7 +69,7 @@ def run(config: DoctorConfig, trial: Trial, items_of: ItemsOf, report: Report = 
     if try_("fit", trial.fit, "comparing tokenizers, templates and vocabularies") and try_(
         "data", trial.look, "reading the data"
     ):
-        found += findings.of_data(record["data"])
+        found += [*findings.of_fit(record["fit"]), *findings.of_data(record["data"])]
         if config.tasks:
             try_("overlap", shared, "looking for the data in the tasks")
         if try_("measures", trial.measure, "loading the models, and measuring them on the data"):

@@ -24,6 +24,8 @@ def backbone(model: PreTrainedModel) -> nn.Module:
     body = getattr(model, model.base_model_prefix, None)
     if body is None:
         body = model.get_decoder()
+    if body is model:  # as of Llama4, whose class names a prefix that it does not have
+        body = getattr(model, "model", model)
     if body is model:
         raise MismatchError(
             f"the backbone of {type(model).__name__} is not found",
@@ -65,7 +67,8 @@ def lm_head(model: PreTrainedModel) -> LMHead:
         deltas += [layer.get_delta_weight(name) for name in layer.active_adapters]  # pyright: ignore
         layer = layer.base_layer  # pyright: ignore[reportAssignmentType]
     weight = sum(deltas, layer.weight)  # pyright: ignore[reportCallIssue, reportArgumentType]
-    return LMHead(weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    return LMHead(weight, getattr(layer, "bias", None), scale, softcap)
 
 
 @torch.no_grad()

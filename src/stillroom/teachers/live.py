@@ -20,7 +20,7 @@ from stillroom.errors import NonFiniteError
 from stillroom.layers import Layer
 from stillroom.lm_head import LMHead
 from stillroom.models import hidden_states
-from stillroom.models.generation import Sampling, derived_seed, generate
+from stillroom.models.generation import Sampling, Stops, derived_seed, generate, groups
 from stillroom.models.hidden_states import lm_head
 from stillroom.runs import StopRequests
 from stillroom.signals import Attention, Dense, HiddenStates, TeacherOutput
@@ -60,32 +60,43 @@ class LiveTeacher:
         vocab_size: int,
         pad_token: int,
         batch_tokens: int,
+        ends: Sequence[int],
+        stops: Stops | None = None,
     ) -> list[list[np.ndarray]]:
-        """Returns its answers to each prompt as tokens, int32, with the end of sequence where they came to one.
+        """Returns its answers to each prompt as tokens, int32, with the end where they came to one.
 
         Args:
             prompts: each with the number of its document.
             vocab_size: no token from here on is drawn.
             batch_tokens: the most positions of prompts and answers that are generated together, or one prompt's.
+            ends, stops: the tokens and the texts that end an answer.
 
         Raises NonFiniteError where the logits at a position are no distribution.
         """
         answers: dict[int, list[np.ndarray]] = {}
         num_answers = sampling.num_answers
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][1]), reverse=True)
-        common = {"vocab_size": vocab_size, "pad_token": pad_token}
-        while order:
-            longest = len(prompts[order[0]][1]) + sampling.max_tokens
-            places = order[: max(1, batch_tokens // (longest * num_answers))]
-            order = order[len(places) :]
-            some = [prompts[i] for i in places for _ in range(num_answers)]  # of each row that is generated
+        for order in groups(self.model, [len(tokens) for _, tokens in prompts], sampling.max_tokens):
+            while order:
+                longest = len(prompts[order[0]][1]) + sampling.max_tokens
+                places = order[: max(1, batch_tokens // (longest * num_answers))]
+                order = order[len(places) :]
+                some = [prompts[i] for i in places for _ in range(num_answers)]  # of each row that is generated
 
-            def check(logits: Tensor, num_written: int, some: Sequence = some) -> None:
-                check_finite(logits, lambda row: (some[row][0], len(some[row][1]) + num_written - 1))
+                def check(logits: Tensor, num_written: int, some: Sequence = some) -> None:
+                    check_finite(logits, lambda row: (some[row][0], len(some[row][1]) + num_written - 1))
 
-            texts, drawn_by = [prompts[i][1] for i in places], derived_seed(seed, "answers", some[0][0])
-            found = generate(self.model, texts, sampling, **common, seed=drawn_by, check=check)
-            answers |= dict(zip(places, found, strict=True))
+                found = generate(
+                    self.model,
+                    [prompts[i][1] for i in places],
+                    sampling,
+                    seeds=[derived_seed(seed, "answers", prompts[i][0]) for i in places],
+                    vocab_size=vocab_size,
+                    pad_token=pad_token,
+                    ends=ends,
+                    stops=stops,
+                    check=check,
+                )
+                answers |= dict(zip(places, found, strict=True))
         return [answers[i] for i in range(len(prompts))]
 
 

@@ -44,7 +44,7 @@ def model() -> PreTrainedModel:
 def teacher(
     model: PreTrainedModel, signal: AnySignal, *, batch_tokens: int = 64, logits_bytes: int = 2**20, **settings: Any
 ) -> SignalCapture:
-    values: dict[str, Any] = {"vocab_size": COLUMNS, "length": 32, "pack": True, "seed": 0, **settings}
+    values: dict[str, Any] = {"vocab_size": COLUMNS, "length": 32, "pack": True, "seed": 0, "ends": [1], **settings}
     return SignalCapture(LiveTeacher(model), signal, batch_tokens=batch_tokens, logits_bytes=logits_bytes, **values)
 
 
@@ -382,9 +382,12 @@ def test_a_nucleus_of_nothing_is_the_likeliest(model):
     assert listed(found) == [[greedy(model, prompt, 6)] for _, prompt in PROMPTS]
 
 
-def test_answers_are_the_same_for_the_same_seed(model):
+def test_answers_are_the_same_for_the_same_seed_in_any_batch(model):
     generate = Generate(max_tokens=6, answers=3, prompt_tokens=1)
     first = listed(teacher(model, SIGNALS[0]).answers(PROMPTS, generate))
+    for batch_tokens in (1, 100):
+        assert listed(teacher(model, SIGNALS[0], batch_tokens=batch_tokens).answers(PROMPTS, generate)) == first
+    assert listed(teacher(model, SIGNALS[0]).answers(PROMPTS[2:], generate)) == first[2:]
     assert [len(several) for several in first] == [3] * len(PROMPTS)
     assert all(len({tuple(answer) for answer in several}) == 3 for several in first)
     assert listed(teacher(model, SIGNALS[0]).answers(PROMPTS, generate)) == first

@@ -4,10 +4,11 @@ import threading
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from conftest import build_model
 from stillroom.chat.config import ChatConfig
-from stillroom.chat.run import ChatModel, Draw, answers, load, run
+from stillroom.chat.run import ChatModel, answers, load, run
 from stillroom.config import load as load_config
 from stillroom.errors import ConfigError
 
@@ -38,21 +39,15 @@ def test_an_answer_does_not_depend_on_who_else_answers(tiny_tokenizer):
     assert talk(tiny_tokenizer, 1, seed=4) != alone[:1]
 
 
-def test_tokens_are_drawn_from_the_tempered_distribution():
-    scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
-    draw = Draw(0.5, 1.0, torch.Generator().manual_seed(0))
-    counts = torch.zeros(4)
-    for _ in range(4000):
-        counts[draw(torch.zeros(1, 1), scores).argmax()] += 1
-    assert torch.allclose(counts / 4000, torch.softmax(scores[0] / 0.5, 0), atol=0.02)
-
-
-@pytest.mark.parametrize(("top_p", "left"), [(0.1, 1), (0.65, 2), (0.9, 3), (1.0, 4)])
-def test_the_nucleus_is_the_fewest_tokens_that_have_the_mass(top_p, left):
-    scores = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
-    draw = Draw(1.0, top_p, torch.Generator().manual_seed(0))
-    seen = {int(draw(torch.zeros(1, 1), scores).argmax()) for _ in range(200)}
-    assert seen == set([1, 3, 2, 0][:left])
+def test_the_model_s_own_texts_end_an_answer_and_are_not_shown(tiny_tokenizer):
+    """Nor are their beginnings, wherever the pieces are cut."""
+    (whole,) = talk(tiny_tokenizer, 1, temperature=0)
+    chat = ChatModel("m", build_model(seed=1), tiny_tokenizer)
+    chat.model.generation_config = GenerationConfig(stop_strings=["never there", whole[4:7]])
+    chat.model.generation_config.num_return_sequences = 2
+    pieces = list(answers([chat], "The still", **{**SETTINGS, "temperature": 0}))
+    assert "".join(piece.text for piece in pieces) == whole[: whole.index(whole[4:7])]
+    assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
 
 
 def test_a_conversation_goes_through_the_template_and_is_remembered(chat_tokenizer):
@@ -62,7 +57,7 @@ def test_a_conversation_goes_through_the_template_and_is_remembered(chat_tokeniz
     roles = ["system", "user", "assistant", "user", "assistant"]
     assert [message["role"] for message in chat.messages] == roles
     assert chat.messages[-1]["content"] == answer
-    text = chat_tokenizer.decode(chat.tokens("More?", None, 1)[0])
+    text = chat_tokenizer.decode(chat.tokens("More?", None, 1))
     assert "<|im_start|>system\nBe brief.<|im_end|>" in text
     assert text.endswith("<|im_start|>user\nMore?<|im_end|>\n<|im_start|>assistant\n")
 

@@ -17,7 +17,7 @@ COLUMNS = 300
 
 def measure(student, teacher, documents: Documents = DOCUMENTS, **settings):
     step = StudentStep(student, [], vocab_size=COLUMNS, logits_bytes=2**20)
-    values = {"vocab_size": COLUMNS, "length": 48, "end": None, "seed": 0, **settings}
+    values = {"vocab_size": COLUMNS, "length": 48, "ends": [], "seed": 0, **settings}
     return on_policy_kl(step, LiveTeacher(teacher), documents, range(len(documents)), **values)
 
 
@@ -26,11 +26,12 @@ def written(monkeypatch):
     """Every text that is written, with its prompt's length."""
     found = []
 
-    def write(model, prompt, *rest, draw=module.draw_text):
-        found.append((len(prompt), draw(model, prompt, *rest)))
-        return found[-1][1]
+    def write(model, prompts, *rest, generate=module.generate, **named):
+        answers = generate(model, prompts, *rest, **named)
+        found.append((len(prompts[0]), np.concatenate([prompts[0], answers[0][0]]).astype(np.int64)))
+        return answers
 
-    monkeypatch.setattr(module, "draw_text", write)
+    monkeypatch.setattr(module, "generate", write)
     return found
 
 
@@ -80,7 +81,7 @@ def test_a_text_ends_with_its_end_and_a_prompt_without_room_is_left_out(written)
     measure(student, teacher)
     end = int(written[2][1][written[2][0]])  # the first token that was written there
     written.clear()
-    measure(student, teacher, end=end)
+    measure(student, teacher, ends=[end])
     assert any(len(text) == start + 1 and text[-1] == end for start, text in written)
     written.clear()
     number = measure(student, teacher, build_documents([20, 5]), length=4)[1]

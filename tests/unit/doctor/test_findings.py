@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from stillroom.doctor.findings import KNEE, Overlap, Shared, of_data, of_measures, of_overlap
+from stillroom.doctor.findings import KNEE, Overlap, Shared, of_data, of_fit, of_measures, of_overlap
 
 COLUMNS = 1000
 GUESS = math.log(COLUMNS)
@@ -45,6 +45,13 @@ def test_a_finding_reads_as_an_error_does():
     assert "ratio: 0.500" in text
     assert "1/1.315 = 0.760" in text
     assert "arXiv 2502.08606" in text
+
+
+def test_a_template_that_teaches_no_student_to_stop():
+    assert not [*of_fit({"learns_to_stop": True}), *of_fit({"learns_to_stop": None})]
+    (finding,) = of_fit({"learns_to_stop": False, "template": "1a2b"})
+    assert finding.level == "warning"
+    assert "never learns to stop" in str(finding)
 
 
 def test_rows_that_lose_text():

@@ -293,7 +293,7 @@ class _Shared:
             cache = getattr(backbone(model)(input_ids=tokens, use_cache=True), "past_key_values", None)
         except torch.OutOfMemoryError:  # it is read with each row, which says what does not suffice
             cache = None
-        plain = isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+        plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
         return cls(length, cache) if plain else cls(0, None)  # windows and states of other kinds are read with each row
 
     def hidden(self, model: PreTrainedModel, rows: Sequence[RequestRow]) -> Tensor:

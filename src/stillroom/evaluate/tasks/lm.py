@@ -6,11 +6,9 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.logits_process import LogitsProcessorList
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from stillroom.data.chat_templates import end_of_turn
 from stillroom.errors import DataError, MissingError
 from stillroom.evaluate.tasks.likelihood import (
     Likelihood,
@@ -18,11 +16,13 @@ from stillroom.evaluate.tasks.likelihood import (
     encoded,
     fitting,
     log_likelihoods,
-    not_a_number,
 )
+from stillroom.models.generation import Sampling, Stops, cut, end_tokens, groups, own_stops, trimmed
+from stillroom.models.generation import generate as write
 from stillroom.models.loading import max_length
 from stillroom.teachers.client import Connection, Endpoint, connected, in_order
 from stillroom.teachers.engine import ServerEngine
+from stillroom.tokenizers import template_of
 
 Done = Callable[[int], object]
 """A function that is called with the number of questions to a model that are answered."""
@@ -164,38 +164,6 @@ DEVICE_TOKENS = 65_536
 """The same in the first batch on another device; halved wherever its memory does not suffice."""
 
 
-def cut(text: str, until: Sequence[str]) -> str:
-    """The text before the first of ``until``."""
-    return text[: min((place for stop in until if (place := text.find(stop)) >= 0), default=len(text))]
-
-
-class _Until(StoppingCriteria):
-    """Ends each row with the first of some strings in the text after the prompt."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, until: Sequence[str], num_prompt: int) -> None:
-        self.tokenizer, self.until, self.num_prompt = tokenizer, [stop for stop in until if stop], num_prompt
-        self.window = 4 * max((len(stop.encode()) for stop in self.until), default=0) + 2  # tokens that can hold one
-        self.done: list[bool] = []
-
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:  # noqa: ARG002
-        self.done = self.done or [False] * len(input_ids)
-        for row, tokens in enumerate(input_ids[:, self.num_prompt :][:, -self.window :].tolist()):
-            if not self.done[row]:
-                text = cast(str, self.tokenizer.decode(tokens))
-                self.done[row] = any(stop in text for stop in self.until)
-        return torch.tensor(self.done, device=input_ids.device)
-
-
-class _Finite(LogitsProcessor):
-    """Refuses logits that are not numbers, of which `generate` would take the first as the top one."""
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        if torch.isnan(scores).any():
-            place = f"token {input_ids.shape[1]} (from 0) of a prompt and its answer"
-            raise not_a_number({"logits": "not a number", "at": place})
-        return scores
-
-
 @torch.inference_mode()
 def generate(
     model: PreTrainedModel,
@@ -207,13 +175,13 @@ def generate(
     num_tokens: int | None = None,
     done: Callable[[int], object] = lambda _: None,
 ) -> list[Generation]:
-    """Continues each prompt up to the first of ``until``, the end of sequence or ``max_tokens``.
+    """Continues each prompt up to the first of ``until``, an end of the model's own or ``max_tokens``.
 
     It takes the top-1 token at each step, whatever a model's own generation config says besides, such as a repetition
     penalty: a student and its teacher often have different ones.
 
-    Prompts of like length share a batch, padded at their left and masked. A prompt is cut at its left where the model
-    could not read it and its answer whole; ``num_cut`` says by how much.
+    Prompts of like length share a batch where that does not change an answer (see `groups`). A prompt is cut at its
+    left where the model could not read it and its answer whole; ``num_cut`` says by how much.
 
     Args:
         num_tokens: tokens in a batch, prompts and answers; None finds the number by itself.
@@ -236,16 +204,17 @@ def generate(
     whole = encoded(tokenizer, list(prompts))
     prefix = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
     ids = [(tokens if room is None else tokens[-room:]) or [cast(int, prefix)] for tokens in whole]
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     cpu = next(model.parameters()).device.type == "cpu"
     budget = num_tokens or (CPU_TOKENS if cpu else DEVICE_TOKENS)
-    widths, found = [len(ids[i]) + max_tokens for i in order], {}
-    write = partial(_generate, model, tokenizer, ids, until, max_tokens)
-    for batch, texts in fitting(order, widths, budget, "a single answer", write):
-        found |= {
-            i: Generation(text, max(0, len(whole[i]) - len(ids[i]))) for i, text in zip(batch, texts, strict=True)
-        }
-        done(len(found))
+    ends = end_tokens(model, tokenizer, end_of_turn(tokenizer, template_of(tokenizer)))
+    answer = partial(_generate, model, tokenizer, ids, [*until, *own_stops(model)], max_tokens, ends)
+    found: dict[int, Generation] = {}
+    for order in groups(model, [len(tokens) for tokens in ids], max_tokens):
+        widths = [len(ids[i]) + max_tokens for i in order]
+        for batch, texts in fitting(order, widths, budget, "a single answer", answer):
+            for i, text in zip(batch, texts, strict=True):
+                found[i] = Generation(text, max(0, len(whole[i]) - len(ids[i])))
+            done(len(found))
     return [found[i] for i in range(len(prompts))]
 
 
@@ -255,27 +224,11 @@ def _generate(
     ids: Sequence[list[int]],
     until: Sequence[str],
     max_tokens: int,
+    ends: Sequence[int],
     batch: Sequence[int],
 ) -> list[str]:
     prompts = [ids[i] for i in batch]
-    width = max(map(len, prompts))
-    device = next(model.parameters()).device
-    rows = torch.tensor([[0] * (width - len(tokens)) + tokens for tokens in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in prompts], device=device)
-    own = model.generation_config
-    eos = tokenizer.eos_token_id if own is None or own.eos_token_id is None else own.eos_token_id
-    pad = eos[0] if isinstance(eos, list) else (eos or 0)
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=max_tokens, eos_token_id=eos, pad_token_id=pad)
-    stop = StoppingCriteriaList([_Until(tokenizer, until, width)])
-    try:
-        model.generation_config = GenerationConfig()  # `generate` would take from its own what ours leaves open
-        out = cast(Callable[..., Tensor], model.generate)(
-            rows,
-            attention_mask=mask,
-            generation_config=greedy,
-            logits_processor=LogitsProcessorList([_Finite()]),
-            stopping_criteria=stop,
-        )
-    finally:
-        model.generation_config = own
-    return [cut(text, until) for text in tokenizer.batch_decode(out[:, width:].tolist(), skip_special_tokens=True)]
+    stops, pad = Stops(until, tokenizer), ends[0] if ends else 0
+    found = write(model, prompts, Sampling(max_tokens), ends=ends, pad_token=pad, stops=stops)
+    texts = tokenizer.batch_decode([trimmed(answer, ends) for (answer,) in found], skip_special_tokens=True)
+    return [cut(text, until) for text in texts]

@@ -7,7 +7,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from conftest import build_model
 from stillroom.errors import DataError, NonFiniteError, OutOfMemoryError
 from stillroom.evaluate.tasks import lm
-from stillroom.evaluate.tasks.lm import cut, generate
+from stillroom.evaluate.tasks.lm import generate
+from stillroom.models.generation import cut
 
 PROMPTS = ["The still", "A teacher says what it thinks of every word", "12", "User: how many drops?"]
 

@@ -118,9 +118,15 @@ def test_too_long_an_answer_is_refused():
         log_likelihoods(build_model(max_position_embeddings=8), [Request([1], list(range(9)))])
 
 
-def test_a_sliding_window_is_kept():
-    """Gemma 2's windows are of 8 tokens, so what they hold of a shared beginning must not be read once for all."""
-    model, asked = build_model("gemma2"), [Request(list(range(2, 40)), [i, i + 1]) for i in range(50, 54)]
+LINEAR = {"num_local_experts": 2, "layer_types": ["linear_attention", "full_attention"], "block_size": 16}
+
+
+@pytest.mark.parametrize(("family", "settings"), [("gemma2", {}), ("minimax", LINEAR)])
+def test_what_is_no_plain_cache_is_not_shared(family: str, settings: dict[str, Any]):
+    """Gemma 2's windows are of 8 tokens, and MiniMax keeps states of linear attention, so what they hold of a shared
+    beginning must not be read once for all."""
+    model = build_model(family, **settings)
+    asked = [Request(list(range(2, 40)), [i, i + 1]) for i in range(50, 54)]
     found = [one.log_likelihood for one in log_likelihoods(model, asked)]
     assert found == pytest.approx([naive(model, request) for request in asked], abs=1e-5)
 
