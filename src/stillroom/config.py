@@ -62,6 +62,8 @@ PathText = Annotated[
 def is_local(path: str) -> bool:
     """Whether ``path`` means a place on this machine: it, or the folder it begins with, is there; or it cannot be a
     name on the hub."""
+    if "://" in path:
+        return False
     hub_form = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", path)
     return Path(path).exists() or hub_form is None or ("/" in path and Path(path).parts[0] in os.listdir())
 

@@ -14,7 +14,8 @@ from stillroom.capture.estimate import LOGITS_BYTES, costs, kinds
 from stillroom.capture.parts import own_device, part_of, part_range
 from stillroom.capture.signals import window_documents
 from stillroom.config import BATCH_TOKENS, format_setting, is_local, replace
-from stillroom.data.dataset import Documents, cache_folder, prepared
+from stillroom.data.config import cache_folder
+from stillroom.data.dataset import Documents, prepared
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.errors import ConfigError

@@ -21,6 +21,9 @@ Name = Callable[[], str]
 class Template:
     """A column of each row, or a text with columns in braces: "Question: {question}\\nAnswer: ".
 
+    A column with a question mark, as in "{instruction}\\n{input?}\\n", may be absent, null or empty: it is written as
+    nothing then, and a line that holds nothing else is left out.
+
     Args:
         setting: where it was set, for errors.
 
@@ -28,18 +31,20 @@ class Template:
     """
 
     def __init__(self, setting: str, text: str) -> None:
-        self.pieces: list[tuple[str, str | None]] = [("", text)]
-        """Pairs of what is literal and the column that follows it; a text without braces is the name of a column."""
+        self.lines: list[list[tuple[str, str | None]]] = [[("", text)]]
+        """Of each line, pairs of what is literal and the column that follows it; a text without braces is the name of a
+        column."""
         if "{" not in text and "}" not in text:
             return
         reason = None
         try:
-            parsed = list(Formatter().parse(text))
-            if any(column == "" or form or conversion for _, column, form, conversion in parsed):
+            lines = [list(Formatter().parse(line)) for line in re.findall("[^\n]*\n|[^\n]+", text)]
+            parsed = [piece for line in lines for piece in line]
+            if any(column in ("", "?") or form or conversion for _, column, form, conversion in parsed):
                 reason = "braces must hold the name of a column and nothing else"
             elif all(column is None for _, column, _, _ in parsed):
                 reason = "no column is named"
-            self.pieces = [(literal, column) for literal, column, _, _ in parsed]
+            self.lines = [[(literal, column) for literal, column, _, _ in line] for line in lines]
         except ValueError as error:
             reason = str(error)
         if reason is not None:
@@ -47,14 +52,28 @@ class Template:
                 f"the setting `{setting}` is not valid",
                 {"text": repr(text), "reason": reason},
                 why="It is filled with the columns of each row.",
-                fix='Write a column as {column}, as in "Question: {question}\\nAnswer: ", and a brace as {{ or }}.',
+                fix='Write a column as {column}, as in "Question: {question}\\nAnswer: ", one that may be absent as '
+                "{column?}, and a brace as {{ or }}.",
             )
+
+    @property
+    def columns(self) -> set[str]:
+        """The columns that it names."""
+        return {column.removesuffix("?") for line in self.lines for _, column in line if column is not None}
 
     def __call__(self, row: Row, name: Name, hint: str = "") -> str:
         """The text of a row. Raises DataError where it lacks a column, or one does not hold a text."""
-        return "".join(
-            literal + ("" if column is None else text_in(row, column, name, hint)) for literal, column in self.pieces
-        )
+        text = ""
+        for line in self.lines:
+            words = [literal + self._filled(row, column, name, hint) for literal, column in line]
+            optional = any(column is not None and column[-1:] == "?" for _, column in line)
+            text += "" if optional and not "".join(words).strip() else "".join(words)
+        return text
+
+    def _filled(self, row: Row, column: str | None, name: Name, hint: str) -> str:  # kept: for the cases of a column
+        if column is None or (column[-1:] == "?" and row.get(column[:-1]) is None):
+            return ""
+        return text_in(row, column.removesuffix("?"), name, hint)
 
 
 def text_in(row: Row, column: str, name: Name, hint: str = "") -> str:
@@ -112,13 +131,16 @@ LEARNED = ("weight", "train", "loss_mask")
 """Keys by which a message says whether it is learned: OpenAI's, and others'."""
 
 
-def conversation_of(row: Row, column: str, name: Name) -> Conversation:
+def conversation_of(row: Row, column: str, name: Name, roles: Mapping[str, str] = ROLES) -> Conversation:
     """The conversation in a column of a row, with what else the row holds for the template: ``tools``, ``documents``,
     ``chat_template_kwargs``, and a ``system`` text that stands before the messages.
 
+    Args:
+        roles: the words for roles that may be found, and what chat templates call them.
+
     Raises DataError where one of these is not what it should be, or would be passed over.
     """
-    messages, learned = _messages_of(value_in(row, column, name), name)
+    messages, learned = messages_of(value_in(row, column, name), name, roles)
     rest: dict[str, Any] = {}
     for key in ("tools", "documents"):
         value = row.get(key)
@@ -143,7 +165,7 @@ def conversation_of(row: Row, column: str, name: Name) -> Conversation:
     return Conversation(messages, learned, rest)
 
 
-def _messages_of(value: object, name: Name) -> tuple[Messages, tuple[bool, ...]]:
+def messages_of(value: object, name: Name, roles: Mapping[str, str] = ROLES) -> tuple[Messages, tuple[bool, ...]]:
     """Messages in the form that chat templates read, from ``role``/``content`` or ShareGPT's ``from``/``value``, and
     whether each may be learned.
 
@@ -161,8 +183,8 @@ def _messages_of(value: object, name: Name) -> tuple[Messages, tuple[bool, ...]]
         if role_key not in message:
             raise _misshapen(name, f"message {number} has no role", {"its keys": ", ".join(map(str, message))})
         role, text = message[role_key], message.get(text_key)
-        if not isinstance(role, str) or role not in ROLES:
-            values = {"found": repr(role), "known": ", ".join(ROLES)}
+        if not isinstance(role, str) or role not in roles:
+            values = {"found": repr(role), "known": ", ".join(roles), "others are named in": "data.roles"}
             raise _misshapen(name, f"message {number} has an unknown role", values)
         rest = {key: item for key, item in message.items() if key not in (role_key, text_key) and item is not None}
         if calls := rest.get("tool_calls"):
@@ -172,18 +194,30 @@ def _messages_of(value: object, name: Name) -> tuple[Messages, tuple[bool, ...]]
             raise _misshapen(name, f"message {number} calls a function in a way that is not read", values)
         if text is None and calls:
             text = ""  # as OpenAI's own form has it
+        if isinstance(text, list):
+            text = _joined(text, name, number)
         if not isinstance(text, str):
             values = {f"expected `{text_key}`": "a text", "found": type(text).__name__}
             raise _misshapen(name, f"message {number} has no text", values)
         said = {key: rest.pop(key) for key in LEARNED if key in rest}
         if wrong := {f"message {number}, `{key}`": item for key, item in said.items() if item not in (0, 1)}:
             raise _misshapen(name, f"message {number} does not say whether it is learned", {**wrong, "read": "0 or 1"})
-        if any(said.values()) and ROLES[role] != "assistant":
+        if any(said.values()) and roles[role] != "assistant":
             found = ", ".join(f"{key}={item}" for key, item in said.items())
             raise _misshapen(name, f"message {number} is to be learned, and is not the assistant's", {"found": found})
         learned.append(all(said.values()))
-        messages.append({"role": ROLES[role], "content": text, **rest})
+        messages.append({"role": roles[role], "content": text, **rest})
     return messages, tuple(learned)
+
+
+def _joined(parts: list[Any], name: Name, number: int) -> str:
+    """The text of a message whose content is given in parts, as OpenAI's form has it."""
+    for part in parts:
+        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            values = {"found": f"a part of type {kind!r:.40}", "read": '{"type": "text", "text": "…"}'}
+            raise _misshapen(name, f"message {number} has a part that is not text, and only text is read", values)
+    return "".join(part["text"] for part in parts)
 
 
 def _tool_calls(calls: object, name: Name, number: int) -> list[Any]:

@@ -1,17 +1,19 @@
 """The settings of a data set: where it lies, how a row becomes tokens, and how tokens become rows of a batch."""
 
+import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stillroom.config import Config, PathText, Positive, is_local
 
 
 class _Data(Config):
     path: PathText
-    """A .jsonl, .json, .parquet or .txt file (.gz too), a folder of such files, a folder written by `datasets`, or the
-    name of a data set on the hub."""
+    """A .jsonl, .json, .parquet, .arrow, .csv, .tsv or .txt file (those of text .gz, .bz2, .xz or .zst too), a folder
+    of such files, a pattern (data/*.jsonl), an address of any of these (s3://…), a folder written by `datasets`, or
+    the name of a data set on the hub."""
     split: str = "train"
     """The split, where the data set has several."""
     subset: str | None = None
@@ -50,8 +52,14 @@ class ChatData(_Data):
     format: Literal["chat"]
     column: str | Literal["auto"] = "auto"
     """The column that holds the conversation; auto takes `messages` or else `conversations` (ShareGPT)."""
-    keep: Literal["assistant", "all"] = "assistant"
-    """The tokens that are learned: those that the assistant said, with its end of turn, or all."""
+    keep: Literal["assistant", "last", "all"] = "assistant"
+    """The tokens that are learned: those that the assistant said, with its end of turn; those of its last message
+    alone; or all."""
+    roles: dict[str, Literal["system", "developer", "user", "assistant", "tool"]] | None = None
+    """What the words for roles in the data mean, beside those of OpenAI's and ShareGPT's form: {bot: assistant}."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """The chat template's own settings, such as {enable_thinking: false}; a row's own column of that name goes
+    before them."""
     template: Literal["auto", "student", "teacher"] = "auto"
     """The model whose chat template is taken; auto demands that both have the same one."""
     overlong: Literal["cut", "drop"] = "cut"
@@ -63,17 +71,29 @@ class PromptCompletionData(_Data):
 
     format: Literal["prompt_completion"]
     prompt: str = "prompt"
-    """The column that holds the prompt, or a text with columns in braces: "Question: {question}\\nAnswer: "."""
+    """The column that holds the prompt, or a text with columns in braces: "Question: {question}\\nAnswer: ". One that
+    may be absent has a question mark, "{instruction}\\n{input?}\\n"; a line that holds nothing else is left out."""
     completion: str = "completion"
     """The column that holds the completion, or a text with columns in braces."""
     keep: Literal["completion", "all"] = "completion"
     """The tokens that are learned: the completion with its end of sequence, or all."""
     chat: bool = False
     """Put the pair through the chat template, as a user's and an assistant's message."""
+    system: str | None = None
+    """The column that holds the system message, or a text with columns in braces, where `chat` is on."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """The chat template's own settings, where `chat` is on, such as {enable_thinking: false}."""
     template: Literal["auto", "student", "teacher"] = "auto"
     """The model whose chat template is taken, where `chat` is on; auto demands that both have the same one."""
     overlong: Literal["cut", "drop"] = "cut"
     """A pair longer than `length`: cut after `length` tokens, or left out. Both are counted."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "PromptCompletionData":
+        given = [name for name in ("system", "chat_template_kwargs") if getattr(self, name)]
+        if given and not self.chat:
+            raise ValueError(f"{given[0]} is for pairs that go through the chat template: set chat=true")
+        return self
 
 
 DataConfig = Annotated[TextData | ChatData | PromptCompletionData, Field(discriminator="format")]
@@ -113,6 +133,13 @@ class HeldOutConfig(HeldOutText):
 
     every: Positive | None = None
     """Measure after every so many steps; always at the end."""
+
+
+def cache_folder(config: AnyData) -> Path:
+    """The folder for tokenized data: ``config.cache``, or by default $STILLROOM_CACHE or else ~/.cache/stillroom."""
+    if config.cache != "auto":
+        return Path(config.cache)
+    return Path(os.environ.get("STILLROOM_CACHE") or Path.home() / ".cache" / "stillroom")
 
 
 PLAIN = (".jsonl", ".json", ".txt")

@@ -6,7 +6,6 @@ temporary name and renamed when it is whole, so a folder of that name is always 
 
 import hashlib
 import json
-import os
 import secrets
 import shutil
 import time
@@ -23,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from stillroom.data.config import AnyData
+from stillroom.data.config import AnyData, cache_folder
 from stillroom.data.formats import Encoded, Encoder, encoder, needs_template
 from stillroom.data.sources import Source, open_source
 from stillroom.errors import DataError, StillroomError, StorageError
@@ -47,6 +46,9 @@ ROWS_AT_ONCE = 512
 
 NOT_IN_TOKENS = {"path", "split", "subset", "revision", "shuffle", "pack", "cache", "template"}
 """Settings that change no token, or whose effect the fingerprints of source and template already hold."""
+
+LATER = {"roles", "chat_template_kwargs", "system"}
+"""Settings that came later: where they are null, documents are found that were made before there were any."""
 
 
 @dataclass
@@ -125,13 +127,6 @@ class _ListColumn:
 
 
 # --- where they are --------------------------------------------------------------------------------------------------
-def cache_folder(config: AnyData) -> Path:
-    """The folder for tokenized data: ``config.cache``, or by default $STILLROOM_CACHE or else ~/.cache/stillroom."""
-    if config.cache != "auto":
-        return Path(config.cache)
-    return Path(os.environ.get("STILLROOM_CACHE") or Path.home() / ".cache" / "stillroom")
-
-
 def cache_path(config: AnyData, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> Path:
     """The folder where ``prepare`` would find or put the documents. Reads the source; writes nothing."""
     return RowOrigin(config, tokenizer, template).folder
@@ -143,12 +138,13 @@ class RowOrigin:
     def __init__(self, config: AnyData, tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
         self.source: Source = open_source(config)
         self.template = (template or template_of(tokenizer)) if needs_template(config) else None
+        settings = config.model_dump(mode="json", exclude=NOT_IN_TOKENS)
         self.parts = {
             "format": FORMAT + needs_template(config),  # a conversation's row says more since format 2
             "source": self.source.fingerprint(),
             "tokenizer": fingerprint(tokenizer),
             "template": template_fingerprint(self.template),
-            "settings": config.model_dump(mode="json", exclude=NOT_IN_TOKENS),
+            "settings": {name: value for name, value in settings.items() if name not in LATER or value is not None},
         }
         self.fingerprint = hashlib.sha256(json.dumps(self.parts, sort_keys=True).encode()).hexdigest()[:32]
         self.folder = cache_folder(config) / "data" / self.fingerprint

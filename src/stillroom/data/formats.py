@@ -13,6 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from stillroom.data.chat_templates import (
+    ROLES,
     ChatRenderer,
     Conversation,
     Name,
@@ -107,12 +108,20 @@ def _renderer(
     chat = ChatRenderer(tokenizer, template, keep_all) if needs_template(config) else None
     parts = ("prompt", "completion") if isinstance(config, PromptCompletionData) else ()
     templates = [Template(f"data.{part}", getattr(config, part)) for part in parts]
+    system = getattr(config, "system", None)
+    before = None if system is None else Template("data.system", system)
+    roles = {**ROLES, **(getattr(config, "roles", None) or {})}
+    settings = getattr(config, "chat_template_kwargs", None) or {}
 
     def render(row: Row, name: Name) -> Rendered:
         if isinstance(config, ChatData) and chat is not None:
             columns = ("messages", "conversations") if config.column == "auto" else (config.column,)
             column = next((column for column in columns if row.get(column) is not None), columns[0])
-            return chat(conversation_of(row, column, name), name)
+            messages, learned, rest = conversation_of(row, column, name, roles)
+            if config.keep == "last":
+                last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
+                learned = tuple(said and i == last for i, said in enumerate(learned))
+            return chat(Conversation(messages, learned, {**settings, **rest}), name)
         if isinstance(config, PromptCompletionData):
             hint, defaults = "", (config.prompt, config.completion) == ("prompt", "completion")
             if defaults and "prompt" not in row and {"question", "answer"} <= row.keys():
@@ -120,7 +129,9 @@ def _renderer(
             asked, answer = (template(row, name, hint) for template in templates)
             if chat is not None:
                 pair = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-                return chat(Conversation(pair, (True, True)), name)
+                if before is not None and (said := before(row, name)):
+                    pair = [{"role": "system", "content": said}, *pair]
+                return chat(Conversation(pair, (True,) * len(pair), settings), name)
             if not keep_all:
                 return Rendered(asked + answer, [(len(asked), len(asked) + len(answer))] if answer else [])
             text = asked + answer

@@ -1,8 +1,15 @@
 """Sources: rows of text as they lie on disk or on the hub, streamed in order, each with a name for messages."""
 
+import bz2
+import csv
+import glob
 import gzip
 import hashlib
+import io
+import lzma
 import re
+import secrets
+import sys
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from itertools import chain, islice
@@ -12,18 +19,24 @@ from typing import Any
 
 from stillroom.config import is_local
 from stillroom.data.chat_templates import Template
-from stillroom.data.config import AnyData, ChatData, TextData
+from stillroom.data.config import AnyData, ChatData, TextData, cache_folder
 from stillroom.errors import DataError, MissingError, did_you_mean, first_line, require
 from stillroom.recipe import parse_json
+from stillroom.terminal import redact
 from stillroom.tokenizers import refuse_lfs_pointer
 
 Row = dict[str, Any]
 
 
 def open_source(config: AnyData) -> "Source":
-    """Finds what ``config.path`` means: a file, a folder of files, a folder written by `datasets`, or a hub name.
+    """Finds what ``config.path`` means: a file, a folder of files, files by a pattern (data/*.jsonl), any of these at
+    an address (s3://…), a folder written by `datasets`, or a hub name.
+
     Raises MissingError where nothing is there; DataError where it is there, and is not data that can be read."""
-    path = Path(config.path)
+    path = fetched(config.path, cache_folder(config)) if "://" in config.path else Path(config.path)
+    if not path.exists() and glob.has_magic(str(path)):
+        found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
+        return FileSource(_of_split(_one_kind(found, path), path, config.split), columns_of(config))
     if path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
         return _open_saved(path, config)
     if path.exists() or is_local(config.path) or _kind(path) is not None:
@@ -37,8 +50,9 @@ def columns_of(config: AnyData) -> frozenset[str]:
         return frozenset([config.column])
     if isinstance(config, ChatData):
         return frozenset(["messages", "conversations"] if config.column == "auto" else [config.column])
-    templates = [Template(f"data.{part}", getattr(config, part)) for part in ("prompt", "completion")]
-    return frozenset(column for template in templates for _, column in template.pieces if column is not None)
+    parts = {part: getattr(config, part) for part in ("prompt", "completion", "system")}
+    templates = [Template(f"data.{part}", text) for part, text in parts.items() if text is not None]
+    return frozenset[str]().union(*(template.columns for template in templates))
 
 
 def files_of(path: Path) -> list[Path]:
@@ -55,16 +69,64 @@ def files_of(path: Path) -> list[Path]:
         )
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.iterdir() if file.is_file() and _kind(file) and file.name[0] != ".")
+    return _one_kind(sorted(file for file in path.iterdir() if file.is_file()), path)
+
+
+def _one_kind(files: list[Path], path: Path) -> list[Path]:
+    """The data files among those of a folder or a pattern. Raises DataError where there are none, or those of several
+    kinds."""
+    files = [file for file in files if _kind(file) and file.name[0] != "."]
     kinds = sorted({str(_kind(file)) for file in files})
     if len(kinds) != 1:
         raise DataError(
-            f"the folder {path} does not hold data files of one kind",
+            f"{'the folder ' * path.is_dir()}{path} does not hold data files of one kind",
             {"found": ", ".join(kinds) or "none", "read": ", ".join(_KINDS)},
-            why="All data files of a folder are read as one data set.",
+            why="All data files of a folder or a pattern are read as one data set.",
             fix="Name one file, or a folder that holds files of one kind.",
         )
     return files
+
+
+def fetched(address: str, cache: Path) -> Path:
+    """Copies what lies at an address that fsspec knows (s3://, gs://, hf://, https://, …) into the cache, unless it is
+    there: a file, those of a folder, or those of a pattern. A copy is known by what the other side tells of the file.
+
+    Raises MissingError where there is nothing, it cannot be reached, or fsspec needs another package."""
+    import fsspec
+
+    try:
+        system, place = fsspec.core.url_to_fs(address)
+        pattern = glob.has_magic(place)
+        whole = not pattern and system.isdir(place)
+        names = sorted(system.glob(place) if pattern else system.ls(place, detail=False) if whole else [place])
+        names = [name for name in names if _kind(Path(name)) and (not (pattern or whole) or system.isfile(name))]
+        told = "".join(f"{name} {system.ukey(name)}\n" for name in names)
+        folder = cache / "files" / hashlib.sha256(f"{address}\n{told}".encode()).hexdigest()[:32]
+        for name in names:
+            path = folder / Path(name).name
+            if not path.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+                try:
+                    system.get_file(name, str(partial))
+                    partial.rename(path)
+                finally:
+                    partial.unlink(missing_ok=True)
+    except Exception as error:
+        raise MissingError(
+            f"the data at {redact(address)} cannot be had",
+            {"reason": redact(first_line(error))},
+            why="They are copied to this machine before they are read.",
+            fix="Check the address and the access rights; some need a package of their own, such as s3fs or gcsfs.",
+        ) from None
+    if not names:
+        raise MissingError(
+            f"there are no data files at {redact(address)}",
+            {"read": ", ".join(_KINDS)},
+            why="The ending of a file's name says how it is read.",
+            fix="Check the address; a folder is read without those below it.",
+        )
+    return folder if pattern or whole else folder / Path(names[0]).name
 
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
@@ -111,7 +173,7 @@ class FileSource:
         self.files, self.columns = files, columns
         for path in files:
             if _kind(path) is None:
-                read = ", ".join(sorted(_KINDS)) + ", and .gz of the text kinds"
+                read = ", ".join(sorted(_KINDS)) + f"; the text kinds also as {', '.join(_OPENERS)}"
                 raise DataError(
                     f"{path} is of a kind that is not read",
                     {"found": path.suffix or "no ending", "read": read},
@@ -139,8 +201,8 @@ class FileSource:
             try:
                 for place, row in _KINDS[_kind(path) or ""](path, self.columns):
                     yield path, place, row
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise _unreadable(path, f"not a whole gzip file ({error})") from None
+            except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, _Compressed) as error:
+                raise _unreadable(path, f"not a whole {path.suffix} file ({first_line(error)})") from None
 
 
 Places = Iterator[tuple[str, Row]]
@@ -151,7 +213,7 @@ def _read_json(path: Path, columns: Collection[str]) -> Places:
     """The rows of a .jsonl or a .json: an object on each line, or one list of objects, whatever the name says."""
     with _open(path) as file:
         raw = next((line for line in file if line.strip()), b"")
-    if raw.removeprefix(BOM).lstrip()[:1] == b"[" or path.name.removesuffix(".gz").endswith(".json"):
+    if raw.removeprefix(BOM).lstrip()[:1] == b"[" or _kind(path) == ".json":
         with _open(path) as file:
             text = _decode(file.read(), path)
         if (rows := _listed(text, path, columns)) is not None:
@@ -212,6 +274,48 @@ def _read_parquet(path: Path, columns: Collection[str]) -> Places:  # noqa: ARG0
         raise _unreadable(path, f"not whole parquet ({first_line(error)})") from None
 
 
+def _read_arrow(path: Path, columns: Collection[str]) -> Places:  # noqa: ARG001
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(path)) as file:
+            whole = bytes(file.read(6)) == b"ARROW1"  # else it is a stream, as `datasets` writes
+            file.seek(0)
+            reader = pyarrow.ipc.open_file(file) if whole else pyarrow.ipc.open_stream(file)
+            batches = map(reader.get_batch, range(reader.num_record_batches)) if whole else reader
+            rows = chain.from_iterable(batch.slice(i, 1024).to_pylist() for batch in batches
+                                       for i in range(0, len(batch), 1024))  # fmt: skip
+            for number, row in enumerate(rows, start=1):
+                yield f"row {number}", {name: without_nulls(value) for name, value in row.items()}
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _unreadable(path, f"not whole arrow ({first_line(error)})") from None
+
+
+def _read_csv(path: Path, columns: Collection[str]) -> Places:  # noqa: ARG001
+    """Rows of texts, by the names in the first line; commas or tabs by the ending of the name."""
+    csv.field_size_limit(sys.maxsize)
+    names = None
+    with _open(path) as file:
+        lines = (_decode(raw, path, number) for number, raw in enumerate(file, start=1))
+        rows = csv.reader(lines, delimiter="\t" if _kind(path) == ".tsv" else ",", strict=True)
+        while True:
+            number = rows.line_num + 1
+            try:
+                cells = next(rows, None)
+            except csv.Error as error:
+                raise _broken(path, number, {"problem": error}, "row") from None
+            if cells is None:
+                return
+            if names is None:
+                names = cells
+                if len(set(names)) < len(names) or not all(names):
+                    raise _broken(path, number, {"names of columns": ", ".join(names)}, "header")
+            elif cells:
+                if len(cells) != len(names):
+                    raise _broken(path, number, {"cells": len(cells), "columns": len(names)}, "row")
+                yield f"line {number}", dict(zip(names, cells, strict=True))
+
+
 def _read_txt(path: Path, columns: Collection[str]) -> Places:  # noqa: ARG001
     # kept: a reader like the others, for the table
     with _open(path) as file:
@@ -222,18 +326,57 @@ _KINDS: dict[str, Callable[[Path, Collection[str]], Places]] = {
     ".jsonl": _read_json,
     ".json": _read_json,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
     ".txt": _read_txt,
 }
 """The reader of each kind of file."""
 
 
+class _Compressed(Exception):
+    """A compressed file is not whole."""
+
+
+class _Zstandard(io.RawIOBase):
+    """The bytes of a .zst file."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow
+
+        self._stream = pyarrow.input_stream(str(path), compression="zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:  # kept: what a raw stream must have
+        try:
+            return self._stream.readinto(buffer)
+        except OSError as error:
+            raise _Compressed(error) from None
+
+    def close(self) -> None:  # kept: the stream within is closed too
+        self._stream.close()
+        super().close()
+
+
+_OPENERS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": lambda path: io.BufferedReader(_Zstandard(path), 2**17),
+}
+"""What opens a compressed file of text, by the ending of its name."""
+
+
 def _kind(path: Path) -> str | None:
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    return suffix if suffix in _KINDS and (suffix, path.suffix) != (".parquet", ".gz") else None
+    packed = path.suffix in _OPENERS
+    suffix = Path(path.stem).suffix if packed else path.suffix
+    return suffix if suffix in _KINDS and not (packed and suffix in (".parquet", ".arrow")) else None
 
 
 def _open(path: Path) -> Any:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+    return _OPENERS.get(path.suffix, lambda path: path.open("rb"))(path)
 
 
 def _decode(raw: bytes, path: Path, number: int | None = None) -> str:
@@ -269,9 +412,9 @@ def _parse(text: str, path: Path, number: int) -> Any:
         raise _broken(path, number, {"problem": error}) from None
 
 
-def _broken(path: Path, line: int, values: dict[str, object]) -> DataError:
+def _broken(path: Path, line: int, values: dict[str, object], what: str = "JSON") -> DataError:
     return DataError(
-        f"broken JSON in {path} line {line}",
+        f"broken {what} in {path} line {line}",
         values,
         why="A row that cannot be read is not skipped, since nobody would know that it is missing.",
         fix="Mend or delete that line; a file that ends in the middle of one was not copied whole.",

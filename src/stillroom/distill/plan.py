@@ -11,9 +11,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from stillroom.config import LOGITS_BYTES, is_local, replace
-from stillroom.data.config import AnyData, StoredDataConfig
+from stillroom.data.config import AnyData, StoredDataConfig, cache_folder
 from stillroom.data.dataloader import BatchStream, DocumentSet, RankSlice
-from stillroom.data.dataset import cache_folder, prepared
+from stillroom.data.dataset import prepared
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.distill.config import DistillConfig

@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from stillroom.config import format_setting, is_local, replace
-from stillroom.data.config import AnyData
-from stillroom.data.dataset import cache_folder, prepared
+from stillroom.data.config import AnyData, cache_folder
+from stillroom.data.dataset import prepared
 from stillroom.data.formats import needs_template
 from stillroom.data.sources import open_source
 from stillroom.errors import ConfigError

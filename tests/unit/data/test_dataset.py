@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import CHATML, build_tokenizer
 from stillroom.data import dataset as module
-from stillroom.data.config import ChatData, PromptCompletionData, TextData
+from stillroom.data.config import ChatData, PromptCompletionData, TextData, cache_folder
 from stillroom.data.dataloader import collate
-from stillroom.data.dataset import cache_folder, cache_path, prepare
+from stillroom.data.dataset import RowOrigin, cache_path, prepare
 from stillroom.errors import DataError, StorageError
 from stillroom.runs import lock
 from stillroom.tokenizers import load_tokenizer
@@ -171,10 +171,14 @@ def test_what_changes_tokens_changes_the_fingerprint(
     first = cache_path(text_data(texts), tiny_tokenizer).name
     same = [text_data(texts, pack=False), text_data(texts, shuffle=False), text_data(texts, cache=str(tmp_path / "c"))]
     assert {cache_path(config, tiny_tokenizer, CHATML).name for config in same} == {first}
+    earlier = {"column", "format", "length", "max_documents", "overlong", "empty", "weight"}
+    assert set(RowOrigin(text_data(texts), tiny_tokenizer, None).parts["settings"]) == earlier
     changed = [{"length": 99}, {"column": "x"}, {"overlong": "cut"}, {"empty": "drop"}, {"max_documents": 2}]
     names = [cache_path(text_data(texts, **setting), tiny_tokenizer).name for setting in changed]
     names += [cache_path(text_data(texts), chat_tokenizer).name, cache_path(pair_data(texts), tiny_tokenizer).name]
     names += [cache_path(pair_data(texts, chat=True), tiny_tokenizer, t).name for t in (CHATML, CHATML + " ")]
+    for later in ({"system": "s"}, {"chat_template_kwargs": {"a": 1}}):
+        names.append(cache_path(pair_data(texts, chat=True, **later), tiny_tokenizer, CHATML).name)
     with open(texts, "a", encoding="utf-8") as file:
         file.write('{"text": "more"}\n')
     names.append(cache_path(text_data(texts), tiny_tokenizer).name)

@@ -211,7 +211,7 @@ def test_no_template_is_said_at_once(tiny_tokenizer: PreTrainedTokenizerFast) ->
             "message 2 has an unknown role\n  found: 'narr",
         ),
         ({"messages": [{"role": "user"}]}, r"message 1 has no text\n  expected `content`: a text +found: NoneType"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "found: list"),
+        ({"messages": [{"role": "user", "content": {"type": "text"}}]}, "found: dict"),
     ],
 )
 def test_misshapen_chats(chat_tokenizer: PreTrainedTokenizerFast, row: dict, message: str) -> None:
@@ -276,6 +276,49 @@ def test_columns_in_braces(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
 def test_braces_that_cannot_be_meant(tiny_tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.prompt"):
         encoder(pair_data(prompt=text), tiny_tokenizer, None)
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        ({"instruction": "Add.", "input": "1, 2"}, "Add.\n1, 2\n= "),
+        ({"instruction": "Add.", "input": ""}, "Add.\n= "),
+        ({"instruction": "Add.", "input": None}, "Add.\n= "),
+        ({"instruction": "Add."}, "Add.\n= "),
+    ],
+)
+def test_a_column_that_may_be_absent(tiny_tokenizer: PreTrainedTokenizerFast, row: dict, wanted: str) -> None:
+    """As the input of Alpaca's rows."""
+    data = pair_data(prompt="{instruction}\n{input?}\n= ", completion="output")
+    [document] = encode(data, tiny_tokenizer, [{**row, "output": "3"}])
+    assert tiny_tokenizer.decode(document.tokens, skip_special_tokens=True) == wanted + "3"
+    with pytest.raises(DataError, match="instruction"):
+        encode(data, tiny_tokenizer, [{"output": "3"}])
+    with pytest.raises(DataError, match="does not hold a text"):
+        encode(data, tiny_tokenizer, [{**row, "input": 3, "output": "3"}])
+
+
+def test_a_line_beside_words_of_its_own_stays(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    data = pair_data(prompt="Input: {input?}\n\n{more?} {rest?}\n= ", completion="output")
+    [document] = encode(data, tiny_tokenizer, [{"output": "3"}])
+    assert tiny_tokenizer.decode(document.tokens, skip_special_tokens=True) == "Input: \n\n= 3"
+
+
+def test_a_system_message_beside_a_pair(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    row, template = {"prompt": "How?", "completion": "So."}, "{{ shout }}" + CHATML
+    data = pair_data(chat=True, system="{s?}", chat_template_kwargs={"shout": "!"})
+    with_system, without = encode(data, chat_tokenizer, [{**row, "s": "Be brief."}, row], template)
+    [messages] = encode(
+        chat_data(chat_template_kwargs={"shout": "!"}),
+        chat_tokenizer,
+        [{"messages": [TURNS[0], {"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}]}],
+        template,
+    )
+    assert with_system.tokens.tolist() == messages.tokens.tolist()
+    assert str(chat_tokenizer.decode(without.tokens)).startswith("!<|im_start|>user")
+    for settings in ({"system": "s"}, {"chat_template_kwargs": {"a": 1}}):
+        with pytest.raises(ValueError, match="chat=true"):
+            pair_data(**settings)
 
 
 def test_braces_reach_into_nothing(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -397,6 +440,33 @@ def test_what_would_be_passed_over_is_refused(chat_tokenizer: PreTrainedTokenize
 def test_a_template_without_a_place_for_tools_is_told(chat_tokenizer, row: dict, what: str) -> None:
     with pytest.raises(DataError, match=f"the chat template has no place for `{what}`"):
         encode(chat_data(), chat_tokenizer, [row], CHATML)
+
+
+def test_only_the_last_answer_is_learned(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"messages": TURNS}, {"messages": [*TURNS[:4], {**TURNS[4], "weight": 0}]}]
+    for template in (CHATML, MARKED):
+        last, none = encode(chat_data(keep="last"), chat_tokenizer, rows, template)
+        assert [text.strip() for text in learnt(chat_tokenizer, last)] == ["Yes.\n<|im_end|>"]
+        assert not none.target_mask.any()
+
+
+def test_other_words_for_roles(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    row = {"messages": [{"role": "Q", "content": "How?"}, {"role": "bot", "content": "So."}]}
+    with pytest.raises(DataError, match="unknown role") as caught:
+        encode(chat_data(), chat_tokenizer, [row], CHATML)
+    assert "data.roles" in str(caught.value)
+    [document] = encode(chat_data(roles={"Q": "user", "bot": "assistant"}), chat_tokenizer, [row], CHATML)
+    assert learnt(chat_tokenizer, document) == ["So.<|im_end|>"]
+
+
+def test_content_in_parts(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    parts = [{"type": "text", "text": "How many "}, {"type": "text", "text": "drops?"}]
+    turns = [TURNS[0], {"role": "user", "content": parts}, *TURNS[2:]]
+    documents = encode(chat_data(), chat_tokenizer, [{"messages": TURNS}, {"messages": turns}], CHATML)
+    assert documents[0].tokens.tolist() == documents[1].tokens.tolist()
+    turns[1]["content"] = [*parts, {"type": "image_url", "image_url": {"url": "x.png"}}]
+    with pytest.raises(DataError, match="message 2 has a part that is not text"):
+        encode(chat_data(), chat_tokenizer, [{"messages": turns}], CHATML)
 
 
 def test_all_cannot_be_learned_where_a_message_says_otherwise(chat_tokenizer: PreTrainedTokenizerFast) -> None:

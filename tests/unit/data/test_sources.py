@@ -1,9 +1,13 @@
 """Sources: every kind of file gives its rows, and every kind of damage is named with its place."""
 
+import bz2
 import gzip
+import io
 import json
+import lzma
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -24,6 +28,20 @@ def write_parquet(path: Path, rows: list[dict] = ROWS) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
 
 
+def zstd(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+def arrow(new) -> bytes:
+    sink, table = io.BytesIO(), pa.Table.from_pylist(ROWS)
+    with new(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return sink.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -35,6 +53,15 @@ def write_parquet(path: Path, rows: list[dict] = ROWS) -> None:
         ("a.json", json.dumps(ROWS).encode()),
         ("a.json", json.dumps({"about": "x", "data": ROWS}).encode()),
         ("a.json.gz", gzip.compress(json.dumps(ROWS).encode(), mtime=0)),
+        ("a.jsonl.bz2", bz2.compress(JSONL)),
+        ("a.jsonl.xz", lzma.compress(JSONL)),
+        ("a.json.xz", lzma.compress(json.dumps(ROWS).encode())),
+        ("a.jsonl.zst", zstd(JSONL)),
+        ("a.jsonl.zst", zstd(JSONL[:20]) + zstd(JSONL[20:])),
+        ("a.arrow", arrow(pa.ipc.new_file)),
+        ("a.arrow", arrow(pa.ipc.new_stream)),
+        ("a.csv", b'text\none\n"zwei \xe2\x80\x93 \xe4\xba\x8c"\n"three\nlines"\n'),
+        ("a.tsv.gz", gzip.compress(b'\xef\xbb\xbftext\r\none\r\nzwei \xe2\x80\x93 \xe4\xba\x8c\r\n\r\n"three\nlines"')),
     ],
 )
 def test_json_files_give_their_rows(tmp_path: Path, name: str, content: bytes) -> None:
@@ -52,6 +79,45 @@ def test_parquet_and_text_files(tmp_path: Path) -> None:
     assert list(source_of(tmp_path / "b.txt").rows()) == [{"text": "all\nof\nit\n"}]
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"small"))
     assert list(source_of(tmp_path / "b.txt.gz").rows()) == [{"text": "small"}]
+
+
+def test_a_pattern_is_read_in_the_order_of_names(tmp_path: Path) -> None:
+    for place in ("b/x.jsonl", "a/y.jsonl", "a/z.json", "a/.hidden.jsonl", "a/train-0.parquet"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_text(json.dumps({"text": place}) + "\n")
+    assert [row["text"] for row in source_of(tmp_path / "*" / "*.jsonl").rows()] == ["a/y.jsonl", "b/x.jsonl"]
+    assert [row["text"] for row in source_of(tmp_path / "**" / "x*").rows()] == ["b/x.jsonl"]
+    with pytest.raises(DataError, match="kind"):
+        source_of(tmp_path / "a" / "*")
+    with pytest.raises(DataError, match=r"found: none"):
+        source_of(tmp_path / "c" / "*")
+
+
+def test_what_lies_at_an_address_is_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path / "cache"))
+    there = fsspec.filesystem("memory")
+    try:
+        for name in ("b.jsonl", "a.jsonl", "notes.md"):
+            there.pipe(f"/corpus/{name}", json.dumps({"text": name}).encode())
+        for address in ("memory://corpus", "memory://corpus/*.jsonl"):
+            assert [row["text"] for row in source_of(address).rows()] == ["a.jsonl", "b.jsonl"]
+        source = source_of("memory://corpus/a.jsonl")
+        assert source.name(0) == "a.jsonl line 1"
+        monkeypatch.setattr(type(there), "get_file", None)
+        assert source_of("memory://corpus/a.jsonl").fingerprint() == source.fingerprint()
+        monkeypatch.undo()
+        monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path / "cache"))
+        there.pipe("/corpus/a.jsonl", b'{"text": "new"}')
+        assert [row["text"] for row in source_of("memory://corpus/a.jsonl").rows()] == ["new"]
+        assert not list((tmp_path / "cache").rglob("*.partial"))
+        for address in ("memory://nothing/a.jsonl", "nobody://x/a.jsonl", "memory://corpus/*.parquet"):
+            with pytest.raises(MissingError):
+                source_of(address)
+        with pytest.raises(MissingError) as caught:
+            source_of("nobody://user:secret@x/a.jsonl")
+        assert "secret" not in str(caught.value)
+    finally:
+        there.rm("/corpus", recursive=True)
 
 
 def test_names_of_rows(tmp_path: Path) -> None:
@@ -110,13 +176,26 @@ def test_fingerprint_follows_bytes_and_names(tmp_path: Path) -> None:
         ("a.json", b'[{"text": "x"}, 3]', r"a\.json item 2 is not a JSON object"),
         ("a.json", b'{"a": [], "b": []}', r"not a list of rows"),
         ("a.txt", b"x\ny\n\xc3(", r"not UTF-8\n  line 3"),
-        ("a.txt.gz", gzip.compress(b"x" * 999, mtime=0)[:-9], r"not a whole gzip file"),
-        ("a.jsonl.gz", JSONL, r"not a whole gzip file"),
+        ("a.txt.gz", gzip.compress(b"x" * 999, mtime=0)[:-9], r"not a whole \.gz file"),
+        ("a.jsonl.gz", JSONL, r"not a whole \.gz file"),
         ("a.parquet", b"PAR1 nothing PAR1", r"not whole parquet"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", r"git-lfs pointer"),
         ("a.jsonl", b"\n\n", r"there are no rows"),
         ("a.json", b"[]", r"there are no rows"),
-        ("a.csv", b"text\nx\n", r"a kind that is not read"),
+        ("a.xlsx", b"text\nx\n", r"a kind that is not read"),
+        ("a.arrow.gz", b"", r"a kind that is not read"),
+        ("a.jsonl.xz", lzma.compress(JSONL)[:-20], r"not a whole \.xz file"),
+        ("a.jsonl.xz", JSONL, r"not a whole \.xz file"),
+        ("a.jsonl.bz2", bz2.compress(JSONL)[:-5], r"not a whole \.bz2 file"),
+        ("a.jsonl.zst", zstd(JSONL)[:-5], r"not a whole \.zst file"),
+        ("a.jsonl.zst", JSONL, r"not a whole \.zst file"),
+        ("a.jsonl.xz", lzma.compress(JSONL + b"{"), r"broken JSON in .*a\.jsonl\.xz line 4"),
+        ("a.arrow", b"ARROW1 nothing", r"not whole arrow"),
+        ("a.arrow", b"nothing", r"not whole arrow"),
+        ("a.csv", b"a,b\n1,2\n3\n", r"broken row in .*a\.csv line 3\n  cells: 1 +columns: 2"),
+        ("a.csv", b"a,a\n1,2\n", r"broken header in .*a\.csv line 1"),
+        ("a.csv", b'a,b\n1,"2\n', r"broken row in .*a\.csv line 2\n  problem: unexpected end of data"),
+        ("a.tsv", b"a\tb\n1\t\xff\n", r"not UTF-8\n  line 2: byte 0xff"),
         ("a.parquet.gz", b"", r"a kind that is not read"),
     ],
 )
