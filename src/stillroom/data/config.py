@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from stillroom.config import Config, PathText, Positive, is_local
+from stillroom.config import Config, PathText, Positive, is_local, replace
 
 
 class _Data(Config):
@@ -22,6 +22,9 @@ class _Data(Config):
     """The commit or tag of a data set on the hub."""
     max_documents: Annotated[int, Field(gt=0)] | None = None
     """Read only the first so many documents."""
+    hash_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    """Take only the rows whose hash, as a number from 0 to 1, is at least the first and below the second: [0.9, 1.0] is
+    a tenth. A row keeps its hash when the file grows or its order changes."""
     weight: str | None = None
     """The column that holds what each row counts, for objectives whose token_weight is `data`."""
     length: Annotated[int, Field(ge=2)] = 1024
@@ -116,8 +119,11 @@ class StoredDataConfig(Config):
 class HeldOutText(Config):
     """Text that nothing is learned from or chosen by, read as `data` is read."""
 
-    path: PathText
+    path: PathText | None = None
     """A file, folder or data set like data.path; where data.format is store, another store."""
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """In the place of `path`: this share of the rows of data itself is held out, those of the smallest hashes. A row
+    stays held out when the data grow or their order changes."""
     split: str = "train"
     """The split, where the data set has several."""
     subset: str | None = None
@@ -126,6 +132,36 @@ class HeldOutText(Config):
     """The commit or tag on the hub; null is data.revision where the path is the same."""
     max_documents: Positive | None = None
     """Read only the first so many documents."""
+
+    @model_validator(mode="after")
+    def _from_somewhere(self) -> "HeldOutText":
+        if (self.path is None) == (self.share is None):
+            raise ValueError("give either `path` or `share`")
+        others = [name for name in ("subset", "revision", "max_documents") if getattr(self, name) is not None]
+        if self.share is not None and others:
+            raise ValueError(f"{others[0]} is for text at a `path` of its own: `share` is one of data's rows")
+        return self
+
+    def of(self, data: AnyData) -> AnyData:
+        """The settings by which the text is read, where ``data`` are those of what is learned.
+
+        Raises ValueError where both are the same.
+        """
+        if self.share is not None:
+            if data.hash_range not in (None, [self.share, 1.0]):
+                raise ValueError("data.hash_range and held_out.share both choose rows by their hash: give one")
+            return replace(data, {"hash_range": [0.0, self.share], "shuffle": False})
+        own = self.model_dump(include={"path", "split", "subset", "revision", "max_documents"})
+        if self.path == data.path:
+            own |= {name: own[name] or getattr(data, name) for name in ("subset", "revision")}
+        there = replace(data, {**own, "hash_range": None, "shuffle": False})
+        if all(getattr(there, name) == getattr(data, name) for name in ("path", "split", "subset", "revision")):
+            raise ValueError("held_out is the same as data: what is measured must not be what is learned or chosen by")
+        return there
+
+    def rest(self, data: AnyData) -> AnyData:
+        """The settings by which all else of ``data`` is read."""
+        return data if self.share is None else replace(data, {"hash_range": [self.share, 1.0]})
 
 
 class HeldOutConfig(HeldOutText):

@@ -16,7 +16,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -44,7 +44,7 @@ SCHEMA = pa.schema(
 
 ROWS_AT_ONCE = 512
 
-NOT_IN_TOKENS = {"path", "split", "subset", "revision", "shuffle", "pack", "cache", "template"}
+NOT_IN_TOKENS = {"path", "split", "subset", "revision", "shuffle", "pack", "cache", "template", "hash_range"}
 """Settings that change no token, or whose effect the fingerprints of source and template already hold."""
 
 LATER = {"roles", "chat_template_kwargs", "system"}
@@ -74,7 +74,8 @@ class Documents:
     """Tokenized documents in the order of their rows."""
 
     def __init__(self, table: pa.Table, counts: Counts, fingerprint: str, row_name: Callable[[int], str]) -> None:
-        self.counts, self.fingerprint, self._row_name = asdict(counts), fingerprint, row_name
+        self.counts: dict[str, int] = asdict(counts)
+        self.fingerprint, self._row_name = fingerprint, row_name
         self._tokens = [_ListColumn(chunk) for chunk in table["tokens"].chunks]
         self._target_mask = [_ListColumn(chunk) for chunk in table["learn"].chunks]
         self._starts = np.cumsum([0, *(len(chunk) for chunk in table["tokens"].chunks)])
@@ -83,6 +84,59 @@ class Documents:
         self._weights: np.ndarray = table["weight"].to_numpy()
         self.lengths: np.ndarray = np.concatenate([np.diff(column.offsets) for column in self._tokens])
         """int64 [documents]: the tokens of each document."""
+        self._chosen: np.ndarray | None = None
+        """int64 [documents]: the place of each in the file, where it holds more."""
+
+    def choose(self, config: AnyData) -> Self:
+        """Keeps the documents that ``config.hash_range`` names. Raises DataError where there are none."""
+        if config.hash_range is None:
+            return self
+        low, high = config.hash_range
+        hashes = self._hashes()
+        chosen = np.flatnonzero((hashes >= low) & (hashes < high))
+        if not len(chosen):
+            raise DataError(
+                f"no row of {config.path} has a hash in the range that is asked for",
+                {"rows": self.counts["rows"], "range": f"{low:g} to {high:g}"},
+                why="The rows are chosen by their hash, and there are too few for that share.",
+                fix="Ask for a larger share, or give held-out text of its own by its path.",
+            )
+        self._chosen, self.lengths = chosen, self.lengths[chosen]
+        self.source_rows, self._weights = self.source_rows[chosen], self._weights[chosen]
+        learnt = int(self._learnt()[chosen].sum())
+        self.counts |= {"documents": len(chosen), "tokens": int(self.lengths.sum()), "tokens_learnt": learnt}
+        self.fingerprint = hashlib.sha256(f"{self.fingerprint} {low!r} {high!r}".encode()).hexdigest()[:32]
+        return self
+
+    def _hashes(self) -> np.ndarray:
+        """float64 [documents]: a number from 0 to 1 of each, by the tokens of its row: the pieces of a row have one.
+
+        A sum over the row of SplitMix64 (Steele and others, OOPSLA 2014) of each token and its place.
+        """
+        firsts = np.flatnonzero(np.diff(self.source_rows, prepend=-1))  # the first document of each row
+        before = np.cumsum(self.lengths) - self.lengths
+        row_of = np.cumsum(np.diff(self.source_rows, prepend=-1) != 0) - 1
+        place_in_row, sums, start = before - before[firsts][row_of], [np.zeros(0, np.uint64)], 0
+        for column in self._tokens:
+            lengths, offsets = np.diff(column.offsets), column.offsets[:-1]
+            if not len(lengths):
+                continue
+            places = np.arange(column.offsets[-1]) - np.repeat(offsets, lengths)
+            places += np.repeat(place_in_row[start : start + len(lengths)], lengths) + 1
+            tokens = column.values[: column.offsets[-1]].astype(np.uint64)
+            sums.append(np.add.reduceat(_mix(tokens + _GOLDEN * places.astype(np.uint64)), offsets))
+            start += len(lengths)
+        mixed = _mix(np.add.reduceat(np.concatenate(sums), firsts))
+        return ((mixed >> np.uint64(11)) / 2.0**53)[row_of]
+
+    def _learnt(self) -> np.ndarray:
+        """int64 [documents of the file]: the tokens of each that are a target; its first never is."""
+        found = []
+        for column in self._target_mask:
+            edges = column.values.reshape(-1, 2).astype(np.int64)
+            sizes = np.concatenate(([0], np.cumsum(edges[:, 1] - edges[:, 0] - (edges[:, 0] == 0))))
+            found.append(np.diff(sizes[column.offsets // 2]))
+        return np.concatenate(found)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -108,11 +162,26 @@ class Documents:
         """The row that a document came from as a message calls it, such as "train.jsonl line 12"."""
         return self._row_name(int(self.source_rows[index]))
 
+    def place(self, index: int) -> int:
+        """The place of a document in the file."""
+        return index if self._chosen is None else int(self._chosen[index])
+
     def _find(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
+        index = self.place(index)
         chunk = int(np.searchsorted(self._starts, index, side="right")) - 1
         return chunk, index - int(self._starts[chunk])
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """The output function of SplitMix64, on uint64 [n]."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        values = (values ^ (values >> np.uint64(shift))) * np.uint64(factor)
+    return values ^ (values >> np.uint64(31))
 
 
 class _ListColumn:
@@ -173,14 +242,14 @@ def prepare(
     encode = encoder(config, tokenizer, plan.template)
     if not plan.folder.exists():
         _build(plan, config, encode, report or (lambda _: None))
-    return _open(plan)
+    return _open(plan).choose(config)
 
 
 def prepared(config: AnyData, tokenizer: PreTrainedTokenizerBase, *, template: str | None = None) -> Documents | None:
     """The tokenized documents of a config where the cache has them. Writes nothing. Raises MissingError where the
     source is not there; DataError where the folder in the cache is damaged."""
     plan = RowOrigin(config, tokenizer, template)
-    return _open(plan) if plan.folder.exists() else None
+    return _open(plan).choose(config) if plan.folder.exists() else None
 
 
 JUST_MADE_S = 60.0
@@ -362,10 +431,11 @@ class CountedDocuments(Documents):
             self._num_bytes += [document.num_bytes for _, document in documents]
             report(counts.rows)
         super().__init__(pa.Table.from_batches(batches, SCHEMA), counts, origin.fingerprint, origin.source.name)
+        self.choose(config)
 
     def num_bytes(self, index: int) -> np.ndarray | None:
         """The bytes of the text that each of its tokens stands for, int32 [n]; None where the tokenizer drops some."""
-        return self._num_bytes[index]
+        return self._num_bytes[self.place(index)]
 
     def first(self, index: int) -> int:
         """The place of a document's first token in its row, of which a long one may have been split into several."""

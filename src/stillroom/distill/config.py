@@ -96,14 +96,12 @@ class DistillConfig(Config):
         if (held_out := self.held_out) is not None:
             if isinstance(self.data, StoredDataConfig):
                 same = getattr(self.teacher, "path", None) == held_out.path
+                if held_out.path is None:
+                    raise ValueError("held_out.share is for data that are read as text: give the `path` of a store")
+                if same:
+                    raise ValueError("held_out is the same as data: what is measured must not be trained on")
             else:
-                there, data = self.held_out_data, self.data
-                assert there is not None
-                same = all(
-                    getattr(there, name) == getattr(data, name) for name in ("path", "split", "subset", "revision")
-                )
-            if same:
-                raise ValueError("held_out is the same as data: what is measured must not be trained on")
+                held_out.of(self.data)
         if self.checkpoints.best and (held_out is None or held_out.every is None):
             raise ValueError("checkpoints.best needs `held_out` with `every`, by which the best is known")
         return self
@@ -153,10 +151,7 @@ class DistillConfig(Config):
         """The held-out data: read as the training data are, from another place and in their own order."""
         if self.held_out is None or isinstance(self.data, StoredDataConfig):
             return None if self.held_out is None else replace(self.data, {"shuffle": False})
-        own = self.held_out.model_dump(exclude={"every"})
-        if self.held_out.path == self.data.path:
-            own |= {name: own[name] or getattr(self.data, name) for name in ("subset", "revision")}
-        return replace(self.data, {**own, "shuffle": False})
+        return self.held_out.of(self.data)
 
     @property
     def paths_read(self) -> dict[str, str | None]:

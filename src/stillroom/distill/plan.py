@@ -297,6 +297,8 @@ def _of_this_machine(config: DistillConfig) -> dict[str, Any]:
         values["teacher.dtype"] = dtype
     if not isinstance(data, StoredDataConfig):
         values["data.cache"] = str(cache_folder(data))
+        if config.held_out is not None:
+            values["data.hash_range"] = config.held_out.rest(data).hash_range
         paths["data.cache, by default," if data.cache == "auto" else "data.cache"] = values["data.cache"]
     check_outside(config.out, paths)
     return values

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import model_validator
 
-from stillroom.config import Config, PathText, Positive, replace
+from stillroom.config import Config, PathText, Positive
 from stillroom.data.config import AnyData, DataConfig, HeldOutText
 from stillroom.pruning.config import PruningConfig
 
@@ -53,16 +53,11 @@ class PruneConfig(PruningConfig, _Model):
             raise ValueError("data.template: there is one model here, whose own template is taken")
         if self.batch_tokens != "auto" and self.batch_tokens < self.data.length:
             raise ValueError(f"batch_tokens ({self.batch_tokens}) is less than a row, data.length ({self.data.length})")
-        if self.held_out is not None and (self.held_out.path, self.held_out.split) == (self.data.path, self.data.split):
-            raise ValueError("held_out is the same as data: what is measured must not be what is chosen by")
+        if self.held_out is not None:
+            self.held_out.of(self.data)
         return self
 
     @property
     def held_out_data(self) -> AnyData | None:
         """The text that is held out, with all settings that it is read by."""
-        if self.held_out is None or self.data is None:
-            return None
-        own = self.held_out.model_dump()
-        if self.held_out.path == self.data.path:
-            own |= {name: own[name] or getattr(self.data, name) for name in ("subset", "revision")}
-        return replace(self.data, {**own, "shuffle": False})
+        return None if self.held_out is None or self.data is None else self.held_out.of(self.data)

@@ -93,6 +93,8 @@ def make_plan(config: PruneConfig) -> PrunePlan:
         batch_tokens = BATCH_TOKENS if config.data is None else max(config.data.length, BATCH_TOKENS)
     if config.data is not None:
         values |= {"data.cache": str(cache_folder(config.data)), "batch_tokens": batch_tokens}
+        if config.held_out is not None:
+            values["data.hash_range"] = config.held_out.rest(config.data).hash_range
     config = replace(config, values)
     own = loading.read_config(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     cut = plan_pruning(config, own, "model")

@@ -54,6 +54,69 @@ def test_documents_are_the_rows_of_the_source(texts: str, tiny_tokenizer: PreTra
         documents.tokens(3)
 
 
+def numbered(path: Path, numbers, **settings) -> TextData:
+    return text_data(write(path, [{"text": f"{n} drops " * (1 + n % 9)} for n in numbers]), **settings)
+
+
+def rows_of(documents) -> set[str]:
+    return {documents.name(i) for i in range(len(documents))}
+
+
+def test_rows_are_chosen_by_their_hash(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Each range has its share, two that part 0 to 1 part the rows, and each row is what it is among all."""
+    config = numbered(tmp_path / "a.jsonl", range(700), length=16)
+    whole = prepare(config, tiny_tokenizer)
+    parts = [
+        prepare(config.model_copy(update={"hash_range": ends}), tiny_tokenizer) for ends in ([0.0, 0.2], [0.2, 1.0])
+    ]
+    names = [rows_of(part) for part in parts]
+    assert not names[0] & names[1]
+    assert names[0] | names[1] == rows_of(whole)
+    assert 100 <= len(names[0]) <= 180
+    for key in ("documents", "tokens", "tokens_learnt"):
+        assert sum(part.counts[key] for part in parts) == whole.counts[key]
+    assert parts[0].counts["tokens_learnt"] == sum(int(parts[0].target_mask(i)[1:].sum()) for i in range(len(parts[0])))
+    first = {(whole.name(i), tuple(whole.tokens(i).tolist())) for i in range(len(whole))}
+    assert {(parts[0].name(i), tuple(parts[0].tokens(i).tolist())) for i in range(len(parts[0]))} < first
+    assert len({documents.fingerprint for documents in (whole, *parts)}) == 3
+
+
+def test_a_row_stays_held_out_when_the_data_grow_or_turn(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def texts_held(name: str, numbers) -> set[str]:
+        documents = prepare(numbered(tmp_path / name, numbers, hash_range=[0.0, 0.3]), tiny_tokenizer)
+        return {str(tiny_tokenizer.decode(documents.tokens(i))) for i in range(len(documents))}
+
+    first = texts_held("a.jsonl", range(200))
+    assert texts_held("b.jsonl", reversed(range(200))) == first
+    grown = texts_held("c.jsonl", range(1500))  # in several record batches
+    assert first < grown
+
+
+def test_masks_and_weights_go_with_the_rows_that_are_chosen(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = [{"prompt": f"{n} ", "completion": f"drops {n}", "w": n / 8} for n in range(100)]
+    config = pair_data(write(tmp_path / "a.jsonl", rows), weight="w")
+    whole, part = (
+        prepare(config.model_copy(update={"hash_range": ends}), tiny_tokenizer) for ends in (None, [0.4, 0.8])
+    )
+    by_name = {whole.name(i): i for i in range(len(whole))}
+    for i in range(len(part)):
+        j = by_name[part.name(i)]
+        assert part.weight(i) == whole.weight(j)
+        assert part.target_mask(i).tolist() == whole.target_mask(j).tolist()
+        assert part.lengths[i] == len(part.tokens(i))
+    with pytest.raises(IndexError):
+        part.tokens(len(part))
+
+
+def test_a_share_that_holds_no_row_is_refused(texts: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match="no row of"):
+        prepare(text_data(texts, hash_range=[0.0, 1e-9]), tiny_tokenizer)
+
+
 def test_tokens_are_views_of_the_file(texts: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     tokens = prepare(text_data(texts), tiny_tokenizer).tokens(0)
     assert not tokens.flags.owndata

@@ -271,6 +271,26 @@ def test_other_data_of_the_same_place_are_held_out(loaded, held_out, same):
         loaded(*words)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["held_out={}"], "either `path` or `share`"),
+        (["held_out={path: e, share: 0.1}"], "either `path` or `share`"),
+        (["held_out={share: 1.0}"], "less than 1"),
+        (["held_out={share: 0.1, max_documents: 3}"], "max_documents is for text at a `path`"),
+        (["held_out={share: 0.1}", "data.hash_range=[0.5, 1.0]"], "both choose rows by their hash"),
+    ],
+)
+def test_what_is_held_out_of_the_data_themselves(loaded, words, message):
+    config = loaded("held_out={share: 0.1}")
+    held_out = config.held_out_data
+    assert (held_out.path, held_out.hash_range, held_out.shuffle) == (config.data.path, [0.0, 0.1], False)
+    assert config.held_out.rest(config.data).hash_range == [0.1, 1.0]
+    loaded("held_out={share: 0.1}", "data.hash_range=[0.1, 1.0]")  # as a plan writes it down
+    with pytest.raises(ConfigError, match=message):
+        loaded(*words)
+
+
 def test_a_column_is_called_nats_where_the_loss_is(loaded):
     kinds = ["forward_kl", "cross_entropy", "total_variation", "logit_mse", "hinge_ranking", "logistic_ranking"]
     config = loaded(f"objectives=[{', '.join(f'{{kind: {kind}}}' for kind in kinds)}]")
