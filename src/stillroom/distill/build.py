@@ -138,8 +138,9 @@ def _cut_for_all(prune: Callable[[], tuple[PreTrainedModel, PruneMask]], place: 
 
     def make() -> None:
         model, cut = prune()
-        model.save_pretrained(place)
-        write_mask(place, cut)
+        with safetensors_io.new_model_folder(place) as written:
+            model.save_pretrained(written)
+            write_mask(written, cut)
 
     ranks.on_rank0(make)
     if (cut := read_mask(place)) is None:

@@ -27,7 +27,7 @@ from stillroom.errors import (
     StillroomError,
     StorageError,
 )
-from stillroom.runs import read_json, read_metrics
+from stillroom.runs import read_json, read_metrics, seal, write_json
 
 # peft itself still asks for the old name
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
@@ -324,6 +324,34 @@ def test_the_best_step_outlives_an_interruption(distil, tmp_path, whole):
     record = distil("parts", *WORSE, resume=True)
     assert record["best"] == read_json(whole(*WORSE) / "run.json")["best"]
     assert weights(tmp_path / "parts") == weights(whole(*WORSE))
+
+
+@pytest.mark.parametrize("change", ["a value", "a line less", "nothing left"])
+def test_metrics_that_were_changed_before_a_resume_are_told(change, distil, tmp_path, whole):
+    with pytest.raises(Interrupted):
+        distil("parts", report=at_step(3, press))
+    metrics = tmp_path / "parts" / "metrics.jsonl"
+    before = metrics.read_text()
+    metrics.write_text(
+        {"a value": before.replace('"step": 2', '"step": 1'), "a line less": before.partition("\n")[2]}.get(change, "")
+    )
+    with pytest.raises(DataError, match="was changed after the checkpoint of step 3"):
+        distil("parts", resume=True)
+    metrics.write_text(before + '{"step": 4, "loss_nats": 0.0}\n')  # what follows is dropped as ever
+    distil("parts", resume=True)
+    assert losses(tmp_path / "parts") == losses(whole())
+
+
+def test_a_run_of_an_earlier_version_whose_metrics_are_not_sealed_goes_on(distil, tmp_path, whole):
+    with pytest.raises(Interrupted):
+        distil("parts", report=at_step(3, press))
+    state = tmp_path / "parts" / "checkpoints" / "step-00000003" / "state.json"
+    values = read_json(state)
+    assert values.pop("metrics")["size_bytes"] == (tmp_path / "parts" / "metrics.jsonl").stat().st_size
+    write_json(state, seal(values))
+    distil("parts", resume=True)
+    assert losses(tmp_path / "parts") == losses(whole())
+    assert weights(tmp_path / "parts") == weights(whole())
 
 
 def test_a_run_without_a_folder_begins_with_resume(distil, tmp_path, whole):
