@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import shutil
 import signal
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from conftest import build_model
+from stillroom import runs
 from stillroom.config import load
 from stillroom.distill.config import DistillConfig
 from stillroom.distill.run import run
@@ -121,6 +123,29 @@ def test_what_a_run_leaves(distil, tmp_path, tiny_tokenizer):
     assert record["teacher"]["fingerprint"] != record["student"]["fingerprint"]
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
     assert AutoTokenizer.from_pretrained(folder / "model").get_vocab() == tiny_tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("export", ["", "merged", "adapter"])
+def test_the_model_is_on_the_disk_before_the_run_is_done(export, distil, monkeypatch):
+    synced, whole, fsync, write_json = set[int](), [], os.fsync, runs.write_json
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def write(path: Path, values: Any) -> None:
+        if values.get("status") == "done":
+            product = path.parent / "model"
+            whole.append({p.name: p.stat().st_ino in synced for p in (product.parent, product, *product.rglob("*"))})
+        write_json(path, values)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(runs, "write_json", write)
+    distil("run", "steps=1", *([f"student.lora={{rank: 2, export: {export}}}"] if export else []))
+    assert len(whole) == 1
+    weights = "adapter_model.safetensors" if export == "adapter" else "model.safetensors"
+    assert {"run", "model", weights, "tokenizer.json"} <= set(whole[0])
+    assert all(whole[0].values())
 
 
 def held_out_cross_entropy(folder: Path, text: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[float, int]:
