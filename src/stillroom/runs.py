@@ -76,6 +76,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if isinstance(error, StillroomError):
+            raise
         folder = next((p for p in path.parents if p.is_dir()), Path())
         raise StorageError(
             f"{path} could not be written",
@@ -85,30 +87,39 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file under a temporary name, syncs it, renames it and syncs its name."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path), temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+
+
 def write_json(path: Path, values: Any) -> None:
-    """Writes a JSON file under a temporary name, syncs it and renames it.
+    """Writes a JSON file as a whole.
 
     Args:
         values: JSON values, of :func:`seal` where :func:`read_json` is to tell whether they were changed.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path), temporary.open("w", encoding="utf-8") as file:
-        json.dump(values, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-        temporary.replace(path)
+    write_whole(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def lock(folder: Path, busy: OSError) -> IO[str]:
-    """Locks a folder by its file ``.lock``, until what is returned is closed or the process ends.
+def lock(path: Path, busy: OSError) -> IO[bytes]:
+    """Locks a folder by its file ``.lock``, or a file, which is made and may be renamed or deleted while it is locked,
+    until what is returned is closed or the process ends.
 
     Raises:
-        OSError: ``busy``, where another process holds the lock.
+        OSError: ``busy``, where another process holds the lock, or has just held it and took the file away.
     """
-    file = (folder / ".lock").open("w")
+    place = path / ".lock" if path.is_dir() else path
+    file = place.open("ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(file.fileno()), place.stat()):
+            raise FileNotFoundError
     except OSError:
         file.close()
         raise busy from None
@@ -116,7 +127,7 @@ def lock(folder: Path, busy: OSError) -> IO[str]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Syncs the names in a folder, so that a file that was renamed into it is there after a power cut."""
+    """Syncs the names in a folder, so that a file that was renamed into it is there after a power cut; or a file."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -124,17 +135,26 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Syncs all files and folders in a folder, and itself last."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        sync_folder(path)
+    sync_folder(folder)
+
+
 EXCHANGE = 2
 """The flag of Linux's ``renameat2`` that lets two names change places."""
 
 
 def replace_folder(temporary: Path, path: Path) -> None:
-    """Gives a folder that is written its name, under which another one may be, which is then deleted.
+    """Gives a folder that is written its name, under which another one may be, which is then deleted. All that is in it
+    is synced before it has the name, and the name before the other is deleted.
 
     Where the file system can exchange two names in one step (Linux's local ones), the old folder or the new one is
     under the name at every moment; after a kill the other may be left under the temporary name. Elsewhere the old one
     is moved aside first, to ``.NAME.old``, and moved back where the new one cannot take its place.
     """
+    sync_tree(temporary)
     aside = path.with_name(f".{path.name}.old")
     if not path.exists():
         temporary.rename(path)
@@ -393,22 +413,49 @@ def check_outside(out: str | Path, paths: Mapping[str, str | None]) -> None:
 
 
 class Metrics:
-    """metrics.jsonl: one object a line, written as it comes. Opening it drops what lies after step ``after``.
+    """metrics.jsonl: one object a line, written as it comes. Opening it drops what lies after step ``after``, or after
+    what a checkpoint has sealed.
 
     A line that a killed run left half-written is dropped with it.
+
+    Args:
+        sealed: what `seal` gave when the state was saved that a run goes on from; None where nothing was.
+
+    Raises:
+        DataError: what was sealed was changed since, or a line is broken.
     """
 
-    def __init__(self, path: Path, after: int) -> None:
-        kept = [line for line in read_metrics(path) if line["step"] <= after] if path.exists() else []
-        self._path, temporary = path, path.with_suffix(".tmp")
+    def __init__(self, path: Path, after: int, sealed: Mapping[str, int] | None = None) -> None:
+        if sealed is not None:
+            kept = path.read_bytes()[: sealed["size_bytes"]] if path.exists() else b""
+        else:
+            lines = [line for line in read_metrics(path) if line["step"] <= after] if path.exists() else []
+            kept = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        self._path, self._sealed = path, {"size_bytes": len(kept), "crc32": zlib.crc32(kept)}
+        if sealed is not None and self._sealed != sealed:
+            form = "{size_bytes} bytes with the checksum {crc32:08x}".format_map
+            raise DataError(
+                f"{path} was changed after the checkpoint of step {after} was written",
+                {"written until then": form(sealed), "there now": form(self._sealed)},
+                why="Lines were changed, added or taken away, so what the run measured cannot be told from it.",
+                fix="Restore the file, or start again with --overwrite.",
+            )
+        write_whole(path, kept)
         with writing(path):
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            temporary.replace(path)
-            self._file = path.open("a", buffering=1, encoding="utf-8")
+            self._file = path.open("ab")
 
     def append(self, values: Mapping[str, Any]) -> None:
+        line, (size, checksum) = (json.dumps(values) + "\n").encode(), self._sealed.values()
         with writing(self._path):
-            self._file.write(json.dumps(values) + "\n")
+            self._file.write(line)
+            self._file.flush()
+        self._sealed = {"size_bytes": size + len(line), "crc32": zlib.crc32(line, checksum)}
+
+    def seal(self) -> dict[str, int]:
+        """Syncs what was written, and returns its size and checksum."""
+        with writing(self._path):
+            os.fsync(self._file.fileno())
+        return self._sealed
 
     def close(self) -> None:
         self._file.close()

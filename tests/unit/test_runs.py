@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -377,7 +378,7 @@ def test_a_folder_that_is_replaced_is_gone_and_leaves_nothing(exchange, replaced
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot exchange two names")
-@pytest.mark.parametrize("step", ["rename", "replace", "exchange", "sync_folder", "rmtree"])
+@pytest.mark.parametrize("step", ["rename", "replace", "sync_tree", "exchange", "sync_folder", "rmtree"])
 def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new_one(step, replaced, tmp_path, monkeypatch):
     """At each step that changes names or deletes, before it is done."""
 
@@ -388,9 +389,48 @@ def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new_one(step, r
         "rename": (Path, step), "replace": (Path, step), "exchange": (runs, "_exchange"), "rmtree": (shutil, step),
     }.get(step, (runs, step))  # fmt: skip
     with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        if step == "sync_folder":
+            patch.setattr(runs, "sync_tree", lambda _: None)
         patch.setattr(place, name, kill)
         runs.replace_folder(tmp_path / ".model.tmp", tmp_path / "model")
-    assert replaced() == ("old" if step == "exchange" else "new")
+    assert replaced() == ("old" if step in ("sync_tree", "exchange") else "new")
+
+
+@pytest.fixture
+def done(monkeypatch) -> list[tuple[str, str]]:
+    """What is done to a disk, in its order: each sync, rename and deletion of a folder, with the name it is done to."""
+    steps: list[tuple[str, str]] = []
+    fsync, exchange, rename, rmtree = os.fsync, runs._exchange, Path.rename, shutil.rmtree
+
+    def noted(kind: str, path: Path) -> None:
+        steps.append((kind, Path(path).name))
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (noted("sync", Path(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))[1])
+    monkeypatch.setattr(runs, "_exchange", lambda a, b: exchange(a, b) and (noted("name", b) or True))
+    monkeypatch.setattr(Path, "rename", lambda a, b: (rename(a, b), noted("name", b))[0])
+    monkeypatch.setattr(shutil, "rmtree", lambda path, *a, **k: (noted("delete", path), rmtree(path, *a, **k))[1])
+    return steps
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell the name of what is synced")
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_is_on_the_disk_before_it_has_its_name_and_the_old_one_goes_last(
+    exchange, replaced, tmp_path, monkeypatch, done
+):
+    inner = tmp_path / ".model.tmp" / "inner"
+    inner.mkdir()
+    (inner / "more").touch()
+    if not exchange:
+        monkeypatch.setattr(runs, "_exchange", lambda *_: False)
+    runs.replace_folder(tmp_path / ".model.tmp", tmp_path / "model")
+    assert replaced() == "new"
+    named = [("delete", ".model.old"), ("name", ".model.old")] * (not exchange) + [("name", "model")]
+    assert done == [
+        *(("sync", name) for name in ("text", "more", "inner", ".model.tmp")),
+        *named,
+        ("sync", tmp_path.name),
+        ("delete", ".model.tmp" if exchange else ".model.old"),
+    ]
 
 
 def test_a_folder_that_cannot_take_the_place_of_another_leaves_it(replaced, tmp_path, monkeypatch):
@@ -400,6 +440,21 @@ def test_a_folder_that_cannot_take_the_place_of_another_leaves_it(replaced, tmp_
         runs.replace_folder(tmp_path / ".model.tmp", tmp_path / "model")
     assert replaced() == "old"
     assert entries(tmp_path) == ["model"]
+
+
+def test_a_lock_on_a_file_that_is_no_longer_there_is_none(tmp_path, monkeypatch):
+    """Opened before who held it renamed or deleted it, and locked after."""
+    path, flock = tmp_path / "x", runs.fcntl.flock
+    busy = BlockingIOError("busy")
+    for end in (Path.unlink, lambda path: path.rename(tmp_path / "y"), lambda path: (path.unlink(), path.touch())):
+        with monkeypatch.context() as patch:
+            patch.setattr(runs.fcntl, "flock", lambda file, flags, end=end: (end(path), flock(file, flags)))
+            with pytest.raises(BlockingIOError, match="busy"):
+                runs.lock(path, busy)
+        path.unlink(missing_ok=True)
+        with runs.lock(path, busy), pytest.raises(BlockingIOError, match="busy"):
+            runs.lock(path, busy)
+        runs.lock(path, busy).close()
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
@@ -429,7 +484,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_failed_update_keeps_the_run_resumable(earlier, monkeypatch):
     config = {"steps": 3, "optimizer": {"rate": 0.5}}
     with RunFolder(earlier, config, resume=True) as folder:
-        monkeypatch.setattr("stillroom.runs.json.dump", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
+        monkeypatch.setattr("stillroom.runs.write_whole", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
         with pytest.raises(OSError, match="full"):
             folder.update(status="done")
         monkeypatch.undo()
@@ -532,10 +587,80 @@ def test_a_rewrite_that_fails_loses_no_metrics(tmp_path, monkeypatch):
     def full(*_: object, **__: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         Metrics(path, after=2)
     assert path.read_text() == written(1, 2, 3)
+
+
+SEALED = [
+    {"step": 1, "loss_nats": 0.5},
+    {"step": 2, "loss_nats": 0.25},
+    {"step": 2, "held_out": {"loss_nats": 0.75}},
+]
+
+
+@pytest.fixture
+def sealed(tmp_path) -> tuple[Path, dict[str, int]]:
+    """A metrics.jsonl that was sealed after step 2 of 3, and the seal."""
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path, after=0)
+    for line in SEALED:
+        metrics.append(line)
+    seal = metrics.seal()
+    metrics.append({"step": 3, "loss_nats": 0.125})
+    metrics.close()
+    return path, seal
+
+
+def test_what_follows_a_seal_is_dropped_and_what_is_sealed_kept_to_the_byte(sealed):
+    path, seal = sealed
+    text = "".join(json.dumps(line) + "\n" for line in SEALED)
+    assert seal == {"size_bytes": len(text), "crc32": zlib.crc32(text.encode())}
+    metrics = Metrics(path, 2, seal)
+    assert path.read_text() == text
+    metrics.append({"step": 3})
+    metrics.close()
+    assert path.read_text() == text + '{"step": 3}\n'
+    again = Metrics(path, 3)  # as of a run of an earlier version, which sealed nothing
+    assert again.seal() == {"size_bytes": len(text) + 12, "crc32": zlib.crc32(path.read_bytes())}
+    again.close()
+
+
+CHANGES = {
+    "a value": lambda text: text.replace("0.25", "0.26"),
+    "a line more": lambda text: text.replace("\n", '\n{"step": 1, "loss_nats": 9}\n', 1),
+    "a line less": lambda text: text.split("\n", 1)[1],
+    "the last line half": lambda text: text[: text.index('{"step": 3') - 4],
+    "nothing left": lambda _: "",
+    "lines in another order": lambda text: "".join(reversed(text.splitlines(keepends=True))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_metrics_that_were_changed_before_their_seal_are_refused(change, sealed):
+    path, seal = sealed
+    changed = CHANGES[change](path.read_text())
+    path.write_text(changed)
+    with pytest.raises(DataError, match="was changed after the checkpoint of step 2") as refusal:
+        Metrics(path, 2, seal)
+    then, now = refusal.value.values.values()
+    assert then == f"{seal['size_bytes']} bytes with the checksum {seal['crc32']:08x}"
+    assert str(now).partition(" ")[0] == str(min(len(changed), seal["size_bytes"]))
+    assert path.read_text() == changed
+    path.unlink()
+    with pytest.raises(DataError, match="was changed"):
+        Metrics(path, 2, seal)
+
+
+def test_a_seal_is_of_what_is_on_the_disk(sealed, monkeypatch):
+    """Else a power cut would leave a checkpoint whose metrics are not there."""
+    synced: list[int] = []
+    metrics = Metrics(*sealed[:1], 9)
+    monkeypatch.setattr(os, "fsync", synced.append)
+    metrics.seal()
+    assert synced == [metrics._file.fileno()]
+    metrics.close()
 
 
 def test_the_folder_can_be_moved_between_resumes(earlier, tmp_path):

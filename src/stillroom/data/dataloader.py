@@ -171,7 +171,8 @@ class BatchStream(Iterator[Step]):
         empty = [nothing(self.documents, self.pad_token)] * (max(map(len, groups)) - len(mine))
         if self.part.size == 1:
             return Step(mine + empty, totals(mine))  # this process's batches are all of the step
-        num_kept = sum(int(self.documents.target_mask(d)[1:].sum()) for row in rows for d in row.tolist())
+        mask = getattr(self.documents, "unchecked_mask", self.documents.target_mask)
+        num_kept = sum(int(mask(d)[1:].sum()) for row in rows for d in row.tolist())
         return Step(mine + empty, Totals(num_kept, sum(int((lengths[row] - 1).sum()) for row in rows)))
 
     def num_steps(self) -> int | None:

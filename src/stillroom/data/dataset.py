@@ -27,7 +27,7 @@ from stillroom.data.formats import Encoded, Encoder, encoder, needs_template
 from stillroom.data.sources import Source, open_source
 from stillroom.errors import DataError, StillroomError, StorageError
 from stillroom.recipe import parse_json
-from stillroom.runs import crc32, lock
+from stillroom.runs import crc32, lock, sync_tree
 from stillroom.tokenizers import fingerprint, template_fingerprint, template_of
 
 FORMAT = 2
@@ -289,6 +289,7 @@ def _build(plan: RowOrigin, config: AnyData, encode: Encoder, report: Callable[[
         }
         (unnamed / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         (unnamed / ".lock").unlink()
+        sync_tree(unnamed)
         try:
             unnamed.rename(plan.folder)
         except OSError:

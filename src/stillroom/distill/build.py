@@ -115,7 +115,7 @@ def build_pair(
     elif is_cut:
         whole = getattr(config.teacher, "placement", None) == "whole"
         live = teacher.model if isinstance(teacher, LiveTeacher) and whole else None
-        pruned = ranks.local_rank0_first(partial(prune_student, plan, live, data, folder, say))
+        pruned = cut_once(partial(prune_student, plan, live, data, folder, say), ranks)
     specs = () if plan.hidden is None else plan.hidden.specs(None if pruned is None else pruned[1])
     if teacher is not None:
         teacher.set_outputs(*layers_of(specs, 1))
@@ -132,14 +132,25 @@ def build_pair(
     return student, specs
 
 
+def cut_once(
+    prune: Callable[[PruneMask | None], tuple[PreTrainedModel, PruneMask]], ranks: RankGroup
+) -> tuple[PreTrainedModel, PruneMask]:
+    """Returns the student as the first process of all cuts it, which alone chooses and writes what is kept, whether the
+    hosts share a disk or not; the others are told."""
+    first = ranks.on_rank0(lambda: prune(None))
+    cut = ranks.all_gather(first and first[1])[0]
+    return ranks.on_every_rank(lambda: first or prune(cut))
+
+
 def _cut_for_all(prune: Callable[[], tuple[PreTrainedModel, PruneMask]], place: Path, ranks: RankGroup) -> PruneMask:
     """Has the first process, which holds the teacher whole for it, cut the student and write it into a folder, where
     all find it."""
 
     def make() -> None:
         model, cut = prune()
-        model.save_pretrained(place)
-        write_mask(place, cut)
+        with safetensors_io.new_model_folder(place) as written:
+            model.save_pretrained(written)
+            write_mask(written, cut)
 
     ranks.on_rank0(make)
     if (cut := read_mask(place)) is None:
@@ -158,6 +169,7 @@ def prune_student(
     documents: DocumentSet,
     folder: Path,
     say: Callable[[str], object],
+    told: PruneMask | None = None,
 ) -> tuple[PreTrainedModel, PruneMask]:
     """Returns the student as a part of its teacher, in float32 on the CPU, and what was kept.
 
@@ -166,6 +178,7 @@ def prune_student(
         documents: those that are trained on; the first of them are measured on.
         folder: the run's, which remembers what was chosen: a resumed run has the same student.
         say: is told what is found.
+        told: what is kept, where another process has chosen it.
 
     Raises:
         MismatchError: the run began with a part of another model.
@@ -177,7 +190,7 @@ def prune_student(
     fingerprint = loading.fingerprint(source, pruning.teacher)
     code = student.trust_remote_code
     whole: Any = loading.load_model(source, dtype="auto", revision=revision, trust_remote_code=code)
-    cut = read_mask(folder)
+    cut = told or read_mask(folder)
     if cut is not None:
         check_same(folder, "model to cut the student from", cut.teacher, fingerprint)
     else:

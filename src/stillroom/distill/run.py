@@ -238,7 +238,9 @@ def _train(
         steps = plan.stream(held_out, tokens=plan.micro_tokens * ranks.world_size, epochs=1, ranks=ranks)
         return measure_held_out(module, judge, steps, config.device, stop, ranks)
 
-    metrics = Metrics(folder.path / "metrics.jsonl", after=state.step) if ranks.is_rank0 else None
+    metrics = Metrics(folder.path / "metrics.jsonl", state.step, state.metrics) if ranks.is_rank0 else None
+    if metrics is not None:
+        checkpoints.seal_metrics = metrics.seal
     trackers = config.tracking if ranks.is_rank0 else ()
     tracker = track(trackers, folder.path, folder.record["config"], after=state.step)
 

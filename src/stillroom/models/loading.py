@@ -14,7 +14,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging
 
 from stillroom.config import Quantization, is_local
-from stillroom.errors import ConfigError, DataError, MismatchError, MissingError, did_you_mean
+from stillroom.errors import (
+    ConfigError,
+    DataError,
+    MismatchError,
+    MissingError,
+    OutOfMemoryError,
+    StillroomError,
+    did_you_mean,
+)
 from stillroom.lm_head import LMHead
 from stillroom.models import safetensors_io
 from stillroom.models.folder import check_folder, has_other_head
@@ -44,8 +52,17 @@ def _untie(config: PretrainedConfig) -> None:
     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
 
 
-def _not_loaded(name: str, error: Exception) -> MissingError | DataError:
+def _not_loaded(name: str, error: Exception) -> StillroomError:
     reason = " ".join(str(error).split())
+    no_memory = "allocate memory" in reason or "out of memory" in reason.lower()
+    if no_memory or isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return OutOfMemoryError(
+            f"there is too little memory to load the model {name}",
+            {"reason": reason[:300] or type(error).__name__},
+            why="All of its weights must fit into the memory of the machine or the device; its files may be whole.",
+            fix="Use a smaller dtype or quantization, another device, or a machine with more memory; `stillroom plan` "
+            "tells how much a run needs.",
+        )
     if "trust_remote_code" in reason:
         return DataError(
             f"the model {name} brings its own code",
@@ -135,8 +152,6 @@ def load_model(
             **({} if quantization is None else quantized_loading(quantization, dtype, device)),
         )
     except Exception as error:  # what a config.json may hold makes a family's code raise anything
-        if isinstance(error, torch.OutOfMemoryError | MemoryError):
-            raise
         raise _not_loaded(name, error) from error
     model, info = loaded
     check_whole(name, list(info["missing_keys"]), list(info["unexpected_keys"]), model.base_model_prefix)
@@ -146,7 +161,10 @@ def load_model(
     if quantization is not None:
         check_quantized(model, quantization, name)
         return model.eval()
-    return model.to(device).eval()
+    try:
+        return model.to(device).eval()
+    except torch.OutOfMemoryError as error:
+        raise _not_loaded(name, error) from error
 
 
 def local_folder(name: str, revision: str | None = None) -> Path:

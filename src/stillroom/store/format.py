@@ -27,9 +27,9 @@ from pydantic import (
     model_validator,
 )
 
-from stillroom.errors import DataError, MissingError, require
+from stillroom.errors import DataError, MissingError, StorageError, require
 from stillroom.recipe import parse_json
-from stillroom.runs import seal, sync_folder, write_json, writing
+from stillroom.runs import lock, seal, write_json, writing
 from stillroom.store.config import HiddenStatesConfig, SignalConfig, side_columns
 
 FORMAT, WITH_HIDDEN = 1, 2
@@ -281,26 +281,31 @@ def _crc32_of_document(document: int, tokens: np.ndarray, loss_mask: np.ndarray)
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes a manifest with its checksum; it is there whole or not at all."""
     write_json(folder / MANIFEST, seal(manifest.model_dump(mode="json")))
-    sync_folder(folder)
 
 
 @contextmanager
 def synced_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to be written: it has a temporary name, and is synced and renamed at the end."""
+    """A file to be written: it has a temporary name, under which it is locked, and is synced and renamed at the end."""
     temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with writing(path):
-            file = temporary.open("wb")
-        with file:
+    busy = StorageError(
+        f"another process writes {path}",
+        {"at work on": temporary},
+        why="Two that write one file would mix what they write.",
+        fix="Wait for it or stop it; or choose another name.",
+    )
+    with writing(path):
+        file = lock(temporary, busy)
+    with file:
+        try:
+            file.truncate(0)  # of what a killed one left
             yield file
             with writing(path):
                 file.flush()
                 os.fsync(file.fileno())
-        with writing(path):
-            temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+                temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 class StoreFiles:

@@ -84,7 +84,9 @@ class Store:
 
     @cached_property
     def _lengths(self) -> np.ndarray:  # kept: a protocol's property cannot be a cached one
-        return self._of_all(lambda batch: batch["tokens"].value_lengths())
+        lengths = self._of_all(lambda batch: batch["tokens"].value_lengths())
+        check_equal(self.path, "tokens", int(lengths.sum()), self.manifest.tokens)
+        return lengths
 
     @cached_property
     def document_numbers(self) -> np.ndarray:
@@ -115,6 +117,12 @@ class Store:
     def target_mask(self, index: int) -> np.ndarray:
         """Whether each token of a document is a target, bool [n]; entry i is about token i itself."""
         return np.roll(self.loss_mask(index), 1)
+
+    def unchecked_mask(self, index: int) -> np.ndarray:
+        """The target mask of a document that another process reads, which finds its checksum right: all processes count
+        the targets of a step, and none need read the others' signals for that."""
+        shard, row = self._find(index)
+        return np.roll(shard.column(row, "keep").values.to_numpy(zero_copy_only=False), 1)
 
     def document(self, index: int) -> int:
         """The number of a document in the data that were captured."""
@@ -248,6 +256,10 @@ class StoredShard:
         return np.cumsum([0, *map(len, self.batches)])
 
     @cached_property
+    def _found_right(self) -> np.ndarray:  # kept: no more is allocated than there are rows
+        return np.zeros(self._starts[-1], bool)
+
+    @cached_property
     def codec(self) -> Any:
         from stillroom.store.codec import Codec
 
@@ -268,26 +280,35 @@ class StoredShard:
         return batch, row - int(self._starts[batch])
 
     def document(self, row: int) -> int:
-        return self.column(row, "document").as_py()
+        return self._right(row, "document").as_py()
 
     def tokens(self, row: int) -> np.ndarray:
-        return self.column(row, "tokens").values.to_numpy(zero_copy_only=False)
+        return self._right(row, "tokens").values.to_numpy(zero_copy_only=False)
 
     def loss_mask(self, row: int) -> np.ndarray:
-        return self.column(row, "keep").values.to_numpy(zero_copy_only=False)
+        return self._right(row, "keep").values.to_numpy(zero_copy_only=False)
+
+    def _right(self, row: int, name: str) -> Any:
+        """What a row says, after its checksum was found right once, whoever reads it and for whatever."""
+        if not self._found_right[row]:
+            self.signal(row)
+        return self.column(row, name)
 
     def signal(self, row: int) -> memoryview:
         """A row's bytes, after its checksum was found right."""
-        tokens, loss_mask = self.tokens(row), self.loss_mask(row)
+        tokens, loss_mask = (
+            self.column(row, name).values.to_numpy(zero_copy_only=False) for name in ("tokens", "keep")
+        )
         signal = memoryview(self.column(row, "signal").as_buffer())
         hidden_checksum = None if self.manifest.hidden is None else self.column(row, "hidden_crc32").as_py()
-        found = row_crc32(self.document(row), tokens, loss_mask, signal, hidden_checksum)
+        found = row_crc32(self.column(row, "document").as_py(), tokens, loss_mask, signal, hidden_checksum)
         where = f"{self.arrow} row {row}"
         check_equal(self.files.path, f"checksum of {where}", found, self.column(row, "crc32").as_py())
         highest = int(tokens.max(initial=0))
         if len(loss_mask) != len(tokens) or loss_mask[-1:].any() or highest >= self.manifest.num_columns:
             sizes = f"{len(tokens)} and {len(loss_mask)}"
             raise damaged(self.files.path, f"tokens and keep of {where}", sizes, "as many")
+        self._found_right[row] = True
         return signal
 
     def hidden_bytes(self, row: int) -> memoryview:

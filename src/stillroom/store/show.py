@@ -274,12 +274,12 @@ def export(
         DataError: the store is damaged.
     """
     path, m = Path(out), store.manifest
-    check_file(path, overwrite=overwrite)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     columns = export_schema(m)
     sizes = np.cumsum(store.lengths * ((m.entries + m.draws) / max(1, m.tokens)))
     with synced_file(path) as file, pq.ParquetWriter(file, columns, compression="zstd") as writer:
+        check_file(path, overwrite=overwrite)
         first = 0
         while first < len(store):  # as many documents at a time as have ``ENTRIES_AT_ONCE`` entries, about
             before = sizes[first - 1] if first else 0

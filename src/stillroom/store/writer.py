@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 
 from stillroom.errors import MismatchError, StorageError
-from stillroom.runs import crc32, lock, replace_folder, same_model, sync_folder, writing
+from stillroom.runs import crc32, lock, replace_folder, same_model, sync_folder, sync_tree, writing
 from stillroom.store.codec import Codec
 from stillroom.store.config import SHARD_POSITIONS, Full
 from stillroom.store.format import (
     MANIFEST,
+    TOKENIZER,
     Manifest,
     Shard,
     hidden_crc32,
@@ -61,22 +62,33 @@ def check_out(out: str | Path, *, overwrite: bool) -> None:
 def new_store(out: str | Path, *, overwrite: bool) -> Iterator[Path]:
     """A folder to write a store into, which becomes ``out`` at the end, and is deleted where the block fails.
 
-    With ``overwrite`` a store that is there is deleted, but only once the new one is whole.
+    With ``overwrite`` a store that is there is deleted, but only once the new one is whole. One process at a time makes
+    a store of a name: others are refused.
     """
     check_out(out, overwrite=overwrite)
     path = Path(out)
-    made = path.with_name(f".{path.name}.new")
-    if made.exists():
-        shutil.rmtree(made)
+    made, mark = (path.with_name(f".{path.name}.{kind}") for kind in ("new", "lock"))
+    busy = StorageError(
+        f"another process makes the store {path}",
+        {"out": path, "its lock": mark},
+        why="Two that write one store would mix what they write.",
+        fix="Wait for it or stop it; or choose another `out`.",
+    )
     with writing(path):
-        made.mkdir(parents=True)
-    try:
-        yield made
-        with writing(path):
-            replace_folder(made, path)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = lock(mark, busy)
+    with held:
+        try:
+            check_out(out, overwrite=overwrite)  # again, since another one may have just been made
+            shutil.rmtree(made, ignore_errors=True)
+            with writing(path):
+                made.mkdir()
+            yield made
+            with writing(path):
+                replace_folder(made, path)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+            mark.unlink()
 
 
 ROWS_AT_ONCE = 256
@@ -214,6 +226,8 @@ class StoreWriter:
     def finish(self) -> Manifest:
         """Writes the last shard, and that the store is complete."""
         self.flush()
+        if (tokenizer := self.path / TOKENIZER).is_dir():  # which others put there
+            sync_tree(tokenizer)
         self.manifest = self.manifest.model_copy(update={"complete": True})
         write_manifest(self.path, self.manifest)
         return self.manifest

@@ -4,7 +4,7 @@ import io
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from stillroom.distributed.group import SINGLE_RANK, RankGroup
 from stillroom.errors import DataError, StillroomError, StorageError
 from stillroom.recipe import plain
-from stillroom.runs import crc32, read_json, replace_folder, seal, sync_folder, write_json
+from stillroom.runs import crc32, read_json, replace_folder, seal, write_json
 from stillroom.training.state import TrainState
 
 PLAIN = ("step", "num_tokens", "time_s", "held_out", "measured_at", "best")
@@ -52,6 +52,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep: int, ranks: RankGroup = SINGLE_RANK, background: bool = False) -> None:
         self.folder, self.keep, self.ranks, self.background = folder, keep, ranks, background
+        self.seal_metrics: Callable[[], dict[str, int] | None] = lambda: None
+        """Gives the seal of what metrics.jsonl says until now, where this process writes it."""
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
 
@@ -80,6 +82,7 @@ class Checkpoints:
             **{name: getattr(state, name) for name in PLAIN},
             "schedule": {k: v for k, v in state.schedule.state_dict().items() if k != "lr_lambdas"},
             "stream": state.stream.state(),
+            "metrics": self.seal_metrics(),
         }
         best = int(state.best["step"]) if state.best else None
         path = self.at(state.step)
@@ -142,7 +145,6 @@ class Checkpoints:
                 fix="Put `out` on a file system that all hosts share.",
             )
         write_json(temporary / "state.json", seal(plain(numbers)))
-        sync_folder(temporary)
         replace_folder(temporary, path)
         everything = self.all()
         kept = {*everything[-self.keep :], *([] if best is None else [self.at(best)])}
@@ -183,6 +185,7 @@ class Checkpoints:
             )
             for name in PLAIN:
                 setattr(state, name, numbers[name])
+            state.metrics = numbers.get("metrics")  # which a run of an earlier version does not have
             for name, value in random.items():
                 if name.startswith("cpu"):
                     torch.set_rng_state(value)

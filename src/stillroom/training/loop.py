@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from signal import SIGINT, SIGTERM
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stillroom.distributed.sharding import gradients_summed_later, squared_norm
-from stillroom.errors import NonFiniteError, OutOfMemoryError
+from stillroom.errors import NonFiniteError, OutOfMemoryError, StorageError
 from stillroom.losses.objective import widest_float
 from stillroom.models.safetensors_io import local_part
 from stillroom.runs import deferred_interrupts, ended
@@ -166,6 +167,8 @@ class LaunchedStep:
             skip_updates(state.optimizer, None)
             own = {int(d) for numbers in self.documents for d in numbers.unique() if d >= 0}
             documents = sorted(set().union(*state.ranks.all_gather(own)))  # since it fails in all processes at once
+            with suppress(StorageError):  # then an earlier one is the last good one
+                self.checkpoints.finish()
             names = list(dict.fromkeys(state.stream.documents.name(d) for d in documents[:8]))
             more = f" and {len(documents) - 8} more" if len(documents) > 8 else ""
             raise NonFiniteError(

@@ -72,6 +72,8 @@ class TrainState:
     """The step after which it was made."""
     best: dict[str, float] = field(default_factory=dict)
     """The held-out loss at the best step, with ``step``."""
+    metrics: dict[str, int] | None = None
+    """The seal of what metrics.jsonl said when the state was saved that it was set to."""
     frozen_saved: bool = True
     """Whether frozen parameters belong into a checkpoint; a student with adapters gets them from its own folder."""
     ranks: RankGroup = SINGLE_RANK

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import shutil
 import signal
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from conftest import build_model
+from stillroom import runs
 from stillroom.config import load
 from stillroom.distill.config import DistillConfig
 from stillroom.distill.run import run
@@ -27,7 +29,7 @@ from stillroom.errors import (
     StillroomError,
     StorageError,
 )
-from stillroom.runs import read_json, read_metrics
+from stillroom.runs import read_json, read_metrics, seal, write_json
 
 # peft itself still asks for the old name
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
@@ -121,6 +123,29 @@ def test_what_a_run_leaves(distil, tmp_path, tiny_tokenizer):
     assert record["teacher"]["fingerprint"] != record["student"]["fingerprint"]
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
     assert AutoTokenizer.from_pretrained(folder / "model").get_vocab() == tiny_tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("export", ["", "merged", "adapter"])
+def test_the_model_is_on_the_disk_before_the_run_is_done(export, distil, monkeypatch):
+    synced, whole, fsync, write_json = set[int](), [], os.fsync, runs.write_json
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def write(path: Path, values: Any) -> None:
+        if values.get("status") == "done":
+            product = path.parent / "model"
+            whole.append({p.name: p.stat().st_ino in synced for p in (product.parent, product, *product.rglob("*"))})
+        write_json(path, values)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(runs, "write_json", write)
+    distil("run", "steps=1", *([f"student.lora={{rank: 2, export: {export}}}"] if export else []))
+    assert len(whole) == 1
+    weights = "adapter_model.safetensors" if export == "adapter" else "model.safetensors"
+    assert {"run", "model", weights, "tokenizer.json"} <= set(whole[0])
+    assert all(whole[0].values())
 
 
 def held_out_cross_entropy(folder: Path, text: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[float, int]:
@@ -324,6 +349,34 @@ def test_the_best_step_outlives_an_interruption(distil, tmp_path, whole):
     record = distil("parts", *WORSE, resume=True)
     assert record["best"] == read_json(whole(*WORSE) / "run.json")["best"]
     assert weights(tmp_path / "parts") == weights(whole(*WORSE))
+
+
+@pytest.mark.parametrize("change", ["a value", "a line less", "nothing left"])
+def test_metrics_that_were_changed_before_a_resume_are_told(change, distil, tmp_path, whole):
+    with pytest.raises(Interrupted):
+        distil("parts", report=at_step(3, press))
+    metrics = tmp_path / "parts" / "metrics.jsonl"
+    before = metrics.read_text()
+    metrics.write_text(
+        {"a value": before.replace('"step": 2', '"step": 1'), "a line less": before.partition("\n")[2]}.get(change, "")
+    )
+    with pytest.raises(DataError, match="was changed after the checkpoint of step 3"):
+        distil("parts", resume=True)
+    metrics.write_text(before + '{"step": 4, "loss_nats": 0.0}\n')  # what follows is dropped as ever
+    distil("parts", resume=True)
+    assert losses(tmp_path / "parts") == losses(whole())
+
+
+def test_a_run_of_an_earlier_version_whose_metrics_are_not_sealed_goes_on(distil, tmp_path, whole):
+    with pytest.raises(Interrupted):
+        distil("parts", report=at_step(3, press))
+    state = tmp_path / "parts" / "checkpoints" / "step-00000003" / "state.json"
+    values = read_json(state)
+    assert values.pop("metrics")["size_bytes"] == (tmp_path / "parts" / "metrics.jsonl").stat().st_size
+    write_json(state, seal(values))
+    distil("parts", resume=True)
+    assert losses(tmp_path / "parts") == losses(whole())
+    assert weights(tmp_path / "parts") == weights(whole())
 
 
 def test_a_run_without_a_folder_begins_with_resume(distil, tmp_path, whole):

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
+from stillroom.distill.build import cut_once
 from stillroom.distributed import failures as module
 from stillroom.distributed.failures import FailureReport, reported_once
 from stillroom.distributed.group import RankGroup
 from stillroom.errors import ConfigError, DataError, Interrupted, LostError, MismatchError, ReportedElsewhere, Stopped
+from stillroom.pruning.prune import PruneMask
 
 from .ranks import in_ranks
 
@@ -40,6 +42,23 @@ def test_the_first_of_each_node_goes_before_its_others():
     assert results == [None] * 4
     assert set(order[:2]) == {0, 2}
     assert set(order[2:]) == {1, 3}
+
+
+def test_one_process_of_all_hosts_chooses_what_is_cut_and_the_others_are_told():
+    """Two hosts on a shared disk would write one file at once, and on disks of their own each its own choice."""
+    mask, seen = PruneMask(layers=(0, 2), channels=None, groups=None, heads=None, mlp=None, scores={}, teacher="t"), []
+
+    def run(ranks: RankGroup) -> object:
+        def prune(told: PruneMask | None) -> tuple[str, PruneMask]:
+            seen.append((ranks.rank, told))
+            return f"cut by {ranks.rank}", told or mask
+
+        return cut_once(prune, ranks)  # pyright: ignore[reportArgumentType]
+
+    assert in_ranks(4, run, [0, 1, 0, 1]) == [(f"cut by {rank}", mask) for rank in range(4)]
+    assert seen[0] == (0, None)
+    assert sorted(rank for rank, _ in seen) == [0, 1, 2, 3]
+    assert all(told == mask for rank, told in seen if rank)
 
 
 def test_what_fails_in_some_is_reported_by_rank_0_with_their_ranks():

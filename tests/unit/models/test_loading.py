@@ -16,7 +16,7 @@ from conftest import FAMILIES, SaveModel, build_config, build_model
 from stillroom.data.config import TextData
 from stillroom.data.dataloader import BatchStream
 from stillroom.data.dataset import Documents, prepare
-from stillroom.errors import DataError, MismatchError, MissingError, StillroomError
+from stillroom.errors import DataError, MismatchError, MissingError, OutOfMemoryError, StillroomError
 from stillroom.models import loading
 from stillroom.models.hidden_states import backbone, last_hidden_states, lm_head, verify
 
@@ -29,6 +29,32 @@ def folder(saved_model: SaveModel, tmp_path: Path) -> Path:
 
 def load(folder: Path, **settings: Any) -> PreTrainedModel:
     return loading.load_model(str(folder), dtype=torch.float32, **settings)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried"),
+        OSError(12, "Cannot allocate memory"),
+    ],
+)
+@pytest.mark.parametrize("place", ["reading", "moving"])
+def test_too_little_memory_is_no_damage(place, error, folder, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    if place == "reading":
+        monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", fail)
+    elif isinstance(error, torch.OutOfMemoryError):
+        monkeypatch.setattr(PreTrainedModel, "to", fail)
+    else:
+        return
+    with pytest.raises(OutOfMemoryError, match="too little memory to load the model") as raised:
+        load(folder)
+    assert str(folder) in raised.value.what
+    assert str(raised.value.values["reason"])
 
 
 def change_tensors(folder: Path, **changes: torch.Tensor | None) -> None:

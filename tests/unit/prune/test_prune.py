@@ -1,5 +1,6 @@
 """Whole cuts: what is written, what is refused before any model loads, and that nothing is left by halves."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from stillroom import runs
 from stillroom.config import load
 from stillroom.errors import ConfigError, MismatchError, MissingError, OutOfMemoryError, StillroomError, StorageError
 from stillroom.models import loading
@@ -56,6 +58,27 @@ def test_a_smaller_model_its_cut_and_its_loss_are_written(settings, saved_model,
     assert "2 of 3" in record["report"]
     assert any(note.startswith("without layer") for note in notes)
     assert not list(folder.glob(".model*"))
+
+
+def test_the_cut_model_is_on_the_disk_before_the_run_is_done(settings, monkeypatch):
+    synced, whole, fsync, write_json = set[int](), [], os.fsync, runs.write_json
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def write(path: Path, values: Any) -> None:
+        if values.get("status") == "done":
+            product = path.parent / "model"
+            whole.append({p.name: p.stat().st_ino in synced for p in (product.parent, product, *product.rglob("*"))})
+        write_json(path, values)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(runs, "write_json", write)
+    run(settings("a", "layers=2", data=False))
+    assert len(whole) == 1
+    assert {"a", "model", "model.safetensors", "config.json", "cut.json", "tokenizer.json"} <= set(whole[0])
+    assert all(whole[0].values())
 
 
 def test_a_cut_without_text(settings, tmp_path):

@@ -1,6 +1,8 @@
 """Concat: the parts of a capture, and stores of different data, become one store."""
 
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,9 @@ from stillroom.errors import ConfigError, DataError, MismatchError, MissingError
 from stillroom.store.check import check
 from stillroom.store.concat import concat
 from stillroom.store.config import side_columns
-from stillroom.store.format import SourceInfo
+from stillroom.store.format import MANIFEST, SourceInfo
 from stillroom.store.reader import Store
+from stillroom.store.writer import new_store
 
 from .stores import EVERY, equal, files, signal_of
 from .whole import make_store
@@ -230,6 +233,47 @@ def test_out_that_exists(make, tmp_path):
     for out in (paths[0], paths[0] / "x", tmp_path):
         with pytest.raises(ConfigError, match="`out` lies in"):
             concat(paths, out, overwrite=True)
+
+
+def test_a_store_that_another_process_makes_is_refused_and_left_to_it(make, tmp_path):
+    paths = [make("a", data=source("a")), make("b", data=source("b"))]
+    with new_store(tmp_path / "out", overwrite=False) as folder:
+        (folder / MANIFEST).write_text("of the first")
+        for overwrite in (False, True):
+            with pytest.raises(StorageError, match=r"another process makes the store .*out"):
+                concat(paths, tmp_path / "out", overwrite=overwrite)
+        assert (folder / MANIFEST).read_text() == "of the first"
+    with pytest.raises(StorageError, match="exists"):
+        concat(paths, tmp_path / "out")
+    assert (tmp_path / "out" / MANIFEST).read_text() == "of the first"
+    concat(paths, tmp_path / "out", overwrite=True)
+    assert check(tmp_path / "out").problems == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "out"]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_processes_that_make_a_store_at_once_none_spoils_anothers(overwrite, tmp_path):
+    """One writes two files, between which the others try and are refused; what is there in the end is its alone."""
+    out, (told, tell) = tmp_path / "out", os.pipe()
+    for number in range(3):
+        if not os.fork():
+            code = 1
+            signal.alarm(60)  # where several make it, each waits for the others to be refused
+            try:
+                with new_store(out, overwrite=overwrite) as folder:
+                    for name in (MANIFEST, "00000.arrow"):
+                        (folder / name).write_text(str(number))
+                        assert os.read(told, 1) == b"."
+                code = 0
+            except StorageError as error:
+                code = 2 if "another process" in error.what else 3
+                os.write(tell, b".")
+            finally:
+                os._exit(code)
+    assert sorted(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(3)) == [0, 2, 2]
+    assert len({(out / name).read_text() for name in (MANIFEST, "00000.arrow")}) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def refused(paths: list[Path], tmp_path: Path, kind: type[StillroomError], what: str) -> None:

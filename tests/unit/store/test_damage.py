@@ -8,12 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from stillroom.data.dataloader import collate
 from stillroom.errors import DataError, MissingError
 from stillroom.store.check import check
 from stillroom.store.config import Full
 from stillroom.store.format import MOST_MANIFEST_BYTES, row_crc32, schema
 from stillroom.store.quantize import LogProbCodes, to_sparse
 from stillroom.store.reader import Store
+from stillroom.store.show import show_row
 
 from .stores import (
     COLUMNS,
@@ -141,6 +143,46 @@ def test_flipped_bits_of_an_arrow_file(kind, every, tmp_path):
     path = tiny(tmp_path / "store", kind)
     documents = build_documents(EVERY[kind], (4, 3), columns=5)
     assert check_flips(path, "00000.arrow", documents, every=every) > 100
+
+
+READS: dict[str, Callable[[Store], object]] = {
+    "tokens": lambda store: store.tokens(0),
+    "loss_mask": lambda store: store.loss_mask(0),
+    "target_mask": lambda store: store.target_mask(0),
+    "document": lambda store: store.document(0),
+    "hard labels": lambda store: collate(store, [np.array([0])], 0),
+    "show": lambda store: show_row(store, 0, str),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("column", ["document", "tokens", "keep"])
+def test_what_is_read_without_the_signal_is_checked(column, read, copy):
+    """Training on hard labels asks for no signal, and yet takes what a row says."""
+    path = copy()
+    values = read_table(path)[column][0]
+    old = np.array([values.as_py()], np.int64).tobytes() if column == "document" else None
+    if column == "tokens":
+        old = np.array(values.as_py(), np.uint16).tobytes()
+    data = (path / "00000.arrow").read_bytes()
+    if old is None:  # its bits are told from others by another value for the row
+        table = read_table(path)
+        keep = [[not first, *others] for first, *others in table["keep"].to_pylist()]
+        changed = pa.array(keep, table.schema.field("keep").type)
+        data = arrow_bytes(table.set_column(2, table.schema.field("keep"), changed))
+        replace_file(path, "00000.arrow", data)
+    else:
+        assert data.count(old) == 1
+        (path / "00000.arrow").write_bytes(data.replace(old, bytes([old[0] ^ 1]) + old[1:]))
+    with pytest.raises(DataError, match=r"checksum of 00000\.arrow row 0"):
+        READS[read](Store(path))
+
+
+def test_other_lengths_are_told_before_a_row_is_read(copy):
+    path = copy()
+    change_manifest(path, lambda values: values.update(tokens=values["tokens"] + 1))
+    with pytest.raises(DataError, match="tokens: found"):
+        _ = Store(path).lengths
 
 
 def test_flipped_bits_of_the_tables(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from stillroom.errors import DataError, StorageError
 from stillroom.store import show as module
-from stillroom.store.format import METADATA
+from stillroom.store.format import METADATA, synced_file
 from stillroom.store.quantize import to_sparse
 from stillroom.store.reader import Store
 from stillroom.store.show import export
@@ -90,6 +90,22 @@ def test_a_file_that_exists_is_refused_and_overwritten_where_asked(made, tmp_pat
     assert pq.read_table(out).num_rows == 8
     with pytest.raises(StorageError, match="exists"):
         export(made["top_k"], tmp_path, overwrite=True)
+
+
+def test_a_file_that_another_process_writes_is_refused_and_left_to_it(tmp_path, tiny_tokenizer):
+    store, out = Store(make_store(tmp_path / "store", tiny_tokenizer)), tmp_path / "out.parquet"
+    with synced_file(out) as file:
+        file.write(b"of the first")
+        with pytest.raises(StorageError, match=r"another process writes .*out\.parquet"):
+            export(store, out)
+    assert out.read_bytes() == b"of the first"
+    with pytest.raises(StorageError, match="exists"):
+        export(store, out)
+    assert out.read_bytes() == b"of the first"
+    out.with_name("out.parquet.tmp").write_bytes(b"of one that was killed")
+    export(store, out, overwrite=True)
+    assert pq.read_table(out).num_rows == len(store)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.parquet", "store"]
 
 
 def test_nothing_is_left_of_an_export_that_fails(tmp_path, tiny_tokenizer):

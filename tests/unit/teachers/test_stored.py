@@ -127,13 +127,15 @@ def test_a_damaged_row_is_told_when_it_is_read(stored, tmp_path):
     data[at] ^= 1
     (broken / "00000.arrow").write_bytes(data)
     asked = StoredTeacher(Store(broken))
-    batches = [batch for step in stream(asked.store) for batch in step]
+    batches = [batch for step in stream(store) for batch in step]
     (holds,) = [batch for batch in batches if 5 in batch.documents]
     for batch in batches:
         if batch is not holds:
             asked.prefetch(batch)
     with pytest.raises(DataError, match="damaged"):
         asked.prefetch(holds)
+    with pytest.raises(DataError, match=r"checksum of 00000\.arrow row 5"):  # also where no signal is asked for
+        list(stream(Store(broken)))
 
 
 # --- a full store ----------------------------------------------------------------------------------------------------

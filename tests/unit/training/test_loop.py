@@ -2,6 +2,7 @@
 
 import math
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,8 +52,8 @@ def run(state: TrainState, folder: Path, **settings: Any) -> list[dict[str, Any]
         "record": recorded.append,
         "report": lambda *_: None,
     }
-    checkpoints = Checkpoints(folder, keep=9)
-    train(state, LiveTeacher(build_model(seed=2)), checkpoints=checkpoints, **{**values, **settings})
+    values["checkpoints"] = Checkpoints(folder, keep=9)
+    train(state, LiveTeacher(build_model(seed=2)), **{**values, **settings})
     return recorded
 
 
@@ -236,6 +237,31 @@ def test_a_step_that_is_not_finite_is_not_taken(tmp_path, value):
     torch.testing.assert_close(dict(state.module.state_dict()), before, rtol=0, atol=0, equal_nan=True)
     assert state.step == 2
     assert saved(tmp_path) == ["step-00000002"]
+
+
+def test_a_checkpoint_that_is_still_written_is_the_last_good_one(tmp_path, monkeypatch):
+    """A step that fails meanwhile waits for it, and names it."""
+    state, waited, write, finish = state_of(), threading.Event(), Checkpoints._write, Checkpoints.finish
+
+    def late(*given: Any) -> None:
+        assert waited.wait(60)
+        write(*given)
+
+    def noted(checkpoints: Checkpoints) -> None:
+        if checkpoints._writing is not None:
+            waited.set()
+        finish(checkpoints)
+
+    def spoil(event: str, values: Any) -> None:
+        if event == "step" and values["step"] == 1:
+            state.module.model.model.norm.weight.register_hook(lambda gradient: gradient * math.nan)
+
+    monkeypatch.setattr(Checkpoints, "_write", late)
+    monkeypatch.setattr(Checkpoints, "finish", noted)
+    checkpoints = Checkpoints(tmp_path, keep=9, background=True)
+    with pytest.raises(NonFiniteError, match="step 2 is not finite") as raised:
+        run(state, tmp_path, checkpoints=checkpoints, checkpoint_every=1, report=spoil)
+    assert str(tmp_path / "step-00000001") in raised.value.why
 
 
 def test_a_gradient_that_is_not_finite_is_noticed_though_the_loss_is(tmp_path):
