@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from stillroom.config import Config, PathText, Positive, Quantization
-from stillroom.data.config import DataConfig, TextData
+from stillroom.data.config import DataConfig, TextData, TokensData
 from stillroom.store.config import SHARD_POSITIONS, HeadAndSample, HiddenStatesConfig, SignalConfig, TopK, TopP
 from stillroom.teachers.config import MOST_OPENAI
 
@@ -165,7 +165,7 @@ class CaptureConfig(Config):
             raise ValueError("data.weight: a store holds what the teacher said, and no weights of the data's own")
         if generate is not None and generate.answers > 1 and not generate.temperature:
             raise ValueError("generate.temperature=0 gives the same answer each time, so generate.answers must be 1")
-        if generate is not None and isinstance(data, TextData) and data.overlong == "split":
+        if generate is not None and isinstance(data, TextData | TokensData) and data.overlong == "split":
             raise ValueError(
                 "generate with data.overlong=split would take each piece of a long text for a prompt: set "
                 "data.overlong=cut, or drop"

@@ -99,9 +99,21 @@ class PromptCompletionData(_Data):
         return self
 
 
-DataConfig = Annotated[TextData | ChatData | PromptCompletionData, Field(discriminator="format")]
+class TokensData(_Data):
+    """Documents that are tokenized already, by the tokenizer of the models."""
 
-AnyData = TextData | ChatData | PromptCompletionData
+    format: Literal["tokens"]
+    column: str = "tokens"
+    """The column that holds the tokens of a row, as whole numbers."""
+    loss_mask: str | None = None
+    """The column that says of each token whether it is learned (0 or 1); null learns all."""
+    overlong: Literal["split", "cut", "drop"] = "split"
+    """A document longer than `length`: split into several, cut after `length` tokens, or left out. All are counted."""
+
+
+AnyData = TextData | ChatData | PromptCompletionData | TokensData
+
+DataConfig = Annotated[AnyData, Field(discriminator="format")]
 
 
 class StoredDataConfig(Config):

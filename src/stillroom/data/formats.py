@@ -24,8 +24,9 @@ from stillroom.data.chat_templates import (
     text_in,
     value_in,
 )
-from stillroom.data.config import AnyData, ChatData, PromptCompletionData, TextData
+from stillroom.data.config import AnyData, ChatData, PromptCompletionData, TextData, TokensData
 from stillroom.errors import DataError
+from stillroom.tokenizers import required_vocab_size
 
 
 class Encoded(NamedTuple):
@@ -76,8 +77,12 @@ def encoder(
         ConfigError: a text with columns in braces cannot be meant.
         DataError, from the encoder: a row lacks a column, or does not have the shape that the format needs.
     """
-    render = _renderer(config, tokenizer, template)
-    finish = _finisher(tokenizer, special_tokens=not needs_template(config), count_bytes=count_bytes)
+    if isinstance(config, TokensData):
+        read = _reader(config, required_vocab_size(tokenizer))
+    else:
+        render = _renderer(config, tokenizer, template)
+        finish = _finisher(tokenizer, special_tokens=not needs_template(config), count_bytes=count_bytes)
+        read = lambda rows, names: finish(list(map(render, rows, names)), names)  # noqa: E731
     column = config.weight
 
     def weighted(document: Encoded, row: Row, name: Name) -> Encoded:
@@ -94,15 +99,58 @@ def encoder(
 
     def encode(rows: Sequence[Row], name: Callable[[int], str]) -> list[Encoded]:
         names = [partial(name, index) for index in range(len(rows))]
-        documents = finish(list(map(render, rows, names)), name)
+        documents = read(rows, names)
         return documents if column is None else list(map(weighted, documents, rows, names))
 
     return encode
 
 
+def _reader(config: TokensData, vocab_size: int) -> Callable[[Sequence[Row], Sequence[Name]], list[Encoded]]:
+    """What reads rows that hold their tokens. It raises DataError where they are no tokens of the tokenizer, or a mask
+    does not fit them."""
+
+    def read(row: Row, name: Name) -> Encoded:
+        tokens = _numbers(row, config.column, vocab_size, name)
+        if config.loss_mask is None:
+            return Encoded(tokens, np.ones(len(tokens), dtype=bool))
+        mask = _numbers(row, config.loss_mask, 2, name)
+        if len(mask) != len(tokens):
+            raise DataError(
+                f"{name()}: the mask is not as long as the tokens",
+                {config.column: len(tokens), config.loss_mask: len(mask)},
+                why="It says of each token whether it is learned.",
+                fix="Mend the row; the mask speaks of each token itself, and is not shifted.",
+            )
+        return Encoded(tokens, mask.astype(bool))
+
+    return lambda rows, names: list(map(read, rows, names))
+
+
+def _numbers(row: Row, column: str, below: int, name: Name) -> np.ndarray:
+    """The whole numbers from 0 to ``below`` (excluded) in a column, int32 [n]."""
+    value = value_in(row, column, name)
+    numbers = np.asarray(value if isinstance(value, list) and all(type(one) in (int, bool) for one in value) else None)
+    if numbers.dtype.kind not in "bi" and value != []:
+        raise DataError(
+            f"{name()}: the column `{column}` does not hold whole numbers",
+            {"expected": "a list of whole numbers", "found": f"{value!r:.60} ({type(value).__name__})"},
+            why="Nothing is converted or left out, since either would change the data without a word.",
+            fix="Mend or delete the row, or name another column.",
+        )
+    if len(numbers) and not (numbers.min() >= 0 and numbers.max() < below):
+        wrong = int(numbers[(numbers < 0) | (numbers >= below)][0])
+        raise DataError(
+            f"{name()}: the column `{column}` holds a number that means nothing",
+            {"found": wrong, "from 0 to": below - 1},
+            why="A token of another tokenizer is another word, and one beyond the vocabulary is none.",
+            fix="Tokenize with the tokenizer of the models; a mask holds 0 and 1.",
+        )
+    return numbers.astype(np.int32)
+
+
 # --- rows to text ----------------------------------------------------------------------------------------------------
 def _renderer(
-    config: AnyData, tokenizer: PreTrainedTokenizerBase, template: str | None
+    config: TextData | ChatData | PromptCompletionData, tokenizer: PreTrainedTokenizerBase, template: str | None
 ) -> Callable[[Row, Name], Rendered]:
     keep_all = isinstance(config, TextData) or config.keep == "all"
     chat = ChatRenderer(tokenizer, template, keep_all) if needs_template(config) else None
@@ -145,14 +193,14 @@ def _renderer(
 # --- text to tokens --------------------------------------------------------------------------------------------------
 def _finisher(
     tokenizer: PreTrainedTokenizerBase, special_tokens: bool, count_bytes: bool
-) -> Callable[[list[Rendered], Callable[[int], str]], list[Encoded]]:
+) -> Callable[[list[Rendered], Sequence[Name]], list[Encoded]]:
     vocabulary = tokenizer.get_vocab()
     bos, eos = vocabulary.get(str(tokenizer.bos_token)), vocabulary.get(str(tokenizer.eos_token))
     adds_bos = bos is not None and special_tokens and tokenizer("")["input_ids"][:1] == [bos]
     added = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
     special = np.array([*added, *tokenizer.all_special_ids], dtype=np.int32)
 
-    def finish(rendered: list[Rendered], name: Callable[[int], str]) -> list[Encoded]:
+    def finish(rendered: list[Rendered], names: Sequence[Name]) -> list[Encoded]:
         encoding = tokenizer(
             [item.text for item in rendered],
             add_special_tokens=special_tokens,
@@ -163,9 +211,9 @@ def _finisher(
         )
         offsets = encoding.get("offset_mapping") or [None] * len(rendered)
         documents: list[Encoded] = []
-        for index, (item, ids, places) in enumerate(zip(rendered, encoding["input_ids"], offsets, strict=True)):
+        for item, ids, places, name in zip(rendered, encoding["input_ids"], offsets, names, strict=True):
             tokens = np.array(ids, dtype=np.int32)
-            target_mask = _target_mask(item, len(tokens), places, partial(name, index))
+            target_mask = _target_mask(item, len(tokens), places, name)
             num_bytes = _num_bytes(item.text, places, np.isin(tokens, special)) if count_bytes else None
             document = Encoded(tokens, target_mask, num_bytes=num_bytes)
             if adds_bos and len(tokens) > 1 and tokens[1] == bos:

@@ -19,7 +19,7 @@ from typing import Any
 
 from stillroom.config import is_local
 from stillroom.data.chat_templates import Template
-from stillroom.data.config import AnyData, ChatData, TextData, cache_folder
+from stillroom.data.config import AnyData, ChatData, TextData, TokensData, cache_folder
 from stillroom.errors import DataError, MissingError, did_you_mean, first_line, require
 from stillroom.recipe import parse_json
 from stillroom.terminal import redact
@@ -46,7 +46,7 @@ def open_source(config: AnyData) -> "Source":
 
 def columns_of(config: AnyData) -> frozenset[str]:
     """The columns that the settings may read of a row."""
-    if isinstance(config, TextData):
+    if isinstance(config, TextData | TokensData):
         return frozenset([config.column])
     if isinstance(config, ChatData):
         return frozenset(["messages", "conversations"] if config.column == "auto" else [config.column])

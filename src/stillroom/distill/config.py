@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from stillroom.config import Config, PathText, Positive, replace
-from stillroom.data.config import AnyData, ChatData, HeldOutConfig, PromptCompletionData, StoredDataConfig, TextData
+from stillroom.data.config import AnyData, HeldOutConfig, StoredDataConfig
 from stillroom.distributed.config import AutoParallelConfig, ParallelConfig
 from stillroom.losses.config import ByColumn, ObjectiveConfig
 from stillroom.teachers.config import LiveTeacherConfig, ServerTeacherConfig, StoreTeacherConfig
@@ -32,7 +32,7 @@ class DistillConfig(Config):
     ) = None
     """The source of what is learned: a live model, one behind a server, or a store; null trains on the data's own
     labels alone."""
-    data: Annotated[TextData | ChatData | PromptCompletionData | StoredDataConfig, Field(discriminator="format")]
+    data: Annotated[AnyData | StoredDataConfig, Field(discriminator="format")]
     """The text that they read."""
     held_out: HeldOutConfig | None = None
     """The text that the student is measured on."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, model_validator
 
 from stillroom.config import Config, PathText, Positive, load
-from stillroom.data.config import DataConfig, TextData
+from stillroom.data.config import DataConfig, TextData, TokensData
 from stillroom.errors import ConfigError, MissingError
 from stillroom.recipe import read_recipe
 
@@ -191,7 +191,9 @@ class EvaluateConfig(Config):
     @property
     def cuts(self) -> bool:
         """Whether a long document loses text, and where depends on the tokenizer."""
-        return self.data is not None and not (isinstance(self.data, TextData) and self.data.overlong == "split")
+        return self.data is not None and not (
+            isinstance(self.data, TextData | TokensData) and self.data.overlong == "split"
+        )
 
 
 # --- descriptions ----------------------------------------------------------------------------------------------------

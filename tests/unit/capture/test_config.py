@@ -258,7 +258,7 @@ def test_only_known_settings_are_taken(loaded, override, what):
     [
         ("signal={kind: nonsense}", "signal", "there are top_k, top_p, sampled, head_and_sample, full"),
         ("teacher.engine={kind: tgi}", "teacher.engine", "there are transformers, vllm, openai"),
-        ("data={path: d, format: store}", "data", "there are text, chat, prompt_completion"),
+        ("data={path: d, format: store}", "data", "here are text, chat, prompt_completion, tokens"),
     ],
 )
 def test_another_kind_says_which_kinds_there_are(loaded, override, key, words):

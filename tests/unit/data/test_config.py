@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from stillroom.config import Config
-from stillroom.data.config import AnyData, ChatData, DataConfig, PromptCompletionData, TextData, most_tokens
+from stillroom.data.config import AnyData, ChatData, DataConfig, PromptCompletionData, TextData, TokensData, most_tokens
 from stillroom.data.dataset import prepare
 from stillroom.tokenizers import load_tokenizer
 
@@ -31,7 +31,7 @@ def test_the_format_chooses_the_settings(format_, config_class):
 
 def test_every_format_can_be_chosen():
     [union, *_] = get_args(DataConfig)
-    assert set(get_args(union)) == set(get_args(AnyData)) == {TextData, ChatData, PromptCompletionData}
+    assert set(get_args(union)) == set(get_args(AnyData)) == {TextData, ChatData, PromptCompletionData, TokensData}
 
 
 @pytest.mark.parametrize(

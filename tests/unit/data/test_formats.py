@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import CHATML, build_tokenizer
 from stillroom.data.chat_templates import learns_to_stop
-from stillroom.data.config import AnyData, ChatData, PromptCompletionData, TextData
+from stillroom.data.config import AnyData, ChatData, PromptCompletionData, TextData, TokensData
 from stillroom.data.formats import encoder
 from stillroom.errors import ConfigError, DataError, MissingError
 
@@ -487,6 +487,38 @@ def test_all_cannot_be_learned_where_a_message_says_otherwise(chat_tokenizer: Pr
 )  # fmt: skip
 def test_a_template_in_which_no_end_is_learned_is_known(chat_tokenizer, template: str, wanted: bool | None) -> None:
     assert learns_to_stop(chat_tokenizer, template) is wanted
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+def tokens_data(**settings) -> TokensData:
+    return TokensData(format="tokens", path="x.jsonl", **settings)
+
+
+def test_rows_that_are_tokenized_already(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"tokens": [0, 5, 299], "m": [0, 1, True]}, {"tokens": [], "m": []}]
+    whole, empty = encode(tokens_data(), tiny_tokenizer, rows)
+    assert (whole.tokens.tolist(), whole.tokens.dtype, whole.target_mask.all()) == ([0, 5, 299], "int32", True)
+    assert not len(empty.tokens)
+    masked, _ = encode(tokens_data(loss_mask="m"), tiny_tokenizer, rows)
+    assert masked.target_mask.tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"t": [1]}, "has no column `tokens`"),
+        ({"tokens": "1 2", "m": []}, "does not hold whole numbers"),
+        ({"tokens": [1, 2.0], "m": []}, "does not hold whole numbers"),
+        ({"tokens": [1, 2**70], "m": []}, "does not hold whole numbers"),
+        ({"tokens": [1, 300], "m": []}, r"means nothing\n  found: 300 +from 0 to: 299"),
+        ({"tokens": [-1], "m": []}, "found: -1"),
+        ({"tokens": [1, 2], "m": [1]}, r"tokens: 2 +m: 1"),
+        ({"tokens": [1, 2], "m": [1, 2]}, r"found: 2 +from 0 to: 1"),
+    ],
+)
+def test_tokens_that_mean_nothing_are_refused(tiny_tokenizer: PreTrainedTokenizerFast, row: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        encode(tokens_data(loss_mask="m"), tiny_tokenizer, [row])
 
 
 def test_a_tokenizer_that_cannot_say_a() -> None:
