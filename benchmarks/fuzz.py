@@ -1,6 +1,6 @@
 """Files that were damaged, cut off, or made to harm: whether anything wrong is accepted, or ends in a traceback.
 
-python benchmarks/fuzz.py [--minutes 10] [--seed 0] [--only NAME …] [--cases N]
+python benchmarks/fuzz.py [--minutes 10] [--seed 0] [--only NAME …] [--cases N] [--json FILE]
 
 A run, a store and models are made once. Then one file of a copy is changed, by a flipped byte, a cut, a piece that is
 lost or doubled, or in JSON by another value, and a command that reads it runs in a process of its own. What can come of
@@ -255,7 +255,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--cases", type=int, help="so many of each kind of file, and no limit of time")
     parser.add_argument("--case", type=int, help="this one alone, and what it said")
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"), help="where the result goes")
     options = parser.parse_args()
+    options.json = options.json.resolve()
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
     base = Path(tempfile.mkdtemp()).resolve()
     counts = {name: Counter[str]() for name in options.only}
@@ -285,7 +287,7 @@ def main() -> int:
     print(f"{'':18}{''.join(f'{kind:>11}' for kind in kinds)}")
     for name, found in counts.items():
         print(f"{name:18}{''.join(f'{found[kind]:11,}' for kind in kinds)}")
-    save(__file__, {"machine": machine(), "seed": options.seed, "counts": counts, "faults": faults})
+    save(options.json, {"machine": machine(), "seed": options.seed, "counts": counts, "faults": faults})
     return 1 if faults else 0
 
 

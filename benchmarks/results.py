@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 
-def save(script: str, result: dict[str, Any]) -> None:
+def save(script: str | Path, result: dict[str, Any]) -> None:
     path = Path(script).with_suffix(".json")
     path.write_text(json.dumps({"date": datetime.now(UTC).date().isoformat(), **result}, indent=1) + "\n")
-    print(f"written: benchmarks/{path.name}")
+    print(f"written: {path.parent.name}/{path.name}")
 
 
 def machine() -> dict[str, Any]:

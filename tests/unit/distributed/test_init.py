@@ -59,7 +59,7 @@ def test_two_processes_join_and_leave_more_than_once(of_torchrun):
         )
         for rank in range(2)
     ]
-    texts = [process.communicate(timeout=300)[0] for process in processes]
+    texts = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     for rank, text in enumerate(texts):
         entries = json.loads(text)
