@@ -3,7 +3,7 @@ wide."""
 
 import re
 import unicodedata
-from typing import Any
+from typing import Any, TextIO
 
 
 def escaped(text: str) -> str:
@@ -55,3 +55,9 @@ def redact(value: Any) -> Any:
         return value
     value = re.sub(r"(\w+://)[^/\s]*@", r"\1***@", value)
     return re.sub(rf"(?i)([?&][\w.-]*(?:{SECRET})[\w.-]*=)[^&\s'\"]*", r"\1***", value)
+
+
+def say(text: object, to: TextIO | None = None, end: str = "\n") -> None:
+    """Prints what may hold text from outside, on stdout or ``to``: without secrets, and nothing that a terminal would
+    obey."""
+    print(harmless(redact(str(text))), file=to, end=end)

@@ -13,7 +13,7 @@ from importlib import import_module
 from stillroom import __version__
 from stillroom.cli.arguments import Arguments, parse
 from stillroom.errors import ReportedElsewhere, StillroomError, Stopped
-from stillroom.terminal import harmless, redact
+from stillroom.terminal import say
 
 VERBS = {
     "capture": "ask a teacher once, and store what it said",
@@ -91,7 +91,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _say(text: str) -> int:
-    print(text)
+    say(text)
     return 0
 
 
@@ -101,6 +101,6 @@ def _failed(text: str, debug: bool) -> int:
 
 
 def _show(text: str) -> None:
-    """Prints on stderr what may hold text from outside: without secrets, and without what a terminal would obey."""
+    """Says something on stderr, where there still is one."""
     with suppress(OSError):  # a terminal that was closed
-        print(harmless(redact(text)), file=sys.stderr)
+        say(text, to=sys.stderr)

@@ -68,6 +68,13 @@ def files_of(path: Path) -> list[Path]:
             fix="Check data.path; a hub name is written as owner/name.",
         )
     if not path.is_dir():
+        if not path.is_file():
+            raise DataError(
+                f"the data {path} is no regular file",
+                {"found": "a pipe, a socket or a device", "expected": "a file or a folder"},
+                why="The data are read more than once, and what comes through a pipe would be waited for without end.",
+                fix="Write it into a file first, and name that.",
+            )
         return [path]
     return _one_kind(sorted(file for file in path.iterdir() if file.is_file()), path)
 

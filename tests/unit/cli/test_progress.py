@@ -217,3 +217,9 @@ def test_tokens_that_models_have_read_and_answers_are_counted(capsys):
         "distilled: 2,000 of 2,000 tokens",
         "blimp: teacher: 70 of 70 answers",
     ]
+
+
+def test_names_and_notes_from_outside_are_harmless_and_hold_no_secret(capsys):
+    with Progress() as progress:
+        progress("note", {"text": "read https://me:pw@h/a?pwd=x of \x1b[2J\u202e"})
+    assert said(capsys)[-1] == "read https://***@h/a?pwd=*** of \\x1b[2J\\u202e"

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 from pathlib import Path
 
 import fsspec
@@ -345,3 +346,9 @@ def test_a_file_is_read_whatever_split_its_name_tells(tmp_path):
     (tmp_path / "test.jsonl").write_bytes(JSONL)
     assert list(source_of(tmp_path / "test.jsonl").rows()) == ROWS
     assert list(source_of(tmp_path / "test.jsonl", split="test").rows()) == ROWS
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="is no regular file"):
+        source_of(tmp_path / "a.jsonl")
