@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from stillroom.errors import DataError, MissingError
 from stillroom.evaluate.config import Role
@@ -86,6 +86,13 @@ class Breakdown(Record):
     forward_kl_nats: dict[str, tuple[float | None, ...]]
     """The mean of each bin by model; None where a bin is empty."""
 
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        for name, values in (("num_tokens", self.num_tokens), *self.forward_kl_nats.items()):
+            if len(values) != len(self.labels):
+                raise ValueError(f"{name} has {len(values)} values for {len(self.labels)} labels")
+        return self
+
 
 class Passage(Record):
     """A passage of the text in which a model is far from the teacher."""
@@ -97,6 +104,12 @@ class Passage(Record):
     tokens: tuple[str, ...]
     kl_nats: tuple[float, ...]
     """The KL of the prediction of each token."""
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        if len(self.kl_nats) != len(self.tokens):
+            raise ValueError(f"kl_nats has {len(self.kl_nats)} values for {len(self.tokens)} tokens")
+        return self
 
 
 class Results(Record):

@@ -237,3 +237,24 @@ def test_results_that_are_not_there_or_not_results(tmp_path):
     (tmp_path / "results.json").write_text('{"models": [], "command": "x", "metrics": {"a": {"b": {"valu": 1}}}}')
     with pytest.raises(DataError, match=r"metrics\.a\.b\.value"):
         read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (("breakdowns", 1, "num_tokens"), "num_tokens has 5 values for 6 labels"),
+        (("breakdowns", 1, "forward_kl_nats", "distilled"), "distilled has 5 values for 6 labels"),
+        (("breakdowns", 1, "labels"), "num_tokens has 6 values for 5 labels"),
+        (("worst", "distilled", 2, "kl_nats"), r"kl_nats has \d+ values for \d+ tokens"),
+    ],
+)
+def test_results_whose_lists_are_not_of_one_length_are_refused(tmp_path, keys, said):
+    build_evaluation(tmp_path)
+    path = tmp_path / "results.json"
+    results = node = json.loads(path.read_text())
+    for key in keys:
+        node = node[key]
+    node.pop()
+    path.write_text(json.dumps(results))
+    with pytest.raises(DataError, match=said):
+        rebuild(tmp_path)
