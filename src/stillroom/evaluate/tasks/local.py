@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import regex
 
 from stillroom.data.chat_templates import Name, Row, Template, text_in, value_in
 from stillroom.data.sources import FileSource, files_of
@@ -332,8 +333,12 @@ class LocalBenchmark(NamedTuple):
         return Item(id=one.id, group=one.group, models=answers, **parts)
 
 
+LONGEST_MATCH_S = 10.0
+"""The time that a regular expression of a task may take for one answer."""
+
+
 def apply(filters: Sequence[Filter], text: str) -> str:
-    """Applies filters to a text, in turn."""
+    """Applies filters to a text, in turn. Raises DataError where a regular expression does not end."""
     for one in filters:
         if one == "strip":
             text = text.strip()
@@ -343,7 +348,15 @@ def apply(filters: Sequence[Filter], text: str) -> str:
             found = NUMBER.findall(text)
             text = _plain_number(found[-1]) if found else ""
         else:
-            matches = list(re.finditer(one.pattern, text))
+            try:
+                matches = list(regex.finditer(one.pattern, text, timeout=LONGEST_MATCH_S))
+            except TimeoutError:
+                raise DataError(
+                    "a filter's regular expression takes too long",
+                    {"pattern": f"{one.pattern:.100}", "tried for": f"{LONGEST_MATCH_S:g} s", "on": f"{text!r:.60}"},
+                    why="Some patterns try more ways than there is time for: those of which two parts can match the same.",
+                    fix="Write it so that only one part can match each text: ^(a|aa)+$ as ^a+$, say.",
+                ) from None
             text = (matches[-1][1 if matches[-1].re.groups else 0] or "") if matches else ""
     return text
 

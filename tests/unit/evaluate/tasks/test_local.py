@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from conftest import build_model
-from stillroom.errors import MissingError
+from stillroom.errors import DataError, MissingError
 from stillroom.evaluate.config import Filter, LocalTask, Regex, read_description
 from stillroom.evaluate.tasks import local
 from stillroom.evaluate.tasks.likelihood import Likelihood
@@ -111,6 +111,13 @@ def test_an_answer_is_filtered_and_compared(tmp_path: Path, monkeypatch: pytest.
 )
 def test_filters(filters: list[Filter], text: str, wanted: str):
     assert apply(filters, text) == wanted
+
+
+def test_a_pattern_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(local, "LONGEST_MATCH_S", 0.05)
+    pattern = Regex(kind="regex", pattern=r"^(a|aa)+$")
+    with pytest.raises(DataError, match="takes too long"):
+        apply([pattern], "a" * 60 + "b")
 
 
 def test_a_server_without_a_tokenizer_is_refused():
