@@ -354,7 +354,7 @@ def apply(filters: Sequence[Filter], text: str) -> str:
                 raise DataError(
                     "a filter's regular expression takes too long",
                     {"pattern": f"{one.pattern:.100}", "tried for": f"{LONGEST_MATCH_S:g} s", "on": f"{text!r:.60}"},
-                    why="Some patterns try more ways than there is time for: those of which two parts can match the same.",
+                    why="It tries more ways than there is time for, as where two of its parts can match the same text.",
                     fix="Write it so that only one part can match each text: ^(a|aa)+$ as ^a+$, say.",
                 ) from None
             text = (matches[-1][1 if matches[-1].re.groups else 0] or "") if matches else ""
