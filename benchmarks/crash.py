@@ -1,6 +1,6 @@
 """Runs that are killed, that a disk fails, or that lose power at a random write: whether they end in the same bytes.
 
-python benchmarks/crash.py [--rounds 300] [--add] [--seed 0] [--verb NAME …] [--kind NAME …] [--case NUMBER]
+python benchmarks/crash.py [--rounds 300] [--minutes M] [--add] [--seed 0] [--verb NAME …] [--kind NAME …] [--case N]
 
 Each verb runs once undisturbed. Then, round after round, it runs in an empty folder until one of its operations on
 files, drawn at random, which does one of three things:
@@ -429,6 +429,7 @@ def preloaded(folder: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--minutes", type=float, default=1e9, help="end after so many, whatever is left")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verb", nargs="+", default=list(VERBS), choices=list(VERBS))
     parser.add_argument("--kind", nargs="+", default=list(KINDS), choices=list(KINDS))
@@ -471,8 +472,10 @@ def main() -> int:
             print(*campaign.round(options.verb[0], options.kind[0], options.case, options.seed))
             return 0
         cases = [(name, kind) for kind in options.kind for name in options.verb]
-        for i in range(first, first + options.rounds):
-            (name, kind), case = cases[i % len(cases)], i // len(cases)
+        rounds, last = first, first + options.rounds
+        while rounds < last and time.monotonic() < start + 60 * options.minutes:
+            (name, kind), case = cases[rounds % len(cases)], rounds // len(cases)
+            rounds += 1
             found, said = campaign.round(name, kind, case, options.seed)
             counts[name][kind][found] += 1
             if found in FAULTS:
@@ -485,7 +488,6 @@ def main() -> int:
     for name, of_kind in counts.items():
         print(f"{name:28}" + "".join(f"{found['same']:5} of {found.total():3}" for found in of_kind.values()))
     same = sum(found["same"] for of_kind in counts.values() for found in of_kind.values())
-    rounds = first + options.rounds
     print(f"{same} of {rounds} rounds end in the same bytes, {time.monotonic() - start:.0f} s")
     save(options.json, {"machine": machine(), "seed": options.seed, "rounds": rounds, "same": same, "counts": counts,
                     "faults": faults})  # fmt: skip

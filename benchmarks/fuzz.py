@@ -34,7 +34,17 @@ from pathlib import Path
 from typing import Any
 
 from results import machine, save
-from same_results import TRAIN, TRAIN_TEXT, command, forked, make_data, make_models, model_facts
+from same_results import (
+    TRAIN,
+    TRAIN_TEXT,
+    command,
+    forked,
+    import_everything,
+    make_data,
+    make_models,
+    model_facts,
+    warm_up,
+)
 
 SECONDS = 30
 MOST_BYTES = 2**30
@@ -263,7 +273,9 @@ def main() -> int:
     counts = {name: Counter[str]() for name in options.only}
     faults: list[dict[str, Any]] = []
     try:
+        import_everything(Path(__file__).resolve().parents[1] / "src")
         make_base(base)
+        warm_up()
         before = {name: outcome(base, TARGETS[name], lambda _: None) for name in options.only}
         for name, (kind, _, said, _) in before.items():
             if kind != "done":

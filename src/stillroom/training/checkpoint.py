@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +37,8 @@ from stillroom.training.state import TrainState
 
 PLAIN = ("step", "num_tokens", "time_s", "held_out", "measured_at", "best")
 """The fields of a TrainState that are written as JSON."""
+ZIP_WRITER = "PytorchStreamWriter|inline_container"
+"""What errors of torch's zip writer name."""
 
 
 class Checkpoints:
@@ -124,7 +127,8 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             if any(isinstance(cause, KeyboardInterrupt) for cause in _causes(error)):
                 raise KeyboardInterrupt from error
-            of_disk = any(isinstance(e, OSError) or "PytorchStreamWriter" in str(e) for e in _causes(error))
+            # another process tells what torch's zip writer said, and not the OSError behind it
+            of_disk = any(isinstance(e, OSError) or re.search(ZIP_WRITER, str(e)) for e in _causes(error))
             if isinstance(error, StillroomError) or not of_disk:
                 raise
             there = next(folder for folder in (self.folder, *self.folder.parents) if folder.is_dir())

@@ -1,5 +1,6 @@
 """Joining and leaving process groups, more than once in a process; and which run a restarted process belongs to."""
 
+import itertools
 import json
 import os
 import socket
@@ -11,9 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import HashStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.fsdp import fully_shard
 
+from stillroom.distributed import init
+from stillroom.distributed.group import RankGroup
 from stillroom.distributed.init import began, destroy_distributed, init_distributed
 from stillroom.runs import write_json
 
@@ -67,6 +70,25 @@ def test_two_processes_join_and_leave_more_than_once(of_torchrun):
         assert [entry[1] for entry in entries] == [[[number, 0], [number, 1]] for number in range(3)]
         assert [entry[2] for entry in entries] == [{}, {}, {}]
         assert [entry[3] for entry in entries] == ([0, 1, 2] if rank == 0 else [None] * 3)
+
+
+def test_an_attempt_of_torchrun_meets_nobody_of_the_attempt_before(monkeypatch):
+    """torchrun's store keeps what they have written; who does not come is named."""
+    monkeypatch.setattr(init, "_stores", {("here", 1): HashStore()})
+    monkeypatch.setattr(init, "JOIN_TIME", timedelta(milliseconds=50))
+    for name, value in {"MASTER_ADDR": "here", "MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+
+    def join(rank: int, attempt: int) -> None:
+        monkeypatch.setattr(init, "_entries", itertools.count(1))
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        init._join_store(RankGroup(rank, 2))
+
+    with pytest.raises(RuntimeError, match="rank 0 did not come"):
+        join(1, attempt=0)
+    join(0, attempt=0)
+    with pytest.raises(RuntimeError, match="rank 1 did not come"):
+        join(0, attempt=1)
 
 
 def test_one_process_that_shards_joins_and_leaves_twice(monkeypatch):

@@ -61,6 +61,27 @@ def test_one_process_of_all_hosts_chooses_what_is_cut_and_the_others_are_told():
     assert all(told == mask for rank, told in seen if rank)
 
 
+def test_where_the_first_of_a_node_fails_its_others_still_go():
+    """They wait for it, and would wait for ever."""
+    done: list[int] = []
+
+    def make(rank: int) -> None:
+        done.append(rank)
+        if rank == 0:
+            raise DataError("a row is damaged", why="It is a test.", fix="Nothing.")
+
+    first, other = in_ranks(2, lambda ranks: ranks.local_rank0_first(lambda: make(ranks.rank)))
+    assert type(first) is DataError
+    assert type(other) is ReportedElsewhere
+    assert done == [0, 1]
+
+
+def test_work_is_divided_so_that_each_thing_is_of_one():
+    shares = in_ranks(3, lambda ranks: ranks.shard("abcdefgh"))
+    assert sorted("".join(shares)) == list("abcdefgh")
+    assert [len(share) for share in shares] == [3, 3, 2]
+
+
 def test_what_fails_in_some_is_reported_by_rank_0_with_their_ranks():
     def run(ranks: RankGroup) -> object:
         def make() -> int:

@@ -326,6 +326,15 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         Checkpoints(tmp_path / "file" / "checkpoints", keep=1).save(build_state())
 
 
+def test_a_disk_that_fails_under_another_process(tmp_path, monkeypatch):
+    """The zip writer of that process could not write its end; the OSError before it does not travel."""
+    said = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    monkeypatch.setattr(FileSystemWriter, "write_data", lambda *_: (_ for _ in ()).throw(said))
+    with pytest.raises(StorageError, match="could not be written"):
+        Checkpoints(tmp_path, keep=1).save(build_state())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_bug_while_saving_is_no_storage_error(tmp_path, monkeypatch):
     state = build_state()
     monkeypatch.setattr(state.stream, "state", lambda: 1 / 0)

@@ -105,6 +105,15 @@ def test_a_context_that_all_share_is_not_read_beyond_its_last_token(length: int)
     assert found == pytest.approx([naive(model, request) for request in asked], abs=1e-5)
 
 
+@pytest.mark.parametrize("other", [3, 17, 19])
+def test_contexts_that_differ_before_their_end_share_no_more_than_they_have_in_common(other: int):
+    model, context = build_model(), list(range(2, 42))
+    differs = [*context[:other], 200, *context[other + 1 :]]
+    asked = [Request(context, [50, 51]), Request(differs, [50, 51]), Request(context, [52])]
+    found = [one.log_likelihood for one in log_likelihoods(model, asked)]
+    assert found == pytest.approx([naive(model, request) for request in asked], abs=1e-5)
+
+
 def test_too_long_a_context_is_cut_at_its_left_and_told():
     model = build_model(max_position_embeddings=8)
     tokens = list(range(10, 30))
