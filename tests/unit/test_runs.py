@@ -434,12 +434,19 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name_and_the_old_one_goes_las
 
 
 def test_a_folder_that_cannot_take_the_place_of_another_leaves_it(replaced, tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def refuse(path: Path, to: Path) -> Path:
+        if path.name == ".model.tmp":
+            raise OSError("it cannot be moved")
+        return rename(path, to)
+
     monkeypatch.setattr(runs, "_exchange", lambda *_: False)
-    shutil.rmtree(tmp_path / ".model.tmp")
-    with pytest.raises(FileNotFoundError):
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="cannot be moved"):
         runs.replace_folder(tmp_path / ".model.tmp", tmp_path / "model")
     assert replaced() == "old"
-    assert entries(tmp_path) == ["model"]
+    assert entries(tmp_path) == [".model.tmp", "model"]
 
 
 def test_a_lock_on_a_file_that_is_no_longer_there_is_none(tmp_path, monkeypatch):
