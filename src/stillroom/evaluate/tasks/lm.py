@@ -226,7 +226,7 @@ def _generate(
     max_tokens: int,
     ends: Sequence[int],
     batch: Sequence[int],
-) -> list[str]:
+) -> list[str]:  # kept: what is tried again in halves where the device's memory does not suffice
     prompts = [ids[i] for i in batch]
     stops, pad = Stops(until, tokenizer), ends[0] if ends else 0
     found = write(model, prompts, Sampling(max_tokens), ends=ends, pad_token=pad, stops=stops)
