@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 EVERY_CORE := OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test coverage mutations fuzz check e2e gpu gpu-bench bench docs clean
+.PHONY: demo test coverage mutations fuzz crash check e2e gpu gpu-bench bench docs clean
 
 demo: .venv/.stillroom  ## a teacher and four students on this machine's own Python source, and their report, in about ten minutes
 	$(OFFLINE) $(BIN)/python examples/demo.py
@@ -21,6 +21,9 @@ mutations: .venv/.tools  ## faults made by hand, which tests must catch
 
 fuzz: .venv/.tools  ## damaged and hostile files, for ten minutes: what is refused, and what is not
 	$(OFFLINE) $(BIN)/python benchmarks/fuzz.py
+
+crash: .venv/.tools  ## kills, failing disks and power cuts at random writes of every verb, for a quarter of an hour; needs a C compiler
+	$(OFFLINE) $(BIN)/python benchmarks/crash.py
 
 check: .venv/.tools  ## style, types, and which module may import which
 	$(BIN)/ruff check .
