@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from stillroom.errors import ConfigError
+from stillroom.terminal import say
 
 if TYPE_CHECKING:
     from stillroom.config import Config
@@ -134,7 +135,7 @@ def run_verb(
     from stillroom.config import explain, load  # which is no part of what answers `stillroom --help`
 
     if "help" in arguments.flags:
-        print(f"usage: stillroom {verb} [RECIPE.yaml] [key=value …]\n\n{explain(config_class)}")
+        say(f"usage: stillroom {verb} [RECIPE.yaml] [key=value …]\n\n{explain(config_class)}")
         return 0
     config = load(config_class, arguments.recipe, arguments.overrides)
 
@@ -146,7 +147,7 @@ def run_verb(
 
     quiet()
     if dry:
-        print(module.make_plan(config), end="")
+        say(str(module.make_plan(config)).rstrip("\n"))
         return 0
     with Progress(quiet="quiet" in arguments.flags) as progress:
         record = module.run(
@@ -154,5 +155,5 @@ def run_verb(
         )
     if not record:  # another process of the run tells it
         return 0
-    print(summary(record))
+    say(summary(record))
     return code(record)

@@ -12,7 +12,7 @@ from stillroom.chat.config import ChatConfig
 from stillroom.cli.arguments import Arguments, refuse_flags
 from stillroom.config import explain, load
 from stillroom.errors import ConfigError
-from stillroom.terminal import fitted, harmless, width
+from stillroom.terminal import fitted, harmless, say, width
 
 if TYPE_CHECKING:
     from stillroom.chat.run import Piece
@@ -34,7 +34,7 @@ settings"""
 
 def main(arguments: Arguments) -> int:
     if "help" in arguments.flags:
-        print(f"{USAGE}\n{explain(ChatConfig)}")
+        say(f"{USAGE}\n{explain(ChatConfig)}")
         return 0
     refuse_flags(
         "chat",
@@ -65,12 +65,12 @@ def main(arguments: Arguments) -> int:
         quiet()
 
         def notify(text: str) -> None:
-            print(harmless(text), file=sys.stderr)
+            say(text, error=True)
 
         prompts = _typed() if prompt is None else [prompt]
         run(config, prompts, lambda pieces: _show(config.models, pieces), notify, turn_by_turn=typed)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        say("\ninterrupted", error=True)
         return 130
     return 0
 
@@ -83,7 +83,7 @@ def _typed() -> Iterator[str]:
         try:
             line = input("> ")
         except EOFError:
-            print()
+            say("")
             return
         if line.strip():
             yield line
@@ -100,10 +100,16 @@ def _show(names: tuple[str, ...], pieces: "Iterator[Piece]") -> None:
         _one_after_the_other(names, pieces, [partial(column.add, 0) for column in columns])
         return
     screen = SideBySide(names, size.columns - 1, size.lines)
-    sys.stdout.write(screen.head())
+    _draw(screen.head())
     for piece in pieces:
-        sys.stdout.write(screen.add(*piece))
-        sys.stdout.flush()
+        _draw(screen.add(*piece))
+
+
+def _draw(text: str) -> None:
+    """Writes a piece of an answer, in which `harmless` has left nothing but what moves the cursor here; and to a file
+    or a pipe the answer as it is."""
+    sys.stdout.write(text)  # noqa: TID251
+    sys.stdout.flush()
 
 
 def _as_it_comes(text: str, last: bool) -> str:  # kept: a callback
@@ -120,15 +126,14 @@ def _one_after_the_other(names: tuple[str, ...], pieces: "Iterator[Piece]", writ
 
     def begin() -> None:
         if len(names) > 1:
-            title = harmless(names[now]) if sys.stdout.isatty() else names[now]
-            print(f"{'' if now == 0 else chr(10)}== {title} ==")
+            say(f"{'' if now == 0 else chr(10)}== {names[now]} ==")
 
     begin()
     for piece in pieces:
         waiting[piece.model] += piece.text
         done[piece.model] |= piece.last
         while now < len(names):
-            print(written[now](waiting[now], done[now]), end="", flush=True)
+            _draw(written[now](waiting[now], done[now]))
             waiting[now] = ""
             if not done[now]:
                 break

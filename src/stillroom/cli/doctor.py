@@ -1,7 +1,6 @@
 """``stillroom doctor``."""
 
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ from stillroom.config import explain, load
 from stillroom.distill.config import DistillConfig
 from stillroom.doctor.findings import Finding, TaskTexts
 from stillroom.doctor.run import DoctorConfig, run
-from stillroom.terminal import harmless
+from stillroom.terminal import redact, say
 
 USAGE = """\
 usage: stillroom doctor [RECIPE.yaml] [key=value …]
@@ -29,7 +28,7 @@ Row = tuple[str, str]
 
 def main(arguments: Arguments) -> int:
     if "help" in arguments.flags:
-        print(f"{USAGE}\n{explain(DoctorConfig)}")
+        say(f"{USAGE}\n{explain(DoctorConfig)}")
         return 0
     refuse_flags(
         "doctor",
@@ -51,9 +50,9 @@ def main(arguments: Arguments) -> int:
         with Progress(quiet="quiet" in arguments.flags) as progress:
             record = run(config, preflight.Preflight(recipe, config.sequences, progress), items_of, progress)
     except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
+        say("\ninterrupted; nothing was written", error=True)
         return 130
-    print(json.dumps(record, indent=1, ensure_ascii=False) if "json" in arguments.flags else harmless(as_text(record)))
+    say(json.dumps(redact(record), indent=1) if "json" in arguments.flags else as_text(record))
     return 0 if record["ready"] else 2
 
 

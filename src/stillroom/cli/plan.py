@@ -11,6 +11,7 @@ from stillroom.estimates.hardware import Hardware
 from stillroom.estimates.report import CostReport
 from stillroom.estimates.storage import Storage, storage_report
 from stillroom.recipe import override, read_recipe
+from stillroom.terminal import say
 
 USAGE = """\
 usage: stillroom plan RECIPE.yaml [key=value …] [--json]
@@ -33,13 +34,13 @@ VERBS = {"capture": "CaptureConfig", "distill": "DistillConfig", "evaluate": "Ev
 
 def main(arguments: Arguments) -> int:
     if "help" in arguments.flags:
-        print(f"{USAGE}\n\nsettings\n{explain(Hardware)}\n\nsettings of storage\n{explain(Storage)}")
+        say(f"{USAGE}\n\nsettings\n{explain(Hardware)}\n\nsettings of storage\n{explain(Storage)}")
         return 0
     refuse_flags(
         "plan", arguments.flags, ("json", "quiet", "debug", "help"), "A plan reads headers and writes nothing."
     )
     report = _report(arguments.words, arguments.overrides)
-    print(report.as_json() if "json" in arguments.flags else report)
+    say(report.as_json() if "json" in arguments.flags else report)
     return 0
 
 

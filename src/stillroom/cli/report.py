@@ -8,7 +8,7 @@ from pydantic import Field
 from stillroom.cli.arguments import Arguments
 from stillroom.config import Config, explain, load
 from stillroom.errors import ConfigError, MissingError
-from stillroom.terminal import harmless
+from stillroom.terminal import say
 
 USAGE = """\
 usage: stillroom report RUN…
@@ -34,7 +34,7 @@ class BetweenConfig(Config):
 
 def main(arguments: Arguments) -> int:
     if "help" in arguments.flags:
-        print(f"{USAGE}\n{explain(BetweenConfig)}")
+        say(f"{USAGE}\n{explain(BetweenConfig)}")
         return 0
     flags = arguments.flags - {"quiet", "debug"}
     if not arguments.words or flags or (arguments.overrides and len(arguments.words) > 1):
@@ -52,7 +52,7 @@ def main(arguments: Arguments) -> int:
 
     for word in arguments.words:
         for path in rebuild(Path(word)):
-            print(f"report    {path}")
+            say(f"report    {path}")
     return 0
 
 
@@ -73,7 +73,7 @@ def _print_changes(folder: Path, config: BetweenConfig) -> int:
     for task in tasks:
         found = list(task_changes(task, a, b, folder))
         gained = sum(change.kind == "gained" for change in found)
-        print(f"{task.name}, {a} -> {b}: {gained} gained, {len(found) - gained} lost of {task.num_items:,}")
+        say(f"{task.name}, {a} -> {b}: {gained} gained, {len(found) - gained} lost of {task.num_items:,}")
         for change in found:
-            print(harmless(as_text(change, a, b)))
+            say(as_text(change, a, b))
     return 0

@@ -1,7 +1,6 @@
 """``stillroom store``: check, show, export, import, join and concat stores."""
 
 import difflib
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from stillroom.cli.arguments import Arguments, refuse_flags
 from stillroom.config import Config, PathText, explain, load
 from stillroom.errors import ConfigError, StillroomError
+from stillroom.terminal import say
 
 if TYPE_CHECKING:
     from stillroom.store.format import Manifest
@@ -55,7 +55,7 @@ def main(arguments: Arguments) -> int:
     if "help" in arguments.flags:
         from stillroom.store.config import ImportConfig
 
-        print(f"{USAGE}\n{explain(ImportConfig)}")
+        say(f"{USAGE}\n{explain(ImportConfig)}")
         return 0
     if not arguments.words:
         raise _unknown("there is no command after `store`", {})
@@ -75,7 +75,7 @@ def main(arguments: Arguments) -> int:
     try:
         return COMMANDS[command](words, arguments) or 0
     except KeyboardInterrupt:
-        print("\ninterrupted; nothing was left half-written", file=sys.stderr)
+        say("\ninterrupted; nothing was left half-written", error=True)
         return 130
 
 
@@ -87,11 +87,11 @@ def check(words: Sequence[str], arguments: Arguments) -> int | None:
     quiet()
     checked = check(path, _report(arguments))
     for problem in checked.problems:
-        print(f"error: {problem}\n", file=sys.stderr)
+        say(f"error: {problem}\n", error=True)
     if checked.whole:
-        return print(checked)
+        return say(checked)
     number = len(checked.problems)
-    print(f"{path}: {number} problem{'s' * (number > 1)}", file=sys.stderr)
+    say(f"{path}: {number} problem{'s' * (number > 1)}", error=True)
     return 2
 
 
@@ -104,7 +104,7 @@ def show(words: Sequence[str], arguments: Arguments) -> None:
     quiet()
     store = Store(path, partial=True)
     if not rows:
-        print(describe(store))
+        say(describe(store))
         return
     if not rows[0].isdecimal() or int(rows[0]) >= len(store):
         raise ConfigError(
@@ -113,7 +113,7 @@ def show(words: Sequence[str], arguments: Arguments) -> None:
             why="Rows are counted from 0, in the order of the store.",
             fix="Name one of these.",
         )
-    print(show_row(store, int(rows[0])))
+    say(show_row(store, int(rows[0])))
 
 
 def export(words: Sequence[str], arguments: Arguments) -> None:
@@ -124,10 +124,10 @@ def export(words: Sequence[str], arguments: Arguments) -> None:
     check_file(out, overwrite="overwrite" in arguments.flags)
     store = Store(path)
     size_bytes = export(store, out, **_options(arguments))
-    print(f"exported  {len(store):,} documents, {store.manifest.positions:,} positions")
-    print(f"size      {out} ({size_bytes / 2**20:.1f} MiB)")
+    say(f"exported  {len(store):,} documents, {store.manifest.positions:,} positions")
+    say(f"size      {out} ({size_bytes / 2**20:.1f} MiB)")
     if (omitted := left_out(store)) is not None:
-        print(f"left out  {omitted}")
+        say(f"left out  {omitted}")
 
 
 def import_(words: Sequence[str], arguments: Arguments) -> None:
@@ -141,7 +141,7 @@ def import_(words: Sequence[str], arguments: Arguments) -> None:
 
     quiet()
     imported = import_files(words, config, **_options(arguments))
-    print(f"store     {config.out}\n{imported}")
+    say(f"store     {config.out}\n{imported}")
 
 
 def join(words: Sequence[str], arguments: Arguments) -> None:
@@ -159,8 +159,8 @@ def concat(words: Sequence[str], arguments: Arguments) -> None:
 
 
 def _print_whole(path: object, manifest: "Manifest") -> None:
-    print(f"store     {path} ({manifest.documents:,} documents, {manifest.positions:,} positions)")
-    print(f"size      {manifest.size_bytes / 2**20:.1f} MiB in {len(manifest.shards)} shards")
+    say(f"store     {path} ({manifest.documents:,} documents, {manifest.positions:,} positions)")
+    say(f"size      {manifest.size_bytes / 2**20:.1f} MiB in {len(manifest.shards)} shards")
 
 
 COMMANDS: Mapping[str, Callable[[Sequence[str], Arguments], int | None]] = {
@@ -200,7 +200,7 @@ def _report(arguments: Arguments) -> Callable[[str], None]:
         now = time.monotonic()
         if "quiet" not in arguments.flags and now - last[0] >= REPORT_EVERY_S:
             last[0] = now
-            print(text, file=sys.stderr)
+            say(text, error=True)
 
     return report
 
