@@ -1,9 +1,32 @@
 """Texts as others may see them: without secrets, and on a terminal with nothing that it would obey, and so many columns
 wide."""
 
+import logging
 import re
+import sys
 import unicodedata
-from typing import Any, TextIO
+import warnings
+from typing import Any
+
+
+def say(text: object, *, error: bool = False) -> None:
+    """Prints a text that may quote what came from outside, on stdout or stderr: without secrets, and without what a
+    terminal would obey. All that the project prints goes through here, and a rule of the linter sees to that."""
+    print(harmless(redact(str(text))), file=sys.stderr if error else sys.stdout)
+
+
+class _Record(logging.LogRecord):
+    def getMessage(self) -> str:
+        return harmless(redact(super().getMessage()))
+
+
+_plain_warning = warnings.formatwarning
+
+
+def guard_logs() -> None:
+    """Lets what libraries log and warn of reach the terminal in no other form than what is said."""
+    logging.setLogRecordFactory(_Record)
+    warnings.formatwarning = lambda *given, **named: harmless(redact(_plain_warning(*given, **named)))
 
 
 def escaped(text: str) -> str:
@@ -41,7 +64,7 @@ def fitted(text: str, columns: int) -> str:
     return text + " " * (columns - width(text))
 
 
-SECRET = "token|key|secret|pass|pwd|auth|sig|credential"
+SECRET = "token|key|secret|pass|pwd|auth|sig|credential|session|jwt"
 """What the names of an address's secrets have in them."""
 
 
@@ -51,13 +74,7 @@ def redact(value: Any) -> Any:
         return {key: redact(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [redact(item) for item in value]
-    if not isinstance(value, str) or "://" not in value:
+    if not isinstance(value, str) or ("://" not in value and "url: /" not in value):  # urllib3 tells of a path alone
         return value
     value = re.sub(r"(\w+://)[^/\s]*@", r"\1***@", value)
-    return re.sub(rf"(?i)([?&][\w.-]*(?:{SECRET})[\w.-]*=)[^&\s'\"]*", r"\1***", value)
-
-
-def say(text: object, to: TextIO | None = None, end: str = "\n") -> None:
-    """Prints what may hold text from outside, on stdout or ``to``: without secrets, and nothing that a terminal would
-    obey."""
-    print(harmless(redact(str(text))), file=to, end=end)
+    return re.sub(rf"(?i)([?&;#][\w.%-]*(?:{SECRET})[\w.%-]*=)[^&;#\s'\"]*", r"\1***", value)

@@ -313,6 +313,12 @@ def test_peak_memory_is_the_most_of_all_resumes(out):
             "https://h/x?Passphrase=***&db_pass=***&X-Amz-Signature=***&access_token=***",
         ),
         ("'https://h/x?auth=a&authorization=b' failed", "'https://h/x?auth=***&authorization=***' failed"),
+        ("https://h/x#access_token=s&a=1;SessionId=2", "https://h/x#access_token=***&a=1;SessionId=***"),
+        (
+            "Max retries exceeded with url: /v1?api_key=s (Caused by",
+            "Max retries exceeded with url: /v1?api_key=*** (Caused by",
+        ),
+        ("what is x?key=1", "what is x?key=1"),
         ("Qwen/Qwen2-1.5B", "Qwen/Qwen2-1.5B"),
         (3, 3),
         (None, None),

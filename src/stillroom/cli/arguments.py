@@ -147,7 +147,7 @@ def run_verb(
 
     quiet()
     if dry:
-        say(module.make_plan(config), end="")
+        say(str(module.make_plan(config)).rstrip("\n"))
         return 0
     with Progress(quiet="quiet" in arguments.flags) as progress:
         record = module.run(

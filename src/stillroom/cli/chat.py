@@ -65,12 +65,12 @@ def main(arguments: Arguments) -> int:
         quiet()
 
         def notify(text: str) -> None:
-            say(text, to=sys.stderr)
+            say(text, error=True)
 
         prompts = _typed() if prompt is None else [prompt]
         run(config, prompts, lambda pieces: _show(config.models, pieces), notify, turn_by_turn=typed)
     except KeyboardInterrupt:
-        say("\ninterrupted", to=sys.stderr)
+        say("\ninterrupted", error=True)
         return 130
     return 0
 
@@ -100,10 +100,16 @@ def _show(names: tuple[str, ...], pieces: "Iterator[Piece]") -> None:
         _one_after_the_other(names, pieces, [partial(column.add, 0) for column in columns])
         return
     screen = SideBySide(names, size.columns - 1, size.lines)
-    sys.stdout.write(screen.head())
+    _draw(screen.head())
     for piece in pieces:
-        sys.stdout.write(screen.add(*piece))
-        sys.stdout.flush()
+        _draw(screen.add(*piece))
+
+
+def _draw(text: str) -> None:
+    """Writes a piece of an answer, in which `harmless` has left nothing but what moves the cursor here; and to a file
+    or a pipe the answer as it is."""
+    sys.stdout.write(text)  # noqa: TID251
+    sys.stdout.flush()
 
 
 def _as_it_comes(text: str, last: bool) -> str:  # kept: a callback
@@ -120,15 +126,14 @@ def _one_after_the_other(names: tuple[str, ...], pieces: "Iterator[Piece]", writ
 
     def begin() -> None:
         if len(names) > 1:
-            title = harmless(names[now]) if sys.stdout.isatty() else names[now]
-            print(f"{'' if now == 0 else chr(10)}== {title} ==")  # noqa: T201
+            say(f"{'' if now == 0 else chr(10)}== {names[now]} ==")
 
     begin()
     for piece in pieces:
         waiting[piece.model] += piece.text
         done[piece.model] |= piece.last
         while now < len(names):
-            print(written[now](waiting[now], done[now]), end="", flush=True)  # noqa: T201
+            _draw(written[now](waiting[now], done[now]))
             waiting[now] = ""
             if not done[now]:
                 break

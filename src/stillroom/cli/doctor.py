@@ -1,7 +1,6 @@
 """``stillroom doctor``."""
 
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ from stillroom.config import explain, load
 from stillroom.distill.config import DistillConfig
 from stillroom.doctor.findings import Finding, TaskTexts
 from stillroom.doctor.run import DoctorConfig, run
-from stillroom.terminal import say
+from stillroom.terminal import redact, say
 
 USAGE = """\
 usage: stillroom doctor [RECIPE.yaml] [key=value …]
@@ -51,12 +50,9 @@ def main(arguments: Arguments) -> int:
         with Progress(quiet="quiet" in arguments.flags) as progress:
             record = run(config, preflight.Preflight(recipe, config.sequences, progress), items_of, progress)
     except KeyboardInterrupt:
-        say("\ninterrupted; nothing was written", to=sys.stderr)
+        say("\ninterrupted; nothing was written", error=True)
         return 130
-    if "json" in arguments.flags:
-        print(json.dumps(record, indent=1, ensure_ascii=False))  # noqa: T201  (for programs)
-    else:
-        say(as_text(record))
+    say(json.dumps(redact(record), indent=1) if "json" in arguments.flags else as_text(record))
     return 0 if record["ready"] else 2
 
 

@@ -13,7 +13,7 @@ from importlib import import_module
 from stillroom import __version__
 from stillroom.cli.arguments import Arguments, parse
 from stillroom.errors import ReportedElsewhere, StillroomError, Stopped
-from stillroom.terminal import say
+from stillroom.terminal import guard_logs, say
 
 VERBS = {
     "capture": "ask a teacher once, and store what it said",
@@ -54,6 +54,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a sign still gets the text
+    guard_logs()
     try:
         if list(words) == ["--version"]:
             return _say(f"stillroom {__version__}")
@@ -101,6 +102,6 @@ def _failed(text: str, debug: bool) -> int:
 
 
 def _show(text: str) -> None:
-    """Says something on stderr, where there still is one."""
-    with suppress(OSError):  # a terminal that was closed
-        say(text, to=sys.stderr)
+    """Says something on stderr, which may be a terminal that was closed."""
+    with suppress(OSError):
+        say(text, error=True)

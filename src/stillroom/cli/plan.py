@@ -40,10 +40,7 @@ def main(arguments: Arguments) -> int:
         "plan", arguments.flags, ("json", "quiet", "debug", "help"), "A plan reads headers and writes nothing."
     )
     report = _report(arguments.words, arguments.overrides)
-    if "json" in arguments.flags:
-        print(report.as_json())  # noqa: T201  (for programs)
-    else:
-        say(report)
+    say(report.as_json() if "json" in arguments.flags else report)
     return 0
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from stillroom.terminal import harmless, redact
+from stillroom.terminal import harmless, say
 
 LOG_EVERY_S = 10.0
 
@@ -98,7 +98,7 @@ class Progress:
                 dynamic_ncols=True,
                 bar_format=f"{{n_fmt}}/{{total_fmt}}{unit} |{{bar:20}}| {{elapsed}}<{{remaining}}{{postfix}}",
             )
-        self._bar.set_postfix_str(harmless(redact(text)), refresh=False)
+        self._bar.set_postfix_str(harmless(text).replace("\n", " "), refresh=False)
         self._bar.update(done - self._bar.n)
 
     def _periodic(self, line: str, now: bool = False) -> None:
@@ -107,7 +107,8 @@ class Progress:
             self._write(line)
 
     def _write(self, line: str) -> None:
-        tqdm.write(harmless(redact(f"{self._name}{line}")), file=sys.stderr)
+        with tqdm.external_write_mode(sys.stderr):  # the live line makes way
+            say(f"{self._name}{line}", error=True)
 
 
 def _numbers(values: Mapping[str, float], skip: tuple[str, ...] = ()) -> str:

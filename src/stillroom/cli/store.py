@@ -1,7 +1,6 @@
 """``stillroom store``: check, show, export, import, join and concat stores."""
 
 import difflib
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -76,7 +75,7 @@ def main(arguments: Arguments) -> int:
     try:
         return COMMANDS[command](words, arguments) or 0
     except KeyboardInterrupt:
-        say("\ninterrupted; nothing was left half-written", to=sys.stderr)
+        say("\ninterrupted; nothing was left half-written", error=True)
         return 130
 
 
@@ -88,11 +87,11 @@ def check(words: Sequence[str], arguments: Arguments) -> int | None:
     quiet()
     checked = check(path, _report(arguments))
     for problem in checked.problems:
-        say(f"error: {problem}\n", to=sys.stderr)
+        say(f"error: {problem}\n", error=True)
     if checked.whole:
         return say(checked)
     number = len(checked.problems)
-    say(f"{path}: {number} problem{'s' * (number > 1)}", to=sys.stderr)
+    say(f"{path}: {number} problem{'s' * (number > 1)}", error=True)
     return 2
 
 
@@ -201,7 +200,7 @@ def _report(arguments: Arguments) -> Callable[[str], None]:
         now = time.monotonic()
         if "quiet" not in arguments.flags and now - last[0] >= REPORT_EVERY_S:
             last[0] = now
-            say(text, to=sys.stderr)
+            say(text, error=True)
 
     return report
 

@@ -58,7 +58,7 @@ class CostReport:
         }
 
     def as_json(self) -> str:
-        return json.dumps(self.tree(), indent=1, ensure_ascii=False)
+        return json.dumps(self.tree(), indent=1)
 
     def texts(self) -> dict[str, Any]:
         """The same as texts, for a plan in YAML."""
