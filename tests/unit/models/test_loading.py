@@ -191,12 +191,21 @@ def test_a_model_without_a_head_is_refused():
         lm_head(AutoModel.from_config(build_config("llama")))
 
 
-def test_a_family_whose_backbone_cannot_be_found_is_refused_and_not_a_bug():
-    """llama4's text model names a prefix that it does not have."""
+def test_a_family_that_names_a_prefix_that_it_does_not_have_is_understood():
+    """As llama4's text model does."""
     config = build_config("llama4_text", pad_token_id=0, intermediate_size_mlp=24, num_local_experts=2, head_dim=8)
     model = loading.build_model(config, seed=0)
-    with pytest.raises(StillroomError):
-        verify(model, "llama4", pack=True)
+    verify(model, "llama4", pack=True)
+    assert backbone(model) is model.model
+
+
+def test_a_model_whose_backbone_cannot_be_found_is_refused_and_not_a_bug():
+    model = build_model("llama")
+    model.trunk = model.model
+    del model.model
+    model.get_decoder = lambda: model
+    with pytest.raises(MismatchError, match="backbone of LlamaForCausalLM is not found"):
+        backbone(model)
 
 
 # --- packing ---------------------------------------------------------------------------------------------------------
