@@ -90,7 +90,7 @@ def run(
                 tokenizer={"fingerprint": manifest.tokenizer.fingerprint},
                 data={"fingerprint": documents.fingerprint, **documents.counts},
             )
-            if plan.template is not None and learns_to_stop(plan.tokenizer, plan.template) is False:
+            if learns_to_stop(plan.tokenizer, plan.template) is False:
                 told("note", {"text": f"warning: {NEVER_STOPS}"})
             if config.hidden is not None:
                 told("note", {"text": f"hidden states: {plan.hidden_text(plan.share(documents))}"})

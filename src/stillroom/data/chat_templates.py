@@ -373,9 +373,11 @@ _PROBE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _WO
 NEVER_STOPS = "no turn of the chat template has an end that is learned, so the student never learns to stop"
 
 
-def learns_to_stop(tokenizer: PreTrainedTokenizerBase, template: str) -> bool | None:
+def learns_to_stop(tokenizer: PreTrainedTokenizerBase, template: str | None) -> bool | None:
     """Whether what is learned of an assistant's turn has an end besides its words, by which a student learns to stop;
-    None where the template refuses the conversation that this is tried with."""
+    None where there is no template, or it refuses the conversation that this is tried with."""
+    if template is None:
+        return None
     try:
         text, spans = ChatRenderer(tokenizer, template, keep_all=False)(Conversation(_PROBE, (True, True)), str)
     except DataError:

@@ -150,6 +150,7 @@ class HeldOutText(Config):
         if (self.path is None) == (self.share is None):
             raise ValueError("give either `path` or `share`")
         others = [name for name in ("subset", "revision", "max_documents") if getattr(self, name) is not None]
+        others += ["split"] if self.split != "train" else []
         if self.share is not None and others:
             raise ValueError(f"{others[0]} is for text at a `path` of its own: `share` is one of data's rows")
         return self

@@ -109,8 +109,10 @@ def fetched(address: str, cache: Path) -> Path:
         names = [name for name in names if _kind(Path(name)) and (not (pattern or whole) or system.isfile(name))]
         told = "".join(f"{name} {system.ukey(name)}\n" for name in names)
         folder = cache / "files" / hashlib.sha256(f"{address}\n{told}".encode()).hexdigest()[:32]
-        for name in names:
-            path = folder / Path(name).name
+        local = [Path(name).name for name in names]
+        if len(set(local)) < len(local):  # as of */train.jsonl: none takes the place of another
+            local = [f"{number:05}-{name}" for number, name in enumerate(local)]
+        for name, path in zip(names, map(folder.joinpath, local), strict=True):
             if not path.exists():
                 folder.mkdir(parents=True, exist_ok=True)
                 partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -133,7 +135,7 @@ def fetched(address: str, cache: Path) -> Path:
             why="The ending of a file's name says how it is read.",
             fix="Check the address; a folder is read without those below it.",
         )
-    return folder if pattern or whole else folder / Path(names[0]).name
+    return folder if pattern or whole else folder / local[0]
 
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}

@@ -74,7 +74,7 @@ class Preflight:
             "tokenizer": fingerprint(plan.tokenizer),
             "num_tokens": required_vocab_size(plan.tokenizer),
             "template": None if plan.template is None else template_fingerprint(plan.template),
-            "learns_to_stop": None if plan.template is None else learns_to_stop(plan.tokenizer, plan.template),
+            "learns_to_stop": learns_to_stop(plan.tokenizer, plan.template),
             "student_columns": student,
             "teacher_columns": teacher,
             "stored_columns": None if plan.store is None else plan.store.manifest.num_columns,

@@ -159,7 +159,7 @@ def _distill(
                 check_same(folder.path, name.replace("_", " "), before, fact.get("fingerprint"))
 
     config = plan.config
-    if plan.template is not None and learns_to_stop(plan.tokenizer, plan.template) is False:
+    if learns_to_stop(plan.tokenizer, plan.template) is False:
         say(f"warning: {NEVER_STOPS}")
     student, specs = build_pair(plan, teacher, data, folder.path, say, ranks)
     facts = _facts(plan, student, teacher, data, held_out)

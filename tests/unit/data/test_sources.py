@@ -105,6 +105,9 @@ def test_what_lies_at_an_address_is_copied_once(tmp_path: Path, monkeypatch: pyt
             there.pipe(f"/corpus/{name}", json.dumps({"text": name}).encode())
         for address in ("memory://corpus", "memory://corpus/*.jsonl"):
             assert [row["text"] for row in source_of(address).rows()] == ["a.jsonl", "b.jsonl"]
+        for name in ("one/a.jsonl", "two/a.jsonl"):
+            there.pipe(f"/corpus/{name}", json.dumps({"text": name}).encode())
+        assert [row["text"] for row in source_of("memory://corpus/*/a.jsonl").rows()] == ["one/a.jsonl", "two/a.jsonl"]
         source = source_of("memory://corpus/a.jsonl")
         assert source.name(0) == "a.jsonl line 1"
         monkeypatch.setattr(type(there), "get_file", None)

@@ -278,6 +278,7 @@ def test_other_data_of_the_same_place_are_held_out(loaded, held_out, same):
         (["held_out={path: e, share: 0.1}"], "either `path` or `share`"),
         (["held_out={share: 1.0}"], "less than 1"),
         (["held_out={share: 0.1, max_documents: 3}"], "max_documents is for text at a `path`"),
+        (["held_out={share: 0.1, split: test}"], "split is for text at a `path`"),
         (["held_out={share: 0.1}", "data.hash_range=[0.5, 1.0]"], "both choose rows by their hash"),
     ],
 )
